@@ -1,0 +1,129 @@
+"""Layers that the transformer and the head share: rotary embedding, attention with a static cache, SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_DIM = 64
+"""Channels of an attention head, in every released model."""
+
+
+def swiglu_hidden(dim: int) -> int:
+    """Hidden width of the transformer's SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""
+    return 256 * -(-int(8 * dim / 3) // 256)
+
+
+def swiglu(x: Tensor, w1: nn.Linear, w2: nn.Linear) -> Tensor:
+    """w2(silu(gate) * value), w1 giving (gate, value) side by side."""
+    gate, value = w1(x).chunk(2, dim=-1)
+    return w2(F.silu(gate) * value)
+
+
+class SwiGLU(nn.Module):
+    """(..., dim_in) -> (..., dim_out)."""
+
+    def __init__(self, dim_in: int, hidden: int, dim_out: int, bias: bool, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim_in, 2 * hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, dim_out, bias=bias)
+        self.dropout = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(swiglu(x, self.w1, self.w2))
+
+
+def rotary_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Cosines and sines of the 2-D rotary embedding.
+
+    Args:
+        positions: (L, 2) float, (x, y) of each position.
+
+    Returns:
+        (L, head_dim / 2, 2) float32: the first half of the angles turns with x, the second with y.
+    """
+    half = head_dim // 2
+    frequencies = 1.0 / (base ** (torch.arange(0, half, 2).float() / half))  # (head_dim / 4,)
+    angles = torch.cat([positions[:, :1] * frequencies, positions[:, 1:] * frequencies], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns channel pairs (2i, 2i + 1) of x (B, H, L, d) by the angles of `table` (L, d / 2, 2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, one pair of static tensors (B, H, L, d) a layer."""
+
+    def __init__(
+        self, n_layer: int, batch: int, n_head: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (batch, n_head, length, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, H, n, d) behind what is there and returns all keys and values up to and with the new ones.
+
+        `length` is moved on by the caller, once all layers have stored theirs.
+        """
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with fused `wqkv` (q, k, v in that order, heads split inside each)."""
+
+    def __init__(self, dim: int, n_head: int, bias: bool = False, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.wqkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.wo = nn.Linear(dim, dim, bias=bias)
+        self.dropout = nn.Dropout(drop_rate)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """(B, n, D) -> (B, n, D).
+
+        Args:
+            rotary: (n, d / 2, 2) table for these positions, or none.
+            mask: (n, keys) bool [query, key], or none for full attention.
+            cache: where the keys and values of layer `layer` are kept, or none.
+        """
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, n, d)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.dropout(self.wo(y.transpose(1, 2).flatten(2)))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); RMSNorm with eps 1e-6, no biases."""
+
+    def __init__(self, dim: int, n_head: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.attention = Attention(dim, n_head, drop_rate=drop_rate)
+        self.feed_forward = SwiGLU(dim, swiglu_hidden(dim), dim, bias=False, drop_rate=drop_rate)
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.ffn_norm = nn.RMSNorm(dim, eps=1e-6)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))

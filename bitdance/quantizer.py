@@ -1,0 +1,79 @@
+"""Signs as tokens: the binary quantizer, its group indices, packed bits and the entropy loss that keeps all codes in use.
+
+The quantizer has no parameters: a token is the sign of the encoder's output (lookup-free quantization in groups of 8
+bits, WeTok, arXiv 2508.05599).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 8
+"""Bits of a group: its 256 sign vectors are the codebook of the entropy loss."""
+
+
+def quantize(x: Tensor) -> Tensor:
+    """+1 where x > 0, else -1, in x's dtype; same shape."""
+    return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+
+def straight_through(x: Tensor) -> Tensor:
+    """`quantize` in the forward pass, the identity in the backward pass."""
+    return x + (quantize(x) - x).detach()
+
+
+def group_indices(bits: Tensor) -> Tensor:
+    """The group indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64 in 0..255, tokens in raster order.
+
+    Index of group g = sum over j of 2^j where bit 8 g + j is +1.
+    """
+    b, c, h, w = bits.shape
+    groups = bits.reshape(b, c // GROUP, GROUP, h * w).permute(1, 0, 3, 2).reshape(c // GROUP, b * h * w, GROUP)
+    weights = 2 ** torch.arange(GROUP, device=bits.device)
+    return ((groups > 0) * weights).sum(dim=-1)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """(..., C) +-1 -> (..., C / 8) uint8; bit j of byte g is bit 8 g + j of the token, as in `group_indices`."""
+    groups = bits.unflatten(-1, (-1, GROUP)) > 0
+    weights = 2 ** torch.arange(GROUP, device=bits.device)
+    return (groups * weights).sum(dim=-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `pack`: (..., C / 8) uint8 -> (..., C) +-1 of `dtype`."""
+    shifts = torch.arange(GROUP, device=packed.device, dtype=torch.uint8)
+    ones = (packed[..., None] >> shifts) & 1
+    return (ones.to(dtype) * 2 - 1).flatten(-2)
+
+
+class EntropyLoss(NamedTuple):
+    """Parts of the entropy loss, scalars: minimise `total`."""
+
+    total: Tensor
+    per_sample: Tensor
+    codebook: Tensor
+
+
+def entropy_loss(x: Tensor, temperature: float = 0.01, eps: float = 1e-5) -> EntropyLoss:
+    """Confident samples, all codes used: mean entropy of each sample's code minus the entropy of the mean distribution.
+
+    The distribution of a group is softmax(2 x . codebook / temperature) over its 256 sign vectors; it is averaged over all
+    samples and all groups before the second entropy is taken. The gradient goes straight to x.
+
+    Args:
+        x: (B, C, h, w) encoder output before the sign, C a multiple of 8.
+    """
+    b, c, h, w = x.shape
+    groups = x.float().reshape(b, c // GROUP, GROUP, h * w).permute(0, 3, 1, 2).reshape(-1, GROUP)
+    codebook = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=GROUP)), device=x.device)
+    logits = 2 * groups @ codebook.T / temperature  # (samples * groups, 256)
+    p = logits.softmax(dim=-1)
+    per_sample = -(p * (logits + eps).log_softmax(dim=-1)).sum(dim=-1).mean()
+    mean = p.mean(dim=0)
+    codebook_entropy = -(mean * (mean + eps).log()).sum()
+    return EntropyLoss(per_sample - codebook_entropy, per_sample, codebook_entropy)
