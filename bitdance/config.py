@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from typing import Literal
 
 from bitdance.errors import UserError
@@ -57,6 +58,7 @@ class BitDanceConfig:
         num_classes: classes, without the null class, whose index this is.
         token_order: `patch`: a step makes a sqrt(P) x sqrt(P) patch of tokens; `standard`: P tokens in raster order.
         time_shift: shift of the head's times, in training and in sampling.
+        class_names: one a class, where the model was trained on named classes; may be empty.
     """
 
     dim: int = 768
@@ -71,6 +73,7 @@ class BitDanceConfig:
     num_classes: int = 1000
     token_order: TokenOrder = "patch"
     time_shift: float = 1.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "grid", "cls_token_num", "num_classes"):
@@ -90,6 +93,8 @@ class BitDanceConfig:
             raise UserError(f"token order {self.token_order!r} does not exist: use patch or standard.")
         if not (math.isfinite(self.time_shift) and self.time_shift > 0):
             raise UserError(f"time shift {self.time_shift} does not fit: it must be a positive number.")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(f"{len(self.class_names)} class names for {self.num_classes} classes: give one each or none.")
         self._check_parallel_num()
 
     def _check_parallel_num(self) -> None:
@@ -128,6 +133,29 @@ class BitDanceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """The part of a model's configuration that is chosen; the rest follows from the autoencoder and the images.
+
+    Attributes:
+        num_classes: by default as many as the images have; more leaves room for classes to come.
+        drop_rate: dropout of the input projection, of the attention's output and of the feed-forward layers.
+        (the others): as in `BitDanceConfig`.
+    """
+
+    dim: int = 768
+    n_layer: int = 24
+    head_dim: int = 768
+    head_layers: int = 6
+    head_ada_ln: int = 2
+    parallel_num: int = 1
+    cls_token_num: int = 64
+    num_classes: int | None = None
+    token_order: TokenOrder = "patch"
+    time_shift: float = 1.0
+    drop_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class LossConfig:
     """How the head's loss draws its times and noise (section 6 of the training recipe).
 
@@ -145,3 +173,142 @@ class LossConfig:
     time_schedule: Literal["logit_normal", "uniform"] = "logit_normal"
     class_dropout: float = 0.1
     perturb_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A released model: its sizes, how it is sampled, and what was published of it (ImageNet 256 px, 50,000 images).
+
+    Attributes:
+        file: its name in the hub repository and under `models/BitDance-ImageNet`.
+        family: the original's name of its size.
+        config: its sizes.
+        cfg_scale: guidance (linear) of the published figures.
+        batch: images that a GPU samples at once in the published command.
+        chunk: images that the decoder takes at once there.
+        perturb_rate: of its training.
+        parameters: in millions, without the autoencoder.
+        fid, inception_score, precision, recall: published.
+    """
+
+    file: str
+    family: Literal["BitDance-B", "BitDance-L", "BitDance-H"]
+    config: BitDanceConfig
+    cfg_scale: float
+    batch: int
+    chunk: int
+    perturb_rate: float
+    parameters: float
+    fid: float
+    inception_score: float
+    precision: float
+    recall: float
+
+
+_B = BitDanceConfig()
+_L = BitDanceConfig(dim=1024, n_layer=32, head_dim=1024, head_layers=8)
+_H = BitDanceConfig(dim=1280, n_layer=40, head_dim=1280, head_layers=12, head_ada_ln=3)
+_B4, _B16 = dataclasses.replace(_B, parallel_num=4), dataclasses.replace(_B, parallel_num=16)
+
+_TINY = BitDanceConfig(dim=128, n_layer=3, head_dim=128, head_layers=4)
+
+SIZES: dict[str, BitDanceConfig] = {"BitDance-B": _B, "BitDance-L": _L, "BitDance-H": _H, "BitDance-Tiny": _TINY}
+"""The sizes of the original's `--model`, and a tiny one to try a command with."""
+
+ZOO: dict[str, Release] = {
+    "B-1X": Release("BitDance_B_1X.pt", "BitDance-B", _B, 3.2, 384, 64, 0.1, 242.37, 1.68, 297.1, 0.80, 0.62),
+    "B-4X": Release("BitDance_B_4X.pt", "BitDance-B", _B4, 3.9, 384, 64, 0.1, 260.10, 1.69, 291.2, 0.79, 0.63),
+    "B-16X": Release("BitDance_B_16X.pt", "BitDance-B", _B16, 6.1, 384, 64, 0.1, 260.11, 1.91, 283.8, 0.78, 0.62),
+    "L-1X": Release("BitDance_L_1X.pt", "BitDance-L", _L, 4.0, 352, 48, 0.05, 527.27, 1.31, 300.2, 0.80, 0.64),
+    "H-1X": Release("BitDance_H_1X.pt", "BitDance-H", _H, 4.55, 224, 32, 0.05, 1007.96, 1.24, 304.4, 0.81, 0.64),
+}
+"""The released models, by their names in the paper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every training run has, of an autoencoder as of a model; defaults are the original's.
+
+    Attributes:
+        data_path: images: a folder or zip of class folders, or CIFAR-10's archives.
+        results_dir: folder of the run: checkpoints, log, previews.
+        image_size: side of the training images in pixels.
+        epochs: passes over the data; total steps = epochs x floor(images / global batch).
+        max_steps: ends the run earlier, for a try; the schedule still spans all epochs.
+        global_batch_size: images of a step, over all processes.
+        global_seed: of everything random; each draw is a function of it, the step and the place in the global batch.
+        lr, min_lr: highest and last learning rate.
+        warmup_steps: the rate grows linearly from 0.
+        decay_start: step from which the rate falls as a cosine to `min_lr`; 0 keeps it.
+        weight_decay: of tensors with two or more dimensions, a few names excepted.
+        beta1, beta2: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
+        ema: decay of the exponential moving average; 0 or less switches it off.
+        mixed_precision: bf16 autocast or none; `auto` is bf16 where the hardware computes with it.
+        num_workers: threads that read images.
+        random_crop: random crops as in ADM, which enlarge images that are no larger than `image_size`; without it
+            centre crops. Either way half of the images are mirrored.
+        aug_decay_start_epoch, aug_decay_end_epoch: between these epochs the share of random crops falls to 0.
+        log_every: steps between lines of the log.
+        save_every: steps between checkpoints; 0 for only the last one.
+        keep_epochs: epochs between weights that are kept as `epoch_<n>.safetensors`; 0 for none.
+        preview_every: steps between preview pictures; 0 for only the last one.
+        compile: compile the network, on a GPU.
+        grad_checkpointing: compute activations twice to keep fewer of them.
+    """
+
+    data_path: pathlib.Path
+    results_dir: pathlib.Path = pathlib.Path("results")
+    image_size: int = 256
+    epochs: int = 400
+    max_steps: int | None = None
+    global_batch_size: int = 256
+    global_seed: int = 0
+    lr: float = 3e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 20_000
+    decay_start: int = 20_000
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    ema: float = -1.0
+    mixed_precision: Literal["auto", "none", "bf16"] = "bf16"
+    num_workers: int = 16
+    random_crop: bool = True
+    log_every: int = 100
+    save_every: int = 1000
+    keep_epochs: int = 0
+    preview_every: int = 1000
+    compile: bool = False
+    grad_checkpointing: bool = False
+    aug_decay_start_epoch: int = 700
+    aug_decay_end_epoch: int = 750
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "epochs", "global_batch_size", "log_every", "num_workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} does not fit: it must be at least 1.")
+        for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every",
+                     "keep_epochs", "preview_every", "global_seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} does not fit: it must not be negative.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"--max-steps {self.max_steps} does not fit: it must be at least 1.")
+        if self.ema >= 1:
+            raise UserError(f"--ema {self.ema} does not fit: it must be below 1, such as 0.9999.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weights of the autoencoder's loss beside the reconstruction (mean squared error of images in [-1, 1]).
+
+    Attributes:
+        l1_weight: of the mean absolute error.
+        entropy_weight: of the entropy loss.
+        commitment_weight: of the distance between the encoder's output and its sign.
+    """
+
+    l1_weight: float = 0.0
+    entropy_weight: float = 0.1
+    commitment_weight: float = 0.25

@@ -21,16 +21,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         UserError: the folder cannot be written, or the disk is full.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another place.") from error
+    try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.filename in (None, str(temporary), str(path), str(path.parent)):
+        if error.filename in (None, str(temporary), str(path.parent)):
             raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place.") from error
         raise
     finally:

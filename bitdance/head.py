@@ -43,7 +43,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(R,) in [0, 1] -> (R, d)."""
-        return self.mlp(time_features(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(time_features(t).to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -117,8 +117,12 @@ class HeadNetwork(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """x_t (R, P, C), t (R,) in [0, 1], cond (R, P, D) -> the predicted x_1 (R, P, C)."""
+        return self.denoise(x_t, self.time_embed(t)[:, None], self.cond_embed(cond))
+
+    def denoise(self, x_t: Tensor, time: Tensor, cond: Tensor) -> Tensor:
+        """`forward` after the embeddings: time (R or 1, 1, d) and cond (R, P, d) may be computed once for many calls."""
         x = self.input_proj(x_t)  # (R, P, d)
-        y = F.silu(self.time_embed(t)[:, None] + self.cond_embed(cond))
+        y = F.silu(time + cond)
         for i, block in enumerate(self.res_blocks):
             if i % self.blocks_per_ada_ln == 0:
                 modulation = self.ada_ln_blocks[i // self.blocks_per_ada_ln](y).chunk(self.modulations, dim=-1)
@@ -140,8 +144,9 @@ class DiffusionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for index in (0, 2):
-            nn.init.normal_(self.net.time_embed.mlp[index].weight, std=0.02)
+        for linear in self.net.time_embed.mlp:
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=0.02)
         final = self.net.final_layer
         for linear in (*self.net.ada_ln_blocks, final.ada_ln_modulation, final.linear):
             nn.init.zeros_(linear.weight)

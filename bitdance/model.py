@@ -6,9 +6,11 @@ A short, plain reference sampler is part of the model; what is fast lies elsewhe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitdance import flow
 from bitdance.config import BitDanceConfig, LossConfig
@@ -30,10 +32,16 @@ class BitDance(nn.Module):
     rotary: Tensor
     mask: Tensor
 
-    def __init__(self, config: BitDanceConfig, drop_rate: float = 0.0) -> None:
-        """`drop_rate` is the dropout of `proj_in`, of the attention's output and of the feed-forward layers."""
+    def __init__(self, config: BitDanceConfig, drop_rate: float = 0.0, grad_checkpointing: bool = False) -> None:
+        """Makes a model with fresh weights.
+
+        Args:
+            drop_rate: dropout of `proj_in`, of the attention's output and of the feed-forward layers.
+            grad_checkpointing: keep only each layer's input in training and compute the rest again when needed.
+        """
         super().__init__()
         self.config = config
+        self.grad_checkpointing = grad_checkpointing
         dim, p = config.dim, config.parallel_num
         if p > 1:
             self.query_token = nn.Parameter(torch.empty(1, p - 1, dim))
@@ -68,6 +76,12 @@ class BitDance(nn.Module):
         self.register_buffer("rotary", rotary_table(places, config.dim // config.n_head).to(device), persistent=False)
         self.register_buffer("mask", mask.to(device), persistent=False)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> BitDance:
+        """What `to`, `half` and `to_empty` do; the rotary table stays in float32, and after `to_empty` it is right."""
+        super()._apply(*args, **kwargs)
+        self.reset_buffers()
+        return self
+
     @property
     def null_class(self) -> int:
         """The class that stands for no class, for guidance."""
@@ -88,8 +102,12 @@ class BitDance(nn.Module):
         x = torch.cat([self.class_tokens(labels), self.proj_in(tokens.to(self.norm.weight.dtype))], dim=1)
         x = self.emb_norm(x)  # (B, K + P - 1 + n, D)
         length = x.shape[1]
+        rotary, mask = self.rotary[:length], self.mask[:length, :length]
         for layer in self.layers:
-            x = layer(x, self.rotary[:length], self.mask[:length, :length])
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask)
         return self.norm(x[:, self.config.cls_token_num - 1 :])
 
     def trunk(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -154,7 +172,7 @@ class BitDance(nn.Module):
         The whole sequence is computed anew for each step. With guidance (cfg_scale > 1) the second half of the rows
         carries the null class. Where the guidance of a step is exactly 1 (the first, in the linear schedule) both
         halves are sampled on their own unless `share_first`, so the null rows see first tokens of their own: the
-        published figures were made that way (section 5 of the description of sampling in docs/architecture.md).
+        published figures were made that way.
         """
         config, p, b = self.config, self.config.parallel_num, len(labels)
         guided = cfg_scale > 1

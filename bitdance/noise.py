@@ -20,6 +20,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Streams keep draws for different purposes apart: the last word of the counter.
 SAMPLE = 0
 SAMPLE_NULL = 1
+SAMPLE_ORDER = 2
 TRAIN_TIME = 16
 TRAIN_NOISE = 17
 TRAIN_FLIP = 18

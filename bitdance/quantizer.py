@@ -71,7 +71,8 @@ def entropy_loss(x: Tensor, temperature: float = 0.01, eps: float = 1e-5) -> Ent
     b, c, h, w = x.shape
     groups = x.float().reshape(b, c // GROUP, GROUP, h * w).permute(0, 3, 1, 2).reshape(-1, GROUP)
     codebook = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=GROUP)), device=x.device)
-    logits = 2 * groups @ codebook.T / temperature  # (samples * groups, 256)
+    with torch.autocast(x.device.type, enabled=False):  # at this temperature bf16 products would be noise
+        logits = 2 * groups @ codebook.T / temperature  # (samples * groups, 256)
     p = logits.softmax(dim=-1)
     per_sample = -(p * (logits + eps).log_softmax(dim=-1)).sum(dim=-1).mean()
     mean = p.mean(dim=0)

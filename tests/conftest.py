@@ -1,1 +1,16 @@
-import sys, pathlib; sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import os
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")

@@ -10,7 +10,7 @@ from tiny import Golden, relative_error
 from bitdance import flow
 from bitdance.layers import rotary_table
 from bitdance.quantizer import entropy_loss, group_indices, quantize
-from bitdance.tokens import grid_from_tokens, tokens_from_grid
+from bitdance.tokens import tokens_from_grid
 
 ACTIVATIONS = 1e-5
 GRADIENTS = 1e-4
@@ -148,7 +148,7 @@ def check_sampling_step_by_step(golden, model, parallel_num, schedule, scale):
 
 
 def check_sampling_free_running(golden, model, parallel_num, schedule, scale):
-    """Free running bits are equal up to the first value so near zero that rounding decides its sign, if there is one."""
+    """Bits are equal up to the first value so near zero that rounding decides its sign, if there is one."""
     name = SAMPLING_NAMES[schedule, scale]
     pre_sign, p = golden[name.format("pre_sign")], parallel_num
     expected = tokens_from_grid(golden[name.format("bits")].float(), model.config.patch)
@@ -174,7 +174,10 @@ def check_decoded_images(golden, model, parallel_num, scale):
 
 SAMPLING = [{"schedule": schedule, "scale": scale} for schedule, scale in SAMPLING_NAMES]
 CHECKS = [
-    *((check, {}) for check in (check_trunk, check_rotary_table_and_mask, check_head_network, check_loss_and_gradients)),
+    (check_trunk, {}),
+    (check_rotary_table_and_mask, {}),
+    (check_head_network, {}),
+    (check_loss_and_gradients, {}),
     *((check_solver, {"case": case}) for case in ("em_{}_cfg1", "em_{}_cfg3", "emshift3_{}")),
     *((check, case) for check in (check_sampling_step_by_step, check_sampling_free_running) for case in SAMPLING),
     *((check_decoded_images, {"scale": scale}) for scale in ("1", "3.2")),

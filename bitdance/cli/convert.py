@@ -1,0 +1,48 @@
+"""`bitdance convert`: any file of weights that can be read, as one small file of our format."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Annotated, Literal
+
+from bitdance.cli.parsing import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write the weights of a file, released or our own, as one small file of our format (safetensors).
+
+    Attributes:
+        source: file of weights, such as a run's checkpoint.safetensors.
+        target: file to write.
+        part: the model or the autoencoder of the file; by default whichever it holds, the model first.
+        weights: ema or model (raw); by default the EMA where there is one.
+        dtype: to store in.
+    """
+
+    source: Annotated[pathlib.Path, "positional"]
+    target: Annotated[pathlib.Path, "positional"]
+    part: Literal["model", "autoencoder"] | None = None
+    weights: Literal["ema", "model"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    command = parse(Convert, arguments, "bitdance convert")
+    import torch
+
+    from bitdance import checkpoint
+
+    contents = checkpoint.read(command.source)
+    part = command.part or ("model" if contents.states.keys() & {"ema", "model"} else "autoencoder")
+    if part == "model":
+        digest = checkpoint.save(
+            command.target, checkpoint.load_model(contents, command.weights), dtype=getattr(torch, command.dtype)
+        )
+    else:
+        digest = checkpoint.save(
+            command.target, checkpoint.load_autoencoder(contents), dtype=getattr(torch, command.dtype)
+        )
+    print(f"{part} in {command.dtype}, {command.target.stat().st_size / 1e6:.2f} MB, digest {digest[:16]}: {command.target}")

@@ -1,0 +1,72 @@
+"""The command `bitdance`: finds the subcommand, runs it, and turns errors into sentences.
+
+Nothing heavy is imported before a subcommand is chosen, so `bitdance --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+COMMANDS = {
+    "sample": "generate images of classes: PNGs and one labelled grid",
+    "info": "show what is inside a file of weights",
+    "train": "train a BitDance model on images",
+    "train-autoencoder": "train an autoencoder on images",
+    "reconstruct": "encode and decode images: pictures, PSNR and SSIM",
+    "nearest": "find the training image that is nearest to each generated one",
+    "convert": "write the weights of a file as one small file of our format",
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: bitdance COMMAND [OPTIONS]    (bitdance COMMAND --help shows a command's options)",
+            "",
+            "Class-conditional images from an autoregressive transformer over binary tokens.",
+            "",
+            "commands:",
+            *lines,
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `bitdance` with these arguments, by default the process's; exits with status 2 on a user's error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return
+    if arguments[0] == "--version":
+        from bitdance import __version__
+
+        print(f"bitdance {__version__}")
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"bitdance: there is no command {name!r}: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        raise SystemExit(2)
+    call(importlib.import_module(f"bitdance.cli.{name.replace('-', '_')}").main, rest)
+
+
+def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None:
+    """Calls a command; a `UserError` becomes one line on stderr and exit status 2."""
+    from bitdance.errors import UserError
+
+    try:
+        command(*arguments, **settings)
+    except UserError as error:
+        print(f"bitdance: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("bitdance: interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Finding and loading what a command line names: the demo model, a released one, or files."""
+
+from __future__ import annotations
+
+import importlib.resources
+import pathlib
+from typing import TYPE_CHECKING, Literal
+
+from bitdance.config import ZOO, BitDanceConfig
+from bitdance.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitdance.autoencoder import Autoencoder
+    from bitdance.checkpoint import Contents, Weights
+    from bitdance.classes import ClassNames
+    from bitdance.model import BitDance
+
+DEMO = "demo"
+FOLDER = pathlib.Path("models/BitDance-ImageNet")
+AUTOENCODER_FILE = "ae_d16c32.pt"
+
+Precision = Literal["auto", "none", "bf16"]
+
+
+def find_model(name: str) -> pathlib.Path:
+    """The file of a model: `demo`, a released model's name, or a path.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name == DEMO:
+        return _asset("demo_model.safetensors")
+    release = ZOO.get(name.removeprefix("BitDance-"))
+    path = FOLDER / release.file if release else pathlib.Path(name)
+    if path.exists():
+        return path
+    # The hub's page spells the released names with a small x.
+    other = path.with_name(path.name.replace("X.pt", "x.pt") if "X.pt" in path.name else path.name.replace("x.pt", "X.pt"))
+    if other.exists():
+        return other
+    if release:
+        raise UserError(f"{path} is not there: download {release.file} from the hub repository into {FOLDER}, see the README.")
+    raise UserError(
+        f"there is no model {name!r}: name a file, {DEMO}, or one of {', '.join(f'BitDance-{key}' for key in ZOO)}."
+    )
+
+
+def find_autoencoder(name: str | None, model: Contents) -> pathlib.Path | Contents:
+    """The autoencoder that goes with a model: the one named, the one inside the file, or the one that lies beside it.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name is None and model.path == _asset("demo_model.safetensors"):
+        name = DEMO
+    if name is not None:
+        return find_autoencoder_alone(name)
+    if "autoencoder" in model.states:
+        return model
+    for place in (model.path.parent / AUTOENCODER_FILE, model.path.parent / "autoencoder.safetensors"):
+        if place.exists():
+            return place
+    raise UserError(f"{model.path} holds no autoencoder and none lies beside it: name one with --autoencoder.")
+
+
+def find_autoencoder_alone(name: str) -> pathlib.Path:
+    """The file of an autoencoder that is named without a model: `demo`, or a path."""
+    return _asset("demo_autoencoder.safetensors") if name == DEMO else pathlib.Path(name)
+
+
+def load_pair(
+    model_name: str, autoencoder_name: str | None, weights: Weights | None, device: torch.device, precision: Precision
+) -> tuple[BitDance, Autoencoder, Contents]:
+    """Loads a model and its autoencoder, casts them once and moves them to the device.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two do not fit each other.
+    """
+    import torch
+
+    from bitdance import checkpoint
+    from bitdance.engine import check_fit
+
+    contents = checkpoint.read(find_model(model_name))
+    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else torch.float32
+    model = checkpoint.load_model(contents, weights, dtype)
+    autoencoder = checkpoint.load_autoencoder(find_autoencoder(autoencoder_name, contents), dtype)
+    check_fit(model, autoencoder)
+    return model.to(device), autoencoder.to(device), contents
+
+
+def class_names(config: BitDanceConfig) -> ClassNames:
+    """The names of a model's classes: its own, ImageNet's for 1000 nameless ones, else numbers."""
+    from bitdance.classes import ClassNames, imagenet, numbered
+
+    if config.class_names:
+        return ClassNames.from_labels(config.class_names)
+    return imagenet() if config.num_classes == 1000 else numbered(config.num_classes)
+
+
+def _asset(name: str) -> pathlib.Path:
+    return pathlib.Path(str(importlib.resources.files("bitdance") / "assets" / name))

@@ -1,0 +1,104 @@
+"""`bitdance nearest`: a check that a model does not copy what it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+from bitdance.cli.parsing import parse
+from bitdance.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """Find the training image that is nearest to each generated one.
+
+    Attributes:
+        samples: folder that `bitdance sample` wrote.
+        data: the training images: a folder or zip of class folders, or CIFAR-10's archives.
+        held_out: real images that were not trained on; their own distances to the training images tell how near two
+            unrelated pictures are.
+        output: folder for nearest.png and nearest.json.
+        shown: pairs in the picture, the nearest first.
+    """
+
+    samples: Annotated[pathlib.Path, "positional"]
+    data: Annotated[pathlib.Path, "positional"]
+    held_out: pathlib.Path | None = None
+    output: pathlib.Path = pathlib.Path("nearest")
+    shown: int = 16
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    command = parse(Nearest, arguments, "bitdance nearest")
+    if command.shown < 1:
+        raise UserError(f"--shown {command.shown} does not fit: it must be at least 1.")
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from bitdance.evaluation.nearest import nearest
+    from bitdance.files import atomic_write
+    from bitdance.pictures import grid
+
+    queries = _samples(command.samples)
+    side = queries.shape[1]
+    references = _pixels(command.data, side, None)
+    with tqdm(total=len(references), unit="image", dynamic_ncols=True, desc="comparing") as bar:
+        distance, index, mirrored = nearest(queries, references, bar.update)
+    figures: dict[str, Any] = {"images": len(queries), "training_images": len(references), **_summary(distance)}
+    if command.held_out is not None:
+        real = _pixels(command.held_out, side, len(queries))
+        figures["held_out"] = _summary(nearest(real, references)[0])
+    order = np.argsort(distance)[: command.shown]
+    found = np.stack([references[i][:, ::-1] if flip else references[i] for i, flip in zip(index, mirrored, strict=True)])
+    picture = command.output / "nearest.png"
+    with atomic_write(command.output / "nearest.json") as path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    with atomic_write(picture) as path:
+        pairs = np.concatenate([queries[order], found[order]])
+        sheet: Image.Image = grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side))
+        sheet.save(path, format="PNG")
+    text = "{minimum:.1f} at least, {median:.1f} in the median"
+    line = f"distance to the nearest training image, in grey levels: generated {text.format(**figures)}"
+    if command.held_out is not None:
+        line += f"; real held-out images {text.format(**figures['held_out'])}"
+    print(f"{line}: {picture}")
+
+
+def _summary(distance: np.ndarray) -> dict[str, float]:
+    import numpy as np
+
+    return {"minimum": float(distance.min()), "median": float(np.median(distance)), "mean": float(distance.mean())}
+
+
+def _samples(folder: pathlib.Path) -> np.ndarray:
+    """The images that a record of `bitdance sample` lists: (B, H, W, 3) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        files = [entry["file"] for entry in json.loads((folder / "samples.json").read_text())["images"]]
+        return np.stack([np.asarray(Image.open(folder / file).convert("RGB")) for file in files])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a folder that `bitdance sample` wrote ({error}): name one that is.") from None
+
+
+def _pixels(data: pathlib.Path, side: int, limit: int | None) -> np.ndarray:
+    """All images of a set, or so many spread over it, cropped to side x side: (R, side, side, 3) uint8."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from bitdance.data.crops import center_crop, to_array
+    from bitdance.data.images import open_images
+
+    images = open_images(data)
+    chosen = np.linspace(0, len(images) - 1, min(len(images), limit or len(images))).round().astype(int)
+    bar = tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}")
+    return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])

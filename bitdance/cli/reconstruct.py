@@ -1,0 +1,102 @@
+"""`bitdance reconstruct`: what an autoencoder makes of images it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Literal
+
+from bitdance.cli.models import DEMO, find_autoencoder_alone
+from bitdance.cli.parsing import parse
+from bitdance.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruct:
+    """Encode and decode images: a picture of both, PSNR and SSIM.
+
+    Attributes:
+        data: images: a folder or zip of class folders, or CIFAR-10's archives.
+        autoencoder: `demo`, or a file of weights.
+        output: folder for reconstruction.png and reconstruction.json.
+        image_size: images are scaled and cropped to this side; by default the side of the first one.
+        split: train or test, for CIFAR-10's archives.
+        limit: use only so many images, spread over the set.
+        shown: images in the picture.
+        batch_size: images at a time.
+        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        threads: CPU threads; by default all cores.
+    """
+
+    data: Annotated[pathlib.Path, "positional"]
+    autoencoder: str = DEMO
+    output: pathlib.Path = pathlib.Path("reconstruction")
+    image_size: int | None = None
+    split: Literal["train", "test"] = "train"
+    limit: int | None = None
+    shown: int = 16
+    batch_size: int = 100
+    device: str | None = None
+    threads: int | None = None
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    command = parse(Reconstruct, arguments, "bitdance reconstruct")
+    for name in ("shown", "batch_size"):
+        if getattr(command, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(command, name)} does not fit: it must be at least 1.")
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from bitdance.autoencoder import to_bytes
+    from bitdance.checkpoint import load_autoencoder
+    from bitdance.data.crops import center_crop, normalize, to_array
+    from bitdance.data.images import open_images
+    from bitdance.distributed import connect
+    from bitdance.evaluation.reconstruction import WINDOW, psnr, ssim
+    from bitdance.files import atomic_write
+    from bitdance.pictures import grid
+
+    world = connect(command.device, command.threads)
+    path = find_autoencoder_alone(command.autoencoder)
+    autoencoder = load_autoencoder(path).to(world.device)
+    images = open_images(command.data, command.split)
+    size = command.image_size or min(images.read(0).size)
+    if size % autoencoder.config.down_size or size < WINDOW:
+        raise UserError(
+            f"--image-size {size} does not fit: it must be a multiple of {autoencoder.config.down_size} "
+            f"and at least {WINDOW}."
+        )
+    count = min(len(images), command.limit or len(images))
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    pairs, ratios, similarities = [], [], []
+    with tqdm(total=count, unit="image", dynamic_ncols=True) as bar, torch.no_grad():
+        for start in range(0, count, command.batch_size):
+            batch = [to_array(center_crop(images.read(int(i)), size)) for i in chosen[start : start + command.batch_size]]
+            original = torch.from_numpy(np.stack(batch)).to(world.device)
+            decoded = to_bytes(autoencoder.decode(autoencoder.encode(normalize(original))))
+            ratios.append(psnr(original.cpu(), decoded.cpu()))
+            similarities.append(ssim(original.cpu(), decoded.cpu()))
+            if start == 0 or len(pairs) * command.batch_size < command.shown:
+                pairs.append((original.cpu().numpy(), decoded.cpu().numpy()))
+            bar.update(len(batch))
+    figures = {
+        "autoencoder": str(path),
+        "data": str(command.data),
+        "images": count,
+        "image_size": size,
+        "psnr": float(torch.cat(ratios).mean()),
+        "ssim": float(torch.cat(similarities).mean()),
+    }
+    shown = min(command.shown, count)
+    above, below = (np.concatenate(part)[:shown] for part in zip(*pairs, strict=True))
+    with atomic_write(command.output / "reconstruction.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    picture = command.output / "reconstruction.png"
+    with atomic_write(picture) as temporary:
+        sheet = grid(np.concatenate([above, below]), shown, ("original", "decoded"), scale=max(1, 96 // size))
+        sheet.save(temporary, format="PNG")
+    print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}: {picture}")

@@ -1,0 +1,146 @@
+"""`bitdance sample`: images of classes, as PNGs and one labelled grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from bitdance.cli.models import DEMO, Precision, class_names, load_pair
+from bitdance.cli.parsing import parse
+from bitdance.errors import UserError
+
+if TYPE_CHECKING:
+    from bitdance.classes import ClassNames
+
+GRID = "grid.png"
+RECORD = "samples.json"
+SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Generate images of classes: PNGs and one labelled grid.
+
+    Attributes:
+        classes: ids or names, such as 207 or "golden retriever"; by default all classes, or the first 20 of many.
+        model: `demo`, a released model such as BitDance-B-16X, or a file of weights.
+        autoencoder: file of the autoencoder; by default the one inside or beside the model.
+        output: folder for grid.png, the images and samples.json; images of an earlier call there are replaced.
+        per_class: images of each class.
+        seed: the same seed gives the same images.
+        cfg_scale: guidance, 1 for none; by default the published one, or 3 for the demo model.
+        cfg_schedule: linear grows with the steps from 1, constant does not.
+        sample_steps: steps of the diffusion head for each token; by default 100, or 50 for the demo model.
+        share_first: share the first tokens with the unconditional rows, which the published figures did not.
+        weights: ema or model (raw); by default the EMA where there is one.
+        batch_size: images at a time.
+        chunk_size: images that the decoder takes at once; 0 for a whole batch.
+        mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
+        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        threads: CPU threads; by default all cores.
+    """
+
+    classes: Annotated[tuple[str, ...], "positional"] = ()
+    model: str = DEMO
+    autoencoder: str | None = None
+    output: pathlib.Path = pathlib.Path("samples")
+    per_class: int = 10
+    seed: int = 0
+    cfg_scale: float | None = None
+    cfg_schedule: Literal["linear", "constant"] = "linear"
+    sample_steps: int | None = None
+    share_first: bool = False
+    weights: Literal["ema", "model"] | None = None
+    batch_size: int = 100
+    chunk_size: int = 0
+    mixed_precision: Precision = "auto"
+    device: str | None = None
+    threads: int | None = None
+
+
+def main(arguments: list[str]) -> None:
+    command = parse(Sample, arguments, "bitdance sample")
+    if command.per_class < 1:
+        raise UserError(f"--per-class {command.per_class} images cannot be made: ask for at least 1.")
+    from bitdance.distributed import connect
+    from bitdance.engine import SampleSettings
+    from bitdance.generation.batches import Generator, cut
+
+    world = connect(command.device, command.threads)
+    model, autoencoder, contents = load_pair(
+        command.model, command.autoencoder, command.weights, world.device, command.mixed_precision
+    )
+    names = class_names(model.config)
+    chosen = names.find_all(command.classes) if command.classes else list(range(min(len(names), SHOWN)))
+    cfg_scale, steps = _defaults(command, contents.path)
+    settings = SampleSettings(steps, cfg_scale, command.cfg_schedule, command.share_first)
+    generator = Generator(model, autoencoder, settings, command.seed, command.chunk_size)
+    labels = [label for label in chosen for _ in range(command.per_class)]
+    batches = list(cut(len(labels), command.batch_size))
+    _clear(command.output)
+    pictures = _generate(generator, labels, batches)
+    grid = _write(command, pictures, labels, names, {"cfg_scale": cfg_scale, "sample_steps": steps})
+    print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
+
+
+def _defaults(command: Sample, path: pathlib.Path) -> tuple[float, int]:
+    """Guidance and steps: as given, else as published for this model, else what suits the demo model."""
+    from bitdance.config import ZOO
+
+    scales = {release.file.lower(): release.cfg_scale for release in ZOO.values()}
+    published = scales.get(path.name.lower())
+    scale = command.cfg_scale if command.cfg_scale is not None else published or 3.0
+    steps = command.sample_steps if command.sample_steps is not None else 100 if published else 50
+    return scale, steps
+
+
+def _generate(generator: Any, labels: list[int], batches: list[range]) -> Any:
+    import numpy as np
+    from tqdm import tqdm
+
+    made = []
+    steps = generator.model.config.ar_steps
+    with tqdm(total=len(labels) * steps, unit="token step", dynamic_ncols=True, desc="sampling") as bar:
+        for numbers in batches:
+            made.append(
+                generator.images(list(numbers), [labels[i] for i in numbers], lambda n=len(numbers): bar.update(n))
+            )
+    return np.concatenate(made)
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Removes the images that an earlier call listed in its record, and nothing else."""
+    record = folder / RECORD
+    try:
+        files = [image["file"] for image in json.loads(record.read_text())["images"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in files:
+        if pathlib.PurePath(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write(
+    command: Sample, pictures: Any, labels: list[int], names: ClassNames, resolved: dict[str, Any]
+) -> pathlib.Path:
+    from bitdance.files import atomic_write
+    from bitdance.generation.pngs import save_png
+    from bitdance.pictures import grid
+
+    folder, images = command.output, []
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())
+        file = f"{number:04d}-{word}.png"
+        images.append({"file": file, "class": label, "name": names.label(label), "number": number})
+    with atomic_write(folder / RECORD) as path:
+        record = {**dataclasses.asdict(command), **resolved, "images": images}
+        path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    for image, picture in zip(images, pictures, strict=True):
+        save_png(folder / str(image["file"]), picture)
+    rows = [names.label(label) for label in labels[:: command.per_class]]
+    scale = max(1, 96 // pictures.shape[1])
+    with atomic_write(folder / GRID) as path:
+        grid(pictures, columns=command.per_class, labels=rows, scale=scale).save(path, format="PNG")
+    return folder / GRID

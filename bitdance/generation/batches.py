@@ -1,0 +1,86 @@
+"""Images in batches: numbers and labels in, bytes out. What all kinds of sampling are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from bitdance import noise
+from bitdance.autoencoder import Autoencoder
+from bitdance.engine import SampleSettings, check_fit, decode_tokens, image_noise, sample_tokens
+from bitdance.errors import UserError
+from bitdance.model import BitDance
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A model and its autoencoder on a device, ready to make images.
+
+    Attributes:
+        model, autoencoder: on the device, in the dtype to compute in.
+        settings: of the sampler.
+        seed: 0 <= seed < 2**32; with an image's number it determines the image's noise.
+        chunk: images that the decoder takes at once; 0 for a whole batch.
+    """
+
+    model: BitDance
+    autoencoder: Autoencoder
+    settings: SampleSettings
+    seed: int
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        check_fit(self.model, self.autoencoder)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} is out of range: it must lie between 0 and {2**32 - 1}.")
+        if self.chunk < 0:
+            raise UserError(f"--chunk-size {self.chunk} does not fit: it must not be negative (0: a whole batch at once).")
+
+    def images(
+        self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """One batch of images: (B, H, W, 3) uint8.
+
+        Args:
+            numbers: the images' numbers in the job, from which their noise follows.
+            labels: their classes.
+            progress: called after each AR step.
+        """
+        device = self.model.norm.weight.device
+        rows = torch.tensor(numbers, dtype=torch.int64, device=device)
+        classes = torch.tensor(labels, dtype=torch.int64, device=device)
+        draw = image_noise(self.model, self.seed, rows, self.settings.num_steps)
+        tokens = sample_tokens(self.model, classes, draw, self.settings, progress)
+        return decode_tokens(self.model, self.autoencoder, tokens, self.chunk).cpu().numpy()
+
+
+def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
+    """Labels with equal counts, a remainder spread over distinct classes, in a random order fixed by the seed: (N,) int64.
+
+    The Inception Score takes splits of consecutive images, so class order would give each split a few classes only.
+    """
+    rows = torch.arange(num_images)
+    keys = noise.words(seed, rows, 4, stream=noise.SAMPLE_ORDER, step=0)[0].numpy()
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    # A remainder takes classes a whole stride apart rather than the first few.
+    whole, rest = divmod(num_images, num_classes)
+    labels = np.repeat(np.arange(num_classes), whole)
+    extra = np.arange(rest) * num_classes // max(rest, 1)
+    return np.concatenate([labels, extra]).astype(np.int64)[order]
+
+
+def cut(num_images: int, batch_size: int) -> Iterator[range]:
+    """The fixed batches of a job, as ranges of image numbers; the last one may be shorter.
+
+    Raises:
+        UserError: a count is not positive.
+    """
+    if num_images < 1:
+        raise UserError(f"{num_images} images cannot be made: ask for at least 1.")
+    if batch_size < 1:
+        raise UserError(f"a batch of {batch_size} images does not exist: use at least 1.")
+    for start in range(0, num_images, batch_size):
+        yield range(start, min(start + batch_size, num_images))

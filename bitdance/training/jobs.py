@@ -1,0 +1,129 @@
+"""Whole training jobs, from a configuration to finished weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import torch
+
+from bitdance import checkpoint
+from bitdance.autoencoder import Autoencoder
+from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, BitDanceConfig, LossConfig, ModelSizes, RunConfig
+from bitdance.data.images import ImageSet, open_images
+from bitdance.distributed import World, connect, disconnect
+from bitdance.errors import UserError
+from bitdance.model import BitDance
+from bitdance.training.batches import Batches
+from bitdance.training.loop import Run
+from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
+
+# What may differ between the two halves of an interrupted run without changing its weights.
+_FREE = ("data_path", "results_dir", "max_steps", "num_workers", "log_every", "save_every", "keep_epochs",
+         "preview_every", "compile", "grad_checkpointing")
+
+
+def train_autoencoder(
+    run: RunConfig, network: AutoencoderConfig, loss: AutoencoderLossConfig, device: str | None = None
+) -> pathlib.Path:
+    """Trains an autoencoder and returns the path of its weights.
+
+    Raises:
+        UserError: a setting does not fit, or a file cannot be read or written.
+    """
+    _check_image_size(run.image_size, network.down_size)
+    world = connect(device)
+    try:
+        images = open_images(run.data_path)
+        torch.manual_seed(run.global_seed)
+        objective = AutoencoderObjective(Autoencoder(network), loss)
+        return _train(objective, run, images, world, {"network": network, "loss": loss})
+    finally:
+        disconnect()
+
+
+def train_model(
+    run: RunConfig,
+    sizes: ModelSizes,
+    loss: LossConfig,
+    autoencoder_path: pathlib.Path,
+    device: str | None = None,
+    expect_bits: int | None = None,
+    expect_down_size: int | None = None,
+) -> pathlib.Path:
+    """Trains a BitDance model on the tokens of an autoencoder and returns the path of its weights.
+
+    `expect_bits` and `expect_down_size` are what the caller believes of the autoencoder, where it has a belief.
+
+    Raises:
+        UserError: a setting does not fit, or a file cannot be read or written.
+    """
+    contents = checkpoint.read(autoencoder_path)
+    autoencoder = checkpoint.load_autoencoder(contents)
+    for flag, expected, found in (
+        ("--latent-dim", expect_bits, autoencoder.config.bits),
+        ("--down-size", expect_down_size, autoencoder.config.down_size),
+    ):
+        if expected not in (None, found):
+            raise UserError(f"{flag} {expected} contradicts {autoencoder_path}, which has {found}: leave the flag out.")
+    _check_image_size(run.image_size, autoencoder.config.down_size)
+    world = connect(device)
+    try:
+        images = open_images(run.data_path)
+        config = _model_config(sizes, autoencoder.config, run.image_size, images)
+        torch.manual_seed(run.global_seed)
+        network = BitDance(config, sizes.drop_rate, run.grad_checkpointing)
+        objective = BitDanceObjective(network, autoencoder, loss, run.global_seed)
+        digest = checkpoint.digest(contents.states["autoencoder"])
+        return _train(objective, run, images, world, {"model": config, "loss": loss, "autoencoder": digest})
+    finally:
+        disconnect()
+
+
+def _model_config(
+    sizes: ModelSizes, autoencoder: AutoencoderConfig, image_size: int, images: ImageSet
+) -> BitDanceConfig:
+    """The model's configuration: its sizes, and what follows from the autoencoder and the images."""
+    num_classes = sizes.num_classes or len(images.classes)
+    if len(images.classes) > num_classes:
+        raise UserError(
+            f"{images.path} has {len(images.classes)} classes, more than --num-classes {num_classes}: raise it to that."
+        )
+    names = images.classes if len(images.classes) == num_classes else ()
+    own = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
+    own = {name: value for name, value in own.items() if name not in ("num_classes", "drop_rate")}
+    return BitDanceConfig(
+        **own,
+        grid=image_size // autoencoder.down_size,
+        bits=autoencoder.bits,
+        num_classes=num_classes,
+        class_names=names,
+    )
+
+
+def _check_image_size(image_size: int, down_size: int) -> None:
+    if image_size % down_size:
+        raise UserError(f"--image-size {image_size} does not fit the autoencoder: it must be a multiple of {down_size}.")
+
+
+def _train(
+    objective: AutoencoderObjective | BitDanceObjective,
+    run: RunConfig,
+    images: ImageSet,
+    world: World,
+    parts: dict[str, Any],
+) -> pathlib.Path:
+    identity = {
+        f"{name}.{key}": value
+        for name, part in {"run": run, **parts}.items()
+        for key, value in ({"digest": part} if isinstance(part, str) else dataclasses.asdict(part)).items()
+        if not (name == "run" and key in _FREE)
+    }
+    identity["images"] = len(images)
+    try:
+        run.results_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {run.results_dir}: {error.strerror}; choose another --results-dir.") from error
+    batches = Batches(images, run, world)
+    return Run(objective, run, batches, world, identity).train()

@@ -1,0 +1,9 @@
+"""The original's `sample_ddp_parallel.py`: the same flags (--help), one process or many under torchrun."""
+
+import sys
+
+from bitdance.cli.main import call
+from bitdance.cli.original import sample
+
+if __name__ == "__main__":
+    call(sample, sys.argv[1:], parallel=True)

@@ -1,0 +1,147 @@
+"""Rectified flow against values worked out by hand, and the solvers against what they must transport."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bitdance import flow
+
+
+def close(actual, expected, atol=1e-6):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=atol)
+
+
+def test_interpolate():
+    x_0, x_1 = torch.tensor([2.0, -4.0]), torch.tensor([1.0, -1.0])
+    close(flow.interpolate(x_0, x_1, torch.tensor(0.25)), [1.75, -3.25])
+    assert torch.equal(flow.interpolate(x_0, x_1, torch.tensor(0.0)), x_0)
+    assert torch.equal(flow.interpolate(x_0, x_1, torch.tensor(1.0)), x_1)
+
+
+def test_velocity():
+    x_pred, x_t = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5])
+    close(flow.velocity(x_pred, x_t, torch.tensor(0.75)), [2.0, -6.0])
+    close(flow.velocity(x_pred, x_t, torch.tensor(0.95)), [10.0, -30.0], atol=1e-4)
+    # From t = 0.95 on the divisor stays 0.05.
+    close(flow.velocity(x_pred, x_t, torch.tensor(0.99)), [10.0, -30.0], atol=1e-4)
+    close(flow.velocity(x_pred, x_t, torch.tensor(1.0)), [10.0, -30.0], atol=1e-4)
+
+
+def test_velocity_of_the_true_x_1_is_that_of_the_straight_path():
+    x_0, x_1, t = torch.tensor([0.3, -2.0]), torch.tensor([1.0, -1.0]), torch.tensor(0.4)
+    close(flow.velocity(x_1, flow.interpolate(x_0, x_1, t), t), x_1 - x_0)
+
+
+def test_score():
+    # t = 0.5: (0.5 v - x) / (0.25 + 0.25); t = 0: -x.
+    close(flow.score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.0]), torch.tensor(0.5)), [1.0, -3.0])
+    close(flow.score(torch.tensor([2.0]), torch.tensor([0.7]), torch.tensor(0.0)), [-0.7])
+
+
+def test_score_of_a_point_mass():
+    """With data at a single x_1 the marginal is N(t x_1, (1 - t)^2), whose score is (t x_1 - x) / (1 - t)^2."""
+    x, x_1 = torch.tensor([-0.4, 0.1, 1.3]), torch.tensor(1.0)
+    for t in (0.0, 0.2, 0.5, 0.8):
+        time = torch.tensor(t)
+        v = flow.velocity(x_1, x, time)
+        close(flow.score(v, x, time), (t * x_1 - x) / (1 - t) ** 2, atol=1e-5)
+
+
+def test_time_shift():
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    close(flow.time_shift(t, 3.0), [0.0, 0.1, 0.25, 1.0])
+    close(flow.time_shift(t, 1.0), t)
+    close(flow.time_shift(t, 0.5), [0.0, 0.4, 2 / 3, 1.0])
+
+
+def test_time_grid():
+    close(flow.time_grid(4), [0.0, 0.2375, 0.475, 0.7125, 0.95])
+    close(flow.time_grid(2, shift=3.0), [0.0, 0.475 / (0.475 + 3 * 0.525), 0.95 / (0.95 + 3 * 0.05)])
+    grid = flow.time_grid(100)
+    assert grid.dtype == torch.float32
+    assert len(grid) == 101
+    assert (grid[1:] > grid[:-1]).all()
+
+
+def test_training_time():
+    normal = torch.tensor([0.0, 1.0, -2.0])
+    close(flow.training_time(normal, -0.8, 0.8), [1 / (1 + math.exp(-a)) for a in (-0.8, 0.0, -2.4)])
+    shifted = flow.training_time(normal, -0.8, 0.8, shift=3.0)
+    close(shifted, flow.time_shift(flow.training_time(normal, -0.8, 0.8), 3.0))
+    draws = flow.training_time(torch.randn(100_001, generator=torch.Generator().manual_seed(0)), -0.8, 0.8)
+    assert draws.median().item() == pytest.approx(0.310026, abs=0.003)  # sigmoid(-0.8)
+    assert draws.min() > 0 and draws.max() < 1
+
+
+def test_guide():
+    v_cond, v_null = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
+    close(flow.guide(v_cond, v_null, 3.0), [3.0, -2.0])
+    assert torch.equal(flow.guide(v_cond, v_null, 1.0), v_cond)
+    assert torch.equal(flow.guide(v_cond, v_null, 0.0), v_null)
+
+
+def test_guidance_schedules():
+    assert [flow.guidance_scale(5.0, i, 4) for i in range(4)] == [1.0, 2.0, 3.0, 4.0]
+    assert [flow.guidance_scale(5.0, i, 4, "constant") for i in range(4)] == [5.0] * 4
+    for scale in (1.1, 3.2, 3.9, 4.55, 6.1):
+        assert flow.guidance_scale(scale, 0, 256) == 1, "exactly, so that the first step is known to be unguided"
+        assert 1 < flow.guidance_scale(scale, 1, 256) < flow.guidance_scale(scale, 255, 256) < scale
+    with pytest.raises(ValueError, match=r"'cosine'.*linear or constant"):
+        flow.guidance_scale(2.0, 0, 4, "cosine")
+
+
+def noise(num_steps, count, seed=0):
+    return torch.randn(num_steps + 1, count, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_solver_carries_noise_to_a_point_mass(shift):
+    x_1 = torch.tensor([1.0, -1.0]).repeat(500)
+    x = flow.euler_maruyama(lambda x, t: flow.velocity(x_1, x, t), noise(50, 1000), shift)
+    assert torch.equal(x.sign(), x_1)
+    close(x, x_1, atol=1e-5)  # the last step divides by its own length, so it lands on the prediction
+
+
+def test_one_step_by_hand():
+    # S = 1: from x = 2, t = 0, dt = 0.95 with velocity 3 and noise 0.5; the score there is -2.
+    x = flow.euler_maruyama(lambda x, t: torch.full_like(x, 3.0), torch.tensor([[2.0], [0.5]]))
+    close(x, [2.0 + (3.0 - 2.0) * 0.95 + math.sqrt(2 * 0.95) * 0.5 + 3.0 * 0.05])
+
+
+def test_the_field_is_asked_at_the_times_of_the_grid_and_at_last_at_095():
+    asked = []
+
+    def field(x, t):
+        asked.append(t)
+        return torch.zeros_like(x)
+
+    flow.euler_maruyama(field, torch.zeros(5, 2), shift=3.0)
+    close(torch.stack(asked), [*flow.time_grid(4, 3.0)[:-1].tolist(), 0.95])
+    assert all(t.dtype == torch.float32 and t.dim() == 0 for t in asked)
+
+
+def test_solver_carries_noise_to_a_gaussian():
+    """Data N(m, s^2): the marginal at t is N(t m, (1-t)^2 + t^2 s^2), and E[x_1 | x_t] is linear in x_t."""
+    mean, std = 0.7, 0.5
+
+    def field(x, t):
+        variance = (1 - t) ** 2 + t**2 * std**2
+        return flow.velocity(mean + t * std**2 / variance * (x - t * mean), x, t)
+
+    x = flow.euler_maruyama(field, noise(200, 20_000))
+    assert x.mean().item() == pytest.approx(mean, abs=0.02)
+    assert x.std().item() == pytest.approx(std, abs=0.03)
+
+
+def test_solver_splits_noise_between_the_two_signs():
+    """Data +1 with probability 3/4, else -1: the exact predictor, tanh of the log odds, keeps the odds."""
+
+    def field(x, t):
+        return flow.velocity(torch.tanh(t * x / (1 - t) ** 2 + 0.5 * math.log(3)), x, t)
+
+    x = flow.euler_maruyama(field, noise(100, 20_000))
+    assert (x > 0).float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert (x.abs() - 1).abs().mean().item() < 0.05
