@@ -74,6 +74,14 @@ class Contents:
     config: dict[str, Any] | None
     metadata: dict[str, str]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which networks can be loaded: `model`, `autoencoder` or both."""
+        # Of the training of an autoencoder, `ema` and `model` are autoencoders.
+        model = self.metadata.get("trains") != "autoencoder" and (self.states.get("ema") or self.states.get("model"))
+        found = {"model": model, "autoencoder": self.states.get("autoencoder")}
+        return tuple(name for name, state in found.items() if state)
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
@@ -108,7 +116,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not weights: the download went wrong, fetch it again.")
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a pointer of Git LFS, not weights: fetch the file that it stands for (git lfs pull).")
+        raise UserError(f"{path} is a pointer of Git LFS, not weights: fetch what it stands for (git lfs pull).")
     if start[:4] == b"PK\x03\x04":
         _check_zip(path)
         return _read_torch(path, mmap=True)
@@ -145,7 +153,7 @@ def _check_zip(path: pathlib.Path) -> None:
     except Exception:  # damage ends in almost any exception
         _damaged(path)
     if broken is not None:
-        raise UserError(f"{path} is damaged (the checksum of {printable(broken)} does not fit): fetch or copy it again.")
+        raise UserError(f"{path} is damaged (checksum of {printable(broken)} does not fit): fetch or copy it again.")
     if len(pickles) != 1 or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(f"{path} is a zip archive but not a file of weights: expected a .pt that torch saved.")
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -172,16 +180,19 @@ def _check_pickle(path: pathlib.Path, file: IO[bytes]) -> None:
 
     Raises:
         UserError: it carries code, or is too large or too nested.
+        Exception: of almost any kind, where it is no pickle.
     """
     stack: list[int] = []  # sizes; what is no tuple has 1
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     strings: list[str] = []
     for op, value, position in pickletools.genops(file):
         if isinstance(value, str):
             strings = [*strings[-1:], value]
         if op.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
             name = " ".join(strings) if op.name == "STACK_GLOBAL" else str(value)
+            if not re.fullmatch(r"[\w.]+ [\w.]+", name):
+                raise ValueError("not a pickle")
             if not _HARMLESS.fullmatch(name):
                 _refuse_code(path, printable(name.replace(" ", ".")))
         elif op.name.startswith("EXT"):
@@ -190,23 +201,21 @@ def _check_pickle(path: pathlib.Path, file: IO[bytes]) -> None:
         if pickletools.markobject in given:
             marks.append(len(stack))
             continue
-        bottom = len(stack)
         if pickletools.markobject in taken:
-            bottom = marks.pop()
-            items = stack[bottom:]
-            bottom -= taken.index(pickletools.markobject)
+            top = marks.pop()
+            bottom = top - taken.index(pickletools.markobject)
         else:
-            bottom -= len(taken)
-            items = stack[bottom:]
+            top = bottom = len(stack) - len(taken)
+        size = 1 + sum(stack[top:]) if "TUPLE" in op.name else 1
         if "PUT" in op.name or op.name == "MEMOIZE":
-            memo[len(memo) if value is None else int(value)] = stack[-1]
+            memo[len(memo) if value is None else value] = stack[-1]
             continue
         del stack[bottom:]
         if "GET" in op.name:
-            stack.append(memo[int(value)])
+            stack.append(memo[value])
         else:
-            stack += [1 + sum(items) if "TUPLE" in op.name else 1] * len(given)
-        if position > _MAX_PICKLE or (stack and stack[-1] > _MAX_TUPLE):
+            stack += [size] * len(given)
+        if (position or 0) > _MAX_PICKLE or (stack and stack[-1] > _MAX_TUPLE):
             raise UserError(f"{path} is not a file of weights (its pickle is too large or too nested): fetch it again.")
 
 
@@ -254,14 +263,14 @@ def _plain(args: Mapping[Any, Any] | argparse.Namespace | None) -> dict[str, Any
     """Training arguments as JSON could have them; of any other value only the name of its type is kept."""
 
     def simple(value: Any) -> bool:
-        return value is None or type(value) in (str, int, float, bool)
+        return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
 
     result = {}
     for key, value in (vars(args) if isinstance(args, argparse.Namespace) else args or {}).items():
         if isinstance(value, list | tuple) and all(map(simple, value)):
             value = list(value)
         elif not simple(value):
-            value = f"<{type(value).__name__}>"
+            value = str(value) if type(value) is float else f"<{type(value).__name__}>"
         result[str(key) if simple(key) else f"<{type(key).__name__}>"] = value
     return result
 
@@ -270,11 +279,11 @@ def _tensors(path: pathlib.Path, key: str, state: Mapping[Any, Any]) -> State:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(
-                f"{path}: {key} holds {printable(repr(name))}, which is not a named tensor: it is not a file of weights."
+                f"{path}: {key} holds {printable(repr(name))}, which is not a named tensor: it is no file of weights."
             )
     # Views can repeat a few numbers without end; a network has each of its numbers in the file.
     if sum(value.nbytes for value in state.values()) > path.stat().st_size:
-        raise UserError(f"{path}: the tensors of {key} claim more bytes than the file has: it is not a file of weights.")
+        raise UserError(f"{path}: the tensors of {key} claim more bytes than the file has: it is no file of weights.")
     return dict(state)
 
 
@@ -306,8 +315,8 @@ def _read_safetensors(path: pathlib.Path) -> Contents:
     except Exception:  # damage ends in almost any exception
         _damaged(path)
     if metadata.get("format") != FORMAT:
-        if "format_version" in metadata or "checksum" in metadata:
-            _damaged(path)  # one of ours: both stand beside the format
+        if "format_version" in metadata and "checksum" in metadata:
+            _damaged(path)  # one of ours
         return Contents(path, "safetensors", _bare(state), {}, None, metadata)
     if metadata.get("format_version") != VERSION:
         raise UserError(
@@ -322,7 +331,7 @@ def _read_safetensors(path: pathlib.Path) -> Contents:
         config, kind = json.loads(metadata["config"]), metadata["kind"]
     except UserError:
         raise
-    except (KeyError, ValueError, RuntimeError, RecursionError):
+    except (KeyError, ValueError, RuntimeError):
         _damaged(path)
     if kind not in KINDS or not isinstance(config, dict):
         raise UserError(f"{path} is of the unknown kind {printable(repr(kind))}: expected one of {', '.join(KINDS)}.")
@@ -343,7 +352,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
         value = state[name].detach().cpu().contiguous()
         h.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         if value.numel():
-            h.update(value.view(-1).view(torch.uint8).numpy())
+            h.update(value.view(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -368,7 +377,7 @@ def _count(contents: Contents, state: State, prefix: str) -> int:
 
 def _shape(contents: Contents, state: State, name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state:
-        raise UserError(f"{contents.path}: tensor {name} is missing: the file is incomplete or of another kind of model.")
+        raise UserError(f"{contents.path}: tensor {name} is missing: the file is incomplete or no BitDance model.")
     shape = tuple(state[name].shape)
     if len(shape) != dimensions or 0 in shape:
         raise UserError(f"{contents.path}: tensor {name} has the shape {shape}, which no BitDance model has.")
@@ -391,7 +400,7 @@ def describe_model(contents: Contents, weights: Weights | None = None) -> Descri
             f"no multiple of the width {dim}: it fits no model."
         )
     if math.isqrt(tokens) ** 2 != tokens:
-        raise UserError(f"{contents.path}: tensor pos_for_diff.weight has {tokens} rows, no square grid: it fits no model.")
+        raise UserError(f"{contents.path}: tensor pos_for_diff.weight has {tokens} rows, no square: it fits no model.")
     found: dict[str, Any] = {
         "dim": dim,
         "n_layer": _count(contents, state, "layers."),
@@ -448,7 +457,7 @@ def _describe(
     if contents.config is not None:
         inside = contents.config.get(kind)
         if not isinstance(inside, dict):
-            raise UserError(f"{contents.path} holds no configuration of its {kind}: it is not complete, write it again.")
+            raise UserError(f"{contents.path} holds no configuration of its {kind}: write it again.")
         if unknown := sorted(inside.keys() - set(names)):
             raise UserError(
                 f"{contents.path}: its configuration has {printable(', '.join(unknown))}, which this release does not "
@@ -484,10 +493,9 @@ def choose_weights(contents: Contents, weights: Weights | None = None) -> Weight
         UserError: what was asked for, or any model, is not in the file.
     """
     candidates: tuple[Weights, ...] = (weights,) if weights else ("ema", "model")
-    if contents.metadata.get("trains") != "autoencoder":
-        for name in candidates:
-            if contents.states.get(name):
-                return name
+    for name in candidates if "model" in contents.parts else ():
+        if contents.states.get(name):
+            return name
     wanted = {"ema": "EMA weights", "model": "raw weights"}[weights] if weights else "model"
     raise UserError(f"{contents.path} holds no {wanted}, only {_there(contents)}: name another file.")
 
@@ -548,7 +556,7 @@ def _load(cls: type[Network], config: Any, path: pathlib.Path, state: State, dty
     except (RuntimeError, MemoryError) as error:
         if "alloca" not in str(error) and not isinstance(error, MemoryError):
             raise
-        raise UserError(f"{path} needs more memory than is free: close other programs or use a smaller model.") from error
+        raise UserError(f"{path} needs more memory than is free: close other programs or use a smaller one.") from error
     return network.eval().requires_grad_(False)
 
 

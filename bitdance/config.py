@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from bitdance.errors import UserError
 
 TokenOrder = Literal["patch", "standard"]
 TOKEN_ORDERS: tuple[TokenOrder, ...] = ("patch", "standard")
+
+
+def _check(settings: object, names: str, fits: Callable[[Any], bool], rule: str) -> None:
+    """Raises a `UserError` for the first field (of the words in `names`) whose value does not fit; None always does."""
+    for name in names.split():
+        value = getattr(settings, name)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name.replace('_', '-')} {value} does not fit: it must {rule}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +85,8 @@ class BitDanceConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "grid", "cls_token_num", "num_classes"):
+        counts = "dim n_layer head_dim head_layers head_ada_ln grid cls_token_num num_classes"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} does not fit: it must be at least 1.")
         for name in ("dim", "head_dim"):
@@ -94,7 +104,8 @@ class BitDanceConfig:
         if not (math.isfinite(self.time_shift) and self.time_shift > 0):
             raise UserError(f"time shift {self.time_shift} does not fit: it must be a positive number.")
         if self.class_names and len(self.class_names) != self.num_classes:
-            raise UserError(f"{len(self.class_names)} class names for {self.num_classes} classes: give one each or none.")
+            given = len(self.class_names)
+            raise UserError(f"{given} class names for {self.num_classes} classes: give one each or none.")
         self._check_parallel_num()
 
     def _check_parallel_num(self) -> None:
@@ -106,7 +117,8 @@ class BitDanceConfig:
             raise UserError(f"--parallel-num {p} is not a square: tokens are made in square patches (1, 4, 16, ...).")
         if self.token_order == "patch" and grid % side:
             raise UserError(
-                f"--parallel-num {p} does not fit: patches of {side}x{side} tokens do not divide the {grid}x{grid} grid."
+                f"--parallel-num {p} does not fit: "
+                f"patches of {side}x{side} tokens do not divide the {grid}x{grid} grid."
             )
         if grid * grid % p:
             raise UserError(f"--parallel-num {p} does not divide the {grid * grid} tokens of the {grid}x{grid} grid.")
@@ -154,10 +166,14 @@ class ModelSizes:
     time_shift: float = 1.0
     drop_rate: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self, "num_classes", lambda value: value >= 1, "be at least 1")
+        _check(self, "drop_rate", lambda value: 0 <= value < 1, "lie between 0 and 1, 1 excluded")
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How the head's loss draws its times and noise (section 6 of the training recipe).
+    """How the head's loss draws its times and noise.
 
     Attributes:
         diff_batch_mul: copies of each group with fresh time and noise.
@@ -173,6 +189,12 @@ class LossConfig:
     time_schedule: Literal["logit_normal", "uniform"] = "logit_normal"
     class_dropout: float = 0.1
     perturb_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, "diff_batch_mul", lambda value: value >= 1, "be at least 1")
+        _check(self, "class_dropout perturb_rate", lambda value: 0 <= value <= 1, "lie between 0 and 1")
+        _check(self, "time_mean", math.isfinite, "be a number")
+        _check(self, "time_std", lambda value: 0 <= value < math.inf, "be a number from 0 on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,17 +308,13 @@ class RunConfig:
     aug_decay_end_epoch: int = 750
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "epochs", "global_batch_size", "log_every", "num_workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} does not fit: it must be at least 1.")
-        for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every",
-                     "keep_epochs", "preview_every", "global_seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} does not fit: it must not be negative.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"--max-steps {self.max_steps} does not fit: it must be at least 1.")
-        if self.ema >= 1:
-            raise UserError(f"--ema {self.ema} does not fit: it must be below 1, such as 0.9999.")
+        counts = "image_size epochs max_steps global_batch_size num_workers log_every"
+        _check(self, counts, lambda value: value >= 1, "be at least 1")
+        others = "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every keep_epochs preview_every"
+        _check(self, others, lambda value: 0 <= value < math.inf, "be a number from 0 on")
+        _check(self, "beta1 beta2", lambda value: 0 <= value < 1, "lie between 0 and 1, 1 excluded")
+        _check(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")
+        _check(self, "global_seed", lambda value: 0 <= value < 2**32, f"lie between 0 and {2**32 - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,3 +330,7 @@ class AutoencoderLossConfig:
     l1_weight: float = 0.0
     entropy_weight: float = 0.1
     commitment_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        weights = "l1_weight entropy_weight commitment_weight"
+        _check(self, weights, lambda value: 0 <= value < math.inf, "be a number from 0 on")

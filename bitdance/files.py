@@ -10,6 +10,10 @@ from collections.abc import Iterator
 
 from bitdance.errors import UserError
 
+# What the process may not give to others in files that it makes; it can only be read by setting it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
@@ -30,14 +34,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make their files private
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         if error.filename in (None, str(temporary), str(path.parent)):
-            raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place.") from error
+            reason = error.strerror or error
+            raise UserError(f"cannot write {path}: {reason}; free some space or choose another place.") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an error on the way here says more
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bitdance.errors import UserError
+
 LAST_STEP = 0.05
 """The plain Euler step that ends every integration, from t = 0.95."""
 
@@ -82,10 +84,10 @@ def guidance_scale(cfg_scale: float, step: int, num_steps: int, schedule: str = 
     """The guidance of AR step `step` of `num_steps`: `linear` grows from exactly 1, `constant` is cfg_scale throughout.
 
     Raises:
-        ValueError: unknown schedule.
+        UserError: unknown schedule.
     """
     if schedule == "constant":
         return cfg_scale
     if schedule == "linear":
         return 1.0 + (cfg_scale - 1.0) * step / num_steps
-    raise ValueError(f"unknown guidance schedule {schedule!r}: use linear or constant.")
+    raise UserError(f"unknown guidance schedule {schedule!r}: use linear or constant.")

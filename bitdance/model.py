@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitdance import flow
-from bitdance.config import BitDanceConfig, LossConfig
+from bitdance.config import BitDanceConfig
 from bitdance.head import DiffusionHead
 from bitdance.layers import KVCache, SwiGLU, TransformerBlock, rotary_table
 from bitdance.tokens import block_causal_mask, positions
@@ -137,8 +137,8 @@ class BitDance(nn.Module):
     def new_cache(self, batch: int) -> KVCache:
         """An empty key/value cache for `batch` rows, in the parameters' dtype."""
         config, weight = self.config, self.norm.weight
-        length = config.cls_token_num + config.num_tokens - 1
-        return KVCache(config.n_layer, batch, config.n_head, length, config.dim // config.n_head, weight.dtype, weight.device)
+        shape = (batch, config.n_head, config.cls_token_num + config.num_tokens - 1, config.dim // config.n_head)
+        return KVCache(config.n_layer, *shape, weight.dtype, weight.device)
 
     def _advance(self, x: Tensor, cache: KVCache) -> Tensor:
         start, end = cache.length, cache.length + x.shape[1]

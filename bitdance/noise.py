@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from bitdance.errors import UserError
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -65,11 +67,11 @@ def words(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: 
         draws: draw d of the result has the number d in the counter.
 
     Raises:
-        ValueError: the seed or the step is out of range.
+        UserError: the seed or the step is out of range.
     """
     for name, value in (("seed", seed), ("step", step)):
         if not 0 <= value <= _MASK:
-            raise ValueError(f"{name} {value} is out of range: it must lie between 0 and {_MASK}.")
+            raise UserError(f"{name} {value} is out of range: it must lie between 0 and {_MASK}.")
     device = rows.device
     element = torch.arange((size + 3) // 4, device=device)
     draw = torch.arange(draws, device=device)[:, None, None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Annotated, Literal
+from typing import Literal
 
-from bitdance.cli.parsing import parse
+from bitdance.cli.parsing import Positional, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Convert:
         dtype: to store in.
     """
 
-    source: Annotated[pathlib.Path, "positional"]
-    target: Annotated[pathlib.Path, "positional"]
+    source: Positional[pathlib.Path]
+    target: Positional[pathlib.Path]
     part: Literal["model", "autoencoder"] | None = None
     weights: Literal["ema", "model"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

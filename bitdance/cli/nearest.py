@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from bitdance.cli.parsing import parse
+from bitdance.cli.parsing import Positional, parse
 from bitdance.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Nearest:
         shown: pairs in the picture, the nearest first.
     """
 
-    samples: Annotated[pathlib.Path, "positional"]
-    data: Annotated[pathlib.Path, "positional"]
+    samples: Positional[pathlib.Path]
+    data: Positional[pathlib.Path]
     held_out: pathlib.Path | None = None
     output: pathlib.Path = pathlib.Path("nearest")
     shown: int = 16

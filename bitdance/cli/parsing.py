@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import tyro
+from tyro.conf import Positional
+
+__all__ = ["Positional", "parse"]
+
 T = TypeVar("T")
 
 
@@ -12,8 +17,6 @@ def parse(cls: type[T], arguments: list[str], prog: str, default: Any = None) ->
 
     Exits with status 2 and a usage message when the arguments do not parse.
     """
-    import tyro
-
     settings: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
         cls,

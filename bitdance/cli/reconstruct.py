@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Literal
+from typing import Literal
 
 from bitdance.cli.models import DEMO, find_autoencoder_alone
-from bitdance.cli.parsing import parse
+from bitdance.cli.parsing import Positional, parse
 from bitdance.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Reconstruct:
         threads: CPU threads; by default all cores.
     """
 
-    data: Annotated[pathlib.Path, "positional"]
+    data: Positional[pathlib.Path]
     autoencoder: str = DEMO
     output: pathlib.Path = pathlib.Path("reconstruction")
     image_size: int | None = None

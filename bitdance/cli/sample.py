@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.models import DEMO, Precision, class_names, load_pair
-from bitdance.cli.parsing import parse
+from bitdance.cli.parsing import Positional, parse
 from bitdance.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Sample:
         threads: CPU threads; by default all cores.
     """
 
-    classes: Annotated[tuple[str, ...], "positional"] = ()
+    classes: Positional[tuple[str, ...]] = ()
     model: str = DEMO
     autoencoder: str | None = None
     output: pathlib.Path = pathlib.Path("samples")

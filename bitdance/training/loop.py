@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -132,7 +133,7 @@ class Run:
     def _mean(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
         values = self.world.mean(torch.stack([value.float() for value in sums.values()]) / steps)
         means = dict(zip(sums, values.tolist(), strict=True))
-        if means["loss"] != means["loss"]:
+        if not math.isfinite(means["loss"]):
             raise UserError(f"the loss is not finite at step {self.step}: lower --lr, or train with --mixed-precision none.")
         return means
 
@@ -205,7 +206,7 @@ class Run:
             self.ema.state = {name: value.to(device) for name, value in contents.states["ema"].items()}
         for name, parameter in self.network.named_parameters():
             self.optimizer.state[parameter] = {
-                key: contents.states["optimizer"][f"{key}/{name}"].to(device if key != "step" else "cpu")
+                key: contents.states["optimizer"][f"{key}/{name}"].to(device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.step = int(contents.metadata["step"])

@@ -36,5 +36,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        parameters: list[Tensor] = [parameter.detach() for parameter in network.parameters()]
-        torch._foreach_lerp_(list(self.state.values()), parameters, 1 - self.decay)
+        parameters = dict(network.named_parameters())
+        current: list[Tensor] = [parameters[name].detach() for name in self.state]  # a file's order is its own
+        torch._foreach_lerp_(list(self.state.values()), current, 1 - self.decay)

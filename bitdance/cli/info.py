@@ -1,0 +1,141 @@
+"""`bitdance info`: what is inside a file of weights, and where each part of its configuration was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from bitdance.cli.parsing import parse
+from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
+
+if TYPE_CHECKING:
+    from bitdance.checkpoint import Contents
+
+SOURCES = {
+    "shapes": "from shapes",
+    "args": "from args",
+    "file": "in the file",
+    "default": "published default",  # the defaults of the configuration are those of the released models
+}
+SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Show what is inside a file of weights.
+
+    Attributes:
+        file: file of weights, released (.pt, .safetensors) or our own.
+        json: print JSON, for programs.
+    """
+
+    file: tyro.conf.Positional[pathlib.Path]
+    json: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    command = parse(Info, arguments, "bitdance info")
+    from bitdance import checkpoint
+
+    facts = describe(checkpoint.read(command.file))
+    print(json.dumps(facts, indent=2) if command.json else text(facts))
+
+
+def describe(contents: Contents) -> dict[str, Any]:
+    """All that a file says, ready for JSON, after its tensors were compared with those of the networks.
+
+    Raises:
+        UserError: a tensor is missing, extra or misshapen, or the file holds no network.
+    """
+    from bitdance import checkpoint
+
+    networks = {}
+    there = [name for name in ("ema", "model") if contents.states.get(name)]
+    if "autoencoder" not in contents.parts or "model" in contents.parts:  # without any, this says what is missing
+        used = checkpoint.choose_weights(contents)
+        facts = _network(contents, used, checkpoint.describe_model(contents))
+        networks["model"] = {"weights": used, "weights_in_file": there, **facts}
+    if "autoencoder" in contents.parts:
+        facts = _network(contents, "autoencoder", checkpoint.describe_autoencoder(contents))
+        in_training = {"weights": there[0], "weights_in_file": there} if there and "model" not in networks else {}
+        networks["autoencoder"] = in_training | facts
+    metadata = {key: value for key, value in sorted(contents.metadata.items()) if key not in ("config", "checksum")}
+    return {
+        "file": str(contents.path),
+        "bytes": contents.path.stat().st_size,
+        "layout": contents.layout,
+        "metadata": metadata,
+        **networks,
+        "args": contents.args or (contents.config or {}).get("run", {}),
+    }
+
+
+def _network(contents: Contents, state_name: str, description: Any) -> dict[str, Any]:
+    from bitdance import checkpoint
+
+    config, state = description.config, contents.states[state_name]
+    checkpoint.check_tensors(contents.path, checkpoint.shapes(config), state)
+    return {
+        "parameters": sum(value.numel() for value in state.values()),
+        "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
+        "released_as": _released(config),
+        "config": {
+            name: {"value": value, "source": description.sources[name]}
+            for name, value in dataclasses.asdict(config).items()
+        },
+    }
+
+
+def _released(config: BitDanceConfig | AutoencoderConfig) -> str | None:
+    """The released network of the same sizes and settings; names of classes do not count."""
+    if isinstance(config, AutoencoderConfig):
+        return "ae_d16c32" if config == AutoencoderConfig() else None
+    nameless = dataclasses.replace(config, class_names=())
+    return next((f"BitDance-{name}" for name, release in ZOO.items() if release.config == nameless), None)
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The facts as lines for a person: (name, value, source) in three columns, one block a network."""
+    blocks: dict[str, list[tuple[str, str, str]]] = {"": [("layout", facts["layout"], "")]}
+    blocks[""] += [(name, _value(value), "") for name, value in facts["metadata"].items() if name != "format"]
+    for part in ("model", "autoencoder"):
+        if part in facts:
+            blocks[part] = _rows(facts[part])
+    if facts["args"]:
+        blocks["training args"] = [(name, _value(value), "") for name, value in facts["args"].items()]
+    rows = [row for block in blocks.values() for row in block]
+    first = max(len(name) for name, _, _ in rows) + 2
+    second = max((len(value) for _, value, source in rows if source), default=0) + 2
+    lines = [f"{facts['file']} ({facts['bytes'] / 1e6:.1f} MB)"]
+    for title, block in blocks.items():
+        lines += ["", title] if title else []
+        lines += [f"  {name:<{first}}{value:<{second}}{source}".rstrip() for name, value, source in block]
+    return "\n".join(lines)
+
+
+def _rows(network: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    if "weights" in network:
+        others = [name for name in network["weights_in_file"] if name != network["weights"]]
+        note = f"; {', '.join(others)} is there too" if others else ", the only ones"
+        rows.append(("weights", f"{network['weights']}{note}", ""))
+    rows.append(("parameters", f"{network['parameters'] / 1e6:.2f} million, {', '.join(network['dtypes'])}", ""))
+    rows.append(("released model", network["released_as"] or "none of these sizes", ""))
+    for name, field in network["config"].items():
+        rows.append((name, _value(field["value"]), SOURCES[field["source"]]))
+    return rows
+
+
+def _value(value: Any) -> str:
+    """A value on one line: of long lists only the beginning."""
+    from bitdance.checkpoint import printable
+
+    if isinstance(value, list | tuple):
+        items = ", ".join(map(_value, value[:SHOWN])) or "none"
+        return f"{items}, ... ({len(value)})" if len(value) > SHOWN else items
+    return printable(str(value))

@@ -1,0 +1,146 @@
+"""Every wrong value is refused with a sentence that names it and says what would do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from bitdance.config import (
+    SIZES,
+    ZOO,
+    AutoencoderConfig,
+    AutoencoderLossConfig,
+    BitDanceConfig,
+    LossConfig,
+    ModelSizes,
+    RunConfig,
+)
+from bitdance.engine import SampleSettings
+from bitdance.errors import UserError
+
+WRONG = [
+    # Sizes of a model. P must be a square whose side divides the grid's, or divide the tokens in raster order.
+    (BitDanceConfig, {"parallel_num": 2}, "--parallel-num 2 is not a square", r"1, 4, 16"),
+    (BitDanceConfig, {"parallel_num": 8}, "--parallel-num 8 is not a square", r"1, 4, 16"),
+    (BitDanceConfig, {"parallel_num": 9}, "--parallel-num 9", "3x3 tokens do not divide the 16x16 grid"),
+    (BitDanceConfig, {"parallel_num": 1024}, "--parallel-num 1024", "32x32 tokens do not divide the 16x16 grid"),
+    (BitDanceConfig, {"parallel_num": 4, "grid": 7}, "--parallel-num 4", "2x2 tokens do not divide the 7x7 grid"),
+    (BitDanceConfig, {"parallel_num": 0}, "0 tokens a step", "--parallel-num must be at least 1"),
+    (BitDanceConfig, {"parallel_num": -4}, "-4 tokens a step", "--parallel-num must be at least 1"),
+    (BitDanceConfig, {"parallel_num": 3, "token_order": "standard"}, "--parallel-num 3", "divide the 256 tokens"),
+    (BitDanceConfig, {"bits": 12}, "12 bits", "positive multiple of 8"),
+    (BitDanceConfig, {"bits": 0}, "0 bits", "positive multiple of 8"),
+    (BitDanceConfig, {"dim": 100}, "dim 100", "multiple of 64"),
+    (BitDanceConfig, {"head_dim": 96}, "head_dim 96", "multiple of 64"),
+    *(
+        (BitDanceConfig, {name: value}, f"{name} {value}", "at least 1")
+        for name in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "grid", "cls_token_num", "num_classes")
+        for value in (0, -1)
+    ),
+    (BitDanceConfig, {"head_layers": 5}, "5 head blocks cannot share 2", "multiple of the second"),
+    (BitDanceConfig, {"token_order": "spiral"}, "'spiral'", "patch or standard"),
+    *(
+        (BitDanceConfig, {"time_shift": value}, f"time shift {value}", "positive")
+        for value in (0.0, -1.0, math.inf, math.nan)
+    ),
+    (BitDanceConfig, {"class_names": ("cat", "dog")}, "2 class names for 1000 classes", "one each or none"),
+    # Sizes of an autoencoder.
+    (AutoencoderConfig, {"widths": ()}, r"widths \(\)", "multiple of 32"),
+    (AutoencoderConfig, {"widths": (32, 48)}, r"widths \(32, 48\)", "multiple of 32"),
+    (AutoencoderConfig, {"widths": (0,)}, r"widths \(0,\)", "multiple of 32"),
+    (AutoencoderConfig, {"blocks": 0}, "0 blocks", "at least 1"),
+    (AutoencoderConfig, {"bits": 20}, "20 bits", "multiple of 8"),
+    # Training.
+    (ModelSizes, {"drop_rate": 1.0}, "--drop-rate 1.0", "between 0 and 1"),
+    (ModelSizes, {"drop_rate": -0.1}, "--drop-rate -0.1", "between 0 and 1"),
+    (ModelSizes, {"num_classes": 0}, "--num-classes 0", "at least 1"),
+    (LossConfig, {"diff_batch_mul": 0}, "--diff-batch-mul 0", "at least 1"),
+    (LossConfig, {"class_dropout": 1.5}, "--class-dropout 1.5", "between 0 and 1"),
+    (LossConfig, {"perturb_rate": -0.1}, "--perturb-rate -0.1", "between 0 and 1"),
+    (LossConfig, {"time_mean": math.nan}, "--time-mean nan", "number"),
+    (LossConfig, {"time_std": -1.0}, "--time-std -1.0", "from 0 on"),
+    (AutoencoderLossConfig, {"entropy_weight": -1.0}, "--entropy-weight -1.0", "from 0 on"),
+    *(
+        (RunConfig, {name: 0}, f"--{name.replace('_', '-')} 0", "at least 1")
+        for name in ("image_size", "epochs", "max_steps", "global_batch_size", "num_workers", "log_every")
+    ),
+    *(
+        (RunConfig, {name: -1}, f"--{name.replace('_', '-')} -1", "from 0 on")
+        for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every")
+    ),
+    (RunConfig, {"lr": math.nan}, "--lr nan", "number from 0 on"),
+    (RunConfig, {"beta2": 1.0}, "--beta2 1.0", "between 0 and 1"),
+    (RunConfig, {"ema": 1.0}, "--ema 1.0", "below 1"),
+    (RunConfig, {"global_seed": -1}, "--global-seed -1", "between 0 and 4294967295"),
+    (RunConfig, {"global_seed": 2**32}, "--global-seed 4294967296", "between 0 and 4294967295"),
+    # Sampling.
+    (SampleSettings, {"num_steps": 0}, "--sample-steps 0", "at least 1"),
+    (SampleSettings, {"cfg_scale": -1.0}, "--cfg-scale -1.0", "number from 0 on"),
+    (SampleSettings, {"cfg_scale": math.nan}, "--cfg-scale nan", "number from 0 on"),
+    (SampleSettings, {"cfg_schedule": "cosine"}, "'cosine'", "linear or constant"),
+]
+
+
+@pytest.mark.parametrize(("cls", "values", "what", "remedy"), WRONG)
+def test_wrong_values(cls, values, what, remedy):
+    needed = {"data_path": "images"} if cls is RunConfig else {}
+    with pytest.raises(UserError, match=rf"{what}(?!\w).*{remedy}") as raised:
+        cls(**needed, **values)
+    assert str(raised.value).endswith(".")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "patch", "steps"),
+    [
+        ({}, 1, 256),
+        ({"parallel_num": 4}, 2, 64),
+        ({"parallel_num": 16}, 4, 16),
+        ({"parallel_num": 256}, 16, 1),
+        ({"parallel_num": 16, "grid": 32}, 4, 64),
+        ({"parallel_num": 9, "grid": 6}, 3, 4),
+        ({"parallel_num": 16, "token_order": "standard"}, 1, 16),
+        ({"parallel_num": 2, "token_order": "standard"}, 1, 128),
+    ],
+)
+def test_what_follows_from_the_sizes(values, patch, steps):
+    config = BitDanceConfig(**values)
+    assert (config.patch, config.ar_steps) == (patch, steps)
+    assert config.num_tokens == config.grid**2 == config.parallel_num * steps
+
+
+def test_down_size():
+    assert AutoencoderConfig().down_size == 16
+    assert AutoencoderConfig(widths=(32, 64)).down_size == 2
+
+
+def test_the_zoo_holds_the_published_table():
+    rows = {
+        name: (c.dim, c.n_layer, c.n_head, c.head_dim, c.head_layers, c.head_ada_ln, c.parallel_num, c.ar_steps)
+        for name, c in ((name, release.config) for name, release in ZOO.items())
+    }
+    assert rows == {
+        "B-1X": (768, 24, 12, 768, 6, 2, 1, 256),
+        "B-4X": (768, 24, 12, 768, 6, 2, 4, 64),
+        "B-16X": (768, 24, 12, 768, 6, 2, 16, 16),
+        "L-1X": (1024, 32, 16, 1024, 8, 2, 1, 256),
+        "H-1X": (1280, 40, 20, 1280, 12, 3, 1, 256),
+    }
+    for release in ZOO.values():
+        config = release.config
+        assert (config.grid, config.bits, config.cls_token_num, config.num_classes) == (16, 32, 64, 1000)
+        assert dataclasses.replace(config, parallel_num=1) == SIZES[release.family]
+        assert release.file == f"BitDance_{release.family[-1]}_{config.parallel_num}X.pt"
+    published = {
+        name: (r.cfg_scale, r.batch, r.chunk, r.fid, r.inception_score, r.precision, r.recall)
+        for name, r in ZOO.items()
+    }
+    assert published == {
+        "B-1X": (3.2, 384, 64, 1.68, 297.1, 0.80, 0.62),
+        "B-4X": (3.9, 384, 64, 1.69, 291.2, 0.79, 0.63),
+        "B-16X": (6.1, 384, 64, 1.91, 283.8, 0.78, 0.62),
+        "L-1X": (4.0, 352, 48, 1.31, 300.2, 0.80, 0.64),
+        "H-1X": (4.55, 224, 32, 1.24, 304.4, 0.81, 0.64),
+    }

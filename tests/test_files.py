@@ -1,0 +1,147 @@
+"""Atomic writing, whatever goes wrong, and grids of pictures."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from bitdance.errors import UserError
+from bitdance.files import atomic_write
+from bitdance.pictures import grid
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_file_appears_when_all_is_written(tmp_path):
+    path = tmp_path / "file.txt"
+    with atomic_write(path) as temporary:
+        assert temporary.parent == tmp_path, "a rename between file systems would not be atomic"
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_old_file_stays_until_then(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with atomic_write(str(path)) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), FileNotFoundError(2, "gone", "other")])
+def test_an_error_inside_passes_and_leaves_nothing(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(type(error)) as raised, atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert raised.value is error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_folders_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["file/inside", "file/deeper/inside"])
+def test_a_file_in_the_place_of_a_folder(tmp_path, name):
+    (tmp_path / "file").write_text("I am no folder")
+    with pytest.raises(UserError, match=r"cannot make the folder .*file.*another place"), atomic_write(tmp_path / name):
+        pytest.fail("nothing can be written there")
+    assert (tmp_path / "file").read_text() == "I am no folder"
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*taken"), atomic_write(tmp_path / "taken") as temporary:
+        temporary.write_text("new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "a"))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with (
+        pytest.raises(UserError, match=r"cannot make the folder .*Permission denied; choose another place"),
+        atomic_write(tmp_path / "a" / "b" / "file.txt"),
+    ):
+        pytest.fail("nothing can be written there")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"cannot write .*Permission denied"), atomic_write(tmp_path / "f") as temporary:
+        temporary.write_text("new")
+    tmp_path.chmod(0o700)
+
+
+def test_a_name_too_long(tmp_path):
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(UserError, match=r"cannot write .*choose another place"), atomic_write(path) as file:
+        file.write_text("new")
+
+
+@pytest.mark.parametrize("where", ["fsync", "write"])
+def test_no_space_left(tmp_path, monkeypatch, where):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    if where == "fsync":
+        monkeypatch.setattr(os, "fsync", no_space)
+    message = r"cannot write .*file.txt: No space left.*free some space"
+    with pytest.raises(UserError, match=message), atomic_write(path) as file:
+        file.write_text("half")
+        if where == "write":
+            no_space()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def pictures(count, height=3, width=2):
+    """Picture i is all 10 i, but for its top left pixel."""
+    images = np.stack([np.full((height, width, 3), 10 * i, np.uint8) for i in range(count)])
+    images[:, 0, 0] = (255, 0, 7)
+    return images
+
+
+def test_grid_of_pictures_in_place():
+    sheet = np.asarray(grid(pictures(5), columns=3, gap=2))
+    assert sheet.shape == (2 * (3 + 2) + 2, 3 * (2 + 2) + 2, 3)
+    expected = np.full_like(sheet, 255)
+    for i, image in enumerate(pictures(5)):
+        top, left = 2 + 5 * (i // 3), 2 + 4 * (i % 3)
+        expected[top : top + 3, left : left + 2] = image
+    assert np.array_equal(sheet, expected), "the sixth place, and all gaps, are white"
+
+
+def test_grid_enlarges_pixel_by_pixel():
+    images = pictures(2)
+    sheet = np.asarray(grid(images, columns=2, scale=4, gap=0))
+    assert np.array_equal(sheet, np.concatenate(images, axis=1).repeat(4, axis=0).repeat(4, axis=1))
+
+
+def test_grid_labels_stand_left_of_their_rows():
+    images, labels = pictures(4, 32, 32), ["short", "a rather longer label"]
+    plain = np.asarray(grid(images, columns=2))
+    labelled = np.asarray(grid(images, columns=2, labels=labels))
+    margin = labelled.shape[1] - plain.shape[1]
+    assert labelled.shape[0] == plain.shape[0]
+    assert np.array_equal(labelled[:, margin:], plain)
+    ink = [(labelled[34 * row : 34 * (row + 1), :margin] < 128).all(axis=-1) for row in range(2)]
+    assert 0 < ink[0].sum() < ink[1].sum()
+    assert not ink[1][:, 0].any(), "the longest label has room"

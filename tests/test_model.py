@@ -1,0 +1,294 @@
+"""The networks: the released shapes, the cache, the two samplers, the first weights, precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from bitdance import flow, noise
+from bitdance.autoencoder import Autoencoder
+from bitdance.config import ZOO, AutoencoderConfig
+from bitdance.engine import SampleSettings, image_noise, sample_tokens
+from bitdance.head import MLPBlock, TransformerHeadBlock
+from bitdance.model import BitDance
+
+LABELS = torch.tensor([2, 5, 9])
+
+
+def released_shapes():
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for line in (tiny.DATA / "released_tensors.tsv").read_text().splitlines():
+        model, name, shape = line.split("\t")
+        shapes.setdefault(model, {})[name] = tuple(map(int, shape.split(",")))
+    return shapes
+
+
+def random_tokens(config, batch=3, seed=0):
+    words = noise.words(seed, torch.arange(batch), config.num_tokens * config.bits, stream=noise.TRAIN_FLIP, step=0)[0]
+    return ((words & 1) * 2.0 - 1).reshape(batch, config.num_tokens, config.bits)
+
+
+# ------------------------------------------------------------ the released files
+
+
+@pytest.mark.parametrize("name", [*ZOO, "autoencoder_d16c32"])
+def test_released_names_and_shapes(name):
+    shapes = released_shapes()
+    assert shapes.keys() == {*ZOO, "autoencoder_d16c32"}
+    with torch.device("meta"):
+        network = BitDance(ZOO[name].config) if name in ZOO else Autoencoder(AutoencoderConfig())
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == shapes[name]
+    assert all(value.is_meta for value in network.state_dict().values()), "nothing was computed"
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    published = {
+        "B-1X": 242.37, "B-4X": 260.10, "B-16X": 260.11, "L-1X": 527.27, "H-1X": 1007.96, "autoencoder_d16c32": 460.29
+    }
+    assert round(millions, 2) == published[name]
+    assert name not in ZOO or ZOO[name].parameters == published[name]
+
+
+@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
+def test_the_autoencoder_is_no_part_of_the_model(p):
+    model = BitDance(tiny.config(p))
+    assert not any(hasattr(module, "vae") for module in model.modules())
+    assert not any(isinstance(module, nn.Conv2d | Autoencoder) for module in model.modules())
+
+
+@pytest.mark.parametrize(("p", "block"), [(1, MLPBlock), (4, TransformerHeadBlock), (16, TransformerHeadBlock)])
+def test_the_head_is_the_only_fork(p, block):
+    model = BitDance(tiny.config(p))
+    assert all(type(part) is block for part in model.head.net.res_blocks)
+    assert hasattr(model, "query_token") == (p > 1)
+
+
+# ------------------------------------------------------------ the cache and the samplers
+
+
+@pytest.mark.parametrize("order", ["patch", "standard"])
+@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
+def test_prefill_and_steps_equal_teacher_forcing(p, order):
+    model = tiny.model(p, token_order=order)
+    tokens = random_tokens(model.config)
+    with torch.no_grad():
+        expected = model.trunk(tokens, LABELS)
+        cache = model.new_cache(len(LABELS))
+        made = [model.prefill(LABELS, cache)]
+        for i in range(model.config.ar_steps - 1):
+            made.append(model.step(tokens[:, i * p : (i + 1) * p], cache))
+    assert cache.length == model.config.cls_token_num + model.config.num_tokens - 1, "the cache is just full"
+    assert tiny.relative_error(torch.cat(made, dim=1), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
+def test_a_condition_sees_all_groups_before_its_own_and_nothing_else(p):
+    model = tiny.model(p)
+    tokens = random_tokens(model.config, batch=1)
+    group = 2
+    changed = tokens.clone()
+    changed[:, group * p : (group + 1) * p] *= -1
+    with torch.no_grad():
+        before, after = (model.trunk(t, LABELS[:1]) for t in (tokens, changed))
+    different = (before - after).abs().amax(dim=-1)[0] > 1e-6
+    assert different.tolist() == [place >= (group + 1) * p for place in range(model.config.num_tokens)]
+
+
+def settings_of(case):
+    scale, schedule, share_first = case
+    return SampleSettings(num_steps=3, cfg_scale=scale, cfg_schedule=schedule, share_first=share_first)
+
+
+CASES = [(1.0, "linear", False), (3.2, "linear", False), (3.2, "linear", True), (1.5, "constant", False)]
+
+
+def both_samplers(model, case, images=(7, 0, 4_000_000_000)):
+    settings = settings_of(case)
+    draw = image_noise(model, 99, torch.tensor(images), settings.num_steps)
+    fast = sample_tokens(model, LABELS, draw, settings)
+    return fast, model.sample_reference(LABELS, draw, *case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
+def test_the_engine_equals_the_reference_bit_for_bit(p, case):
+    model = tiny.model(p)
+    fast, reference = both_samplers(model, case)
+    assert fast.shape == (3, model.config.num_tokens, model.config.bits)
+    assert torch.equal(fast.abs(), torch.ones_like(fast))
+    assert torch.equal(fast, reference)
+
+
+def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order():
+    fast, reference = both_samplers(tiny.model(16, time_shift=3.0, token_order="standard"), CASES[1])
+    assert torch.equal(fast, reference)
+
+
+def test_what_changes_an_image_and_what_does_not():
+    model = tiny.model(16)
+    samples = {case: both_samplers(model, case)[0] for case in CASES}
+    for i, case in enumerate(CASES):
+        assert not any(torch.equal(samples[case], samples[other]) for other in CASES[:i])
+    # Sharing the first tokens leaves the conditional ones as they were; what follows them differs.
+    alone, shared = samples[CASES[1]], samples[CASES[2]]
+    assert torch.equal(alone[:, :16], shared[:, :16])
+    assert not torch.equal(alone[:, 16:32], shared[:, 16:32])
+    # With the constant schedule there is no unguided first step to share.
+    assert torch.equal(both_samplers(model, (1.5, "constant", True))[0], samples[CASES[3]])
+    assert not torch.equal(both_samplers(model, CASES[0], images=(1, 2, 3))[0], samples[CASES[0]])
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model, settings = tiny.model(16), settings_of(CASES[1])
+    together = sample_tokens(model, LABELS, image_noise(model, 1, torch.tensor([10, 11, 12]), 3), settings)
+    alone = sample_tokens(model, LABELS[1:2], image_noise(model, 1, torch.tensor([11]), 3), settings)
+    # Another number of rows may change the last bit of a product, so all but a very few signs must be equal.
+    assert (alone[0] != together[1]).float().mean() < 0.01
+
+
+def test_progress_is_told_once_a_step():
+    model, told = tiny.model(16), []
+    draw = image_noise(model, 0, torch.arange(3), 3)
+    sample_tokens(model, LABELS, draw, SampleSettings(num_steps=3), lambda: told.append(None))
+    assert len(told) == 4
+
+
+# ------------------------------------------------------------ the first weights
+
+
+@pytest.fixture(scope="module", params=tiny.PARALLEL_NUMS)
+def fresh(request):
+    torch.manual_seed(0)
+    return BitDance(tiny.config(request.param, dim=192, num_classes=20))  # head width 128
+
+
+def test_first_weights_of_the_transformer(fresh):
+    for name, parameter in fresh.named_parameters():
+        if name.startswith("head."):
+            continue
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            count = parameter.numel()
+            assert parameter.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * count)), name
+            assert abs(parameter.mean().item()) < 5 * 0.02 / math.sqrt(count), name
+            assert parameter.abs().max() > 0.05, f"{name}: a normal law, not a uniform one"
+
+
+def test_first_weights_of_the_head(fresh):
+    net = fresh.head.net
+    zero = {*net.ada_ln_blocks, net.final_layer.ada_ln_modulation, net.final_layer.linear}
+    normal = {net.time_embed.mlp[0], net.time_embed.mlp[2]}
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        assert not module.bias.any(), name
+        if module in zero:
+            assert not module.weight.any(), name
+        elif module in normal:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            bound = math.sqrt(6 / (module.in_features + module.out_features))
+            assert 0.98 * bound < module.weight.abs().max().item() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
+def test_the_first_loss_is_that_of_predicting_zero(fresh):
+    """The prediction is off by x_1, every bit of which has the square 1, over max(1 - t, 0.05)."""
+    config = fresh.config
+    tokens, rows = random_tokens(config), 2 * 3 * config.ar_steps
+    generator = torch.Generator().manual_seed(0)
+    t = torch.rand(rows, generator=generator)
+    x_0 = torch.randn(rows, config.parallel_num, config.bits, generator=generator)
+    loss = fresh.loss(tokens, LABELS, t, x_0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx((1 / (1 - t).clamp_min(0.05) ** 2).mean().item(), rel=1e-5)
+
+
+def test_the_loss_tiles_conditions_and_targets_by_copy():
+    """Two copies in one call are the mean of the two alone; inputs are what is read, tokens what is aimed at."""
+    model = tiny.model(4)
+    tokens = random_tokens(model.config)
+    generator = torch.Generator().manual_seed(0)
+    rows = 3 * model.config.ar_steps
+    t = flow.training_time(torch.randn(2, rows, generator=generator), -0.8, 0.8)
+    x_0 = torch.randn(2, rows, 4, 32, generator=generator)
+    with torch.no_grad():
+        both = model.loss(tokens, LABELS, t.flatten(), x_0.flatten(0, 1))
+        alone = [model.loss(tokens, LABELS, t[i], x_0[i]).item() for i in range(2)]
+        perturbed = model.loss(tokens, LABELS, t[0], x_0[0], inputs=-tokens)
+        same = model.loss(tokens, LABELS, t[0], x_0[0], inputs=tokens)
+    assert both.item() == pytest.approx(sum(alone) / 2, rel=1e-5)
+    assert perturbed.item() != pytest.approx(alone[0], rel=1e-4)
+    assert same.item() == alone[0]
+
+
+# ------------------------------------------------------------ modes and precision
+
+
+@pytest.mark.parametrize("p", [1, 4])
+def test_dropout_acts_in_training_only(p):
+    torch.manual_seed(0)
+    model = BitDance(tiny.config(p), drop_rate=0.3)
+    model.load_state_dict(tiny.model_state(p))
+    tokens = random_tokens(model.config)
+    with torch.no_grad():
+        assert not torch.equal(model.trunk(tokens, LABELS), model.trunk(tokens, LABELS))
+        model.eval()
+        assert torch.equal(model.trunk(tokens, LABELS), tiny.model(p).trunk(tokens, LABELS))
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert rates.count(0.3) == 1 + 2 * model.config.n_layer, "proj_in, attention and feed-forward of every layer"
+    assert set(rates) <= {0.0, 0.3}, "the head has none"
+
+
+@pytest.mark.parametrize("p", [1, 4])
+def test_recomputing_layers_changes_no_gradient(p):
+    gradients = []
+    for recompute in (False, True):
+        model = BitDance(tiny.config(p), grad_checkpointing=recompute)
+        model.load_state_dict(tiny.model_state(p))
+        model.trunk(random_tokens(model.config), LABELS).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) > 30
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("p", [1, 4])
+def test_other_precisions(p, dtype, tolerance):
+    exact, model = tiny.model(p), tiny.model(p).to(dtype)
+    assert model.rotary.dtype == torch.float32, "angles rounded to bf16 would misplace tokens"
+    assert torch.equal(model.rotary, exact.rotary)
+    tokens = random_tokens(model.config)
+    t = torch.linspace(0.05, 0.9, 3 * model.config.ar_steps)
+    x_0 = torch.randn(len(t), p, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cond = model.trunk(tokens, LABELS)
+        loss = model.loss(tokens, LABELS, t, x_0)
+        assert tiny.relative_error(cond, exact.trunk(tokens, LABELS)) < tolerance
+        assert tiny.relative_error(loss, exact.loss(tokens, LABELS, t, x_0)) < tolerance
+    assert cond.dtype == dtype
+    assert loss.dtype == torch.float32
+    out, _ = both_samplers(model, CASES[1])
+    assert out.dtype == torch.float32
+    assert torch.equal(out.abs(), torch.ones_like(out))
+
+
+def test_a_model_made_without_memory_is_whole_once_it_is_filled():
+    expected = tiny.model(4)
+    with torch.device("meta"):
+        model = BitDance(tiny.config(4))
+    model.to_empty(device="cpu").load_state_dict(tiny.model_state(4))
+    assert torch.equal(model.rotary, expected.rotary)
+    assert torch.equal(model.mask, expected.mask)
+
+
+def test_an_image_that_does_not_fit_the_autoencoder():
+    autoencoder = tiny.autoencoder()
+    assert autoencoder.encode(torch.zeros(1, 3, 16, 48)).shape == (1, 32, 1, 3)
+    with pytest.raises(ValueError, match=r"40x16 pixels.*multiples of 16"):
+        autoencoder.encode(torch.zeros(1, 3, 16, 40))
