@@ -19,11 +19,12 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bitdance.autoencoder import Autoencoder
 from bitdance.config import AutoencoderConfig, BitDanceConfig
@@ -236,10 +237,10 @@ def _read_torch(path: pathlib.Path, mmap: bool) -> Contents:
     except Exception:
         _damaged(path)
     if not isinstance(data, Mapping):
-        raise UserError(f"{path} holds a {type(data).__name__}, not weights: expected a dictionary of state dicts.")
+        raise UserError(f"{path} holds no weights but {type(data).__name__}: expected a dictionary of state dicts.")
     args = data.get("args")
     if args is not None and not isinstance(args, Mapping | argparse.Namespace):
-        raise UserError(f"{path} holds args that are a {type(args).__name__}: expected a Namespace or a dictionary.")
+        raise UserError(f"{path} holds args of type {type(args).__name__}: expected a Namespace or a dictionary.")
     states = {}
     for name, key in (("ema", "ema"), ("model", "model"), ("autoencoder", "state_dict")):
         if isinstance(data.get(key), Mapping):
@@ -333,12 +334,16 @@ def _read_safetensors(path: pathlib.Path) -> Contents:
         raise
     except (KeyError, ValueError, RuntimeError):
         _damaged(path)
-    if kind not in KINDS or not isinstance(config, dict):
+    if kind not in KINDS:
         raise UserError(f"{path} is of the unknown kind {printable(repr(kind))}: expected one of {', '.join(KINDS)}.")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a configuration of type {type(config).__name__}: write the file again.")
     states: dict[str, State] = {kind: state} if kind != "training" else {}
     if kind == "training":
         for name, value in state.items():
-            part, _, rest = name.partition("/")
+            part, slash, rest = name.partition("/")
+            if not slash:
+                _damaged(path)
             states.setdefault(part, {})[rest] = value
         if metadata.get("trains") == "autoencoder":
             states["autoencoder"] = states.get("ema") or states.get("model", {})
@@ -472,16 +477,17 @@ def _describe(
                     f"its tensors have {found[name]}: it fits no {kind}."
                 )
         sources |= dict.fromkeys(settings, "file")
-    values = settings | found
-    types: dict[str, Any] = {"token_order": str, "time_shift": (int, float)}
-    for name, expected in types.items():
-        if name in values and not isinstance(values[name], expected):
-            what = printable(repr(values[name]))
+    fits: dict[str, Callable[[Any], bool]] = {
+        "token_order": lambda value: isinstance(value, str),
+        "time_shift": lambda value: isinstance(value, int | float),
+        "class_names": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+    }
+    for name in settings.keys() & fits.keys():
+        if not fits[name](settings[name]):
+            what = printable(repr(settings[name]))
             raise UserError(f"{contents.path}: its {name} {what} is of the wrong type: it fits no {kind}.")
-    if not all(isinstance(name, str) for name in values.get("class_names", ())):
-        raise UserError(f"{contents.path}: its class names are not all text: it fits no {kind}.")
     try:
-        return Description(cls(**values), sources)
+        return Description(cls(**settings | found), sources)
     except UserError as error:
         raise UserError(f"{contents.path} fits no {kind}: {error}") from None
 
@@ -503,7 +509,7 @@ def choose_weights(contents: Contents, weights: Weights | None = None) -> Weight
 def _there(contents: Contents) -> str:
     if contents.metadata.get("trains") == "autoencoder":
         return "the training of an autoencoder"
-    return ", ".join(map(printable, contents.states)) or "nothing"
+    return printable(", ".join(name for name, state in contents.states.items() if state)) or "nothing"
 
 
 # ---------------------------------------------------------------- networks
@@ -542,7 +548,7 @@ def _load(cls: type[Network], config: Any, path: pathlib.Path, state: State, dty
     """A network with these tensors, copied and converted, after every name and shape was compared."""
     try:
         check_tensors(path, shapes(config), state)
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             network = cls(config)
         own = {}
         for name, value in state.items():
@@ -560,9 +566,18 @@ def _load(cls: type[Network], config: Any, path: pathlib.Path, state: State, dty
     return network.eval().requires_grad_(False)
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves fresh parameters as they are: filling tensors without memory costs a second of imports, and nothing else."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("normal_", "uniform_", "zero_", "fill_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def shapes(config: BitDanceConfig | AutoencoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a network, which takes no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         network = BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 

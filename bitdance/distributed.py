@@ -68,7 +68,12 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
 
     NCCL on GPUs, gloo elsewhere. On a CPU the threads of the machine are shared out evenly among its processes, since
     torchrun would leave one thread to each.
+
+    Raises:
+        UserError: the device is not there, or the number of threads is not positive.
     """
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads} does not fit: it must be at least 1.")
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     place = choose_device(device, local)
     if place.type == "cuda":

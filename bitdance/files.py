@@ -26,10 +26,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another place.") from error
+    make_folder(path.parent)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -45,6 +42,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # an error on the way here says more
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place.") from error
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: on shared cores threads wait far longer than they work
 
 
 def pytest_runtest_setup(item):

@@ -21,6 +21,7 @@ RANKS = {
     "errors": 0,
     "config": 1,
     "files": 1,
+    "pictures": 1,
     "classes": 2,
     "noise": 3,
     "quantizer": 3,

@@ -32,6 +32,16 @@ def random_tokens(config, batch=3, seed=0):
     return ((words & 1) * 2.0 - 1).reshape(batch, config.num_tokens, config.bits)
 
 
+def few_steps(p, **changes):
+    """The tiny model with a grid of 4 x 4 tokens (8 x 8 for 16X), so that sampling takes few steps."""
+    if p == 16:
+        return tiny.model(p, **changes)
+    model = BitDance(tiny.config(p, grid=4, **changes))
+    state = tiny.model_state(p)
+    model.load_state_dict({**state, "pos_for_diff.weight": state["pos_for_diff.weight"][:16]})
+    return model.eval()
+
+
 # ------------------------------------------------------------ the released files
 
 
@@ -104,17 +114,22 @@ def settings_of(case):
 CASES = [(1.0, "linear", False), (3.2, "linear", False), (3.2, "linear", True), (1.5, "constant", False)]
 
 
-def both_samplers(model, case, images=(7, 0, 4_000_000_000)):
-    settings = settings_of(case)
-    draw = image_noise(model, 99, torch.tensor(images), settings.num_steps)
-    fast = sample_tokens(model, LABELS, draw, settings)
-    return fast, model.sample_reference(LABELS, draw, *case)
+def real_noise(model, images=(7, 0, 4_000_000_000)):
+    return image_noise(model, 99, torch.tensor(images), num_steps=3)
+
+
+def fast_sampler(model, case, images=(7, 0, 4_000_000_000)):
+    return sample_tokens(model, LABELS, real_noise(model, images), settings_of(case))
+
+
+def both_samplers(model, case):
+    return fast_sampler(model, case), model.sample_reference(LABELS, real_noise(model), *case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
 def test_the_engine_equals_the_reference_bit_for_bit(p, case):
-    model = tiny.model(p)
+    model = few_steps(p)
     fast, reference = both_samplers(model, case)
     assert fast.shape == (3, model.config.num_tokens, model.config.bits)
     assert torch.equal(fast.abs(), torch.ones_like(fast))
@@ -128,7 +143,7 @@ def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order()
 
 def test_what_changes_an_image_and_what_does_not():
     model = tiny.model(16)
-    samples = {case: both_samplers(model, case)[0] for case in CASES}
+    samples = {case: fast_sampler(model, case) for case in CASES}
     for i, case in enumerate(CASES):
         assert not any(torch.equal(samples[case], samples[other]) for other in CASES[:i])
     # Sharing the first tokens leaves the conditional ones as they were; what follows them differs.
@@ -136,8 +151,8 @@ def test_what_changes_an_image_and_what_does_not():
     assert torch.equal(alone[:, :16], shared[:, :16])
     assert not torch.equal(alone[:, 16:32], shared[:, 16:32])
     # With the constant schedule there is no unguided first step to share.
-    assert torch.equal(both_samplers(model, (1.5, "constant", True))[0], samples[CASES[3]])
-    assert not torch.equal(both_samplers(model, CASES[0], images=(1, 2, 3))[0], samples[CASES[0]])
+    assert torch.equal(fast_sampler(model, (1.5, "constant", True)), samples[CASES[3]])
+    assert not torch.equal(fast_sampler(model, CASES[0], images=(1, 2, 3)), samples[CASES[0]])
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -252,15 +267,16 @@ def test_recomputing_layers_changes_no_gradient(p):
         model = BitDance(tiny.config(p), grad_checkpointing=recompute)
         model.load_state_dict(tiny.model_state(p))
         model.trunk(random_tokens(model.config), LABELS).square().mean().backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    assert len(gradients[0]) > 30
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        gradients.append({name: value.grad for name, value in model.named_parameters() if not name.startswith("head.")})
+    plain, recomputed = gradients
+    different = [name for name, gradient in plain.items() if not torch.equal(gradient, recomputed[name])]
+    assert not different
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("p", [1, 4])
 def test_other_precisions(p, dtype, tolerance):
-    exact, model = tiny.model(p), tiny.model(p).to(dtype)
+    exact, model = few_steps(p), few_steps(p).to(dtype)
     assert model.rotary.dtype == torch.float32, "angles rounded to bf16 would misplace tokens"
     assert torch.equal(model.rotary, exact.rotary)
     tokens = random_tokens(model.config)
@@ -273,7 +289,7 @@ def test_other_precisions(p, dtype, tolerance):
         assert tiny.relative_error(loss, exact.loss(tokens, LABELS, t, x_0)) < tolerance
     assert cond.dtype == dtype
     assert loss.dtype == torch.float32
-    out, _ = both_samplers(model, CASES[1])
+    out = fast_sampler(model, CASES[1])
     assert out.dtype == torch.float32
     assert torch.equal(out.abs(), torch.ones_like(out))
 

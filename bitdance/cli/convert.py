@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     from bitdance import checkpoint
 
     contents = checkpoint.read(command.source)
-    part = command.part or ("model" if contents.states.keys() & {"ema", "model"} else "autoencoder")
+    part = command.part or ("model" if "model" in contents.parts else "autoencoder")
     if part == "model":
         digest = checkpoint.save(
             command.target, checkpoint.load_model(contents, command.weights), dtype=getattr(torch, command.dtype)
@@ -45,4 +45,5 @@ def main(arguments: list[str]) -> None:
         digest = checkpoint.save(
             command.target, checkpoint.load_autoencoder(contents), dtype=getattr(torch, command.dtype)
         )
-    print(f"{part} in {command.dtype}, {command.target.stat().st_size / 1e6:.2f} MB, digest {digest[:16]}: {command.target}")
+    size = command.target.stat().st_size / 1e6
+    print(f"{part} in {command.dtype}, {size:.2f} MB, digest {digest[:16]}: {command.target}")

@@ -7,9 +7,7 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from bitdance.cli.parsing import parse
+from bitdance.cli.parsing import Positional, parse
 from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ class Info:
         json: print JSON, for programs.
     """
 
-    file: tyro.conf.Positional[pathlib.Path]
+    file: Positional[pathlib.Path]
     json: bool = False
 
 

@@ -55,12 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None:
-    """Calls a command; a `UserError` becomes one line on stderr and exit status 2."""
+    """Calls a command; a `UserError`, or a file that cannot be used, becomes one line on stderr and exit status 2."""
     from bitdance.errors import UserError
 
     try:
         command(*arguments, **settings)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"bitdance: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

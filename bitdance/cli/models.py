@@ -37,11 +37,14 @@ def find_model(name: str) -> pathlib.Path:
     if path.exists():
         return path
     # The hub's page spells the released names with a small x.
-    other = path.with_name(path.name.replace("X.pt", "x.pt") if "X.pt" in path.name else path.name.replace("x.pt", "X.pt"))
+    old, new = ("X.pt", "x.pt") if "X.pt" in path.name else ("x.pt", "X.pt")
+    other = path.parent / path.name.replace(old, new)
     if other.exists():
         return other
     if release:
-        raise UserError(f"{path} is not there: download {release.file} from the hub repository into {FOLDER}, see the README.")
+        raise UserError(
+            f"{path} is not there: download {release.file} from the hub repository into {FOLDER}, see the README."
+        )
     raise UserError(
         f"there is no model {name!r}: name a file, {DEMO}, or one of {', '.join(f'BitDance-{key}' for key in ZOO)}."
     )

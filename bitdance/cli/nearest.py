@@ -57,12 +57,12 @@ def main(arguments: list[str]) -> None:
         real = _pixels(command.held_out, side, len(queries))
         figures["held_out"] = _summary(nearest(real, references)[0])
     order = np.argsort(distance)[: command.shown]
-    found = np.stack([references[i][:, ::-1] if flip else references[i] for i, flip in zip(index, mirrored, strict=True)])
+    found = np.stack([references[index[i]][:, :: -1 if mirrored[i] else 1] for i in order])
     picture = command.output / "nearest.png"
     with atomic_write(command.output / "nearest.json") as path:
         path.write_text(json.dumps(figures, indent=1) + "\n")
     with atomic_write(picture) as path:
-        pairs = np.concatenate([queries[order], found[order]])
+        pairs = np.concatenate([queries[order], found])
         sheet: Image.Image = grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side))
         sheet.save(path, format="PNG")
     text = "{minimum:.1f} at least, {median:.1f} in the median"
@@ -100,5 +100,5 @@ def _pixels(data: pathlib.Path, side: int, limit: int | None) -> np.ndarray:
 
     images = open_images(data)
     chosen = np.linspace(0, len(images) - 1, min(len(images), limit or len(images))).round().astype(int)
-    bar = tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}")
-    return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])
+    with tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}") as bar:
+        return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])

@@ -7,8 +7,9 @@ the original's default is ignored because the checkpoint or the autoencoder says
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from bitdance.cli.models import load_pair
 from bitdance.cli.parsing import parse
@@ -18,6 +19,7 @@ from bitdance.errors import UserError
 if TYPE_CHECKING:
     from bitdance.model import BitDance
 
+T = TypeVar("T")
 Family = Literal["BitDance-B", "BitDance-L", "BitDance-H", "BitDance-Tiny"]
 
 
@@ -67,7 +69,9 @@ class ModelFlags:
 
     def __post_init__(self) -> None:
         if self.patch_size != 1:
-            raise UserError(f"--patch-size {self.patch_size} does not fit: only 1 is supported, as in all released models.")
+            raise UserError(
+                f"--patch-size {self.patch_size} does not fit: only 1 is supported, as in all released models."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +215,7 @@ def train(arguments: list[str], parallel: bool) -> None:
 
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
     """Runs the sampling job; each process of torchrun calls this."""
+    from bitdance.checkpoint import digest
     from bitdance.distributed import connect, disconnect
     from bitdance.engine import SampleSettings
     from bitdance.generation.batches import Generator
@@ -225,8 +230,10 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
         )
         _check_against_checkpoint(model, model_flags, parallel, autoencoder.config.down_size)
         generator = Generator(model, autoencoder, settings, flags.seed, flags.chunk_size)
-        path = flags.sample_dir / _job_name(flags, model, contents.path, autoencoder.config.down_size)
-        job = Job(path, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz, _job_settings(flags, model_flags))
+        digests = [digest(network.state_dict()) for network in (model, autoencoder)]
+        name = _job_name(flags, model, contents.path, autoencoder.config.down_size)
+        path = flags.sample_dir / f"{name}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
+        job = Job(path, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz, _job_settings(flags, digests))
         result = run(job, generator, world)
         if world.is_main:
             print(f"{flags.num_fid_samples} images: {result}")
@@ -258,11 +265,13 @@ def _check_against_checkpoint(
     for flag, (given, found) in there.items():
         if given is not None and given != found:
             shown = flags.model if flag == "--model" else given
-            raise UserError(f"{flag} {shown} contradicts the checkpoint, which has {found}: leave the flag out or change it.")
+            raise UserError(
+                f"{flag} {shown} contradicts the checkpoint, which has {found}: leave the flag out or change it."
+            )
 
 
 def _job_name(flags: SampleFlags, model: BitDance, path: pathlib.Path, down_size: int) -> str:
-    """Names every setting that changes an image, so that no result is taken for another."""
+    """Names every setting that changes an image, so that no result is taken for another; a digest of weights follows."""
     config = model.config
     weights = "raw" if flags.no_ema else "ema"
     return (
@@ -272,9 +281,8 @@ def _job_name(flags: SampleFlags, model: BitDance, path: pathlib.Path, down_size
     )
 
 
-def _job_settings(flags: SampleFlags, model_flags: ModelFlags) -> dict[str, object]:
-    found: dict[str, object] = dataclasses.asdict(flags)
-    return {**{key: str(value) for key, value in found.items()}, "trained_vae": model_flags.trained_vae}
+def _job_settings(flags: SampleFlags, digests: list[str]) -> dict[str, object]:
+    return {**{key: str(value) for key, value in dataclasses.asdict(flags).items()}, "weights": digests}
 
 
 def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
@@ -297,11 +305,11 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         head_dim=sizes.head_dim,
         head_layers=sizes.head_layers,
         head_ada_ln=sizes.head_ada_ln,
-        parallel_num=parallel.parallel_num or 4,
-        cls_token_num=model_flags.cls_token_num or 64,
-        num_classes=model_flags.num_classes or 1000,
-        token_order=parallel.parallel_mode or "patch",
-        time_shift=model_flags.time_shift or 1.0,
+        parallel_num=_given(parallel.parallel_num, 4),
+        cls_token_num=_given(model_flags.cls_token_num, 64),
+        num_classes=_given(model_flags.num_classes, 1000),
+        token_order=_given(parallel.parallel_mode, "patch"),
+        time_shift=_given(model_flags.time_shift, 1.0),
         drop_rate=model_flags.drop_rate,
     )
     loss = LossConfig(
@@ -321,3 +329,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
     )
     train_model(run, chosen, loss, pathlib.Path(model_flags.trained_vae), expect_bits=model_flags.latent_dim,
                 expect_down_size=model_flags.down_size)
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from typing import Any, TypeVar
 
 import tyro
 from tyro.conf import Positional
+
+from bitdance.errors import UserError
 
 __all__ = ["Positional", "parse"]
 
@@ -16,12 +21,22 @@ def parse(cls: type[T], arguments: list[str], prog: str, default: Any = None) ->
     """Parses arguments into a dataclass; the last value of a repeated flag wins, nested fields lose their prefix.
 
     Exits with status 2 and a usage message when the arguments do not parse.
+
+    Raises:
+        UserError: a dataclass refused a value.
     """
     settings: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
-        cls,
-        args=arguments,
-        prog=prog,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        **settings,
-    )
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            return tyro.cli(cls, args=arguments, prog=prog, config=config, **settings)
+    except SystemExit as stop:
+        # What a dataclass refuses, tyro puts into a box of several lines; the sentence alone is better.
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        print(usage.getvalue(), end="", file=sys.stderr)
+        raise

@@ -44,9 +44,10 @@ class Reconstruct:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Reconstruct, arguments, "bitdance reconstruct")
-    for name in ("shown", "batch_size"):
-        if getattr(command, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(command, name)} does not fit: it must be at least 1.")
+    for name in ("image_size", "limit", "shown", "batch_size"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} does not fit: it must be at least 1.")
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -72,10 +73,12 @@ def main(arguments: list[str]) -> None:
         )
     count = min(len(images), command.limit or len(images))
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
-    pairs, ratios, similarities = [], [], []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    ratios, similarities = [], []
     with tqdm(total=count, unit="image", dynamic_ncols=True) as bar, torch.no_grad():
         for start in range(0, count, command.batch_size):
-            batch = [to_array(center_crop(images.read(int(i)), size)) for i in chosen[start : start + command.batch_size]]
+            part = chosen[start : start + command.batch_size]
+            batch = [to_array(center_crop(images.read(int(i)), size)) for i in part]
             original = torch.from_numpy(np.stack(batch)).to(world.device)
             decoded = to_bytes(autoencoder.decode(autoencoder.encode(normalize(original))))
             ratios.append(psnr(original.cpu(), decoded.cpu()))
@@ -92,7 +95,7 @@ def main(arguments: list[str]) -> None:
         "ssim": float(torch.cat(similarities).mean()),
     }
     shown = min(command.shown, count)
-    above, below = (np.concatenate(part)[:shown] for part in zip(*pairs, strict=True))
+    above, below = (np.concatenate(row)[:shown] for row in zip(*pairs, strict=True))
     with atomic_write(command.output / "reconstruction.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     picture = command.output / "reconstruction.png"

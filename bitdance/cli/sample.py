@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,11 +62,13 @@ class Sample:
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command."""
     command = parse(Sample, arguments, "bitdance sample")
     if command.per_class < 1:
         raise UserError(f"--per-class {command.per_class} images cannot be made: ask for at least 1.")
     from bitdance.distributed import connect
     from bitdance.engine import SampleSettings
+    from bitdance.files import make_folder
     from bitdance.generation.batches import Generator, cut
 
     world = connect(command.device, command.threads)
@@ -79,7 +82,7 @@ def main(arguments: list[str]) -> None:
     generator = Generator(model, autoencoder, settings, command.seed, command.chunk_size)
     labels = [label for label in chosen for _ in range(command.per_class)]
     batches = list(cut(len(labels), command.batch_size))
-    _clear(command.output)
+    make_folder(command.output)
     pictures = _generate(generator, labels, batches)
     grid = _write(command, pictures, labels, names, {"cfg_scale": cfg_scale, "sample_steps": steps})
     print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
@@ -104,20 +107,19 @@ def _generate(generator: Any, labels: list[int], batches: list[range]) -> Any:
     steps = generator.model.config.ar_steps
     with tqdm(total=len(labels) * steps, unit="token step", dynamic_ncols=True, desc="sampling") as bar:
         for numbers in batches:
-            made.append(
-                generator.images(list(numbers), [labels[i] for i in numbers], lambda n=len(numbers): bar.update(n))
-            )
+            progress = functools.partial(bar.update, len(numbers))
+            made.append(generator.images(list(numbers), [labels[i] for i in numbers], progress))
     return np.concatenate(made)
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Removes the images that an earlier call listed in its record, and nothing else."""
+    """Removes the images that an earlier call listed in its record, its grid and the record, and nothing else."""
     record = folder / RECORD
     try:
         files = [image["file"] for image in json.loads(record.read_text())["images"]]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for name in files:
+    for name in (*files, GRID, RECORD):
         if pathlib.PurePath(name).name == name:
             (folder / name).unlink(missing_ok=True)
 
@@ -130,17 +132,22 @@ def _write(
     from bitdance.pictures import grid
 
     folder, images = command.output, []
-    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    for number, label in enumerate(labels):
         word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())
         file = f"{number:04d}-{word}.png"
         images.append({"file": file, "class": label, "name": names.label(label), "number": number})
-    with atomic_write(folder / RECORD) as path:
-        record = {**dataclasses.asdict(command), **resolved, "images": images}
-        path.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    for image, picture in zip(images, pictures, strict=True):
-        save_png(folder / str(image["file"]), picture)
     rows = [names.label(label) for label in labels[:: command.per_class]]
     scale = max(1, 96 // pictures.shape[1])
-    with atomic_write(folder / GRID) as path:
-        grid(pictures, columns=command.per_class, labels=rows, scale=scale).save(path, format="PNG")
+    record = {**dataclasses.asdict(command), **resolved, "images": images}
+    _clear(folder)
+    try:
+        with atomic_write(folder / RECORD) as path:
+            path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        for image, picture in zip(images, pictures, strict=True):
+            save_png(folder / str(image["file"]), picture)
+        with atomic_write(folder / GRID) as path:
+            grid(pictures, columns=command.per_class, labels=rows, scale=scale).save(path, format="PNG")
+    except BaseException:
+        _clear(folder)  # part of a set would be taken for all of it
+        raise
     return folder / GRID

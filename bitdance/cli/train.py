@@ -20,12 +20,13 @@ class Train:
 
     autoencoder: pathlib.Path
     run: RunConfig
-    sizes: ModelSizes = ModelSizes()
-    loss: LossConfig = LossConfig()
+    sizes: ModelSizes = dataclasses.field(default_factory=ModelSizes)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     device: str | None = None
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command."""
     command = parse(Train, arguments, "bitdance train")
     from bitdance.training.jobs import train_model
 

@@ -17,12 +17,13 @@ class TrainAutoencoder:
     """
 
     run: RunConfig
-    network: AutoencoderConfig = AutoencoderConfig()
-    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    network: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    loss: AutoencoderLossConfig = dataclasses.field(default_factory=AutoencoderLossConfig)
     device: str | None = None
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command."""
     command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder")
     from bitdance.training.jobs import train_autoencoder
 

@@ -37,7 +37,7 @@ class Generator:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} is out of range: it must lie between 0 and {2**32 - 1}.")
         if self.chunk < 0:
-            raise UserError(f"--chunk-size {self.chunk} does not fit: it must not be negative (0: a whole batch at once).")
+            raise UserError(f"--chunk-size {self.chunk} does not fit: it must be at least 0 (a whole batch at once).")
 
     def images(
         self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None] = lambda: None
@@ -58,9 +58,9 @@ class Generator:
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
-    """Labels with equal counts, a remainder spread over distinct classes, in a random order fixed by the seed: (N,) int64.
+    """Labels with equal counts, a remainder spread over distinct classes, in a random order fixed by the seed.
 
-    The Inception Score takes splits of consecutive images, so class order would give each split a few classes only.
+    Returns (N,) int64. The Inception Score takes splits of consecutive images, so class order would give each split a few classes only.
     """
     rows = torch.arange(num_images)
     keys = noise.words(seed, rows, 4, stream=noise.SAMPLE_ORDER, step=0)[0].numpy()

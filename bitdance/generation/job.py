@@ -1,7 +1,7 @@
 """The job behind the FID figures: N images of balanced classes, by any number of processes, into one `.npz`.
 
-The job is cut into fixed batches before it starts, and each process takes whole batches; a finished batch is a file of its
-own until all are there. So a batch that is there already is not made again.
+The job is cut into fixed batches before it starts, and each process takes whole batches; a finished batch is a file of
+its own until all are there. So a batch that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from bitdance.distributed import World
 from bitdance.errors import UserError
-from bitdance.files import atomic_write
+from bitdance.files import atomic_write, make_folder
 from bitdance.generation.batches import Generator, balanced_labels, cut
 from bitdance.generation.npz import write_npz
 from bitdance.generation.pngs import save_png
@@ -50,16 +50,17 @@ def run(job: Job, generator: Generator, world: World) -> pathlib.Path:
     """
     from tqdm import tqdm
 
+    batches = list(cut(job.num_images, job.batch_size))
     labels = balanced_labels(job.num_images, generator.model.config.num_classes, generator.seed)
     result = job.path.with_name(job.path.name + ".npz") if job.to_npz else job.path
     record = json.dumps({**job.settings, "num_images": job.num_images, "batch_size": job.batch_size}, sort_keys=True)
     # Parts of a job of other settings have another name, so nothing stale is ever taken.
     parts = job.path.with_name(f".{job.path.name}.parts-{hashlib.sha256(record.encode()).hexdigest()[:16]}")
-    batches = list(cut(job.num_images, job.batch_size))
     if job.to_npz and result.exists():
         if world.is_main:
             print(f"{result} exists, nothing to do.")
         return result
+    make_folder(parts)
     with tqdm(total=job.num_images, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar:
         for number, images in enumerate(batches):
             path = parts / f"{number:06d}.npy"
@@ -82,9 +83,14 @@ def run(job: Job, generator: Generator, world: World) -> pathlib.Path:
 def _assemble(result: pathlib.Path, job: Job, parts: pathlib.Path, batches: list[range], labels: np.ndarray) -> None:
     def pixels() -> Iterator[np.ndarray]:
         for number, images in enumerate(batches):
-            batch = np.load(parts / f"{number:06d}.npy", allow_pickle=False)
-            if len(batch) != len(images):
-                raise UserError(f"{parts} holds a damaged part {number}: delete the folder and run the command again.")
+            try:
+                batch = np.load(parts / f"{number:06d}.npy", allow_pickle=False)
+                if len(batch) != len(images):
+                    raise ValueError
+            except (OSError, ValueError):
+                raise UserError(
+                    f"{parts} holds no part {number} or a damaged one: delete the folder and run the command again."
+                ) from None
             yield batch
 
     stream = pixels()

@@ -14,6 +14,7 @@ from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, BitDanceCo
 from bitdance.data.images import ImageSet, open_images
 from bitdance.distributed import World, connect, disconnect
 from bitdance.errors import UserError
+from bitdance.files import make_folder
 from bitdance.model import BitDance
 from bitdance.training.batches import Batches
 from bitdance.training.loop import Run
@@ -104,7 +105,9 @@ def _model_config(
 
 def _check_image_size(image_size: int, down_size: int) -> None:
     if image_size % down_size:
-        raise UserError(f"--image-size {image_size} does not fit the autoencoder: it must be a multiple of {down_size}.")
+        raise UserError(
+            f"--image-size {image_size} does not fit the autoencoder: it must be a multiple of {down_size}."
+        )
 
 
 def _train(
@@ -121,9 +124,6 @@ def _train(
         if not (name == "run" and key in _FREE)
     }
     identity["images"] = len(images)
-    try:
-        run.results_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {run.results_dir}: {error.strerror}; choose another --results-dir.") from error
     batches = Batches(images, run, world)
+    make_folder(run.results_dir)
     return Run(objective, run, batches, world, identity).train()

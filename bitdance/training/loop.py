@@ -81,34 +81,33 @@ class Run:
 
         config = self.config
         self.network.train()
-        bar = tqdm(
-            total=self.last_step, initial=self.step, disable=not self.world.is_main, unit="step", dynamic_ncols=True
-        )
         sums: dict[str, Tensor] = {}
         since, waited, mark = self.step, 0.0, time.perf_counter()
         stream = self.batches.stream(self.step, self.last_step)
-        for batch, seconds in _timed(stream):
-            waited += seconds
-            rate = learning_rate(config, self.step, self.total_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            for name, value in self._one_step(batch).items():
-                sums[name] = sums[name] + value if name in sums else value
-            self.step += 1
-            bar.update()
-            if self.step % config.log_every == 0 or self.step == self.last_step:
-                now = time.perf_counter()
-                line = self._mean(sums, self.step - since)
-                line |= {
-                    "lr": rate,
-                    "images_per_second": (self.step - since) * config.global_batch_size / (now - mark),
-                    "waiting": waited / (now - mark),
-                }
-                self._log(line)
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
-                sums, since, waited, mark = {}, self.step, 0.0, now
-            self._save_sometimes(batch)
-        bar.close()
+        with tqdm(
+            total=self.last_step, initial=self.step, disable=not self.world.is_main, unit="step", dynamic_ncols=True
+        ) as bar:
+            for batch, seconds in _timed(stream):
+                waited += seconds
+                rate = learning_rate(config, self.step, self.total_steps)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                for name, value in self._one_step(batch).items():
+                    sums[name] = sums[name] + value if name in sums else value
+                self.step += 1
+                bar.update()
+                if self.step % config.log_every == 0 or self.step == self.last_step:
+                    now = time.perf_counter()
+                    line = self._mean(sums, self.step - since)
+                    line |= {
+                        "lr": rate,
+                        "images_per_second": (self.step - since) * config.global_batch_size / (now - mark),
+                        "waiting": waited / (now - mark),
+                    }
+                    self._log(line)
+                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+                    sums, since, waited, mark = {}, self.step, 0.0, now
+                self._save_sometimes(batch)
         return self._finish()
 
     def _one_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -134,7 +133,9 @@ class Run:
         values = self.world.mean(torch.stack([value.float() for value in sums.values()]) / steps)
         means = dict(zip(sums, values.tolist(), strict=True))
         if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is not finite at step {self.step}: lower --lr, or train with --mixed-precision none.")
+            raise UserError(
+                f"the loss is not finite at step {self.step}: lower --lr, or train with --mixed-precision none."
+            )
         return means
 
     # ------------------------------------------------------------ files
@@ -143,8 +144,13 @@ class Run:
         if not self.world.is_main:
             return
         entry = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch, **line, "time": time.time()}
-        with open(self.config.results_dir / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.config.results_dir / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {path}: {reason}; free some space, then run the command again.") from error
 
     def _save_sometimes(self, batch: Batch) -> None:
         config, step = self.config, self.step
@@ -199,7 +205,9 @@ class Run:
         if stored != ours:
             keys = sorted(key for key in stored.keys() | ours.keys() if stored.get(key) != ours.get(key))
             changes = "; ".join(f"{key} was {stored.get(key)}, is {ours.get(key)}" for key in keys)
-            raise UserError(f"{path} belongs to another run ({changes}): continue with its settings or choose another folder.")
+            raise UserError(
+                f"{path} belongs to another run ({changes}): continue with its settings or choose another folder."
+            )
         device = self.world.device
         self.network.load_state_dict(contents.states["model"])
         if self.ema is not None:

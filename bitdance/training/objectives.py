@@ -1,7 +1,7 @@
 """What a training step minimises: one module for the autoencoder, one for BitDance, each called with a batch.
 
-They hold the network that is trained; what stays fixed (the autoencoder under BitDance) is kept out of their parameters,
-so that it is in no gradient, no EMA and no checkpoint.
+They hold the network that is trained; what stays fixed (the autoencoder under BitDance) is kept out of their
+parameters, so that it is in no gradient, no EMA and no checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AutoencoderObjective(nn.Module):
 
 
 class BitDanceObjective(nn.Module):
-    """The loss of the head on the tokens of a batch of images; every draw a function of (seed, step, place in the batch)."""
+    """The head's loss on the tokens of a batch of images; every draw a function of (seed, step, place in the batch)."""
 
     def __init__(self, network: BitDance, autoencoder: Autoencoder, config: LossConfig, seed: int) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def build_optimizer(network: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 class EMA:
-    """The exponential moving average of a network's parameters: average <- decay * average + (1 - decay) * parameter."""
+    """The exponential moving average of a network's parameters: a <- decay * a + (1 - decay) * parameter."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay

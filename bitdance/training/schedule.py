@@ -8,7 +8,7 @@ from bitdance.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
-    """The rate of a step: lr * step / warmup at first, then lr, then a cosine from `decay_start` to `min_lr` at the end."""
+    """The rate of a step: lr * step / warmup, then lr, then a cosine from `decay_start` to `min_lr` at the end."""
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if 0 < config.decay_start <= step and config.decay_start < total_steps:

@@ -1,0 +1,80 @@
+"""Networks, pictures and command lines that are small enough for tests of whole commands."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from bitdance import checkpoint
+from bitdance.autoencoder import Autoencoder
+from bitdance.config import AutoencoderConfig, BitDanceConfig
+from bitdance.model import BitDance
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
+SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
+
+
+def randomize(network: nn.Module, seed: int) -> None:
+    """Weights of a size that makes every input matter: fresh networks start with zeros in the wrong places for that."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if parameter.dim() == 1:
+                parameter.add_(1.0)
+
+
+def autoencoder(seed: int = 0, config: AutoencoderConfig = NETWORK) -> Autoencoder:
+    network = Autoencoder(config)
+    randomize(network, seed)
+    return network.eval()
+
+
+def model(seed: int = 1, **changes: object) -> BitDance:
+    network = BitDance(BitDanceConfig(**{**SIZES, "grid": 4, "bits": 8, "num_classes": 3, **changes}))  # type: ignore[arg-type]
+    randomize(network, seed)
+    return network.eval()
+
+
+def save_pair(folder: pathlib.Path, **changes: object) -> pathlib.Path:
+    """Writes model.safetensors and autoencoder.safetensors and returns the model's path."""
+    checkpoint.save(folder / "model.safetensors", model(**changes))
+    checkpoint.save(folder / "autoencoder.safetensors", autoencoder())
+    return folder / "model.safetensors"
+
+
+def pictures(folder: pathlib.Path, classes: int = 3, each: int = 4, side: int = 16) -> pathlib.Path:
+    """A folder of class folders: a colour a class, with a bright square at a place of each picture's own."""
+    for label in range(classes):
+        (folder / f"class-{label}").mkdir(parents=True)
+        for number in range(each):
+            pixels = np.full((side, side, 3), 60, np.uint8)
+            pixels[..., label % 3] = 180
+            pixels[number : number + side // 3, 2 * number : 2 * number + side // 3] = 250
+            Image.fromarray(pixels).save(folder / f"class-{label}" / f"{number}.png")
+    return folder
+
+
+def run(*command: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a Python script of the checkout as users do, on one thread a process; more processes under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    result = subprocess.run(
+        [sys.executable, *torchrun, *map(str, command)],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result

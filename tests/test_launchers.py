@@ -1,0 +1,429 @@
+"""The four launchers: every flag of the original parses and ends up where it belongs, and the scripts run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shlex
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import torch
+
+from bitdance import checkpoint
+from bitdance.cli import original
+from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
+from bitdance.model import BitDance
+
+SCRIPTS = ("sample_ddp.py", "sample_ddp_parallel.py", "train.py", "train_parallel.py")
+NEEDED = {"sample": ["--ckpt", "model.pt"], "train": ["--data-path", "images", "--trained-vae", "ae.pt"]}
+
+# flag, value (None: a switch), field, what it then is. Fields: of the flags when sampling; in training of
+# run (RunConfig), sizes (ModelSizes), loss (LossConfig) or call (other arguments of train_model).
+SHARED_SAMPLE = [
+    ("--model", "BitDance-B", "model.model", "BitDance-B"),
+    ("--image-size", "512", "model.image_size", 512),
+    ("--down-size", "16", "model.down_size", 16),
+    ("--patch-size", "1", "model.patch_size", 1),
+    ("--num-classes", "1000", "model.num_classes", 1000),
+    ("--cls-token-num", "32", "model.cls_token_num", 32),
+    ("--latent-dim", "32", "model.latent_dim", 32),
+    ("--diff-batch-mul", "2", "model.diff_batch_mul", 2),
+    ("--grad-checkpointing", None, "model.grad_checkpointing", True),
+    ("--trained-vae", "vae.pt", "model.trained_vae", "vae.pt"),
+    ("--drop-rate", "0.1", "model.drop_rate", 0.1),
+    ("--perturb-schedule", "constant", "model.perturb_schedule", "constant"),
+    ("--perturb-rate", "0.1", "model.perturb_rate", 0.1),
+    ("--perturb-rate-max", "0.2", "model.perturb_rate_max", 0.2),
+    ("--time-schedule", "uniform", "model.time_schedule", "uniform"),
+    ("--time-shift", "2", "model.time_shift", 2.0),
+    ("--P-std", "0.7", "model.P_std", 0.7),
+    ("--P-mean", "-0.5", "model.P_mean", -0.5),
+]
+SAMPLE = [
+    *SHARED_SAMPLE,
+    ("--ckpt", "other.pt", "sample.ckpt", "other.pt"),
+    ("--sample-dir", "out", "sample.sample_dir", pathlib.Path("out")),
+    ("--per-proc-batch-size", "384", "sample.per_proc_batch_size", 384),
+    ("--num-fid-samples", "100", "sample.num_fid_samples", 100),
+    ("--cfg-scale", "3.2", "sample.cfg_scale", 3.2),
+    ("--seed", "5", "sample.seed", 5),
+    ("--sample-steps", "50", "sample.sample_steps", 50),
+    ("--no-ema", None, "sample.no_ema", True),
+    ("--mixed-precision", "none", "sample.mixed_precision", "none"),
+    ("--to-npz", None, "sample.to_npz", True),
+    ("--chunk-size", "64", "sample.chunk_size", 64),
+]
+SAMPLE_PARALLEL = [
+    ("--parallel-num", "16", "parallel.parallel_num", 16),
+    ("--parallel-mode", "standard", "parallel.parallel_mode", "standard"),
+]
+TRAIN = [
+    ("--model", "BitDance-H", "sizes.dim", 1280),
+    ("--image-size", "512", "run.image_size", 512),
+    ("--down-size", "16", "call.expect_down_size", 16),
+    ("--patch-size", "1", "run.image_size", 256),
+    ("--num-classes", "10", "sizes.num_classes", 10),
+    ("--cls-token-num", "32", "sizes.cls_token_num", 32),
+    ("--latent-dim", "32", "call.expect_bits", 32),
+    ("--diff-batch-mul", "2", "loss.diff_batch_mul", 2),
+    ("--grad-checkpointing", None, "run.grad_checkpointing", True),
+    ("--trained-vae", "vae.pt", "call.autoencoder_path", pathlib.Path("vae.pt")),
+    ("--drop-rate", "0.1", "sizes.drop_rate", 0.1),
+    ("--perturb-schedule", "constant", "loss.perturb_rate", 0.0),
+    ("--perturb-rate", "0.1", "loss.perturb_rate", 0.1),
+    ("--perturb-rate-max", "0.2", "loss.perturb_rate", 0.0),  # unused
+    ("--time-schedule", "uniform", "loss.time_schedule", "uniform"),
+    ("--time-shift", "2", "sizes.time_shift", 2.0),
+    ("--P-std", "0.7", "loss.time_std", 0.7),
+    ("--P-mean", "-0.5", "loss.time_mean", -0.5),
+    ("--data-path", "elsewhere", "run.data_path", pathlib.Path("elsewhere")),
+    ("--aug-decay-start-epoch", "7", "run.aug_decay_start_epoch", 7),
+    ("--aug-decay-end-epoch", "9", "run.aug_decay_end_epoch", 9),
+    ("--ema", "0.9999", "run.ema", 0.9999),
+    ("--no-compile", None, "run.compile", False),
+    ("--tmp-results-dir", "scratch", "run.results_dir", pathlib.Path("results")),  # unused
+    ("--results-dir", "out", "run.results_dir", pathlib.Path("out")),
+    ("--epochs", "800", "run.epochs", 800),
+    ("--lr", "6e-4", "run.lr", 6e-4),
+    ("--min-lr", "1e-6", "run.min_lr", 1e-6),
+    ("--warmup-steps", "10", "run.warmup_steps", 10),
+    ("--decay-start", "30", "run.decay_start", 30),
+    ("--weight-decay", "0.1", "run.weight_decay", 0.1),
+    ("--beta1", "0.8", "run.beta1", 0.8),
+    ("--beta2", "0.99", "run.beta2", 0.99),
+    ("--max-grad-norm", "2", "run.max_grad_norm", 2.0),
+    ("--global-batch-size", "1024", "run.global_batch_size", 1024),
+    ("--global-seed", "4", "run.global_seed", 4),
+    ("--num-workers", "2", "run.num_workers", 2),
+    ("--log-every", "10", "run.log_every", 10),
+    ("--mixed-precision", "none", "run.mixed_precision", "none"),
+    ("--keep-freq", "5", "run.keep_epochs", 5),
+]
+TRAIN_PARALLEL = [
+    ("--parallel-num", "16", "sizes.parallel_num", 16),
+    ("--parallel-mode", "standard", "sizes.token_order", "standard"),
+]
+FLAGS = {
+    "sample_ddp.py": SAMPLE,
+    "sample_ddp_parallel.py": SAMPLE + SAMPLE_PARALLEL,
+    "train.py": TRAIN,
+    "train_parallel.py": TRAIN + TRAIN_PARALLEL,
+}
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """(script, arguments) -> the objects that a launcher would go to work with, without the work."""
+    got: dict[str, Any] = {}
+
+    def run_sample(sample, model, parallel):
+        got.update(sample=sample, model=model, parallel=parallel)
+
+    def train_model(run, sizes, loss, autoencoder_path, **call):
+        got.update(run=run, sizes=sizes, loss=loss, call={"autoencoder_path": autoencoder_path, **call})
+
+    monkeypatch.setattr(original, "run_sample", run_sample)
+    monkeypatch.setattr("bitdance.training.jobs.train_model", train_model)
+
+    def parse(script: str, arguments: list[str]) -> dict[str, Any]:
+        got.clear()
+        command = original.sample if script.startswith("sample") else original.train
+        command(arguments, parallel="parallel" in script)
+        return dict(got)
+
+    return parse
+
+
+def value_of(got: dict[str, Any], field: str) -> Any:
+    part, name = field.split(".")
+    return got[part][name] if isinstance(got[part], dict) else getattr(got[part], name)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value", "field", "expected"),
+    [(script, *row) for script, rows in FLAGS.items() for row in rows],
+    ids=[f"{script}{row[0]}" for script, rows in FLAGS.items() for row in rows],
+)
+def test_every_flag_of_the_original(configured, script, flag, value, field, expected):
+    needed = NEEDED[script.split("_")[0].removesuffix(".py")]
+    got = configured(script, [*needed, flag] if value is None else [*needed, flag, value])
+    found = value_of(got, field)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_defaults_are_the_originals(configured):
+    sample = configured("sample_ddp_parallel.py", NEEDED["sample"])["sample"]
+    assert (str(sample.sample_dir), sample.per_proc_batch_size, sample.num_fid_samples) == ("samples", 32, 50_000)
+    assert (sample.cfg_scale, sample.seed, sample.sample_steps, sample.chunk_size) == (4.6, 99, 100, 0)
+    assert (sample.no_ema, sample.mixed_precision, sample.to_npz) == (False, "bf16", False)
+    got = configured("train_parallel.py", NEEDED["train"])
+    run, sizes, loss = got["run"], got["sizes"], got["loss"]
+    assert (run.image_size, run.epochs, run.global_batch_size, run.global_seed) == (256, 400, 256, 0)
+    assert (run.lr, run.min_lr, run.warmup_steps, run.decay_start) == (3e-4, 1e-5, 20_000, 20_000)
+    assert (run.weight_decay, run.beta1, run.beta2, run.max_grad_norm) == (0.05, 0.9, 0.95, 1.0)
+    assert (run.ema, run.num_workers, run.log_every, run.keep_epochs, run.compile) == (-1, 16, 100, 50, True)
+    assert (run.aug_decay_start_epoch, run.aug_decay_end_epoch, run.random_crop) == (700, 750, True)
+    assert (run.mixed_precision, run.grad_checkpointing, run.max_steps) == ("bf16", False, None)
+    assert (sizes.parallel_num, sizes.token_order, sizes.cls_token_num, sizes.num_classes) == (4, "patch", 64, 1000)
+    assert (sizes.time_shift, sizes.drop_rate) == (1.0, 0.0)
+    assert (loss.diff_batch_mul, loss.time_mean, loss.time_std, loss.time_schedule) == (4, -0.8, 0.8, "logit_normal")
+    assert (loss.class_dropout, loss.perturb_rate) == (0.1, 0.0)
+    assert configured("train.py", NEEDED["train"])["sizes"].parallel_num == 1
+
+
+@pytest.mark.parametrize("name", ["B-1X", "B-4X", "L-1X", "H-1X"])
+def test_sizes_are_those_of_the_released_models(configured, name):
+    release = ZOO[name]
+    arguments = [*NEEDED["train"], "--model", release.family, "--parallel-num", str(release.config.parallel_num)]
+    sizes = configured("train_parallel.py", arguments)["sizes"]
+    for field in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "parallel_num", "cls_token_num"):
+        assert getattr(sizes, field) == getattr(release.config, field)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_last_value_of_a_repeated_flag_wins(configured, script):
+    kind = "sample" if script.startswith("sample") else "train"
+    repeated = {"sample": ["--seed", "1", "--seed", "2"], "train": ["--global-seed", "1", "--global-seed", "2"]}[kind]
+    got = configured(script, [*NEEDED[kind], *repeated])
+    assert (got["sample"].seed if kind == "sample" else got["run"].global_seed) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("wrong", [["--no-such-flag", "1"], ["--model", "BitDance-XXL"], ["--image-size", "big"]])
+def test_what_does_not_parse_exits_with_status_2(configured, capsys, script, wrong):
+    kind = "sample" if script.startswith("sample") else "train"
+    with pytest.raises(SystemExit) as error:
+        configured(script, [*NEEDED[kind], *wrong])
+    assert error.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["sample_ddp.py", "train.py"])
+def test_flags_of_the_parallel_scripts_are_no_flags_of_the_others(configured, script):
+    with pytest.raises(SystemExit) as error:
+        configured(script, [*NEEDED[script.split("_")[0].removesuffix(".py")], "--parallel-num", "4"])
+    assert error.value.code == 2
+
+
+# From the original's README, word for word.
+README = r"""
+ckpt=models/BitDance-ImageNet/BitDance_B_1X.pt
+result_path=results
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
+sample_ddp.py --model BitDance-B --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 3.2 \
+--sample-dir $result_path --per-proc-batch-size 384 --to-npz --chunk-size 64
+---
+ckpt=models/BitDance-ImageNet/BitDance_B_4X.pt
+result_path=results
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
+sample_ddp_parallel.py --model BitDance-B --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 3.9 \
+--sample-dir $result_path --per-proc-batch-size 384 --to-npz --parallel-num 4 --chunk-size 64
+---
+ckpt=models/BitDance-ImageNet/BitDance_B_16X.pt
+result_path=results
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
+sample_ddp_parallel.py --model BitDance-B --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 6.1 \
+--sample-dir $result_path --per-proc-batch-size 384 --to-npz --parallel-num 16 --chunk-size 64
+---
+ckpt=models/BitDance-ImageNet/BitDance_L_1X.pt
+result_path=results
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
+sample_ddp.py --model BitDance-L --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 4.0 \
+--sample-dir $result_path --per-proc-batch-size 352 --to-npz --chunk-size 48
+---
+ckpt=models/BitDance-ImageNet/BitDance_H_1X.pt
+result_path=results
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
+sample_ddp.py --model BitDance-H --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 4.55 \
+--sample-dir $result_path --per-proc-batch-size 224 --to-npz --chunk-size 32
+---
+data_path=/path/to/imagenet/train/
+result_path=results_bitdance_b_1x
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
+train.py --results-dir $result_path --data-path $data_path --image-size 256 \
+--model BitDance-B --epochs 800 --down-size 16 --latent-dim 32 \
+--lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.1
+---
+data_path=/path/to/imagenet/train/
+result_path=results_bitdance_b_4x
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
+train_parallel.py --results-dir $result_path --data-path $data_path --image-size 256 \
+--model BitDance-B --epochs 800 --down-size 16 --latent-dim 32 \
+--lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.1 --parallel-num 4
+---
+data_path=/path/to/imagenet/train/
+result_path=results_bitdance_b_16x
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
+train_parallel.py --results-dir $result_path --data-path $data_path --image-size 256 \
+--model BitDance-B --epochs 800 --down-size 16 --latent-dim 32 \
+--lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.1 --parallel-num 16
+---
+data_path=/path/to/imagenet/train/
+result_path=results_bitdance_l_1x
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
+train.py --results-dir $result_path --data-path $data_path --image-size 256 \
+--model BitDance-L --epochs 800 --down-size 16 --latent-dim 32 \
+--lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.05
+---
+data_path=/path/to/imagenet/train/
+result_path=results_bitdance_h_1x
+vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
+
+torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
+train.py --results-dir $result_path --data-path $data_path --image-size 256 \
+--model BitDance-H --epochs 800 --down-size 16 --latent-dim 32 \
+--lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.05
+"""
+
+
+def readme_command(text: str) -> tuple[str, list[str]]:
+    """The script and its arguments, the way a shell would hand them over."""
+    settings, command = text.strip().split("\n\n")
+    for line in settings.splitlines():
+        name, value = line.split("=")
+        command = command.replace(f"${name}", value)
+    words = shlex.split(command.replace("\\\n", ""))
+    script = next(word for word in words if word.endswith(".py"))
+    return script, words[words.index(script) + 1 :]
+
+
+@pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
+def test_the_sampling_commands_of_the_original_readme(configured, name):
+    release = ZOO[name]
+    script, arguments = next(
+        found for found in map(readme_command, README.split("---\n")) if any(a.endswith(release.file) for a in found[1])
+    )
+    got = configured(script, arguments)
+    sample, model, parallel = got["sample"], got["model"], got["parallel"]
+    assert sample.ckpt == f"models/BitDance-ImageNet/{release.file}" and sample.to_npz
+    assert (sample.cfg_scale, sample.per_proc_batch_size, sample.chunk_size) == (
+        release.cfg_scale, release.batch, release.chunk,
+    )  # fmt: skip
+    assert (model.model, model.latent_dim, parallel.parallel_num or 1) == (release.family, 32, release.config.parallel_num)
+    # The flags contradict nothing that such a file holds: a network without memory stands for it.
+    with torch.device("meta"):
+        network = BitDance(release.config)
+    original._check_against_checkpoint(network, model, parallel, 16)
+
+
+@pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
+def test_the_training_commands_of_the_original_readme(configured, name):
+    release = ZOO[name]
+    folder = f"results_bitdance_{name.lower().replace('-', '_')}"
+    script, arguments = next(found for found in map(readme_command, README.split("---\n")) if folder in found[1])
+    got = configured(script, arguments)
+    run, sizes = got["run"], got["sizes"]
+    assert (str(run.results_dir), str(run.data_path)) == (folder, "/path/to/imagenet/train")
+    assert (run.epochs, run.lr, run.global_batch_size, run.ema) == (800, 6e-4, 1024, 0.9999)
+    assert got["loss"].perturb_rate == release.perturb_rate
+    assert (sizes.dim, sizes.n_layer, sizes.parallel_num) == (
+        release.config.dim, release.config.n_layer, release.config.parallel_num,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------ the scripts themselves
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    """A folder with images of 64 px, an autoencoder of 16 pixels a token, and a model of each P."""
+    folder = tmp_path_factory.mktemp("launchers")
+    small.pictures(folder / "images", classes=2, each=4, side=64)
+    network = small.autoencoder(config=AutoencoderConfig(widths=(32,) * 5, blocks=1, bits=8))
+    checkpoint.save(folder / "ae.safetensors", network)
+    for p in (1, 4):
+        config = BitDanceConfig(dim=128, n_layer=3, head_dim=128, head_layers=4, grid=4, bits=8, cls_token_num=4,
+                                num_classes=5, parallel_num=p)  # fmt: skip
+        model = BitDance(config)
+        small.randomize(model, 1)
+        checkpoint.save(folder / f"model-{p}.safetensors", model)
+    return folder
+
+
+def sample_arguments(place: pathlib.Path, folder: pathlib.Path, p: int) -> list[object]:
+    return ["--model", "BitDance-Tiny", "--image-size", 64, "--latent-dim", 8, "--num-classes", 5, "--cls-token-num", 4,
+            "--trained-vae", place / "ae.safetensors", "--ckpt", place / f"model-{p}.safetensors", "--sample-dir", folder,
+            "--cfg-scale", 2, "--sample-steps", 3, "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--to-npz",
+            "--mixed-precision", "none", "--chunk-size", 1]  # fmt: skip
+
+
+def read_npz(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    (path,) = folder.iterdir()  # nothing else is left
+    assert path.suffix == ".npz"
+    with np.load(path) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize(("script", "p"), [("sample_ddp.py", 1), ("sample_ddp_parallel.py", 4)])
+def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp_path, script, p):
+    arguments = sample_arguments(place, tmp_path / "alone", p) + (["--parallel-num", 4] if p == 4 else [])
+    result = small.run(script, *arguments)
+    assert "7 images: " in result.stdout
+    alone = read_npz(tmp_path / "alone")
+    assert alone["arr_0"].shape == (7, 64, 64, 3) and alone["arr_0"].dtype == np.uint8
+    assert alone["arr_1"].dtype == np.int64 and np.bincount(alone["arr_1"], minlength=5).min() >= 1
+    assert len({image.tobytes() for image in alone["arr_0"]}) >= 5
+    if p == 4:
+        arguments[arguments.index(tmp_path / "alone")] = tmp_path / "both"
+        small.run(script, *arguments, processes=2)
+        both = read_npz(tmp_path / "both")
+        assert np.array_equal(alone["arr_0"], both["arr_0"]) and np.array_equal(alone["arr_1"], both["arr_1"])
+        assert [path.name for path in (tmp_path / "alone").iterdir()] == [p.name for p in (tmp_path / "both").iterdir()]
+
+
+def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
+    shutil.copy(place / "model-4.safetensors", tmp_path / "model-4.safetensors")
+    shutil.copy(place / "ae.safetensors", tmp_path / "ae.safetensors")
+    arguments = [str(a) for a in sample_arguments(tmp_path, tmp_path / "out", 4)]
+    original.sample(arguments, parallel=True)
+    network = checkpoint.load_model(tmp_path / "model-4.safetensors")
+    small.randomize(network, 2)
+    checkpoint.save(tmp_path / "model-4.safetensors", network)
+    original.sample(arguments, parallel=True)
+    first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "out").iterdir()))
+    assert not np.array_equal(first, second)
+
+
+def train_arguments(place: pathlib.Path, folder: pathlib.Path) -> list[object]:
+    return ["--model", "BitDance-Tiny", "--image-size", 64, "--latent-dim", 8, "--down-size", 16, "--num-classes", 2,
+            "--cls-token-num", 4, "--trained-vae", place / "ae.safetensors", "--data-path", place / "images",
+            "--results-dir", folder, "--global-batch-size", 4, "--epochs", 2, "--max-steps", 3, "--warmup-steps", 2,
+            "--ema", 0.9, "--perturb-rate", 0.1, "--mixed-precision", "none", "--log-every", 1, "--num-workers", 1,
+            "--keep-freq", 1]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "p", "processes"), [("train.py", 1, 1), ("train_parallel.py", 4, 2)])
+def test_training_scripts_train_and_their_model_samples(place, tmp_path, script, p, processes):
+    arguments = train_arguments(place, tmp_path / "run") + (["--parallel-num", 4] if p == 4 else [])
+    small.run(script, *arguments, processes=processes)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 0 and lines[1]["lr"] == 1.5e-4
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint.safetensors", "epoch_1.safetensors", "log.jsonl", "model.safetensors", "preview-0000003.png",
+    ]  # fmt: skip
+    network = checkpoint.load_model(tmp_path / "run" / "model.safetensors")
+    config = network.config
+    assert (config.dim, config.n_layer, config.parallel_num, config.grid, config.bits) == (128, 3, p, 4, 8)
+    assert config.class_names == ("class-0", "class-1")

@@ -1,0 +1,439 @@
+"""`bitdance sample`, the job behind the figures, and the commands that look at images: reconstruct, nearest, convert."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+
+from bitdance import checkpoint
+from bitdance.cli.main import main
+from bitdance.config import AutoencoderLossConfig, RunConfig
+from bitdance.distributed import World
+from bitdance.engine import SampleSettings
+from bitdance.errors import UserError
+from bitdance.evaluation.nearest import nearest
+from bitdance.evaluation.reconstruction import psnr, ssim
+from bitdance.generation import job
+from bitdance.generation.batches import Generator, balanced_labels, cut
+from bitdance.generation.npz import write_npz
+from bitdance.training.jobs import train_autoencoder
+
+NAMES = ("cat", "dog", "sea lion")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    """A file of a tiny model, its autoencoder beside it."""
+    return small.save_pair(tmp_path_factory.mktemp("pair"), class_names=NAMES)
+
+
+def sample(model: pathlib.Path, folder: pathlib.Path, *arguments: object) -> pathlib.Path:
+    fixed = ["--model", model, "--output", folder, "--sample-steps", 4, "--cfg-scale", 3, "--device", "cpu"]
+    main(["sample", *map(str, (*arguments, *fixed))])
+    return folder
+
+
+def images(folder: pathlib.Path) -> np.ndarray:
+    """What the record lists, in its order: (B, H, W, 3) uint8."""
+    record = json.loads((folder / "samples.json").read_text())["images"]
+    return np.stack([np.asarray(Image.open(folder / entry["file"])) for entry in record])
+
+
+def labels(folder: pathlib.Path) -> list[int]:
+    return [entry["class"] for entry in json.loads((folder / "samples.json").read_text())["images"]]
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> bool:
+    difference = np.abs(a.astype(int) - b.astype(int))
+    return difference.max() <= 1 and (difference == 0).mean() >= 0.99
+
+
+# ------------------------------------------------------------ bitdance sample
+
+
+def test_the_files_of_a_call(model, tmp_path, capsys):
+    folder = sample(model, tmp_path / "out", "--per-class", 2)
+    out, err = capsys.readouterr()
+    assert out.strip() == f"6 images of 3 classes: {folder / 'grid.png'}"
+    assert "96/96" in err  # six images, sixteen steps each
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0000-cat.png", "0001-cat.png", "0002-dog.png", "0003-dog.png", "0004-sea-lion.png", "0005-sea-lion.png",
+        "grid.png", "samples.json",
+    ]  # fmt: skip
+    assert images(folder).shape == (6, 16, 16, 3)
+    assert len({picture.tobytes() for picture in images(folder)}) == 6
+    record = json.loads((folder / "samples.json").read_text())
+    assert record["images"][4] == {"file": "0004-sea-lion.png", "class": 2, "name": "sea lion", "number": 4}
+    assert (record["seed"], record["cfg_scale"], record["sample_steps"]) == (0, 3.0, 4)
+    with Image.open(folder / "grid.png") as grid:
+        side = 96 + 2  # small pictures are enlarged to 96 pixels
+        assert grid.height == 3 * side + 2
+        margin = grid.width - (2 * side + 2)
+        assert 12 < margin < 150
+        first = np.asarray(grid.convert("RGB"))[2 : 2 + 96, margin + 2 : margin + 2 + 96]
+    assert np.array_equal(first[::6, ::6], images(folder)[0])
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(model, tmp_path):
+    first, again = (sample(model, tmp_path / name, "--per-class", 1, "--seed", 5) for name in ("a", "b"))
+    other = sample(model, tmp_path / "c", "--per-class", 1, "--seed", 6)
+    for path in first.glob("*.png"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+        assert path.read_bytes() != (other / path.name).read_bytes()
+
+
+def test_an_image_depends_on_its_class_number_and_settings_alone(model, tmp_path):
+    whole = images(sample(model, tmp_path / "whole", "--per-class", 2))
+    single = images(sample(model, tmp_path / "single", "--per-class", 2, "--batch-size", 1))
+    uneven = images(sample(model, tmp_path / "uneven", "--per-class", 2, "--batch-size", 4, "--chunk-size", 3))
+    assert alike(whole, single) and alike(whole, uneven)
+    # The first two are cats in both calls, whatever stands beside them.
+    few = images(sample(model, tmp_path / "few", "cat", "2", "--per-class", 2))
+    assert alike(whole[:2], few[:2]) and not alike(whole[2:4], few[2:])
+    # Class, guidance and steps do change an image.
+    for name, changes in (("class", ["dog"]), ("cfg", ["cat", "--cfg-schedule", "constant"]), ("share", ["cat", "--share-first"])):
+        changed = images(sample(model, tmp_path / name, *changes, "--per-class", 2))
+        assert not alike(whole[:2], changed), name
+
+
+def test_classes_by_id_and_name(model, tmp_path):
+    folder = sample(model, tmp_path / "out", "sea_lion", "0", "Dog,0", "--per-class", 1)
+    assert labels(folder) == [2, 0, 1, 0]
+    assert labels(sample(model, folder, "all", "--per-class", 1)) == [0, 1, 2]
+
+
+def test_many_classes_without_names(tmp_path):
+    """1000 nameless classes are ImageNet's: by default the first twenty, and two of them are cranes."""
+    model = small.save_pair(tmp_path, num_classes=1000)
+    folder = sample(model, tmp_path / "out", "--per-class", 1)
+    assert labels(folder) == list(range(20))
+    assert (folder / "0000-tench.png").exists()
+    assert labels(sample(model, folder, "golden retriever", "n02099601", "--per-class", 1)) == [207, 207]
+
+
+def test_an_earlier_call_leaves_nothing_and_foreign_files_stay(model, tmp_path):
+    folder = sample(model, tmp_path / "out", "--per-class", 2)
+    (folder / "holiday.png").write_bytes(b"mine")
+    (folder / "0007-cat.png").write_bytes(b"mine too")
+    sample(model, folder, "dog", "--per-class", 1)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0000-dog.png", "0007-cat.png", "grid.png", "holiday.png", "samples.json",
+    ]  # fmt: skip
+    assert (folder / "holiday.png").read_bytes() == b"mine"
+
+
+def test_a_record_cannot_make_the_command_remove_files_elsewhere(model, tmp_path):
+    victim = tmp_path / "victim.png"
+    victim.write_bytes(b"mine")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "samples.json").write_text(json.dumps({"images": [{"file": "../victim.png"}, {"file": str(victim)}]}))
+    sample(model, folder, "dog", "--per-class", 1)
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_call_that_fails_leaves_the_images_of_an_earlier_one(model, tmp_path):
+    folder = sample(model, tmp_path / "out", "cat", "--per-class", 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for wrong in (["bird"], ["cat", "--per-class", 0], ["cat", "--seed", -1], ["cat", "--batch-size", 0]):
+        with pytest.raises(SystemExit):
+            sample(model, folder, *wrong)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_guidance_and_steps_are_published_ones_for_a_released_file(model, tmp_path):
+    released = tmp_path / "BitDance_B_16X.pt"  # what it holds does not matter here
+    released.write_bytes(model.read_bytes())
+    (tmp_path / "autoencoder.safetensors").write_bytes(model.with_name("autoencoder.safetensors").read_bytes())
+    folder = tmp_path / "out"
+    main(["sample", "cat", "--per-class", "1", "--model", str(released), "--output", str(folder), "--device", "cpu"])
+    record = json.loads((folder / "samples.json").read_text())
+    assert (record["cfg_scale"], record["sample_steps"]) == (6.1, 100)
+
+
+def test_raw_weights_on_request(tmp_path):
+    """A run's checkpoint holds both; `--weights model` samples the raw ones."""
+    raw, averaged = small.model(seed=1), small.model(seed=2)
+    tensors = {f"model/{name}": value for name, value in raw.state_dict().items()}
+    tensors |= {f"ema/{name}": value for name, value in averaged.state_dict().items()}
+    config = {"model": dataclasses.asdict(raw.config)}
+    checkpoint.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, trains="model")
+    checkpoint.save(tmp_path / "raw.safetensors", raw)
+    checkpoint.save(tmp_path / "averaged.safetensors", averaged)
+    checkpoint.save(tmp_path / "autoencoder.safetensors", small.autoencoder())
+
+    def made(name: str, *arguments: str) -> np.ndarray:
+        folder = tmp_path / f"{name}{len(arguments)}"
+        return images(sample(tmp_path / f"{name}.safetensors", folder, "0", "--per-class", 1, *arguments))
+
+    assert np.array_equal(made("checkpoint"), made("averaged"))
+    assert np.array_equal(made("checkpoint", "--weights", "model"), made("raw"))
+
+
+# ------------------------------------------------------------ labels, npz, jobs
+
+
+@pytest.mark.parametrize(("count", "classes"), [(50, 10), (57, 10), (7, 10), (1000, 1000), (10, 3)])
+def test_balanced_labels(count, classes):
+    found = balanced_labels(count, classes, seed=3)
+    assert found.shape == (count,) and found.dtype == np.int64
+    counts = np.bincount(found, minlength=classes)
+    whole, rest = divmod(count, classes)
+    assert set(counts.tolist()) <= {whole, whole + 1} and (counts == whole + 1).sum() == rest
+    assert np.array_equal(found, balanced_labels(count, classes, seed=3))
+    assert not np.array_equal(found, balanced_labels(count, classes, seed=4))
+    assert not np.array_equal(found, np.sort(found))
+
+
+def test_every_split_of_balanced_labels_has_most_classes():
+    """The Inception Score takes tenths of the images as they come."""
+    splits = balanced_labels(10_000, 100, seed=0).reshape(10, 1000)
+    assert all(len(set(split.tolist())) == 100 for split in splits)
+    assert all(np.bincount(split).max() < 30 for split in splits)
+
+
+def test_cut():
+    assert list(cut(10, 4)) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert list(cut(4, 100)) == [range(0, 4)]
+    for count, size in ((0, 1), (-3, 1), (1, 0), (1, -2)):
+        with pytest.raises(UserError):
+            list(cut(count, size))
+
+
+def test_write_npz(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
+    path = tmp_path / "deep" / "images.npz"
+    write_npz(path, (pixels[:3], pixels[3:7, ::1], pixels[7:]), pixels.shape, np.arange(7))
+    with np.load(path, allow_pickle=False) as file:
+        assert sorted(file) == ["arr_0", "arr_1"]
+        assert file["arr_0"].dtype == np.uint8 and np.array_equal(file["arr_0"], pixels)
+        assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == list(range(7))
+    before = path.read_bytes()
+    for count in (6, 8):
+        with pytest.raises(ValueError, match=f"{count} images came where 7 were announced"):
+            write_npz(path, [np.zeros((count, 4, 6, 3), np.uint8)], pixels.shape, np.arange(7))
+    assert [p.name for p in path.parent.iterdir()] == ["images.npz"] and path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator(small.model(), small.autoencoder(), SampleSettings(3, 2.0), seed=1)
+
+
+class Alone(World):
+    """One of several processes that run one after the other here, so it waits for nobody."""
+
+    def barrier(self) -> None:
+        pass
+
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, object] = {"seed": 1}
+
+
+def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, monkeypatch):
+    plan = job.Job(tmp_path / "made", 7, 3, True, SETTINGS)
+    path = job.run(plan, generator, World(0, 1, CPU))
+    assert path == tmp_path / "made.npz" and [p.name for p in tmp_path.iterdir()] == ["made.npz"]
+    with np.load(path) as file:
+        assert file["arr_0"].shape == (7, 16, 16, 3)
+        assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
+        expected = generator.images([3, 4, 5], file["arr_1"][3:6].tolist())
+        assert np.array_equal(file["arr_0"][3:6], expected)
+    before = path.read_bytes()
+    monkeypatch.setattr(Generator, "images", None)  # would fail if it were called
+    assert job.run(plan, generator, World(0, 1, CPU)) == path and path.read_bytes() == before
+
+
+def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkeypatch):
+    plan = job.Job(tmp_path / "made", 7, 3, True, SETTINGS)
+    job.run(job.Job(tmp_path / "other", 7, 3, True, SETTINGS), generator, World(0, 1, CPU))
+    real, calls = Generator.images, []
+
+    def stops(self, numbers, classes):
+        calls.append(list(numbers))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, numbers, classes)
+
+    monkeypatch.setattr(Generator, "images", stops)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(plan, generator, World(0, 1, CPU))
+    assert not plan.path.with_name("made.npz").exists()
+    path = job.run(plan, generator, World(0, 1, CPU))
+    assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not made again
+    assert path.read_bytes() == (tmp_path / "other.npz").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made.npz", "other.npz"]
+
+
+def test_two_processes_make_the_same_npz(generator, tmp_path, capsys):
+    one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU))
+    plan = job.Job(tmp_path / "two", 8, 3, True, SETTINGS)
+    two = job.run(plan, generator, Alone(1, 2, CPU))
+    assert not two.exists() and len(list(tmp_path.glob(".two*/*.npy"))) == 1  # the second of three batches
+    job.run(plan, generator, Alone(0, 2, CPU))
+    assert two.read_bytes() == one.read_bytes()
+
+
+def test_parts_of_other_settings_are_not_taken(generator, tmp_path):
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    job.run(plan, generator, Alone(1, 2, CPU))
+    other = job.Job(tmp_path / "made", 4, 2, True, {"seed": 2})
+    changed = Generator(generator.model, generator.autoencoder, generator.settings, seed=2)
+    with np.load(job.run(other, changed, World(0, 1, CPU))) as file:
+        pixels, classes = file["arr_0"], file["arr_1"]
+    assert np.array_equal(pixels[2:], changed.images([2, 3], classes[2:].tolist()))
+
+
+def test_a_damaged_part_is_an_error(generator, tmp_path):
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    job.run(plan, generator, Alone(1, 2, CPU))
+    next(tmp_path.glob(".made*/*.npy")).write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match=r"part 1 .*delete the folder"):
+        job.run(plan, generator, World(0, 1, CPU))
+    assert not (tmp_path / "made.npz").exists()
+
+
+def test_a_job_writes_a_folder_of_pngs(generator, tmp_path):
+    path = job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU))
+    assert sorted(p.name for p in path.iterdir()) == [f"{i:06d}.png" for i in range(4)]
+    job.run(job.Job(tmp_path / "made", 4, 3, True, SETTINGS), generator, World(0, 1, CPU))
+    with np.load(tmp_path / "made.npz") as file:
+        for i, pixels in enumerate(file["arr_0"]):
+            assert np.array_equal(np.asarray(Image.open(path / f"{i:06d}.png")), pixels)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "made.npz"]
+
+
+# ------------------------------------------------------------ figures
+
+
+def pattern(seed: int, height: int, width: int, noise: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture and a noisy copy, by whole numbers alone."""
+    y, x = np.mgrid[:height, :width]
+    a = np.stack([(x * 7 + y * 3 + seed * 40) % 256, (x * y + seed) % 256, (y * 11 - x * 5) % 256], -1).astype(np.uint8)
+    error = (x * 13 + y * 29 + seed) % (2 * noise + 1) - noise
+    return a, np.clip(a.astype(int) + error[..., None], 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected_psnr", "expected_ssim"),
+    [
+        # scikit-image 0.26: peak_signal_noise_ratio(a, b, data_range=255) and structural_similarity(a, b,
+        # gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2)
+        ((0, 16, 16, 8), 34.50934756749501, 0.9569102862214249),
+        ((1, 24, 20, 40), 21.087480915829175, 0.5697212041609104),
+        ((2, 32, 32, 3), 42.18434637942272, 0.9956439352820569),
+    ],
+)
+def test_psnr_and_ssim_are_those_of_scikit_image(arguments, expected_psnr, expected_ssim):
+    a, b = (torch.from_numpy(picture)[None] for picture in pattern(*arguments))
+    assert psnr(a, b).tolist() == pytest.approx([expected_psnr], abs=1e-9)
+    assert ssim(a, b).tolist() == pytest.approx([expected_ssim], abs=1e-9)
+
+
+def test_psnr_and_ssim_are_figures_of_each_pair():
+    first, second = pattern(0, 16, 16, 8), pattern(5, 16, 16, 20)
+    a, b = (torch.from_numpy(np.stack(part)) for part in zip(first, second, strict=True))
+    for figure in (psnr, ssim):
+        together = figure(a, b)
+        assert together.shape == (2,) and together[0] > together[1]
+        assert together.tolist() == pytest.approx([figure(a[i : i + 1], b[i : i + 1]).item() for i in range(2)])
+    assert psnr(a, a).isinf().all() and ssim(a, a).tolist() == pytest.approx([1, 1])
+
+
+def test_nearest_finds_a_mirrored_copy():
+    rng = np.random.default_rng(0)
+    references = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    queries = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    queries[0] = references[17]
+    queries[1] = references[33][:, ::-1]
+    seen: list[int] = []
+    distance, index, mirrored = nearest(queries, references, seen.append)
+    assert distance[:2].max() < 0.1 and index[:2].tolist() == [17, 33] and mirrored[:2].tolist() == [False, True]
+    assert sum(seen) == 40
+    both = np.stack([references, references[:, :, ::-1]]).astype(float)
+    brute = np.sqrt(((both - queries[2]) ** 2).mean(axis=(2, 3, 4)))
+    assert distance[2] == pytest.approx(brute.min(), abs=1e-3)
+    assert brute[int(mirrored[2]), index[2]] == brute.min()
+
+
+def test_nearest_looks_at_all_blocks(monkeypatch):
+    monkeypatch.setattr("bitdance.evaluation.nearest.BLOCK", 7)
+    references = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    distance, index, mirrored = nearest(references[::-1], references)
+    assert index.tolist() == list(range(39, -1, -1)) and not mirrored.any() and distance.max() < 0.1
+
+
+def test_the_command_nearest(model, tmp_path, capsys):
+    folder = sample(model, tmp_path / "out", "--per-class", 2)
+    data = small.pictures(tmp_path / "data")
+    Image.fromarray(images(folder)[3][:, ::-1]).save(data / "class-1" / "planted.png")
+    held_out = small.pictures(tmp_path / "held-out", each=2)
+    capsys.readouterr()
+    main(["nearest", str(folder), str(data), "--held-out", str(held_out), "--output", str(tmp_path / "near"), "--shown", "2"])
+    figures = json.loads((tmp_path / "near" / "nearest.json").read_text())
+    assert figures["images"] == 6 and figures["training_images"] == 13
+    assert figures["minimum"] < 0.1 < figures["median"]
+    assert figures["held_out"]["mean"] < 0.1  # these pictures are among the training images
+    with Image.open(tmp_path / "near" / "nearest.png") as sheet:
+        assert sheet.height == 2 * 98 + 2
+    assert "generated 0.0 at least" in capsys.readouterr().out
+
+
+def test_the_command_reconstruct(model, tmp_path, capsys):
+    data = small.pictures(tmp_path / "data", each=3)
+    autoencoder = model.with_name("autoencoder.safetensors")
+    arguments = [str(data), "--autoencoder", str(autoencoder), "--device", "cpu", "--batch-size", "4"]
+    main(["reconstruct", *arguments, "--output", str(tmp_path / "all"), "--shown", "5"])
+    figures = json.loads((tmp_path / "all" / "reconstruction.json").read_text())
+    assert (figures["images"], figures["image_size"]) == (9, 16)
+    paths = sorted(data.rglob("*.png"))
+    original = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    network = checkpoint.load_autoencoder(autoencoder)
+    x = original.permute(0, 3, 1, 2).float() / 127.5 - 1
+    decoded = (127.5 * network.decode(network.encode(x)) + 128).clamp(0, 255).byte().permute(0, 2, 3, 1)
+    assert figures["psnr"] == pytest.approx(psnr(original, decoded).mean().item(), abs=0.05)
+    assert figures["ssim"] == pytest.approx(ssim(original, decoded).mean().item(), abs=0.005)
+    assert f"PSNR {figures['psnr']:.2f} dB" in capsys.readouterr().out
+    with Image.open(tmp_path / "all" / "reconstruction.png") as sheet:
+        assert sheet.height == 2 * 98 + 2 and sheet.width > 5 * 98
+    main(["reconstruct", *arguments, "--output", str(tmp_path / "few"), "--limit", "2", "--image-size", "12"])
+    few = json.loads((tmp_path / "few" / "reconstruction.json").read_text())
+    assert (few["images"], few["image_size"]) == (2, 12)
+
+
+def test_the_command_convert(model, tmp_path, capsys):
+    target = tmp_path / "small.safetensors"
+    main(["convert", str(model), str(target), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.startswith("model in bfloat16, ")
+    original, converted = checkpoint.load_model(model), checkpoint.load_model(target)
+    assert converted.config == original.config
+    for name, value in original.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value.bfloat16().float())
+    assert target.stat().st_size < 0.6 * model.stat().st_size
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, averaged):
+    data = small.pictures(tmp_path / "data")
+    run = RunConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=0.9 if averaged else 0)
+    finished = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+    main(["convert", str(tmp_path / "run" / "checkpoint.safetensors"), str(tmp_path / "converted.safetensors")])
+    assert capsys.readouterr().out.startswith("autoencoder in float32, ")
+    a, b = (checkpoint.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
