@@ -15,6 +15,7 @@ from bitdance.quantizer import quantize
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm as everywhere in this network: 32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -37,6 +38,7 @@ class ResBlock(nn.Module):
 
 
 def res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+    """`count` residual blocks, the first of which changes the width."""
     return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
 
 
@@ -114,6 +116,8 @@ class Upsample(nn.Module):
 
 
 class UpLevel(nn.Module):
+    """Residual blocks, then, but for the finest level, an upsampler."""
+
     def __init__(self, c_in: int, c_out: int, count: int, upsample: bool) -> None:
         super().__init__()
         self.block = res_blocks(c_in, c_out, count)

@@ -567,7 +567,7 @@ def _load(cls: type[Network], config: Any, path: pathlib.Path, state: State, dty
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves fresh parameters as they are: filling tensors without memory costs a second of imports, and nothing else."""
+    """Leaves fresh parameters as they are: filling tensors without memory is only slow."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.__name__ in ("normal_", "uniform_", "zero_", "fill_"):

@@ -54,7 +54,7 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
+        if name == "cuda":
             device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -98,4 +98,4 @@ def computes_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu":
         return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

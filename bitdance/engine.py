@@ -76,32 +76,43 @@ def sample_tokens(
     guided = settings.cfg_scale > 1
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
-    net, cache = model.head.net, model.new_cache(len(labels))
-    dtype = model.norm.weight.dtype
+    cache = model.new_cache(len(labels))
     made: list[Tensor] = []
     for i in range(config.ar_steps):
         cond = model.prefill(labels, cache) if i == 0 else model.step(made[-1], cache)
         scale = flow.guidance_scale(settings.cfg_scale, i, config.ar_steps, settings.cfg_schedule) if guided else 1.0
         together = scale > 1 or (guided and settings.share_first)
-        embedded = net.cond_embed(cond)
-
-        def field(x: Tensor, t: Tensor, embedded: Tensor = embedded, scale: float = scale, both: bool = together) -> Tensor:
-            rows = torch.cat([x, x]) if both else x
-            time = net.time_embed(t[None])[:, None]
-            v = flow.velocity(net.denoise(rows.to(dtype), time, embedded).float(), rows, t)
-            if not both:
-                return v
-            v_cond, v_null = v.chunk(2)
-            return flow.guide(v_cond, v_null, scale)
-
         numbers = draw(i, False)
         if guided and not together:
             numbers = torch.cat([numbers, draw(i, True)], dim=1)
+        field = _velocity_field(model, cond, scale if together else None)
         x = flow.euler_maruyama(field, numbers, config.time_shift)
         new = torch.where(x > 0, 1.0, -1.0)
         made.append(torch.cat([new, new]) if together else new)
         progress()
     return torch.cat(made, dim=1)[:b]
+
+
+def _velocity_field(model: BitDance, cond: Tensor, scale: float | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The head as a function of (x, t), its condition embedded once.
+
+    Args:
+        cond: (R, P, D); with guidance the second half is unconditional.
+        scale: of the guidance, or none; with guidance x has R / 2 rows, which both halves share.
+    """
+    net = model.head.net
+    embedded = net.cond_embed(cond)
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        rows = x if scale is None else torch.cat([x, x])
+        x_pred = net.denoise(rows.to(cond.dtype), net.time_embed(t[None])[:, None], embedded).float()
+        v = flow.velocity(x_pred, rows, t)
+        if scale is None:
+            return v
+        v_cond, v_null = v.chunk(2)
+        return flow.guide(v_cond, v_null, scale)
+
+    return field
 
 
 @torch.no_grad()

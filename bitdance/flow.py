@@ -49,9 +49,7 @@ def time_grid(num_steps: int, shift: float = 1.0, device: torch.device | None = 
     return time_shift(grid, shift)
 
 
-def euler_maruyama(
-    field: Callable[[Tensor, Tensor], Tensor], noise: Tensor, shift: float = 1.0
-) -> Tensor:
+def euler_maruyama(field: Callable[[Tensor, Tensor], Tensor], noise: Tensor, shift: float = 1.0) -> Tensor:
     """Integrates the reverse-time SDE from noise to data, then takes one plain Euler step of 0.05.
 
     Args:

@@ -1,6 +1,7 @@
 """The binary diffusion head: the two networks that predict a token's bits from noise, and the loss that trains them.
 
-Section 3.3 of arXiv 2602.14041. Rows R are tokens (P = 1) or groups of P tokens; the condition is the transformer's output.
+Section 3.3 of arXiv 2602.14041. Rows R are tokens (P = 1) or groups of P tokens; the condition is what the transformer
+puts out.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def time_features(t: Tensor) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
+    """`time_features` through a small MLP."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -47,6 +50,7 @@ class TimeEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
@@ -88,6 +92,8 @@ class TransformerHeadBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated LayerNorm without affine, then the projection to bits."""
+
     def __init__(self, dim: int, bits: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -120,7 +126,7 @@ class HeadNetwork(nn.Module):
         return self.denoise(x_t, self.time_embed(t)[:, None], self.cond_embed(cond))
 
     def denoise(self, x_t: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        """`forward` after the embeddings: time (R or 1, 1, d) and cond (R, P, d) may be computed once for many calls."""
+        """`forward` after the embeddings: time (R or 1, 1, d) and cond (R, P, d) can serve many calls."""
         x = self.input_proj(x_t)  # (R, P, d)
         y = F.silu(time + cond)
         for i, block in enumerate(self.res_blocks):

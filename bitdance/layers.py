@@ -60,7 +60,14 @@ class KVCache:
     """Keys and values of the positions seen so far, one pair of static tensors (B, H, L, d) a layer."""
 
     def __init__(
-        self, n_layer: int, batch: int, n_head: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        n_layer: int,
+        batch: int,
+        n_head: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (batch, n_head, length, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]

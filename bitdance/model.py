@@ -114,9 +114,7 @@ class BitDance(nn.Module):
         """The conditions of all tokens: (B, N, C) +-1 and (B,) int64 -> (B, N, D)."""
         return self.hidden(tokens[:, : -self.config.parallel_num], labels) + self.pos_for_diff.weight
 
-    def loss(
-        self, tokens: Tensor, labels: Tensor, t: Tensor, x_0: Tensor, inputs: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, tokens: Tensor, labels: Tensor, t: Tensor, x_0: Tensor, inputs: Tensor | None = None) -> Tensor:
         """The training loss, a float32 scalar.
 
         The batch is tiled M times, once for each draw of time and noise: rows [copy, image, group].

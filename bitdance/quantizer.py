@@ -1,4 +1,4 @@
-"""Signs as tokens: the binary quantizer, its group indices, packed bits and the entropy loss that keeps all codes in use.
+"""Signs as tokens: the binary quantizer, its group indices, packed bits, and the entropy loss that spreads the codes.
 
 The quantizer has no parameters: a token is the sign of the encoder's output (lookup-free quantization in groups of 8
 bits, WeTok, arXiv 2508.05599).
@@ -27,7 +27,7 @@ def straight_through(x: Tensor) -> Tensor:
 
 
 def group_indices(bits: Tensor) -> Tensor:
-    """The group indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64 in 0..255, tokens in raster order.
+    """The group indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64 in 0..255, in raster order.
 
     Index of group g = sum over j of 2^j where bit 8 g + j is +1.
     """
@@ -62,8 +62,8 @@ class EntropyLoss(NamedTuple):
 def entropy_loss(x: Tensor, temperature: float = 0.01, eps: float = 1e-5) -> EntropyLoss:
     """Confident samples, all codes used: mean entropy of each sample's code minus the entropy of the mean distribution.
 
-    The distribution of a group is softmax(2 x . codebook / temperature) over its 256 sign vectors; it is averaged over all
-    samples and all groups before the second entropy is taken. The gradient goes straight to x.
+    The distribution of a group is softmax(2 x . codebook / temperature) over its 256 sign vectors; it is averaged over
+    all samples and all groups before the second entropy is taken. The gradient goes straight to x.
 
     Args:
         x: (B, C, h, w) encoder output before the sign, C a multiple of 8.

@@ -1,4 +1,4 @@
-"""`bitdance sample`, the job behind the figures, and the commands that look at images: reconstruct, nearest, convert."""
+"""`bitdance sample`, the job behind the figures, and what looks at files: reconstruct, nearest, convert."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_an_image_depends_on_its_class_number_and_settings_alone(model, tmp_path
     few = images(sample(model, tmp_path / "few", "cat", "2", "--per-class", 2))
     assert alike(whole[:2], few[:2]) and not alike(whole[2:4], few[2:])
     # Class, guidance and steps do change an image.
-    for name, changes in (("class", ["dog"]), ("cfg", ["cat", "--cfg-schedule", "constant"]), ("share", ["cat", "--share-first"])):
+    others = {"class": ["dog"], "cfg": ["cat", "--cfg-schedule", "constant"], "share": ["cat", "--share-first"]}
+    for name, changes in others.items():
         changed = images(sample(model, tmp_path / name, *changes, "--per-class", 2))
         assert not alike(whole[:2], changed), name
 
@@ -385,7 +386,8 @@ def test_the_command_nearest(model, tmp_path, capsys):
     Image.fromarray(images(folder)[3][:, ::-1]).save(data / "class-1" / "planted.png")
     held_out = small.pictures(tmp_path / "held-out", each=2)
     capsys.readouterr()
-    main(["nearest", str(folder), str(data), "--held-out", str(held_out), "--output", str(tmp_path / "near"), "--shown", "2"])
+    fixed = ["--held-out", held_out, "--output", tmp_path / "near", "--shown", 2]
+    main(["nearest", *map(str, [folder, data, *fixed])])
     figures = json.loads((tmp_path / "near" / "nearest.json").read_text())
     assert figures["images"] == 6 and figures["training_images"] == 13
     assert figures["minimum"] < 0.1 < figures["median"]
@@ -431,7 +433,8 @@ def test_the_command_convert(model, tmp_path, capsys):
 @pytest.mark.parametrize("averaged", [True, False])
 def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, averaged):
     data = small.pictures(tmp_path / "data")
-    run = RunConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=0.9 if averaged else 0)
+    ema = 0.9 if averaged else 0.0
+    run = RunConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=ema)
     finished = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
     main(["convert", str(tmp_path / "run" / "checkpoint.safetensors"), str(tmp_path / "converted.safetensors")])
     assert capsys.readouterr().out.startswith("autoencoder in float32, ")

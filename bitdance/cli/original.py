@@ -225,14 +225,16 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
     world = connect()
     try:
         model, autoencoder, contents = load_pair(
-            flags.ckpt, model_flags.trained_vae or None, "model" if flags.no_ema else None, world.device,
+            flags.ckpt,
+            model_flags.trained_vae or None,
+            "model" if flags.no_ema else None,
+            world.device,
             flags.mixed_precision,
         )
         _check_against_checkpoint(model, model_flags, parallel, autoencoder.config.down_size)
         generator = Generator(model, autoencoder, settings, flags.seed, flags.chunk_size)
         digests = [digest(network.state_dict()) for network in (model, autoencoder)]
-        name = _job_name(flags, model, contents.path, autoencoder.config.down_size)
-        path = flags.sample_dir / f"{name}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
+        path = flags.sample_dir / _job_name(flags, model, contents.path, autoencoder.config.down_size, digests)
         job = Job(path, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz, _job_settings(flags, digests))
         result = run(job, generator, world)
         if world.is_main:
@@ -241,9 +243,7 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
         disconnect()
 
 
-def _check_against_checkpoint(
-    model: BitDance, flags: ModelFlags, parallel: ParallelFlags, down_size: int
-) -> None:
+def _check_against_checkpoint(model: BitDance, flags: ModelFlags, parallel: ParallelFlags, down_size: int) -> None:
     """Stops where a flag was given that says something else than the files do."""
     config = model.config
     there: dict[str, tuple[object, object]] = {
@@ -270,14 +270,14 @@ def _check_against_checkpoint(
             )
 
 
-def _job_name(flags: SampleFlags, model: BitDance, path: pathlib.Path, down_size: int) -> str:
-    """Names every setting that changes an image, so that no result is taken for another; a digest of weights follows."""
+def _job_name(flags: SampleFlags, model: BitDance, path: pathlib.Path, down_size: int, digests: list[str]) -> str:
+    """Names all that changes an image, the weights by their digests, so that no result is taken for another."""
     config = model.config
     weights = "raw" if flags.no_ema else "ema"
     return (
         f"{path.stem}-{weights}-{config.parallel_num}x-size-{config.grid * down_size}-steps-{flags.sample_steps}"
         f"-cfg-{flags.cfg_scale:g}-seed-{flags.seed}-{'fp32' if flags.mixed_precision == 'none' else 'bf16'}"
-        f"-n-{flags.num_fid_samples}"
+        f"-n-{flags.num_fid_samples}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
     )
 
 
@@ -327,8 +327,14 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         compile=not flags.no_compile,
         grad_checkpointing=model_flags.grad_checkpointing,
     )
-    train_model(run, chosen, loss, pathlib.Path(model_flags.trained_vae), expect_bits=model_flags.latent_dim,
-                expect_down_size=model_flags.down_size)
+    train_model(
+        run,
+        chosen,
+        loss,
+        pathlib.Path(model_flags.trained_vae),
+        expect_bits=model_flags.latent_dim,
+        expect_down_size=model_flags.down_size,
+    )
 
 
 def _given(value: T | None, default: T) -> T:

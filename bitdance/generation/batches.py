@@ -60,7 +60,10 @@ class Generator:
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
     """Labels with equal counts, a remainder spread over distinct classes, in a random order fixed by the seed.
 
-    Returns (N,) int64. The Inception Score takes splits of consecutive images, so class order would give each split a few classes only.
+    The Inception Score takes splits of consecutive images, so class order would give each split a few classes only.
+
+    Returns:
+        (N,) int64.
     """
     rows = torch.arange(num_images)
     keys = noise.words(seed, rows, 4, stream=noise.SAMPLE_ORDER, step=0)[0].numpy()

@@ -21,8 +21,18 @@ from bitdance.training.loop import Run
 from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
 
 # What may differ between the two halves of an interrupted run without changing its weights.
-_FREE = ("data_path", "results_dir", "max_steps", "num_workers", "log_every", "save_every", "keep_epochs",
-         "preview_every", "compile", "grad_checkpointing")
+_FREE = (
+    "data_path",
+    "results_dir",
+    "max_steps",
+    "num_workers",
+    "log_every",
+    "save_every",
+    "keep_epochs",
+    "preview_every",
+    "compile",
+    "grad_checkpointing",
+)
 
 
 def train_autoencoder(
