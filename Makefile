@@ -48,6 +48,7 @@ venv: $(STAMP)  ## set up only: make .venv and install everything (PYTHON=python
 
 lint: $(STAMP)  ## check style
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 types: $(STAMP)  ## check types
 	$(RUN) -m mypy

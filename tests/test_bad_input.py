@@ -70,7 +70,8 @@ def training(place: pathlib.Path, results: pathlib.Path, data: object = None) ->
     return ["--autoencoder", place / "autoencoder.safetensors", "--data-path", data or place / "pictures",
             "--image-size", 16, "--results-dir", results, "--dim", 64, "--n-layer", 1, "--head-dim", 64,
             "--head-layers", 1, "--head-ada-ln", 1, "--cls-token-num", 2,
-            "--global-batch-size", 4, "--max-steps", 2, "--num-workers", 1, "--device", "cpu", "--mixed-precision", "none"]  # fmt: skip
+            "--global-batch-size", 4, "--max-steps", 2, "--num-workers", 1, "--device", "cpu",
+            "--mixed-precision", "none"]  # fmt: skip
 
 
 # ------------------------------------------------------------ classes

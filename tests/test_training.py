@@ -369,7 +369,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(data, pair, tmp_path):
 
     def train(folder: str, **changes: object) -> None:
         run = config(data, tmp_path / folder, epochs=3, warmup_steps=4, decay_start=4, **changes)
-        train_model(run, SIZES, loss, pair / "autoencoder.safetensors", "cpu")
+        train_model(run, dataclasses.replace(SIZES, drop_rate=0.1), loss, pair / "autoencoder.safetensors", "cpu")
 
     train("whole")
     train("parts", max_steps=2)

@@ -112,6 +112,8 @@ class Run:
 
     def _one_step(self, batch: Batch) -> dict[str, Tensor]:
         device = self.world.device
+        # Dropout is the one thing that torch draws: a function of (seed, step, process), so a resumed run repeats it.
+        torch.manual_seed((self.config.global_seed << 31) + self.step * self.world.size + self.world.rank)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss, metrics = self.trained(
@@ -185,11 +187,9 @@ class Run:
         tensors = {f"model/{name}": value.detach() for name, value in self.network.named_parameters()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.state.items()}
-        names = [name for name, _ in self.network.named_parameters()]
-        order = {id(parameter): name for name, parameter in zip(names, self.network.parameters(), strict=True)}
-        for parameter, state in self.optimizer.state.items():
-            for key, value in state.items():
-                tensors[f"optimizer/{key}/{order[id(parameter)]}"] = value
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{name}"] = value
         config = {self.kind: dataclasses.asdict(self.network.config), "run": self.identity}
         checkpoint.save_tensors(
             self.config.results_dir / CHECKPOINT, tensors, "training", config, step=str(self.step), trains=self.kind
