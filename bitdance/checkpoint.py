@@ -609,7 +609,7 @@ def save(
     network: BitDance | Autoencoder,
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
-    **metadata: str,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Writes one network as safetensors, with its configuration inside, atomically.
 
@@ -629,7 +629,7 @@ def save(
     tensors = {name: value.detach() for name, value in (state or network.state_dict()).items()}
     if dtype is not None:
         tensors = {name: value.to(dtype) for name, value in tensors.items()}
-    return save_tensors(path, tensors, kind, {kind: dataclasses.asdict(network.config)}, **metadata)
+    return save_tensors(path, tensors, kind, {kind: dataclasses.asdict(network.config)}, **(metadata or {}))
 
 
 def save_tensors(

@@ -29,8 +29,18 @@ from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
 from bitdance.errors import UserError
 from bitdance.model import BitDance
 
-MODEL = BitDanceConfig(dim=64, n_layer=1, head_dim=64, head_layers=1, head_ada_ln=1, parallel_num=4, grid=2, bits=8,
-                       cls_token_num=2, num_classes=2)
+MODEL = BitDanceConfig(
+    dim=64,
+    n_layer=1,
+    head_dim=64,
+    head_layers=1,
+    head_ada_ln=1,
+    parallel_num=4,
+    grid=2,
+    bits=8,
+    cls_token_num=2,
+    num_classes=2,
+)
 AUTOENCODER = AutoencoderConfig(widths=(32, 32), blocks=1, bits=8)
 State = dict[str, Tensor]
 
@@ -199,8 +209,16 @@ def test_released_sizes_follow_from_shapes(name: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dim": 128}, {"n_layer": 2}, {"head_dim": 128}, {"head_layers": 2}, {"head_layers": 2, "head_ada_ln": 2},
-        {"parallel_num": 1}, {"grid": 4, "parallel_num": 16}, {"grid": 4}, {"bits": 16}, {"cls_token_num": 3},
+        {"dim": 128},
+        {"n_layer": 2},
+        {"head_dim": 128},
+        {"head_layers": 2},
+        {"head_layers": 2, "head_ada_ln": 2},
+        {"parallel_num": 1},
+        {"grid": 4, "parallel_num": 16},
+        {"grid": 4},
+        {"bits": 16},
+        {"cls_token_num": 3},
         {"num_classes": 5},
     ],
 )
@@ -235,7 +253,7 @@ def test_autoencoder_sizes_are_inferred(tmp_path: pathlib.Path) -> None:
 def test_our_files_hold_their_configuration(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(MODEL, token_order="standard", time_shift=3.0, class_names=("cat", "dog"))
     model = BitDance(config)
-    digest = checkpoint.save(tmp_path / "model.safetensors", model, EMA, step="7")
+    digest = checkpoint.save(tmp_path / "model.safetensors", model, EMA, metadata={"step": "7"})
     contents = checkpoint.read(tmp_path / "model.safetensors")
     description = checkpoint.describe_model(contents)
     assert description.config == config and set(description.sources.values()) == {"file"}
@@ -526,10 +544,18 @@ def wrong(whole: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     yield "zip that is compressed", with_entry(whole, "extra", bytes(10**6), zipfile.ZIP_DEFLATED)
     yield "zip with two pickles", with_entry(whole, "data.pkl", pickle.dumps({}, 2), folder="other")
     for name, data in {
-        "a list": [1, 2], "a number": 3, "a tensor": torch.ones(3), "nothing": None, "an empty dictionary": {},
-        "no weights": {"epochs": 3}, "weights that are a number": {"ema": 3}, "weights of text": {"ema": {"a": "b"}},
-        "names that are numbers": {"model": {1: torch.ones(1)}}, "no tensors": {"model": {}, "ema": {}},
-        "other tensors": {"model": {"fc.weight": torch.ones(2, 2)}}, "args in a list": {"ema": EMA, "args": [1]},
+        "a list": [1, 2],
+        "a number": 3,
+        "a tensor": torch.ones(3),
+        "nothing": None,
+        "an empty dictionary": {},
+        "no weights": {"epochs": 3},
+        "weights that are a number": {"ema": 3},
+        "weights of text": {"ema": {"a": "b"}},
+        "names that are numbers": {"model": {1: torch.ones(1)}},
+        "no tensors": {"model": {}, "ema": {}},
+        "other tensors": {"model": {"fc.weight": torch.ones(2, 2)}},
+        "args in a list": {"ema": EMA, "args": [1]},
         "a token order": {"ema": EMA, "args": {"parallel_mode": "weird"}},
         "a token order that is a list": {"ema": EMA, "args": {"parallel_mode": ["patch"]}},
         "no time shift": {"ema": EMA, "args": {"time_shift": "x"}},
@@ -546,8 +572,10 @@ def wrong(whole: pathlib.Path) -> Iterator[tuple[str, bytes]]:
         "8-bit numbers": {"ema": EMA | {"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}},
         "a huge view": {"ema": EMA | {"norm.weight": torch.ones(1).expand(1 << 40)}},
         "escapes in a name": {"ema": EMA | {"\x1b[2J\n": torch.ones(1)}},
-        "an autoencoder of odd width": {"state_dict": random_state(AUTOENCODER, 0) | {
-            "encoder.down.0.block.0.conv1.weight": torch.ones(33, 32, 3, 3)}},
+        "an autoencoder of odd width": {
+            "state_dict": random_state(AUTOENCODER, 0)
+            | {"encoder.down.0.block.0.conv1.weight": torch.ones(33, 32, 3, 3)}
+        },
         "half an autoencoder": {"state_dict": {k: v for k, v in VAE.items() if k.startswith("encoder.")}},
     }.items():
         yield name, torch_bytes(data)
@@ -579,10 +607,13 @@ def lying(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     for length in (0, 1, size - 1, size + 8, 1 << 32, 1 << 40, (1 << 64) - 1):
         yield f"header of {length} bytes", file(header, length=length)
     for name, change in {
-        "huge shape": {"shape": [1 << 40, 1 << 20]}, "negative shape": {"shape": [-64]},
+        "huge shape": {"shape": [1 << 40, 1 << 20]},
+        "negative shape": {"shape": [-64]},
         "other shape": {"shape": [8, 8]},
-        "huge offsets": {"data_offsets": [0, 1 << 50]}, "reversed offsets": {"data_offsets": [256, 0]},
-        "overlapping offsets": {"data_offsets": [0, 256]}, "unknown type": {"dtype": "F3"},
+        "huge offsets": {"data_offsets": [0, 1 << 50]},
+        "reversed offsets": {"data_offsets": [256, 0]},
+        "overlapping offsets": {"data_offsets": [0, 256]},
+        "unknown type": {"dtype": "F3"},
         "other type": {"dtype": "I32"},
     }.items():
         yield name, file(header | {"norm.weight": header["norm.weight"] | change})
@@ -591,14 +622,18 @@ def lying(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     yield "more data than said", content + b"more"
     good = header["__metadata__"]
     metadata: dict[str, dict[str, str]] = {
-        "a later version": {**good, "format_version": "2"}, "another format": {**good, "format": "pt"},
-        "another digest": {**good, "digest": "0" * 64}, "another configuration": {**good, "config": "{}"},
+        "a later version": {**good, "format_version": "2"},
+        "another format": {**good, "format": "pt"},
+        "another digest": {**good, "digest": "0" * 64},
+        "another configuration": {**good, "config": "{}"},
         "no digest": {key: value for key, value in good.items() if key != "digest"},
     }
     config = json.loads(good["config"])["model"]
     for name, content_config, kind in (
-        ("unknown kind", {"model": config}, "banana"), ("configuration that is a list", [config], "model"),
-        ("no configuration", {}, "model"), ("other configuration", {"autoencoder": config}, "model"),
+        ("unknown kind", {"model": config}, "banana"),
+        ("configuration that is a list", [config], "model"),
+        ("no configuration", {}, "model"),
+        ("other configuration", {"autoencoder": config}, "model"),
         ("a later field", {"model": config | {"colour": "red"}}, "model"),
         ("billions of layers", {"model": config | {"n_layer": 10**9}}, "model"),
         ("other width", {"model": config | {"dim": 128}}, "model"),

@@ -100,8 +100,7 @@ def purity_faults(tree: ast.AST, module: str) -> list[str]:
     faults = [
         f"{module}:{line} imports {name}."
         for line, name in imports(tree, module)
-        if any(within(name, banned) for banned in NOT_IN_PURE)
-        or name in ("os.environ", "os.getenv", "torch.compile")
+        if any(within(name, banned) for banned in NOT_IN_PURE) or name in ("os.environ", "os.getenv", "torch.compile")
     ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):

@@ -34,16 +34,19 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from bitdance import checkpoint
+    from bitdance.autoencoder import Autoencoder
+    from bitdance.model import BitDance
 
     contents = checkpoint.read(command.source)
     part = command.part or ("model" if "model" in contents.parts else "autoencoder")
+    kept: dict[str, str] = {
+        key: contents.metadata[key] for key in ("step", "autoencoder_digest") if key in contents.metadata
+    }
+    network: BitDance | Autoencoder
     if part == "model":
-        digest = checkpoint.save(
-            command.target, checkpoint.load_model(contents, command.weights), dtype=getattr(torch, command.dtype)
-        )
+        network = checkpoint.load_model(contents, command.weights)
     else:
-        digest = checkpoint.save(
-            command.target, checkpoint.load_autoencoder(contents), dtype=getattr(torch, command.dtype)
-        )
+        network = checkpoint.load_autoencoder(contents)
+    digest = checkpoint.save(command.target, network, dtype=getattr(torch, command.dtype), metadata=kept)
     size = command.target.stat().st_size / 1e6
     print(f"{part} in {command.dtype}, {size:.2f} MB, digest {digest[:16]}: {command.target}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import pathlib
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from bitdance.config import ZOO, BitDanceConfig
@@ -89,8 +90,17 @@ def load_pair(
     contents = checkpoint.read(find_model(model_name))
     dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else torch.float32
     model = checkpoint.load_model(contents, weights, dtype)
-    autoencoder = checkpoint.load_autoencoder(find_autoencoder(autoencoder_name, contents), dtype)
+    place = find_autoencoder(autoencoder_name, contents)
+    source = place if isinstance(place, checkpoint.Contents) else checkpoint.read(place)
+    autoencoder = checkpoint.load_autoencoder(source, dtype)
     check_fit(model, autoencoder)
+    trained_with = contents.metadata.get("autoencoder_digest")
+    if trained_with and trained_with != checkpoint.digest(source.states["autoencoder"]):
+        print(
+            f"bitdance: warning: {contents.path} was not trained with {source.path}: unless that is the same "
+            "autoencoder in another precision, the pictures will show nothing.",
+            file=sys.stderr,
+        )
     return model.to(device), autoencoder.to(device), contents
 
 

@@ -192,7 +192,7 @@ class Run:
                 tensors[f"optimizer/{key}/{name}"] = value
         config = {self.kind: dataclasses.asdict(self.network.config), "run": self.identity}
         checkpoint.save_tensors(
-            self.config.results_dir / CHECKPOINT, tensors, "training", config, step=str(self.step), trains=self.kind
+            self.config.results_dir / CHECKPOINT, tensors, "training", config, trains=self.kind, **self._provenance()
         )
 
     def _resume(self) -> None:
@@ -227,7 +227,13 @@ class Run:
         return path
 
     def _save_weights(self, path: pathlib.Path) -> None:
-        checkpoint.save(path, self.network, None if self.ema is None else self.ema.state, step=str(self.step))
+        state = None if self.ema is None else self.ema.state
+        checkpoint.save(path, self.network, state, metadata=self._provenance())
+
+    def _provenance(self) -> dict[str, str]:
+        """What the file of a model says of its making: the step, and which autoencoder made its tokens."""
+        autoencoder = self.identity.get("autoencoder.digest")
+        return {"step": str(self.step)} | ({"autoencoder_digest": autoencoder} if autoencoder else {})
 
 
 def _timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
