@@ -96,9 +96,9 @@ def _pixels(data: pathlib.Path, side: int, limit: int | None) -> np.ndarray:
     from tqdm import tqdm
 
     from bitdance.data.crops import center_crop, to_array
-    from bitdance.data.images import open_images
+    from bitdance.data.images import open_images, spread
 
     images = open_images(data)
-    chosen = np.linspace(0, len(images) - 1, min(len(images), limit or len(images))).round().astype(int)
+    chosen = spread(len(images), limit)
     with tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}") as bar:
         return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])

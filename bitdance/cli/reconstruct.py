@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     from bitdance.autoencoder import to_bytes
     from bitdance.checkpoint import load_autoencoder
     from bitdance.data.crops import center_crop, normalize, to_array
-    from bitdance.data.images import open_images
+    from bitdance.data.images import open_images, spread
     from bitdance.distributed import connect
     from bitdance.evaluation.reconstruction import WINDOW, psnr, ssim
     from bitdance.files import atomic_write
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
             f"and at least {WINDOW}."
         )
     count = min(len(images), command.limit or len(images))
-    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    chosen, shown = spread(len(images), count), spread(count, command.shown)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     ratios, similarities = [], []
     with tqdm(total=count, unit="image", dynamic_ncols=True) as bar, torch.no_grad():
@@ -83,8 +83,8 @@ def main(arguments: list[str]) -> None:
             decoded = to_bytes(autoencoder.decode(autoencoder.encode(normalize(original))))
             ratios.append(psnr(original.cpu(), decoded.cpu()))
             similarities.append(ssim(original.cpu(), decoded.cpu()))
-            if start == 0 or len(pairs) * command.batch_size < command.shown:
-                pairs.append((original.cpu().numpy(), decoded.cpu().numpy()))
+            for i in shown[(shown >= start) & (shown < start + len(batch))] - start:
+                pairs.append((original[i].cpu().numpy(), decoded[i].cpu().numpy()))
             bar.update(len(batch))
     figures = {
         "autoencoder": str(path),
@@ -94,12 +94,11 @@ def main(arguments: list[str]) -> None:
         "psnr": float(torch.cat(ratios).mean()),
         "ssim": float(torch.cat(similarities).mean()),
     }
-    shown = min(command.shown, count)
-    above, below = (np.concatenate(row)[:shown] for row in zip(*pairs, strict=True))
+    above, below = (np.stack(part) for part in zip(*pairs, strict=True))
     with atomic_write(command.output / "reconstruction.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     picture = command.output / "reconstruction.png"
     with atomic_write(picture) as temporary:
-        sheet = grid(np.concatenate([above, below]), shown, ("original", "decoded"), scale=max(1, 96 // size))
+        sheet = grid(np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size))
         sheet.save(temporary, format="PNG")
     print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}: {picture}")

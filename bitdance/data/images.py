@@ -108,6 +108,11 @@ def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageSe
         ) from error
 
 
+def spread(total: int, count: int | None) -> np.ndarray:
+    """Indices of `count` of `total` things (None, or more than there are: of all), evenly spread: (count,) int64."""
+    return np.linspace(0, total - 1, min(total, count or total)).round().astype(np.int64)
+
+
 def decode_image(data: bytes, where: str) -> Image.Image:
     """Decodes the bytes of an image file to 8-bit RGB.
 

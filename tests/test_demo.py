@@ -1,0 +1,58 @@
+"""The model that ships inside the package."""
+
+import importlib.resources
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitdance import checkpoint
+from bitdance.cli.main import main
+
+ASSETS = importlib.resources.files("bitdance") / "assets"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture(scope="module")
+def files():
+    return ASSETS / "demo_model.safetensors", ASSETS / "demo_autoencoder.safetensors"
+
+
+def test_it_is_small_and_knows_its_classes_and_its_autoencoder(files):
+    model, autoencoder = (checkpoint.read(str(file)) for file in files)
+    assert sum(len(file.read_bytes()) for file in files) <= 10_000_000
+    config = checkpoint.describe_model(model).config
+    assert config.class_names == CLASSES
+    assert config.grid * checkpoint.describe_autoencoder(autoencoder).config.down_size == 32
+    assert model.metadata["autoencoder_digest"] == autoencoder.metadata["digest"]
+
+
+def test_it_tells_its_classes_apart(files):
+    """On its own samples the loss under the class that was asked for is lower than under another one."""
+    from bitdance.engine import SampleSettings, image_noise, sample_tokens
+    from bitdance.noise import normal
+
+    model = checkpoint.load_model(str(files[0]))
+    labels = torch.arange(10).repeat(2)
+    draw = image_noise(model, 0, torch.arange(20), 20)
+    tokens = sample_tokens(model, labels, draw, SampleSettings(20, cfg_scale=3.0))
+    steps, bits = model.config.ar_steps, model.config.bits
+    x_0 = normal(1, torch.arange(20 * steps), bits, stream=99, step=0)[0][:, None]
+    t = torch.linspace(0.05, 0.9, steps).repeat(20)
+    with torch.no_grad():
+        right, wrong = (model.loss(tokens, asked, t, x_0) for asked in (labels, (labels + 5) % 10))
+    assert right < wrong
+
+
+def test_make_sample_makes_a_labelled_grid_of_all_classes(tmp_path, capsys):
+    main(["sample", "--output", str(tmp_path / "samples"), "--per-class", "2", "--sample-steps", "4"])
+    assert capsys.readouterr().out.strip().endswith("grid.png")
+    record = json.loads((tmp_path / "samples" / "samples.json").read_text())
+    assert [image["name"] for image in record["images"]] == [name for name in CLASSES for _ in range(2)]
+    pictures = [np.asarray(Image.open(tmp_path / "samples" / image["file"])) for image in record["images"]]
+    assert all(picture.shape == (32, 32, 3) for picture in pictures)
+    assert min(picture.std() for picture in pictures) > 5, "an image without contrast"
+    assert len({picture.tobytes() for picture in pictures}) == 20
+    assert (tmp_path / "samples" / "grid.png").exists()
