@@ -6,4 +6,4 @@ from bitdance.cli.main import call
 from bitdance.cli.original import sample
 
 if __name__ == "__main__":
-    call(sample, sys.argv[1:], parallel=False)
+    call(sample, sys.argv[1:])

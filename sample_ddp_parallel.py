@@ -3,7 +3,7 @@
 import sys
 
 from bitdance.cli.main import call
-from bitdance.cli.original import sample
+from bitdance.cli.original import sample_parallel
 
 if __name__ == "__main__":
-    call(sample, sys.argv[1:], parallel=True)
+    call(sample_parallel, sys.argv[1:])

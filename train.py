@@ -6,4 +6,4 @@ from bitdance.cli.main import call
 from bitdance.cli.original import train
 
 if __name__ == "__main__":
-    call(train, sys.argv[1:], parallel=False)
+    call(train, sys.argv[1:])

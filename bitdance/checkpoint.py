@@ -623,12 +623,15 @@ def save(
         The digest of the tensors.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or a number does not fit the dtype.
     """
     kind = "model" if isinstance(network, BitDance) else "autoencoder"
     tensors = {name: value.detach() for name, value in (state or network.state_dict()).items()}
     if dtype is not None:
         tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} was not written: {name} holds numbers that {value.dtype} cannot, or none at all.")
     return save_tensors(path, tensors, kind, {kind: dataclasses.asdict(network.config)}, **(metadata or {}))
 
 

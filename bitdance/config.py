@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from bitdance.errors import UserError
 
+HEAD_DIM = 64
+"""Channels of an attention head, in every released model."""
+
 TokenOrder = Literal["patch", "standard"]
 TOKEN_ORDERS: tuple[TokenOrder, ...] = ("patch", "standard")
 
@@ -90,8 +93,8 @@ class BitDanceConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} does not fit: it must be at least 1.")
         for name in ("dim", "head_dim"):
-            if getattr(self, name) % 64:
-                raise UserError(f"{name} {getattr(self, name)} does not fit: it must be a multiple of 64.")
+            if getattr(self, name) % HEAD_DIM:
+                raise UserError(f"{name} {getattr(self, name)} does not fit: it must be a multiple of {HEAD_DIM}.")
         if self.head_layers % self.head_ada_ln:
             raise UserError(
                 f"{self.head_layers} head blocks cannot share {self.head_ada_ln} adaLN projections evenly: "
@@ -126,7 +129,7 @@ class BitDanceConfig:
     @property
     def n_head(self) -> int:
         """Attention heads of the transformer, 64 channels each."""
-        return self.dim // 64
+        return self.dim // HEAD_DIM
 
     @property
     def num_tokens(self) -> int:
@@ -295,7 +298,7 @@ class RunConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     ema: float = -1.0
-    mixed_precision: Literal["auto", "none", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "none", "bf16"] = "auto"
     num_workers: int = 16
     random_crop: bool = True
     log_every: int = 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitdance.errors import UserError
+
+TIMEOUT = datetime.timedelta(hours=2)
+"""How long processes wait for each other: all wait while the first one writes a file of 10 GB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("of another kind")
         if name == "cuda":
             device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
         torch.empty(1, device=device)
@@ -70,20 +76,36 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
     torchrun would leave one thread to each.
 
     Raises:
-        UserError: the device is not there, or the number of threads is not positive.
+        UserError: the device is not there, the number of threads is not positive, or the others cannot be joined.
     """
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads} does not fit: it must be at least 1.")
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set but RANK is not: start the processes with torchrun, or unset WORLD_SIZE.")
     place = choose_device(device, local)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as it does in matrix products
     elif threads or size > 1:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(threads or max(1, _num_cores() // local_size))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        cuda = place.type == "cuda"
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=place if cuda else None)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:120]
+            raise UserError(
+                f"process {os.environ['RANK']} of {size} cannot join the others ({reason}): check the address, the "
+                "port and the number of processes that torchrun was given."
+            ) from error
     return World(int(os.environ.get("RANK", "0")), size, place)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def disconnect() -> None:
@@ -95,7 +117,7 @@ def disconnect() -> None:
 def computes_bf16(device: torch.device) -> bool:
     """Whether bf16 is faster than float32 there: on GPUs, and on CPUs that have instructions for it."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -6,7 +6,6 @@ puts out.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -14,39 +13,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitdance import flow
-from bitdance.config import BitDanceConfig
-from bitdance.layers import HEAD_DIM, Attention, swiglu
+from bitdance.config import HEAD_DIM, BitDanceConfig
+from bitdance.layers import Attention, swiglu
 
 FREQUENCIES = 128
 
 
-@functools.cache
-def _frequencies(device: torch.device) -> Tensor:
-    """exp(-ln(10000) i / 128) for i < 128: the exponent rounded to float32, then the exponential rounded once.
-
-    Vector libraries differ in the last bit of exp, and 1000 t makes 1e-5 of that in the prediction, so it is taken in
-    float64 on the CPU wherever the network runs.
-    """
-    exponents = -math.log(10000) * torch.arange(FREQUENCIES, dtype=torch.float32) / FREQUENCIES
-    return exponents.double().exp().float().to(device)
-
-
-def time_features(t: Tensor) -> Tensor:
-    """Sinusoids of 1000 t, cosines then sines: (R,) -> (R, 256) float32."""
-    angles = (1000.0 * t.float())[:, None] * _frequencies(t.device)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class TimeEmbedding(nn.Module):
-    """`time_features` through a small MLP."""
+    """Sinusoids of 1000 t, cosines then sines, through a small MLP."""
+
+    frequencies: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Computes exp(-ln(10000) i / 128) for i < 128, in float32, on the device of the parameters.
+
+        The exponent is rounded to float32, then the exponential rounded once: vector libraries differ in the last bit
+        of exp, and 1000 t makes 1e-5 of that in the prediction, so it is taken in float64 on the CPU.
+        """
+        exponents = -math.log(10000) * torch.arange(FREQUENCIES, dtype=torch.float32, device="cpu") / FREQUENCIES
+        frequencies = exponents.double().exp().float().to(next(self.mlp.parameters()).device)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """(R,) in [0, 1] -> (R, d)."""
-        return self.mlp(time_features(t).to(next(self.mlp.parameters()).dtype))
+        angles = (1000.0 * t.float())[:, None] * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (R, 256)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -6,9 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEAD_DIM = 64
-"""Channels of an attention head, in every released model."""
-
 
 def swiglu_hidden(dim: int) -> int:
     """Hidden width of the transformer's SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""

@@ -66,7 +66,7 @@ class BitDance(nn.Module):
             nn.init.normal_(self.query_token, std=0.02)
 
     def reset_buffers(self) -> None:
-        """Computes the rotary table and the mask, which no file holds, on the device of the parameters."""
+        """Computes the tables that no file holds, in float32, on the device of the parameters."""
         config, device = self.config, self.norm.weight.device
         prefix = config.cls_token_num + config.parallel_num - 1
         # A token's centre, moved on by one, so that (0, 0) is left for class and query tokens; (x, y) = (column, row).
@@ -75,9 +75,10 @@ class BitDance(nn.Module):
         mask = block_causal_mask(config.cls_token_num - 1, config.num_tokens, config.parallel_num)
         self.register_buffer("rotary", rotary_table(places, config.dim // config.n_head).to(device), persistent=False)
         self.register_buffer("mask", mask.to(device), persistent=False)
+        self.head.net.time_embed.reset_buffers()
 
     def _apply(self, *args: Any, **kwargs: Any) -> BitDance:
-        """What `to`, `half` and `to_empty` do; the rotary table stays in float32, and after `to_empty` it is right."""
+        """What `to`, `half` and `to_empty` do; tables stay in float32, and after `to_empty` they are right."""
         super()._apply(*args, **kwargs)
         self.reset_buffers()
         return self

@@ -6,7 +6,6 @@ bits, WeTok, arXiv 2508.05599).
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -70,7 +69,7 @@ def entropy_loss(x: Tensor, temperature: float = 0.01, eps: float = 1e-5) -> Ent
     """
     b, c, h, w = x.shape
     groups = x.float().reshape(b, c // GROUP, GROUP, h * w).permute(0, 3, 1, 2).reshape(-1, GROUP)
-    codebook = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=GROUP)), device=x.device)
+    codebook = unpack(torch.arange(2**GROUP, dtype=torch.uint8, device=x.device)[:, None])  # (256, 8)
     with torch.autocast(x.device.type, enabled=False):  # at this temperature bf16 products would be noise
         logits = 2 * groups @ codebook.T / temperature  # (samples * groups, 256)
     p = logits.softmax(dim=-1)

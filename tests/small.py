@@ -14,10 +14,17 @@ from torch import nn
 
 from bitdance import checkpoint
 from bitdance.autoencoder import Autoencoder
+from bitdance.cli import original
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.model import BitDance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCHERS = {
+    "sample_ddp.py": original.sample,
+    "sample_ddp_parallel.py": original.sample_parallel,
+    "train.py": original.train,
+    "train_parallel.py": original.train_parallel,
+}
 NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
 

@@ -42,8 +42,7 @@ def fails(capsys, tmp_path):
         words = [str(argument) for argument in arguments]
         with pytest.raises(SystemExit) as error:
             if words[0].endswith(".py"):
-                command = original.sample if words[0].startswith("sample") else original.train
-                call(command, words[1:], parallel="parallel" in words[0])
+                call(small.LAUNCHERS[words[0]], words[1:])
             else:
                 main(words)
         assert error.value.code == 2
@@ -352,12 +351,14 @@ def test_no_space_halfway_through_the_samples(place, tmp_path, fails, monkeypatc
     assert "No space left" in fails("sample", *sampling(place, tmp_path / "out"), leaves=("out",))
 
 
-def test_no_space_for_a_job(place, tmp_path, fails, full_disk):
+def test_no_space_for_a_job(place, tmp_path, capsys, full_disk):
     arguments = ["--ckpt", place / "model.safetensors", "--sample-dir", tmp_path / "out", "--num-fid-samples", 2,
                  "--sample-steps", 2, "--to-npz", "--mixed-precision", "none"]  # fmt: skip
     before = listing(tmp_path)
-    with pytest.raises(SystemExit):
-        call(original.sample, list(map(str, arguments)), parallel=False)
+    with pytest.raises(SystemExit) as error:
+        call(original.sample, list(map(str, arguments)))
+    assert error.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
     assert not [name for name in listing(tmp_path) - before if (tmp_path / name).is_file()]
 
 
@@ -415,9 +416,8 @@ def test_every_command_has_help(capsys, command):
 
 @pytest.mark.parametrize("script", ["sample_ddp.py", "sample_ddp_parallel.py", "train.py", "train_parallel.py"])
 def test_every_launcher_has_help(capsys, script):
-    command = original.sample if script.startswith("sample") else original.train
     with pytest.raises(SystemExit) as error:
-        command(["--help"], parallel="parallel" in script)
+        small.LAUNCHERS[script](["--help"])
     assert not error.value.code
     out = capsys.readouterr().out
     assert f"usage: {script}" in out and ("--parallel-num" in out) == ("parallel" in script)

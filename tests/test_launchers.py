@@ -131,8 +131,7 @@ def configured(monkeypatch):
 
     def parse(script: str, arguments: list[str]) -> dict[str, Any]:
         got.clear()
-        command = original.sample if script.startswith("sample") else original.train
-        command(arguments, parallel="parallel" in script)
+        small.LAUNCHERS[script](arguments)
         return dict(got)
 
     return parse
@@ -384,7 +383,7 @@ def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp
     if p == 1:
         assert "7 images: " in small.run(script, *arguments).stdout
     else:
-        original.sample(list(map(str, arguments)), parallel=True)
+        original.sample_parallel(list(map(str, arguments)))
     alone = read_npz(tmp_path / "alone")
     assert alone["arr_0"].shape == (7, 64, 64, 3) and alone["arr_0"].dtype == np.uint8
     assert alone["arr_1"].dtype == np.int64 and np.bincount(alone["arr_1"], minlength=5).min() >= 1
@@ -401,11 +400,11 @@ def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
     shutil.copy(place / "model-4.safetensors", tmp_path / "model-4.safetensors")
     shutil.copy(place / "ae.safetensors", tmp_path / "ae.safetensors")
     arguments = [str(a) for a in sample_arguments(tmp_path, tmp_path / "out", 4)]
-    original.sample(arguments, parallel=True)
+    original.sample_parallel(arguments)
     network = checkpoint.load_model(tmp_path / "model-4.safetensors")
     small.randomize(network, 2)
     checkpoint.save(tmp_path / "model-4.safetensors", network)
-    original.sample(arguments, parallel=True)
+    original.sample_parallel(arguments)
     first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "out").iterdir()))
     assert not np.array_equal(first, second)
 

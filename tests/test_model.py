@@ -146,6 +146,21 @@ def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order()
     assert torch.equal(fast, reference)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [1, 4, 16])
+def test_a_gpu_samples_what_a_cpu_does(p):
+    """In float32 nearly all bits are those of the CPU; in bf16 the sampler runs and makes bits."""
+    model, settings = few_steps(p), settings_of(CASES[1])
+    images = torch.tensor([10, 11, 12])
+    expected = sample_tokens(model, LABELS, image_noise(model, 1, images, settings.num_steps), settings)
+    for dtype, least in ((torch.float32, 0.99), (torch.bfloat16, 0.6)):
+        model = model.to("cuda", dtype)
+        draw = image_noise(model, 1, images.to("cuda"), settings.num_steps)
+        tokens = sample_tokens(model, LABELS.to("cuda"), draw, settings)
+        assert (tokens.cpu() == expected).float().mean() > least
+        assert torch.equal(tokens.abs(), torch.ones_like(tokens))
+
+
 def test_what_changes_an_image_and_what_does_not():
     model = tiny.model(16)
     samples = {case: fast_sampler(model, case) for case in CASES}

@@ -28,14 +28,6 @@ from bitdance.training.jobs import train_autoencoder
 NAMES = ("cat", "dog", "sea lion")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> pathlib.Path:
     """A file of a tiny model, its autoencoder beside it."""
@@ -136,6 +128,15 @@ def test_an_earlier_call_leaves_nothing_and_foreign_files_stay(model, tmp_path):
         "0000-dog.png", "0007-cat.png", "grid.png", "holiday.png", "samples.json",
     ]  # fmt: skip
     assert (folder / "holiday.png").read_bytes() == b"mine"
+
+
+def test_whatever_the_record_of_an_earlier_call_says_it_does_not_stand_in_the_way(model, tmp_path):
+    folder = tmp_path / "out"
+    (folder / "inner").mkdir(parents=True)
+    files = [{"file": "inner"}, {"file": 3}, {"file": "x" * 300}, {"file": ""}]
+    (folder / "samples.json").write_text(json.dumps({"images": files}))
+    sample(model, folder, "dog", "--per-class", 1)
+    assert (folder / "0000-dog.png").exists() and (folder / "inner").is_dir()
 
 
 def test_a_record_cannot_make_the_command_remove_files_elsewhere(model, tmp_path):
@@ -310,14 +311,18 @@ def test_a_damaged_part_is_an_error(generator, tmp_path):
     assert not (tmp_path / "made.npz").exists()
 
 
-def test_a_job_writes_a_folder_of_pngs(generator, tmp_path):
+def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):
     path = job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU))
-    assert sorted(p.name for p in path.iterdir()) == [f"{i:06d}.png" for i in range(4)]
+    assert sorted(p.name for p in path.iterdir()) == [*(f"{i:06d}.png" for i in range(4)), "labels.json"]
     job.run(job.Job(tmp_path / "made", 4, 3, True, SETTINGS), generator, World(0, 1, CPU))
     with np.load(tmp_path / "made.npz") as file:
+        assert json.loads((path / "labels.json").read_text()) == file["arr_1"].tolist()
         for i, pixels in enumerate(file["arr_0"]):
             assert np.array_equal(np.asarray(Image.open(path / f"{i:06d}.png")), pixels)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "made.npz"]
+    # A finished folder is not made again.
+    monkeypatch.setattr(type(generator), "images", lambda *_: pytest.fail("images were made again"))
+    assert job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)) == path
 
 
 # ------------------------------------------------------------ figures

@@ -29,14 +29,6 @@ from bitdance.training.schedule import learning_rate, random_crop_share
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
     return small.pictures(tmp_path_factory.mktemp("data") / "pictures")
@@ -419,7 +411,7 @@ def test_another_autoencoder_makes_another_run(data, pair, tmp_path):
 
 
 def test_bf16_autocast_trains_float32_weights(data, pair, tmp_path):
-    run = config(data, tmp_path, mixed_precision="bf16", max_steps=2, compile=True, grad_checkpointing=True)
+    run = config(data, tmp_path, mixed_precision="bf16", max_steps=2, grad_checkpointing=True)
     path = train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
     assert all(math.isfinite(line["loss"]) for line in log(tmp_path))
     assert {value.dtype for value in checkpoint.read(path).states["model"].values()} == {torch.float32}
@@ -427,9 +419,75 @@ def test_bf16_autocast_trains_float32_weights(data, pair, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
-    with pytest.raises(UserError, match="the loss is not finite at step 1"):
+    with pytest.raises(UserError, match="loss is not finite by step 1"):
         train_model(config(data, tmp_path), SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
     assert not (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(data, pair, tmp_path, monkeypatch):
+    """A checkpoint falls due between two lines of the log, and the loss went wrong on the way there."""
+    right, steps = BitDance.loss, []
+
+    def wrong_at_the_third_step(self, *arguments):
+        steps.append(None)
+        return right(self, *arguments) * (float("nan") if len(steps) == 3 else 1)
+
+    monkeypatch.setattr(BitDance, "loss", wrong_at_the_third_step)
+    run = config(data, tmp_path, epochs=3, save_every=2, log_every=100)
+    with pytest.raises(UserError, match="loss is not finite by step 4"):
+        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
+    contents = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    assert contents.metadata["step"] == "2"
+    assert all(value.isfinite().all() for value in contents.states["model"].values())
+
+
+def test_a_resumed_run_does_not_log_a_step_twice(data, pair, tmp_path, monkeypatch):
+    def train(**changes: object) -> None:
+        run = config(data, tmp_path, epochs=3, log_every=1, **changes)
+        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
+
+    train(max_steps=2)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "loss": 1.0}) + "\n")  # as if it had been killed before the next checkpoint
+    train(max_steps=4)
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_compiling_takes_two_graphs_however_many_steps(grad_checkpointing):
+    """The step's number must not be compiled in: each step would be compiled anew."""
+    part = objective(LossConfig(perturb_rate=0.2))
+    part.network.grad_checkpointing = grad_checkpointing
+    part.train()
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    batch = (images, torch.tensor([0, 1]), torch.arange(2))
+    steps = (0, 1, 2, 3, 7, 100)
+    expected = [part(*batch, step)[0].item() for step in steps]
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(part, backend=count)
+    assert [compiled(*batch, step)[0].item() for step in steps] == pytest.approx(expected, rel=1e-6)
+    assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_trains_and_resumes(data, pair, tmp_path, compiled):
+    def train(folder: str, **changes: object) -> list[float]:
+        run = config(
+            data, tmp_path / folder, epochs=2, mixed_precision="none", compile=compiled, log_every=1, **changes
+        )
+        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cuda")
+        return [line["loss"] for line in log(tmp_path / folder)]
+
+    whole = train("whole")
+    train("parts", max_steps=3)
+    assert train("parts") == pytest.approx(whole, rel=1e-4)
 
 
 def test_more_classes_than_the_images_have(data, pair, tmp_path):

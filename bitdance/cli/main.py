@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand is chosen, so `bitdance --help` an
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,15 @@ def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None
         command(*arguments, **settings)
     except (UserError, OSError) as error:
         print(f"bitdance: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        print(
+            "bitdance: there is not enough memory: lower the batch size (--batch-size, --per-proc-batch-size, "
+            "--global-batch-size) or --chunk-size.",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)

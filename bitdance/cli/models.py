@@ -85,10 +85,15 @@ def load_pair(
     import torch
 
     from bitdance import checkpoint
+    from bitdance.distributed import computes_bf16
     from bitdance.engine import check_fit
 
     contents = checkpoint.read(find_model(model_name))
-    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else torch.float32
+    dtype = (
+        torch.bfloat16
+        if precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
+        else torch.float32
+    )
     model = checkpoint.load_model(contents, weights, dtype)
     place = find_autoencoder(autoencoder_name, contents)
     source = place if isinstance(place, checkpoint.Contents) else checkpoint.read(place)

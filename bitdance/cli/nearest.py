@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.parsing import Positional, parse
 from bitdance.errors import UserError
@@ -23,6 +23,7 @@ class Nearest:
         data: the training images: a folder or zip of class folders, or CIFAR-10's archives.
         held_out: real images that were not trained on; their own distances to the training images tell how near two
             unrelated pictures are.
+        held_out_split: test, where the held-out images are those of a CIFAR-10 archive.
         output: folder for nearest.png and nearest.json.
         shown: pairs in the picture, the nearest first.
     """
@@ -30,6 +31,7 @@ class Nearest:
     samples: Positional[pathlib.Path]
     data: Positional[pathlib.Path]
     held_out: pathlib.Path | None = None
+    held_out_split: Literal["train", "test"] = "train"
     output: pathlib.Path = pathlib.Path("nearest")
     shown: int = 16
 
@@ -47,14 +49,20 @@ def main(arguments: list[str]) -> None:
     from bitdance.files import atomic_write
     from bitdance.pictures import grid
 
+    held_out = command.held_out
+    if held_out and command.held_out_split == "train" and held_out.resolve() == command.data.resolve():
+        raise UserError(
+            f"--held-out {held_out} are the training images themselves: name others, or add --held-out-split test "
+            "for a CIFAR-10 archive."
+        )
     queries = _samples(command.samples)
     side = queries.shape[1]
-    references = _pixels(command.data, side, None)
+    references = _pixels(command.data, side)
     with tqdm(total=len(references), unit="image", dynamic_ncols=True, desc="comparing") as bar:
         distance, index, mirrored = nearest(queries, references, bar.update)
     figures: dict[str, Any] = {"images": len(queries), "training_images": len(references), **_summary(distance)}
     if command.held_out is not None:
-        real = _pixels(command.held_out, side, len(queries))
+        real = _pixels(command.held_out, side, len(queries), command.held_out_split)
         figures["held_out"] = _summary(nearest(real, references)[0])
     order = np.argsort(distance)[: command.shown]
     found = np.stack([references[index[i]][:, :: -1 if mirrored[i] else 1] for i in order])
@@ -90,7 +98,9 @@ def _samples(folder: pathlib.Path) -> np.ndarray:
         raise UserError(f"{folder} is not a folder that `bitdance sample` wrote ({error}): name one that is.") from None
 
 
-def _pixels(data: pathlib.Path, side: int, limit: int | None) -> np.ndarray:
+def _pixels(
+    data: pathlib.Path, side: int, limit: int | None = None, split: Literal["train", "test"] = "train"
+) -> np.ndarray:
     """All images of a set, or so many spread over it, cropped to side x side: (R, side, side, 3) uint8."""
     import numpy as np
     from tqdm import tqdm
@@ -98,7 +108,7 @@ def _pixels(data: pathlib.Path, side: int, limit: int | None) -> np.ndarray:
     from bitdance.data.crops import center_crop, to_array
     from bitdance.data.images import open_images, spread
 
-    images = open_images(data)
+    images = open_images(data, split)
     chosen = spread(len(images), limit)
     with tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}") as bar:
         return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])

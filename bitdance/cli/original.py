@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from bitdance.cli.models import load_pair
 from bitdance.cli.parsing import parse
@@ -28,8 +28,8 @@ class ModelFlags:
     """Flags that all four scripts share.
 
     Attributes:
-        model: size of the model; when sampling, the checkpoint says so by itself.
-        image_size: side of the images in pixels.
+        model: size of the model, by default BitDance-L; when sampling, the checkpoint says so by itself.
+        image_size: side of the images in pixels, by default 256; when sampling, the checkpoint says so by itself.
         down_size: pixels of a side that a token covers; only what the autoencoder has.
         patch_size: only 1: released models use no other.
         num_classes: classes, without the null class.
@@ -49,7 +49,7 @@ class ModelFlags:
     """
 
     model: Family | None = None
-    image_size: int = 256
+    image_size: int | None = None
     down_size: int | None = None
     patch_size: int = 1
     num_classes: int | None = None
@@ -165,52 +165,52 @@ class SampleCommand:
 
     sample: SampleFlags
     model: ModelFlags = ModelFlags()
-    parallel: ParallelFlags = ParallelFlags()
 
 
 @dataclasses.dataclass(frozen=True)
-class SingleSampleCommand:
+class ParallelSampleCommand(SampleCommand):
     """Sample images for the FID figures."""
 
-    sample: SampleFlags
-    model: ModelFlags = ModelFlags()
+    parallel: ParallelFlags = ParallelFlags()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainCommand:
-    """Train a BitDance model."""
+    """Train a BitDance model that makes one token a step."""
 
     train: TrainFlags
     model: ModelFlags = ModelFlags()
-    parallel: ParallelFlags = ParallelFlags()
 
 
 @dataclasses.dataclass(frozen=True)
-class SingleTrainCommand:
-    """Train a BitDance model, one token a step."""
+class ParallelTrainCommand(TrainCommand):
+    """Train a BitDance model."""
 
-    train: TrainFlags
-    model: ModelFlags = ModelFlags()
-
-
-def sample(arguments: list[str], parallel: bool) -> None:
-    """`sample_ddp_parallel.py`, or `sample_ddp.py` without the parallel flags."""
-    if parallel:
-        command: Any = parse(SampleCommand, arguments, "sample_ddp_parallel.py")
-        run_sample(command.sample, command.model, command.parallel)
-    else:
-        command = parse(SingleSampleCommand, arguments, "sample_ddp.py")
-        run_sample(command.sample, command.model, ParallelFlags())
+    parallel: ParallelFlags = ParallelFlags()
 
 
-def train(arguments: list[str], parallel: bool) -> None:
-    """`train_parallel.py`, or `train.py` without the parallel flags."""
-    if parallel:
-        command: Any = parse(TrainCommand, arguments, "train_parallel.py")
-        run_train(command.train, command.model, command.parallel)
-    else:
-        command = parse(SingleTrainCommand, arguments, "train.py")
-        run_train(command.train, command.model, ParallelFlags(parallel_num=1))
+def sample(arguments: list[str]) -> None:
+    """`sample_ddp.py`."""
+    command = parse(SampleCommand, arguments, "sample_ddp.py")
+    run_sample(command.sample, command.model, ParallelFlags())
+
+
+def sample_parallel(arguments: list[str]) -> None:
+    """`sample_ddp_parallel.py`."""
+    command = parse(ParallelSampleCommand, arguments, "sample_ddp_parallel.py")
+    run_sample(command.sample, command.model, command.parallel)
+
+
+def train(arguments: list[str]) -> None:
+    """`train.py`."""
+    command = parse(TrainCommand, arguments, "train.py")
+    run_train(command.train, command.model, ParallelFlags(parallel_num=1))
+
+
+def train_parallel(arguments: list[str]) -> None:
+    """`train_parallel.py`."""
+    command = parse(ParallelTrainCommand, arguments, "train_parallel.py")
+    run_train(command.train, command.model, command.parallel)
 
 
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
@@ -256,17 +256,13 @@ def _check_against_checkpoint(model: BitDance, flags: ModelFlags, parallel: Para
         "--parallel-num": (parallel.parallel_num, config.parallel_num),
         "--parallel-mode": (parallel.parallel_mode, config.token_order),
     }
-    if flags.model is not None:
-        sizes = SIZES[flags.model]
-        there["--model"] = ((sizes.dim, sizes.n_layer), (config.dim, config.n_layer))
-    if flags.image_size == 256:
-        # Nobody tells the default from a given 256, and the checkpoint knows better.
-        del there["--image-size"]
+    own = {name for name, size in SIZES.items() if (size.dim, size.n_layer) == (config.dim, config.n_layer)}
+    if flags.model not in own:
+        there["--model"] = (flags.model, f"a width of {config.dim} and {config.n_layer} layers")
     for flag, (given, found) in there.items():
         if given is not None and given != found:
-            shown = flags.model if flag == "--model" else given
             raise UserError(
-                f"{flag} {shown} contradicts the checkpoint, which has {found}: leave the flag out or change it."
+                f"{flag} {given} contradicts the checkpoint, which has {found}: leave the flag out or change it."
             )
 
 
@@ -322,7 +318,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
     shared = {field.name for field in dataclasses.fields(RunConfig)} & {f.name for f in dataclasses.fields(TrainFlags)}
     run = RunConfig(
         **{name: getattr(flags, name) for name in shared},
-        image_size=model_flags.image_size,
+        image_size=_given(model_flags.image_size, 256),
         keep_epochs=flags.keep_freq,
         compile=not flags.no_compile,
         grad_checkpointing=model_flags.grad_checkpointing,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -17,7 +17,7 @@ __all__ = ["Positional", "parse"]
 T = TypeVar("T")
 
 
-def parse(cls: type[T], arguments: list[str], prog: str, default: Any = None) -> T:
+def parse(cls: type[T], arguments: list[str], prog: str) -> T:
     """Parses arguments into a dataclass; the last value of a repeated flag wins, nested fields lose their prefix.
 
     Exits with status 2 and a usage message when the arguments do not parse.
@@ -25,12 +25,11 @@ def parse(cls: type[T], arguments: list[str], prog: str, default: Any = None) ->
     Raises:
         UserError: a dataclass refused a value.
     """
-    settings: dict[str, Any] = {} if default is None else {"default": default}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):
-            return tyro.cli(cls, args=arguments, prog=prog, config=config, **settings)
+            return tyro.cli(cls, args=arguments, prog=prog, config=config)
     except SystemExit as stop:
         # What a dataclass refuses, tyro puts into a box of several lines; the sentence alone is better.
         cause: BaseException | None = stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,13 +32,13 @@ class Sample:
         output: folder for grid.png, the images and samples.json; images of an earlier call there are replaced.
         per_class: images of each class.
         seed: the same seed gives the same images.
-        cfg_scale: guidance, 1 for none; by default the published one, or 3 for the demo model.
+        cfg_scale: guidance, 1 for none; by default the published one of a released model, else 3.
         cfg_schedule: linear grows with the steps from 1, constant does not.
-        sample_steps: steps of the diffusion head for each token; by default 100, or 50 for the demo model.
+        sample_steps: steps of the diffusion head for each token; by default 100 for a released model, else 50.
         share_first: share the first tokens with the unconditional rows, which the published figures did not.
         weights: ema or model (raw); by default the EMA where there is one.
         batch_size: images at a time.
-        chunk_size: images that the decoder takes at once; 0 for a whole batch.
+        chunk_size: images that the decoder takes at once, 0 for a whole batch; by default the published number.
         mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
         device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
         threads: CPU threads; by default all cores.
@@ -55,7 +56,7 @@ class Sample:
     share_first: bool = False
     weights: Literal["ema", "model"] | None = None
     batch_size: int = 100
-    chunk_size: int = 0
+    chunk_size: int | None = None
     mixed_precision: Precision = "auto"
     device: str | None = None
     threads: int | None = None
@@ -77,26 +78,28 @@ def main(arguments: list[str]) -> None:
     )
     names = class_names(model.config)
     chosen = names.find_all(command.classes) if command.classes else list(range(min(len(names), SHOWN)))
-    cfg_scale, steps = _defaults(command, contents.path)
-    settings = SampleSettings(steps, cfg_scale, command.cfg_schedule, command.share_first)
-    generator = Generator(model, autoencoder, settings, command.seed, command.chunk_size)
+    resolved = _resolved(command, contents.path)
+    settings = SampleSettings(
+        resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first
+    )
+    generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"])
     labels = [label for label in chosen for _ in range(command.per_class)]
     batches = list(cut(len(labels), command.batch_size))
     make_folder(command.output)
     pictures = _generate(generator, labels, batches)
-    grid = _write(command, pictures, labels, names, {"cfg_scale": cfg_scale, "sample_steps": steps})
+    grid = _write(command, pictures, labels, names, resolved)
     print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
 
 
-def _defaults(command: Sample, path: pathlib.Path) -> tuple[float, int]:
-    """Guidance and steps: as given, else as published for this model, else what suits the demo model."""
+def _resolved(command: Sample, path: pathlib.Path) -> dict[str, Any]:
+    """Guidance, steps and chunk: as given, else as published for this model, else what suits a small one."""
     from bitdance.config import ZOO
 
-    scales = {release.file.lower(): release.cfg_scale for release in ZOO.values()}
-    published = scales.get(path.name.lower())
-    scale = command.cfg_scale if command.cfg_scale is not None else published or 3.0
-    steps = command.sample_steps if command.sample_steps is not None else 100 if published else 50
-    return scale, steps
+    release = {release.file.lower(): release for release in ZOO.values()}.get(path.name.lower())
+    published = {"cfg_scale": release.cfg_scale, "sample_steps": 100, "chunk_size": release.chunk} if release else {}
+    small = {"cfg_scale": 3.0, "sample_steps": 50, "chunk_size": 0}
+    given = {name: getattr(command, name) for name in small}
+    return {**small, **published, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _generate(generator: Any, labels: list[int], batches: list[range]) -> Any:
@@ -120,8 +123,9 @@ def _clear(folder: pathlib.Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in (*files, GRID, RECORD):
-        if pathlib.PurePath(name).name == name:
-            (folder / name).unlink(missing_ok=True)
+        if isinstance(name, str) and pathlib.PurePath(name).name == name:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
 
 
 def _write(
@@ -133,7 +137,7 @@ def _write(
 
     folder, images = command.output, []
     for number, label in enumerate(labels):
-        word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())
+        word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60]
         file = f"{number:04d}-{word}.png"
         images.append({"file": file, "class": label, "name": names.label(label), "number": number})
     rows = [names.label(label) for label in labels[:: command.per_class]]

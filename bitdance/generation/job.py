@@ -22,6 +22,9 @@ from bitdance.generation.batches import Generator, balanced_labels, cut
 from bitdance.generation.npz import write_npz
 from bitdance.generation.pngs import save_png
 
+LABELS = "labels.json"
+"""In a folder of PNGs: the class of each image, in their order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -56,7 +59,8 @@ def run(job: Job, generator: Generator, world: World) -> pathlib.Path:
     record = json.dumps({**job.settings, "num_images": job.num_images, "batch_size": job.batch_size}, sort_keys=True)
     # Parts of a job of other settings have another name, so nothing stale is ever taken.
     parts = job.path.with_name(f".{job.path.name}.parts-{hashlib.sha256(record.encode()).hexdigest()[:16]}")
-    if job.to_npz and result.exists():
+    done = result if job.to_npz else result / LABELS
+    if done.exists():
         if world.is_main:
             print(f"{result} exists, nothing to do.")
         return result
@@ -87,7 +91,7 @@ def _assemble(result: pathlib.Path, job: Job, parts: pathlib.Path, batches: list
                 batch = np.load(parts / f"{number:06d}.npy", allow_pickle=False)
                 if len(batch) != len(images):
                     raise ValueError
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 raise UserError(
                     f"{parts} holds no part {number} or a damaged one: delete the folder and run the command again."
                 ) from None
@@ -104,6 +108,8 @@ def _assemble(result: pathlib.Path, job: Job, parts: pathlib.Path, batches: list
         for picture in batch:
             save_png(result / f"{number:06d}.png", picture)
             number += 1
+    with atomic_write(result / LABELS) as path:  # last: it says that all images are there
+        path.write_text(json.dumps(labels.tolist()) + "\n")
 
 
 def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

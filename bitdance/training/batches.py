@@ -65,7 +65,7 @@ class Batches:
         self.steps_per_epoch = len(images) // config.global_batch_size
         local = config.global_batch_size // world.size
         self.places = torch.arange(world.rank * local, (world.rank + 1) * local)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._cache: dict[int, np.ndarray] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -78,24 +78,30 @@ class Batches:
 
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the images in an epoch, (N,), and the five crop numbers of each image, (N, 5)."""
-        current = self._epoch
-        if current is None or current[0] != epoch:
-            rows, seed = torch.arange(len(self.images)), self.config.global_seed
-            keys = noise.words(seed, rows, 4, stream=noise.TRAIN_ORDER, step=epoch)[0].numpy()
-            crops = noise.uniform(seed, rows, 5, stream=noise.TRAIN_CROP, step=epoch)[0].numpy()
-            # Two words a key, since among a million images single words collide; the sort is by the first word.
-            self._epoch = current = (epoch, np.lexsort((keys[:, 1], keys[:, 0])), crops)
-        return current[1], current[2]
+        with self._lock:
+            if epoch not in self._epochs:
+                rows, seed = torch.arange(len(self.images)), self.config.global_seed
+                keys = noise.words(seed, rows, 4, stream=noise.TRAIN_ORDER, step=epoch)[0].numpy()
+                crops = noise.uniform(seed, rows, 5, stream=noise.TRAIN_CROP, step=epoch)[0].numpy()
+                # Two words a key, since among a million images single words collide; the sort is by the first word.
+                self._epochs[epoch] = np.lexsort((keys[:, 1], keys[:, 0])), crops
+                if len(self._epochs) > 2:  # batches are read ahead across the border of two epochs
+                    del self._epochs[min(self._epochs)]
+            return self._epochs[epoch]
 
     def load(self, step: int) -> Batch:
         """Reads and crops this process's part of a step's batch."""
+        return self._batch(step, [self._pictures(step, slice(None))])
+
+    def _pictures(self, step: int, part: slice) -> np.ndarray:
         epoch = step // self.steps_per_epoch
         _, crops = self._draws(epoch)
         share = random_crop_share(self.config, epoch) if self.config.random_crop else 0.0
-        indices = self.indices(step).tolist()
-        pictures = [self._crop(i, crops[i], share) for i in indices]
-        labels = torch.from_numpy(self.images.labels[indices])
-        return Batch(torch.from_numpy(np.stack(pictures)), labels, self.places)
+        return np.stack([self._crop(i, crops[i], share) for i in self.indices(step)[part].tolist()])
+
+    def _batch(self, step: int, pictures: list[np.ndarray]) -> Batch:
+        labels = torch.from_numpy(self.images.labels[self.indices(step).numpy()])
+        return Batch(torch.from_numpy(np.concatenate(pictures)), labels, self.places)
 
     def _crop(self, index: int, draws: np.ndarray, share: float) -> np.ndarray:
         size = self.config.image_size
@@ -116,15 +122,18 @@ class Batches:
         return to_array(horizontal_flip(image) if draws[4] < 0.5 else image)
 
     def stream(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start..stop-1, read ahead by `num_workers` threads."""
+        """The batches of steps start..stop-1, each read by `num_workers` threads, some steps ahead."""
+        local = len(self.places)
+        size = -(-local // self.config.num_workers)
+        parts = [slice(first, first + size) for first in range(0, local, size)]
         with concurrent.futures.ThreadPoolExecutor(self.config.num_workers) as pool:
-            ahead: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+            ahead: collections.deque[list[concurrent.futures.Future[np.ndarray]]] = collections.deque()
             try:
                 for step in range(start, stop + PREFETCH):
                     if step < stop:
-                        ahead.append(pool.submit(self.load, step))
+                        ahead.append([pool.submit(self._pictures, step, part) for part in parts])
                     if step >= start + PREFETCH:
-                        yield ahead.popleft().result()
+                        yield self._batch(step - PREFETCH, [future.result() for future in ahead.popleft()])
             finally:
-                for future in ahead:
+                for future in (future for futures in ahead for future in futures):
                     future.cancel()

@@ -44,6 +44,8 @@ def train_autoencoder(
         UserError: a setting does not fit, or a file cannot be read or written.
     """
     _check_image_size(run.image_size, network.down_size)
+    if run.grad_checkpointing:
+        raise UserError("--grad-checkpointing is not there for autoencoders: leave it out.")
     world = connect(device)
     try:
         images = open_images(run.data_path)

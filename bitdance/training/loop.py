@@ -29,6 +29,7 @@ from bitdance.training.optimizer import EMA, build_optimizer
 from bitdance.training.schedule import learning_rate
 
 CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
 
 
 class Run:
@@ -67,7 +68,10 @@ class Run:
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
         if world.size > 1:
-            self.trained = nn.parallel.DistributedDataParallel(self.objective)
+            # The only buffers are tables, the same everywhere.
+            self.trained = nn.parallel.DistributedDataParallel(
+                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     # ------------------------------------------------------------ steps
 
@@ -96,9 +100,12 @@ class Run:
                     sums[name] = sums[name] + value if name in sums else value
                 self.step += 1
                 bar.update()
-                if self.step % config.log_every == 0 or self.step == self.last_step:
+                if not self._due(config.log_every, config.save_every, self._kept_every, config.preview_every):
+                    continue
+                # In all processes, and before anything is written that a number which is not finite would spoil.
+                line = self._mean(sums, self.step - since)
+                if self._due(config.log_every):
                     now = time.perf_counter()
-                    line = self._mean(sums, self.step - since)
                     line |= {
                         "lr": rate,
                         "images_per_second": (self.step - since) * config.global_batch_size / (now - mark),
@@ -134,11 +141,20 @@ class Run:
     def _mean(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
         values = self.world.mean(torch.stack([value.float() for value in sums.values()]) / steps)
         means = dict(zip(sums, values.tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is not finite at step {self.step}: lower --lr, or train with --mixed-precision none."
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(means[name]):
+                raise UserError(
+                    f"{name} is not finite by step {self.step}: lower --lr, or train with --mixed-precision none."
+                )
         return means
+
+    def _due(self, *intervals: int) -> bool:
+        """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+        return self.step == self.last_step or any(every and self.step % every == 0 for every in intervals)
+
+    @property
+    def _kept_every(self) -> int:
+        return self.config.keep_epochs * self.batches.steps_per_epoch
 
     # ------------------------------------------------------------ files
 
@@ -146,7 +162,7 @@ class Run:
         if not self.world.is_main:
             return
         entry = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch, **line, "time": time.time()}
-        path = self.config.results_dir / "log.jsonl"
+        path = self.config.results_dir / LOG
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -155,17 +171,16 @@ class Run:
             raise UserError(f"cannot write {path}: {reason}; free some space, then run the command again.") from error
 
     def _save_sometimes(self, batch: Batch) -> None:
-        config, step = self.config, self.step
-        last = step == self.last_step
+        config = self.config
         if not self.world.is_main:
             return
-        if last or (config.save_every and step % config.save_every == 0):
-            self.save()
-        kept = config.keep_epochs * self.batches.steps_per_epoch
-        if kept and step % kept == 0:
-            self._save_weights(config.results_dir / f"epoch_{step // self.batches.steps_per_epoch}.safetensors")
-        if last or (config.preview_every and step % config.preview_every == 0):
+        if self._kept_every and self.step % self._kept_every == 0:
+            epoch = self.step // self.batches.steps_per_epoch
+            self._save_weights(config.results_dir / f"epoch_{epoch}.safetensors")
+        if self._due(config.preview_every):
             self._preview(batch)
+        if self._due(config.save_every):
+            self.save()  # last: what a resumed run would not make again is there by now
 
     def _preview(self, batch: Batch) -> None:
         device, count = self.world.device, min(16, len(batch.labels))
@@ -218,6 +233,16 @@ class Run:
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.step = int(contents.metadata["step"])
+        if self.world.is_main:
+            self._forget_later_lines()
+
+    def _forget_later_lines(self) -> None:
+        """Drops the lines of the log that the resumed run is about to write again."""
+        path = self.config.results_dir / LOG
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
 
     def _finish(self) -> pathlib.Path:
         path = self.config.results_dir / f"{self.kind}.safetensors"
