@@ -49,11 +49,14 @@ def time_grid(num_steps: int, shift: float = 1.0, device: torch.device | None = 
     return time_shift(grid, shift)
 
 
-def euler_maruyama(field: Callable[[Tensor, Tensor], Tensor], noise: Tensor, shift: float = 1.0) -> Tensor:
-    """Integrates the reverse-time SDE from noise to data, then takes one plain Euler step of 0.05.
+Field = Callable[[Tensor, Tensor, int], Tensor]
+"""(x, t, number of the evaluation, from 0) -> velocity; t a float32 scalar tensor. Guidance is the caller's."""
+
+
+def euler_maruyama(field: Field, noise: Tensor, shift: float = 1.0) -> Tensor:
+    """Integrates the reverse-time SDE from noise to data, then takes one plain Euler step of 0.05: S + 1 evaluations.
 
     Args:
-        field: (x, t) -> velocity, t a float32 scalar tensor; guidance is the caller's.
         noise: (S + 1, ...) float32; noise[0] is x_0, noise[j + 1] belongs to step j of S.
         shift: the time shift of the grid. The last step starts from t = 0.95 even with a shift, as in the original.
 
@@ -61,16 +64,71 @@ def euler_maruyama(field: Callable[[Tensor, Tensor], Tensor], noise: Tensor, shi
         x of shape noise.shape[1:], float32; its sign is the token.
     """
     num_steps = len(noise) - 1
-    grid = time_grid(num_steps, shift, noise.device)
-    dt = grid[1:] - grid[:-1]
     x, t = noise[0], torch.zeros((), device=noise.device)
-    for j in range(num_steps):
-        v = field(x, t)
+    for j, dt in enumerate(time_grid(num_steps, shift, noise.device).diff()):
+        v = field(x, t, j)
         drift = v + (1 - t) * score(v, x, t)
-        x = x + drift * dt[j] + (2.0 * (1.0 - t) * dt[j]) ** 0.5 * noise[j + 1]
-        t = t + dt[j]
-    t_last = torch.full_like(t, 1 - LAST_STEP)
-    return x + field(x, t_last) * LAST_STEP
+        x = x + drift * dt + (2.0 * (1.0 - t) * dt) ** 0.5 * noise[j + 1]
+        t = t + dt
+    return _last_step(field, x, num_steps)
+
+
+def euler(field: Field, x_0: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
+    """Integrates the probability-flow ODE by Euler's rule on the grid of `euler_maruyama`: S + 1 evaluations."""
+    x, t = x_0, torch.zeros((), device=x_0.device)
+    for j, dt in enumerate(time_grid(num_steps, shift, x_0.device).diff()):
+        x = x + field(x, t, j) * dt
+        t = t + dt
+    return _last_step(field, x, num_steps)
+
+
+def heun(field: Field, x_0: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
+    """Integrates the probability-flow ODE by Heun's rule, of second order, on the same grid: 2 S + 1 evaluations."""
+    x, t = x_0, torch.zeros((), device=x_0.device)
+    for j, dt in enumerate(time_grid(num_steps, shift, x_0.device).diff()):
+        v = field(x, t, 2 * j)
+        t = t + dt
+        x = x + (v + field(x + v * dt, t, 2 * j + 1)) / 2 * dt
+    return _last_step(field, x, 2 * num_steps)
+
+
+def _last_step(field: Field, x: Tensor, number: int) -> Tensor:
+    t = torch.full((), 1 - LAST_STEP, device=x.device)
+    return x + field(x, t, number) * LAST_STEP
+
+
+SOLVERS = ("euler-maruyama", "euler", "heun")
+"""The published one, and two that draw no noise on the way."""
+
+
+def integrate(solver: str, field: Field, noise: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
+    """Runs the solver of that name.
+
+    Args:
+        noise: (S + 1, ...) for `euler-maruyama`, (1, ...) suffices for the others; noise[0] is x_0.
+
+    Raises:
+        UserError: unknown solver.
+    """
+    if solver == "euler-maruyama":
+        return euler_maruyama(field, noise[: num_steps + 1], shift)
+    if solver == "euler":
+        return euler(field, noise[0], num_steps, shift)
+    if solver == "heun":
+        return heun(field, noise[0], num_steps, shift)
+    raise UserError(f"unknown solver {solver!r}: use {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}.")
+
+
+def evaluation_times(solver: str, num_steps: int, shift: float = 1.0) -> Tensor:
+    """The times at which a solver evaluates its field, in order: (evaluations,) float32."""
+    asked: list[Tensor] = []
+
+    def field(x: Tensor, t: Tensor, number: int) -> Tensor:
+        asked.append(t)
+        return torch.zeros_like(x)
+
+    integrate(solver, field, torch.zeros(num_steps + 1, 1), num_steps, shift)
+    return torch.stack(asked)
 
 
 def guide(v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:

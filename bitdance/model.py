@@ -204,7 +204,9 @@ class BitDance(nn.Module):
             return v_null + scale * (v_cond - v_null)
 
         x, t = noise[0], torch.tensor(0.0, device=noise.device)
-        grid = flow.time_grid(len(noise) - 1, self.config.time_shift, noise.device)
+        s = self.config.time_shift
+        grid = torch.linspace(0, 0.95, len(noise), device=noise.device)
+        grid = (1 / s) / ((1 / s) + (1 / grid - 1))
         for dt, n in zip(grid[1:] - grid[:-1], noise[1:], strict=True):
             v = velocity(x, t)
             score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))

@@ -100,21 +100,22 @@ def noise(num_steps, count, seed=0):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_solver_carries_noise_to_a_point_mass(shift):
     x_1 = torch.tensor([1.0, -1.0]).repeat(500)
-    x = flow.euler_maruyama(lambda x, t: flow.velocity(x_1, x, t), noise(50, 1000), shift)
+    x = flow.euler_maruyama(lambda x, t, number: flow.velocity(x_1, x, t), noise(50, 1000), shift)
     assert torch.equal(x.sign(), x_1)
     close(x, x_1, atol=1e-5)  # the last step divides by its own length, so it lands on the prediction
 
 
 def test_one_step_by_hand():
     # S = 1: from x = 2, t = 0, dt = 0.95 with velocity 3 and noise 0.5; the score there is -2.
-    x = flow.euler_maruyama(lambda x, t: torch.full_like(x, 3.0), torch.tensor([[2.0], [0.5]]))
+    x = flow.euler_maruyama(lambda x, t, number: torch.full_like(x, 3.0), torch.tensor([[2.0], [0.5]]))
     close(x, [2.0 + (3.0 - 2.0) * 0.95 + math.sqrt(2 * 0.95) * 0.5 + 3.0 * 0.05])
 
 
 def test_the_field_is_asked_at_the_times_of_the_grid_and_at_last_at_095():
     asked = []
 
-    def field(x, t):
+    def field(x, t, number):
+        assert number == len(asked)
         asked.append(t)
         return torch.zeros_like(x)
 
@@ -127,7 +128,7 @@ def test_solver_carries_noise_to_a_gaussian():
     """Data N(m, s^2): the marginal at t is N(t m, (1-t)^2 + t^2 s^2), and E[x_1 | x_t] is linear in x_t."""
     mean, std = 0.7, 0.5
 
-    def field(x, t):
+    def field(x, t, number):
         variance = (1 - t) ** 2 + t**2 * std**2
         return flow.velocity(mean + t * std**2 / variance * (x - t * mean), x, t)
 
@@ -139,9 +140,47 @@ def test_solver_carries_noise_to_a_gaussian():
 def test_solver_splits_noise_between_the_two_signs():
     """Data +1 with probability 3/4, else -1: the exact predictor, tanh of the log odds, keeps the odds."""
 
-    def field(x, t):
+    def field(x, t, number):
         return flow.velocity(torch.tanh(t * x / (1 - t) ** 2 + 0.5 * math.log(3)), x, t)
 
     x = flow.euler_maruyama(field, noise(100, 20_000))
     assert (x > 0).float().mean().item() == pytest.approx(0.75, abs=0.02)
     assert (x.abs() - 1).abs().mean().item() < 0.05
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler-maruyama", 5), ("euler", 5), ("heun", 9)])
+def test_evaluation_times(solver, evaluations):
+    times = flow.evaluation_times(solver, 4, shift=3.0)
+    grid = flow.time_grid(4, 3.0).tolist()
+    expected = [grid[0], *(t for t in grid[1:-1] for _ in range(2)), grid[-1]] if solver == "heun" else grid[:-1]
+    assert len(times) == evaluations
+    close(times, [*expected, 0.95])
+
+
+def test_one_step_of_the_ode_solvers_by_hand():
+    # dx/dt = x from x = 1: Euler multiplies by 1.95, then by 1.05; Heun by 1 + 0.95 + 0.95^2 / 2, then by 1.05.
+    x_0 = torch.ones(1)
+    close(flow.euler(lambda x, t, number: x, x_0, 1), [1.95 * 1.05])
+    close(flow.heun(lambda x, t, number: x, x_0, 1), [(1.95 + 0.95**2 / 2) * 1.05])
+
+
+def test_heun_is_of_second_order():
+    def error(solver, num_steps):
+        return abs(
+            solver(lambda x, t, number: x * t.cos(), torch.ones(1, dtype=torch.float64), num_steps) - exact
+        ).item()
+
+    end = math.exp(math.sin(0.95))
+    exact = end + end * math.cos(0.95) * 0.05
+    assert error(flow.euler, 20) / error(flow.euler, 40) == pytest.approx(2, rel=0.1)
+    assert error(flow.heun, 20) / error(flow.heun, 40) == pytest.approx(4, rel=0.1)
+
+
+def test_integrate_finds_the_solver_by_its_name():
+    draws = noise(4, 10)
+    field = lambda x, t, number: torch.tanh(x) - x  # noqa: E731
+    assert torch.equal(flow.integrate("euler-maruyama", field, draws, 4), flow.euler_maruyama(field, draws))
+    assert torch.equal(flow.integrate("euler", field, draws[:1], 4), flow.euler(field, draws[0], 4))
+    assert torch.equal(flow.integrate("heun", field, draws[:1], 4), flow.heun(field, draws[0], 4))
+    with pytest.raises(ValueError, match=r"unknown solver 'dopri'.*heun"):
+        flow.integrate("dopri", field, draws, 4)

@@ -103,7 +103,7 @@ def check_solver(golden, model, parallel_num, case):
     both = x if scale is None else torch.cat([x, x])
     assert relative_error(both.reshape(out.shape), out) <= ACTIVATIONS
 
-    def field(x, t):
+    def field(x, t, number):
         if scale is None:
             return head.head.velocity(x, t.expand(len(x)), cond)
         return flow.guide(*head.head.velocity(torch.cat([x, x]), t.expand(len(cond)), cond).chunk(2), scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -120,7 +121,7 @@ CASES = [(1.0, "linear", False), (3.2, "linear", False), (3.2, "linear", True), 
 
 
 def real_noise(model, images=(7, 0, 4_000_000_000)):
-    return image_noise(model, 99, torch.tensor(images), num_steps=3)
+    return image_noise(model, 99, torch.tensor(images), draws=4)
 
 
 def fast_sampler(model, case, images=(7, 0, 4_000_000_000)):
@@ -146,16 +147,36 @@ def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order()
     assert torch.equal(fast, reference)
 
 
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler-maruyama", 4), ("euler", 4), ("heun", 7)])
+def test_the_engine_embeds_times_once_and_takes_another_denoise(solver, evaluations):
+    model = few_steps(4)
+    settings = dataclasses.replace(settings_of(CASES[1]), solver=solver)
+    draw = image_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
+    expected = sample_tokens(model, LABELS, draw, settings)
+    calls, embeddings = [], []
+    handle = model.head.net.time_embed.register_forward_hook(lambda *_: embeddings.append(None))
+
+    def denoise(x, time, cond):
+        calls.append(x.shape)
+        return model.head.net.denoise(x, time, cond)
+
+    assert torch.equal(sample_tokens(model, LABELS, draw, settings, denoise=denoise), expected)
+    handle.remove()
+    assert len(embeddings) == 1
+    assert len(calls) == evaluations * model.config.ar_steps
+    assert torch.equal(expected.abs(), torch.ones_like(expected))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", [1, 4, 16])
 def test_a_gpu_samples_what_a_cpu_does(p):
     """In float32 nearly all bits are those of the CPU; in bf16 the sampler runs and makes bits."""
     model, settings = few_steps(p), settings_of(CASES[1])
     images = torch.tensor([10, 11, 12])
-    expected = sample_tokens(model, LABELS, image_noise(model, 1, images, settings.num_steps), settings)
+    expected = sample_tokens(model, LABELS, image_noise(model, 1, images, settings.num_draws), settings)
     for dtype, least in ((torch.float32, 0.99), (torch.bfloat16, 0.6)):
         model = model.to("cuda", dtype)
-        draw = image_noise(model, 1, images.to("cuda"), settings.num_steps)
+        draw = image_noise(model, 1, images.to("cuda"), settings.num_draws)
         tokens = sample_tokens(model, LABELS.to("cuda"), draw, settings)
         assert (tokens.cpu() == expected).float().mean() > least
         assert torch.equal(tokens.abs(), torch.ones_like(tokens))
@@ -177,15 +198,15 @@ def test_what_changes_an_image_and_what_does_not():
 
 def test_an_image_does_not_depend_on_its_batch():
     model, settings = tiny.model(16), settings_of(CASES[1])
-    together = sample_tokens(model, LABELS, image_noise(model, 1, torch.tensor([10, 11, 12]), 3), settings)
-    alone = sample_tokens(model, LABELS[1:2], image_noise(model, 1, torch.tensor([11]), 3), settings)
+    together = sample_tokens(model, LABELS, image_noise(model, 1, torch.tensor([10, 11, 12]), 4), settings)
+    alone = sample_tokens(model, LABELS[1:2], image_noise(model, 1, torch.tensor([11]), 4), settings)
     # Another number of rows may change the last bit of a product, so all but a very few signs must be equal.
     assert (alone[0] != together[1]).float().mean() < 0.01
 
 
 def test_progress_is_told_once_a_step():
     model, told = tiny.model(16), []
-    draw = image_noise(model, 0, torch.arange(3), 3)
+    draw = image_noise(model, 0, torch.arange(3), 4)
     sample_tokens(model, LABELS, draw, SampleSettings(num_steps=3), lambda: told.append(None))
     assert len(told) == 4
 

@@ -283,6 +283,27 @@ def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkey
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made.npz", "other.npz"]
 
 
+def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypatch):
+    whole, told = generator.images(range(5), [0, 1, 2, 0, 1]), []
+    made = Generator._images
+
+    def small_memory(self, numbers, labels, progress):
+        if len(numbers) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(self, numbers, labels, progress)
+
+    monkeypatch.setattr(Generator, "_images", small_memory)
+    generator = dataclasses.replace(generator, report=told.append)
+    halves = generator.images(range(5), [0, 1, 2, 0, 1])
+    assert alike(whole, halves)
+    assert [line.split(":")[0] for line in told] == [
+        "not enough memory for 5 images at a time", "not enough memory for 3 images at a time",
+    ]  # fmt: skip
+    monkeypatch.setattr(Generator, "_images", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        generator.images([0], [0])
+
+
 def test_two_processes_make_the_same_npz(generator, tmp_path, capsys):
     one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU))
     plan = job.Job(tmp_path / "two", 8, 3, True, SETTINGS)

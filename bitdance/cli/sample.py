@@ -35,6 +35,7 @@ class Sample:
         cfg_scale: guidance, 1 for none; by default the published one of a released model, else 3.
         cfg_schedule: linear grows with the steps from 1, constant does not.
         sample_steps: steps of the diffusion head for each token; by default 100 for a released model, else 50.
+        solver: euler-maruyama as published; euler and heun (of second order) draw no noise on the way.
         share_first: share the first tokens with the unconditional rows, which the published figures did not.
         weights: ema or model (raw); by default the EMA where there is one.
         batch_size: images at a time.
@@ -54,6 +55,7 @@ class Sample:
     cfg_schedule: Literal["linear", "constant"] = "linear"
     sample_steps: int | None = None
     share_first: bool = False
+    solver: Literal["euler-maruyama", "euler", "heun"] = "euler-maruyama"
     weights: Literal["ema", "model"] | None = None
     batch_size: int = 100
     chunk_size: int | None = None
@@ -80,7 +82,7 @@ def main(arguments: list[str]) -> None:
     chosen = names.find_all(command.classes) if command.classes else list(range(min(len(names), SHOWN)))
     resolved = _resolved(command, contents.path)
     settings = SampleSettings(
-        resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first
+        resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first, command.solver
     )
     generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"])
     labels = [label for label in chosen for _ in range(command.per_class)]

@@ -24,6 +24,7 @@ class Generator:
         settings: of the sampler.
         seed: 0 <= seed < 2**32; with an image's number it determines the image's noise.
         chunk: images that the decoder takes at once; 0 for a whole batch.
+        report: told when a batch is too large for the memory of a GPU and is made in halves.
     """
 
     model: BitDance
@@ -31,6 +32,7 @@ class Generator:
     settings: SampleSettings
     seed: int
     chunk: int = 0
+    report: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
         check_fit(self.model, self.autoencoder)
@@ -49,10 +51,25 @@ class Generator:
             labels: their classes.
             progress: called after each AR step.
         """
+        try:
+            return self._images(numbers, labels, progress)
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise
+            torch.cuda.empty_cache()
+            half = len(numbers) // 2
+            self.report(
+                f"not enough memory for {len(numbers)} images at a time: {numbers[0]} to {numbers[-1]} are made in two "
+                "halves, whose images can differ by rounding from those of a whole batch."
+            )
+            parts = [slice(0, half), slice(half, None)]
+            return np.concatenate([self.images(numbers[part], labels[part], progress) for part in parts])
+
+    def _images(self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None]) -> np.ndarray:
         device = self.model.norm.weight.device
         rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         classes = torch.tensor(labels, dtype=torch.int64, device=device)
-        draw = image_noise(self.model, self.seed, rows, self.settings.num_steps)
+        draw = image_noise(self.model, self.seed, rows, self.settings.num_draws)
         tokens = sample_tokens(self.model, classes, draw, self.settings, progress)
         return decode_tokens(self.model, self.autoencoder, tokens, self.chunk).cpu().numpy()
 

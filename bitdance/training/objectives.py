@@ -115,5 +115,5 @@ class BitDanceObjective(nn.Module):
     def preview(self, images: Tensor, labels: Tensor, network: BitDance) -> Tensor:
         """Samples of the batch's classes with fixed noise: (B, H, W, 3) uint8."""
         settings = SampleSettings(num_steps=25, cfg_scale=2.0)
-        draw = image_noise(network, 0, torch.arange(len(labels), device=labels.device), settings.num_steps)
+        draw = image_noise(network, 0, torch.arange(len(labels), device=labels.device), settings.num_draws)
         return decode_tokens(network, self.autoencoder, sample_tokens(network, labels, draw, settings))
