@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -90,6 +92,8 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
     elif threads or size > 1:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         torch.set_num_threads(threads or max(1, _num_cores() // local_size))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
     if size > 1 and not dist.is_initialized():
         cuda = place.type == "cuda"
         try:
@@ -101,6 +105,15 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
                 "port and the number of processes that torchrun was given."
             ) from error
     return World(int(os.environ.get("RANK", "0")), size, place)
+
+
+def _die_with_parent() -> None:
+    """Has Linux end this process with torchrun, which, when it is killed itself, would leave its processes behind."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _num_cores() -> int:

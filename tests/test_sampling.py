@@ -304,32 +304,81 @@ def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypat
         generator.images([0], [0])
 
 
-def test_two_processes_make_the_same_npz(generator, tmp_path, capsys):
+def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
+    """What one of several processes does up to the point where all wait for each other."""
+    plan.folder.mkdir(exist_ok=True)
+    job._claim(plan, Alone(0, size, CPU))
+    labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
+    batches = list(cut(plan.num_images, plan.batch_size))
+    job._make_batches(plan, generator, Alone(rank, size, CPU), batches, labels)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_makes_the_same_npz(generator, tmp_path, size):
     one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU))
-    plan = job.Job(tmp_path / "two", 8, 3, True, SETTINGS)
-    two = job.run(plan, generator, Alone(1, 2, CPU))
-    assert not two.exists() and len(list(tmp_path.glob(".two*/*.npy"))) == 1  # the second of three batches
-    job.run(plan, generator, Alone(0, 2, CPU))
-    assert two.read_bytes() == one.read_bytes()
+    plan = job.Job(tmp_path / "many", 8, 3, True, SETTINGS)
+    for rank in range(1, size):
+        share(plan, generator, rank, size)
+    assert not plan.is_done and len(list(plan.folder.glob("*.npz"))) == size - 1
+    assert job.run(plan, generator, Alone(0, size, CPU)).read_bytes() == one.read_bytes()
+    assert not plan.folder.exists()
 
 
-def test_parts_of_other_settings_are_not_taken(generator, tmp_path):
+def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_path):
     plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
-    job.run(plan, generator, Alone(1, 2, CPU))
-    other = job.Job(tmp_path / "made", 4, 2, True, {"seed": 2})
-    changed = Generator(generator.model, generator.autoencoder, generator.settings, seed=2)
-    with np.load(job.run(other, changed, World(0, 1, CPU))) as file:
-        pixels, classes = file["arr_0"], file["arr_1"]
-    assert np.array_equal(pixels[2:], changed.images([2, 3], classes[2:].tolist()))
-
-
-def test_a_damaged_part_is_an_error(generator, tmp_path):
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
-    job.run(plan, generator, Alone(1, 2, CPU))
-    next(tmp_path.glob(".made*/*.npy")).write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match=r"part 1 .*delete the folder"):
+    share(plan, generator, 1, 2)
+    for changed, said in (
+        (dataclasses.replace(plan, settings={"seed": 2}), "seed was 1, is 2"),
+        (dataclasses.replace(plan, batch_size=4), "batch_size was 2, is 4"),
+        (dataclasses.replace(plan, settings={}), "seed was 1, is None"),
+    ):
+        with pytest.raises(UserError, match=said):
+            job.run(changed, generator, World(0, 1, CPU))
+    (plan.folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json cannot be read .* delete"):
         job.run(plan, generator, World(0, 1, CPU))
-    assert not (tmp_path / "made.npz").exists()
+    assert not plan.is_done
+
+
+def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path):
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    with job._lock(plan, World(0, 1, CPU)), pytest.raises(UserError, match="another process works on"):
+        job.run(plan, generator, World(0, 1, CPU))
+    assert job.run(plan, generator, World(0, 1, CPU)).exists()
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "not a zip"])
+def test_a_damaged_part_is_made_again(generator, tmp_path, damage):
+    expected = job.run(job.Job(tmp_path / "expected", 4, 2, True, SETTINGS), generator, World(0, 1, CPU))
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    share(plan, generator, 1, 2)
+    data = bytearray(plan.part(1).read_bytes())
+    if damage == "torn":
+        data = data[:-100]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+    elif damage == "empty":
+        data = bytearray()
+    elif damage == "not a zip":
+        data = bytearray(b"\x93NUMPY" * 100)
+    plan.part(1).write_bytes(data)
+    if damage == "another":
+        np.savez(plan.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
+    assert job.run(plan, generator, World(0, 1, CPU)).read_bytes() == expected.read_bytes()
+
+
+def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator, tmp_path, monkeypatch):
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    made = job._make_batches
+
+    def then_damage(*arguments):
+        made(*arguments)
+        plan.part(1).write_bytes(b"")
+
+    monkeypatch.setattr(job, "_make_batches", then_damage)
+    with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
+        job.run(plan, generator, World(0, 1, CPU))
+    assert not plan.is_done and plan.part(0).exists() and not plan.part(1).exists()
 
 
 def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):

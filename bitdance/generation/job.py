@@ -1,17 +1,22 @@
-"""The job behind the FID figures: N images of balanced classes, by any number of processes, into one `.npz`.
+"""The job behind the FID figures: N images of balanced classes, by any number of processes, into one result.
 
 The job is cut into fixed batches before it starts, and each process takes whole batches; a finished batch is a file of
-its own until all are there. So a batch that is there already is not made again.
+its own until all are there. Whatever is killed at whatever moment, the same command goes on where the job stopped, and
+ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
+import time
+import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -25,93 +30,181 @@ from bitdance.generation.pngs import save_png
 LABELS = "labels.json"
 """In a folder of PNGs: the class of each image, in their order."""
 
+MANIFEST = "manifest.json"
+"""In the folder of an unfinished job: every setting that changes an image."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What to make.
 
     Attributes:
-        path: of the result without its ending: `<path>.npz`, or the folder `<path>` of PNGs.
+        path: of the result without its ending: `<path>.npz`, or the folder `<path>` of PNGs; until it is done, the
+            folder `<path>.job` holds what is finished.
         num_images: N.
         batch_size: images of a batch.
         to_npz: one `.npz` instead of a folder.
-        settings: everything else that changes an image, for the record and to tell a job from another.
+        settings: everything else that changes an image, ready for JSON, for the record and to tell a job from another.
     """
 
     path: pathlib.Path
     num_images: int
     batch_size: int
     to_npz: bool
-    settings: dict[str, object]
+    settings: dict[str, Any]
+
+    @property
+    def result(self) -> pathlib.Path:
+        """The file or the folder that the job ends with."""
+        return self.path.with_name(self.path.name + ".npz") if self.to_npz else self.path
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the unfinished job lies."""
+        return self.path.with_name(self.path.name + ".job")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the whole result is there; both kinds of it appear, or are marked, only when they are."""
+        return (self.result if self.to_npz else self.result / LABELS).exists()
+
+    def part(self, batch: int) -> pathlib.Path:
+        """The file of a finished batch."""
+        return self.folder / f"{batch:06d}.npz"
 
 
 def run(job: Job, generator: Generator, world: World) -> pathlib.Path:
     """Makes what is missing of a job and returns the path of the result.
 
     Raises:
-        UserError: a setting does not fit, or a file cannot be written.
+        UserError: a setting does not fit, the folder holds a job of other settings, or a file cannot be written.
     """
-    from tqdm import tqdm
-
     batches = list(cut(job.num_images, job.batch_size))
     labels = balanced_labels(job.num_images, generator.model.config.num_classes, generator.seed)
-    result = job.path.with_name(job.path.name + ".npz") if job.to_npz else job.path
-    record = json.dumps({**job.settings, "num_images": job.num_images, "batch_size": job.batch_size}, sort_keys=True)
-    # Parts of a job of other settings have another name, so nothing stale is ever taken.
-    parts = job.path.with_name(f".{job.path.name}.parts-{hashlib.sha256(record.encode()).hexdigest()[:16]}")
-    done = result if job.to_npz else result / LABELS
-    if done.exists():
+    if job.is_done:
         if world.is_main:
-            print(f"{result} exists, nothing to do.")
-        return result
-    make_folder(parts)
-    with tqdm(total=job.num_images, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar:
-        for number, images in enumerate(batches):
-            path = parts / f"{number:06d}.npy"
-            if number % world.size == world.rank and not path.exists():
+            print(f"{job.result} exists, nothing to do.")
+            shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
+        return job.result
+    with _lock(job, world):
+        _claim(job, world)
+        _make_batches(job, generator, world, batches, labels)
+        world.barrier()
+        if world.is_main:
+            _assemble(job, batches, labels)
+            shutil.rmtree(job.folder)
+    world.barrier()
+    return job.result
+
+
+@contextlib.contextmanager
+def _lock(job: Job, world: World) -> Iterator[None]:
+    """Keeps a second run of the same job out for as long as this one's first process lives."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    if not world.is_main:
+        yield
+        return
+    make_folder(job.folder)
+    with open(job.folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process works on {job.folder}: wait for it, or stop it first.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _claim(job: Job, world: World) -> None:
+    """Writes the manifest of a new job, or checks that the one that is there says the same."""
+    manifest = {**job.settings, "num_images": job.num_images, "batch_size": job.batch_size}
+    path = job.folder / MANIFEST
+    if world.is_main and not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    world.barrier()
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete {job.folder} to start the job anew.") from None
+    ours = json.loads(json.dumps(manifest))
+    if found != ours:
+        keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
+        changes = "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
+        raise UserError(
+            f"{job.folder} holds a job of other settings ({changes}): run it with those, or delete the folder to start "
+            "anew."
+        )
+
+
+def _make_batches(job: Job, generator: Generator, world: World, batches: list[range], labels: np.ndarray) -> None:
+    """Makes this process's share of the batches that are not there yet; a batch is written while the next is made."""
+    from tqdm import tqdm
+
+    mine = range(world.rank, len(batches), world.size)
+    start, made = time.perf_counter(), 0
+    with (
+        tqdm(total=job.num_images, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar,
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+    ):
+        writing: concurrent.futures.Future[None] | None = None
+        for number in mine:
+            images = batches[number]
+            if not _is_whole(job.part(number), len(images)):
                 # The last batch is filled up, so that every batch is computed in the same shapes.
                 padded = [*images, *range(job.num_images, job.num_images + job.batch_size - len(images))]
                 classes = [int(labels[min(i, job.num_images - 1)]) for i in padded]
                 pixels = generator.images(padded, classes)[: len(images)]
-                with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                    np.lib.format.write_array(file, pixels)
-            bar.update(len(images))
-    world.barrier()
-    if world.is_main:
-        _assemble(result, job, parts, batches, labels)
-        shutil.rmtree(parts)
-    world.barrier()
-    return result
+                if writing is not None:
+                    writing.result()  # an error in writing is raised here
+                writing = writer.submit(_write_part, job.part(number), pixels)
+                made += len(images)
+                bar.set_postfix_str(f"{made * world.size / (time.perf_counter() - start):.2f} images/s")
+            # Processes keep pace with each other, so the share of the first one tells of all.
+            bar.update(sum(len(batch) for batch in batches[number : number + world.size]))
+        if writing is not None:
+            writing.result()
 
 
-def _assemble(result: pathlib.Path, job: Job, parts: pathlib.Path, batches: list[range], labels: np.ndarray) -> None:
-    def pixels() -> Iterator[np.ndarray]:
-        for number, images in enumerate(batches):
-            try:
-                batch = np.load(parts / f"{number:06d}.npy", allow_pickle=False)
-                if len(batch) != len(images):
-                    raise ValueError
-            except (OSError, ValueError, EOFError):
-                raise UserError(
-                    f"{parts} holds no part {number} or a damaged one: delete the folder and run the command again."
-                ) from None
-            yield batch
+def _write_part(path: pathlib.Path, pixels: np.ndarray) -> None:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, images=pixels)
 
-    stream = pixels()
+
+def _read_part(path: pathlib.Path, count: int) -> np.ndarray | None:
+    """The images of a part, or nothing if it is missing, torn or changed: its zip holds checksums."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images: np.ndarray = file["images"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError):
+        return None
+    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+
+
+def _is_whole(path: pathlib.Path, count: int) -> bool:
+    return path.exists() and _read_part(path, count) is not None
+
+
+def _assemble(job: Job, batches: list[range], labels: np.ndarray) -> None:
+    """Writes the result from the parts, one after the other."""
+
+    def part(number: int) -> np.ndarray:
+        pixels = _read_part(job.part(number), len(batches[number]))
+        if pixels is None:
+            job.part(number).unlink(missing_ok=True)
+            raise UserError(f"{job.part(number)} was damaged or lost: run the command again, it is made anew.")
+        return pixels
+
+    parts: Iterator[np.ndarray] = map(part, range(len(batches)))
     if job.to_npz:
-        first = next(stream)
-        shape = (job.num_images, *first.shape[1:])
-        write_npz(result, _chain(first, stream), shape, labels)
+        write_npz(job.result, parts, (job.num_images, *part(0).shape[1:]), labels)
         return
-    number = 0
-    for batch in stream:
-        for picture in batch:
-            save_png(result / f"{number:06d}.png", picture)
-            number += 1
-    with atomic_write(result / LABELS) as path:  # last: it says that all images are there
+    for images, pixels in zip(batches, parts, strict=True):
+        for number, picture in zip(images, pixels, strict=True):
+            save_png(job.result / f"{number:06d}.png", picture)
+    with atomic_write(job.result / LABELS) as path:  # last: it says that all images are there
         path.write_text(json.dumps(labels.tolist()) + "\n")
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest

@@ -1,0 +1,89 @@
+"""Jobs that are killed: nothing is lost, nothing made twice, and the result is the same to the last byte."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import small
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KILLS = 20
+IMAGES, BATCH = 40, 1
+
+
+def start(folder: pathlib.Path, results: pathlib.Path, processes: int) -> subprocess.Popen[bytes]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, str(ROOT / "sample_ddp.py"), "--ckpt", str(folder / "model.safetensors"),
+         "--sample-dir", str(results), "--num-fid-samples", str(IMAGES), "--per-proc-batch-size", str(BATCH),
+         "--sample-steps", "60", "--cfg-scale", "2", "--to-npz", "--mixed-precision", "none"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def finished(results: pathlib.Path) -> int:
+    return len(list(results.glob("*.job/[0-9]*.npz")))
+
+
+def gone(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] in "ZX"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_job_killed_twenty_times_ends_like_an_undisturbed_one(tmp_path):
+    small.save_pair(tmp_path)
+    undisturbed, results = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(tmp_path, undisturbed, 1).wait() == 0
+    hits, seconds = 0, []
+    for kill in range(KILLS):
+        processes = 1 + kill % 2
+        process = start(tmp_path, results, processes)
+        # From before the first batch to the assembly of the result, when all batches are there.
+        wanted = round(kill * IMAGES / (KILLS - 2))
+        while process.poll() is None and finished(results) < wanted and not list(results.glob(".*.tmp")):
+            time.sleep(0.002)
+        time.sleep(0.05 * (kill % 3))
+        workers = children(process.pid) if processes > 1 and process.poll() is None else []
+        before = time.perf_counter()
+        if kill % 4 == 3 and len(workers) > 1:
+            os.kill(workers[1], signal.SIGKILL)  # one of the processes: torchrun stops the others
+            hits += 1
+            assert process.wait(timeout=60) != 0
+        elif kill % 4 == 1:
+            hits += process.poll() is None
+            process.kill()  # the launcher alone
+            process.wait()
+        else:
+            hits += process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)  # all
+            process.wait()
+        while not all(gone(worker) for worker in workers):
+            assert time.perf_counter() - before < 60, "a process outlived the others"
+            time.sleep(0.01)
+        seconds.append(time.perf_counter() - before)
+        if list(results.glob("*.npz")):
+            break
+    assert hits >= 15
+    assert max(seconds) < 15
+    assert start(tmp_path, results, 2).wait() == 0
+    (expected,), (result,) = (list(folder.glob("*.npz")) for folder in (undisturbed, results))
+    assert result.name == expected.name and result.read_bytes() == expected.read_bytes()
+    assert [path.name for path in results.iterdir()] == [result.name]
