@@ -635,6 +635,47 @@ def save(
     return save_tensors(path, tensors, kind, {kind: dataclasses.asdict(network.config)}, **(metadata or {}))
 
 
+def save_released(
+    path: str | os.PathLike[str],
+    network: BitDance | Autoencoder,
+    autoencoder: Autoencoder | None = None,
+    weights: Weights = "ema",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a file in the layout of the released ones (torch's pickle), atomically; the original's scripts read it.
+
+    Args:
+        network: a model, or an autoencoder alone.
+        autoencoder: for a model the copy inside, under `vae.`, which the original insists on.
+        weights: the name to give a model's weights.
+        dtype: to store in, by default the tensors' own.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def stored(part: BitDance | Autoencoder, prefix: str = "") -> State:
+        return {prefix + name: value.detach().to(dtype or value.dtype) for name, value in part.state_dict().items()}
+
+    if isinstance(network, Autoencoder):
+        data: dict[str, Any] = {"state_dict": stored(network)}
+    else:
+        config = network.config
+        state = stored(network) | (stored(autoencoder, "vae.") if autoencoder is not None else {})
+        args = argparse.Namespace(
+            parallel_num=config.parallel_num,
+            parallel_mode=config.token_order,
+            time_shift=config.time_shift,
+            latent_dim=config.bits,
+            num_classes=config.num_classes,
+            cls_token_num=config.cls_token_num,
+            patch_size=1,
+        )
+        data = {weights: state, "args": args}
+    with atomic_write(path) as temporary:
+        torch.save(data, temporary)
+
+
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str, config: Mapping[str, Any], **metadata: str
 ) -> str:

@@ -7,15 +7,18 @@ import pathlib
 from typing import Literal
 
 from bitdance.cli.parsing import Positional, parse
+from bitdance.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write the weights of a file, released or our own, as one small file of our format (safetensors).
+    """Write the weights of a file, released or our own, in our format (.safetensors) or in the released layout (.pt).
 
     Attributes:
         source: file of weights, such as a run's checkpoint.safetensors.
-        target: file to write.
+        target: file to write; its ending says which format.
+        autoencoder: for a .pt of a model the file of the autoencoder to put inside, as in the released ones; by default
+            the one inside the source, if any.
         part: the model or the autoencoder of the file; by default whichever it holds, the model first.
         weights: ema or model (raw); by default the EMA where there is one.
         dtype: to store in.
@@ -23,6 +26,7 @@ class Convert:
 
     source: Positional[pathlib.Path]
     target: Positional[pathlib.Path]
+    autoencoder: pathlib.Path | None = None
     part: Literal["model", "autoencoder"] | None = None
     weights: Literal["ema", "model"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -31,6 +35,10 @@ class Convert:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Convert, arguments, "bitdance convert")
+    if command.target.suffix not in (".pt", ".safetensors"):
+        raise UserError(
+            f"{command.target} has no known ending: use .safetensors for our format, .pt for the released one."
+        )
     import torch
 
     from bitdance import checkpoint
@@ -47,6 +55,15 @@ def main(arguments: list[str]) -> None:
         network = checkpoint.load_model(contents, command.weights)
     else:
         network = checkpoint.load_autoencoder(contents)
-    digest = checkpoint.save(command.target, network, dtype=getattr(torch, command.dtype), metadata=kept)
+    dtype = getattr(torch, command.dtype)
+    if command.target.suffix == ".pt":
+        source = checkpoint.read(command.autoencoder) if command.autoencoder else contents
+        inside = checkpoint.load_autoencoder(source) if "autoencoder" in source.parts else None
+        name = checkpoint.choose_weights(contents, command.weights) if part == "model" else "ema"
+        checkpoint.save_released(command.target, network, inside, name, dtype)
+        said = "released layout" + (", with its autoencoder" if inside and part == "model" else "")
+    else:
+        digest = checkpoint.save(command.target, network, dtype=dtype, metadata=kept)
+        said = f"digest {digest[:16]}"
     size = command.target.stat().st_size / 1e6
-    print(f"{part} in {command.dtype}, {size:.2f} MB, digest {digest[:16]}: {command.target}")
+    print(f"{part} in {command.dtype}, {size:.2f} MB, {said}: {command.target}")

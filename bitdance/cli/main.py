@@ -13,12 +13,13 @@ from typing import Any
 
 COMMANDS = {
     "sample": "generate images of classes: PNGs and one labelled grid",
+    "download": "fetch released models, the autoencoder, or what an evaluation needs",
     "info": "show what is inside a file of weights",
     "train": "train a BitDance model on images",
     "train-autoencoder": "train an autoencoder on images",
     "reconstruct": "encode and decode images: pictures, PSNR and SSIM",
     "nearest": "find the training image that is nearest to each generated one",
-    "convert": "write the weights of a file as one small file of our format",
+    "convert": "write weights in our format or in the released layout",
 }
 
 
