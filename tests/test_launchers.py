@@ -371,7 +371,7 @@ def sample_arguments(place: pathlib.Path, folder: pathlib.Path, p: int) -> list[
 
 
 def read_npz(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    (path,) = folder.iterdir()  # nothing else is left
+    (path,) = (path for path in folder.iterdir() if path.suffix != ".log")  # nothing else is left
     assert path.suffix == ".npz"
     with np.load(path) as file:
         return dict(file)
@@ -381,7 +381,8 @@ def read_npz(folder: pathlib.Path) -> dict[str, np.ndarray]:
 def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp_path, script, p):
     arguments = sample_arguments(place, tmp_path / "alone", p) + (["--parallel-num", 4] if p == 4 else [])
     if p == 1:
-        assert "7 images: " in small.run(script, *arguments).stdout
+        facts = json.loads(small.run(script, *arguments).stdout.splitlines()[-1])
+        assert (facts["images"], facts["made"], facts["processes"]) == (7, 7, 1) and facts["seconds"] > 0
     else:
         original.sample_parallel(list(map(str, arguments)))
     alone = read_npz(tmp_path / "alone")
@@ -393,7 +394,11 @@ def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp
         small.run(script, *arguments, processes=2)
         both = read_npz(tmp_path / "both")
         assert np.array_equal(alone["arr_0"], both["arr_0"]) and np.array_equal(alone["arr_1"], both["arr_1"])
-        assert [path.name for path in (tmp_path / "alone").iterdir()] == [p.name for p in (tmp_path / "both").iterdir()]
+        assert [path.name for path in (tmp_path / "alone").glob("*.npz")] == [
+            p.name for p in (tmp_path / "both").glob("*.npz")
+        ]
+        logs = sorted(path.name.split(".")[-2] for path in (tmp_path / "both").glob("*.log"))
+        assert logs == ["rank0", "rank1"]
 
 
 def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
@@ -405,7 +410,7 @@ def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
     small.randomize(network, 2)
     checkpoint.save(tmp_path / "model-4.safetensors", network)
     original.sample_parallel(arguments)
-    first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "out").iterdir()))
+    first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "out").glob("*.npz")))
     assert not np.array_equal(first, second)
 
 

@@ -250,8 +250,8 @@ SETTINGS: dict[str, object] = {"seed": 1}
 
 def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, monkeypatch):
     plan = job.Job(tmp_path / "made", 7, 3, True, SETTINGS)
-    path = job.run(plan, generator, World(0, 1, CPU))
-    assert path == tmp_path / "made.npz" and [p.name for p in tmp_path.iterdir()] == ["made.npz"]
+    path = job.run(plan, generator, World(0, 1, CPU)).result
+    assert path == tmp_path / "made.npz" and listing(tmp_path) == ["made.npz"]
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
         assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
@@ -259,7 +259,7 @@ def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, mon
         assert np.array_equal(file["arr_0"][3:6], expected)
     before = path.read_bytes()
     monkeypatch.setattr(Generator, "images", None)  # would fail if it were called
-    assert job.run(plan, generator, World(0, 1, CPU)) == path and path.read_bytes() == before
+    assert job.run(plan, generator, World(0, 1, CPU)).result == path and path.read_bytes() == before
 
 
 def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkeypatch):
@@ -277,10 +277,10 @@ def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         job.run(plan, generator, World(0, 1, CPU))
     assert not plan.path.with_name("made.npz").exists()
-    path = job.run(plan, generator, World(0, 1, CPU))
+    path = job.run(plan, generator, World(0, 1, CPU)).result
     assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not made again
     assert path.read_bytes() == (tmp_path / "other.npz").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["made.npz", "other.npz"]
+    assert listing(tmp_path) == ["made.npz", "other.npz"]
 
 
 def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypatch):
@@ -304,23 +304,27 @@ def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypat
         generator.images([0], [0])
 
 
+def listing(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".log")
+
+
 def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
     """What one of several processes does up to the point where all wait for each other."""
     plan.folder.mkdir(exist_ok=True)
     job._claim(plan, Alone(0, size, CPU))
     labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
     batches = list(cut(plan.num_images, plan.batch_size))
-    job._make_batches(plan, generator, Alone(rank, size, CPU), batches, labels)
+    job._make_batches(plan, generator, Alone(rank, size, CPU), batches, labels, print)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_makes_the_same_npz(generator, tmp_path, size):
-    one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU))
+    one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU)).result
     plan = job.Job(tmp_path / "many", 8, 3, True, SETTINGS)
     for rank in range(1, size):
         share(plan, generator, rank, size)
     assert not plan.is_done and len(list(plan.folder.glob("*.npz"))) == size - 1
-    assert job.run(plan, generator, Alone(0, size, CPU)).read_bytes() == one.read_bytes()
+    assert job.run(plan, generator, Alone(0, size, CPU)).result.read_bytes() == one.read_bytes()
     assert not plan.folder.exists()
 
 
@@ -340,16 +344,17 @@ def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_
     assert not plan.is_done
 
 
-def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path):
+def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "PATIENCE", 0.2)
     plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
     with job._lock(plan, World(0, 1, CPU)), pytest.raises(UserError, match="another process works on"):
         job.run(plan, generator, World(0, 1, CPU))
-    assert job.run(plan, generator, World(0, 1, CPU)).exists()
+    assert job.run(plan, generator, World(0, 1, CPU)).result.exists()
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "not a zip"])
 def test_a_damaged_part_is_made_again(generator, tmp_path, damage):
-    expected = job.run(job.Job(tmp_path / "expected", 4, 2, True, SETTINGS), generator, World(0, 1, CPU))
+    expected = job.run(job.Job(tmp_path / "expected", 4, 2, True, SETTINGS), generator, World(0, 1, CPU)).result
     plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
     share(plan, generator, 1, 2)
     data = bytearray(plan.part(1).read_bytes())
@@ -364,7 +369,7 @@ def test_a_damaged_part_is_made_again(generator, tmp_path, damage):
     plan.part(1).write_bytes(data)
     if damage == "another":
         np.savez(plan.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
-    assert job.run(plan, generator, World(0, 1, CPU)).read_bytes() == expected.read_bytes()
+    assert job.run(plan, generator, World(0, 1, CPU)).result.read_bytes() == expected.read_bytes()
 
 
 def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator, tmp_path, monkeypatch):
@@ -372,8 +377,9 @@ def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator
     made = job._make_batches
 
     def then_damage(*arguments):
-        made(*arguments)
+        count = made(*arguments)
         plan.part(1).write_bytes(b"")
+        return count
 
     monkeypatch.setattr(job, "_make_batches", then_damage)
     with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
@@ -382,17 +388,17 @@ def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator
 
 
 def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):
-    path = job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU))
+    path = job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)).result
     assert sorted(p.name for p in path.iterdir()) == [*(f"{i:06d}.png" for i in range(4)), "labels.json"]
     job.run(job.Job(tmp_path / "made", 4, 3, True, SETTINGS), generator, World(0, 1, CPU))
     with np.load(tmp_path / "made.npz") as file:
         assert json.loads((path / "labels.json").read_text()) == file["arr_1"].tolist()
         for i, pixels in enumerate(file["arr_0"]):
             assert np.array_equal(np.asarray(Image.open(path / f"{i:06d}.png")), pixels)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "made.npz"]
+    assert listing(tmp_path) == ["made", "made.npz"]
     # A finished folder is not made again.
     monkeypatch.setattr(type(generator), "images", lambda *_: pytest.fail("images were made again"))
-    assert job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)) == path
+    assert job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)).result == path
 
 
 # ------------------------------------------------------------ figures

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -236,9 +237,10 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
         digests = [digest(network.state_dict()) for network in (model, autoencoder)]
         path = flags.sample_dir / _job_name(flags, model, contents.path, autoencoder.config.down_size, digests)
         job = Job(path, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz, _job_settings(flags, digests))
-        result = run(job, generator, world)
+        outcome = run(job, generator, world)
         if world.is_main:
-            print(f"{flags.num_fid_samples} images: {result}")
+            facts = {**dataclasses.asdict(outcome), "images": flags.num_fid_samples, "processes": world.size}
+            print(json.dumps(facts, default=str))
     finally:
         disconnect()
 

@@ -13,9 +13,10 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ from bitdance.generation.pngs import save_png
 
 LABELS = "labels.json"
 """In a folder of PNGs: the class of each image, in their order."""
+
+PATIENCE = 5.0
+"""Seconds to wait for another run of the same job to end."""
 
 MANIFEST = "manifest.json"
 """In the folder of an unfinished job: every setting that changes an image."""
@@ -73,8 +77,25 @@ class Job:
         return self.folder / f"{batch:06d}.npz"
 
 
-def run(job: Job, generator: Generator, world: World) -> pathlib.Path:
-    """Makes what is missing of a job and returns the path of the result.
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a run of a job.
+
+    Attributes:
+        result: the `.npz`, or the folder of PNGs.
+        made: images that this process made in this run; the rest was there or is the others'.
+        seconds: that this process took to make them.
+        peak_memory: bytes, on the GPU or else of the whole process.
+    """
+
+    result: pathlib.Path
+    made: int
+    seconds: float
+    peak_memory: int
+
+
+def run(job: Job, generator: Generator, world: World) -> Outcome:
+    """Makes what is missing of a job. Each process keeps a log beside the result, `<path>.rank<r>.log`.
 
     Raises:
         UserError: a setting does not fit, the folder holds a job of other settings, or a file cannot be written.
@@ -85,16 +106,49 @@ def run(job: Job, generator: Generator, world: World) -> pathlib.Path:
         if world.is_main:
             print(f"{job.result} exists, nothing to do.")
             shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
-        return job.result
-    with _lock(job, world):
+        return Outcome(job.result, 0, 0.0, _peak_memory(world))
+    with _lock(job, world), _log(job, world) as log:
         _claim(job, world)
-        _make_batches(job, generator, world, batches, labels)
+        start = time.perf_counter()
+        made = _make_batches(job, dataclasses.replace(generator, report=log), world, batches, labels, log)
+        seconds = time.perf_counter() - start
+        log(f"{made} images made in {seconds:.1f} s, peak memory {_peak_memory(world) / 1e9:.2f} GB; waiting for all")
         world.barrier()
         if world.is_main:
+            log("writing the result")
             _assemble(job, batches, labels)
             shutil.rmtree(job.folder)
-    world.barrier()
-    return job.result
+        world.barrier()
+        log(f"done: {job.result}")
+    return Outcome(job.result, made, seconds, _peak_memory(world))
+
+
+@contextlib.contextmanager
+def _log(job: Job, world: World) -> Iterator[Callable[[str], None]]:
+    """A function that writes a line with the time to this process's log."""
+    path = job.path.with_name(f"{job.path.name}.rank{world.rank}.log")
+    make_folder(path.parent)
+    with open(path, "a", buffering=1) as file:
+
+        def write(line: str) -> None:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+        write(f"process {world.rank} of {world.size} on {world.device}: {job.num_images} images in {job.folder}")
+        yield write
+
+
+def _peak_memory(world: World) -> int:
+    """Bytes: the most that PyTorch held on the GPU, or else the most that the process held."""
+    if world.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(world.device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager
@@ -110,12 +164,18 @@ def _lock(job: Job, world: World) -> Iterator[None]:
         return
     make_folder(job.folder)
     with open(job.folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process works on {job.folder}: wait for it, or stop it first.") from None
-        except OSError:
-            pass  # a file system without locks
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"another process works on {job.folder}: wait for it, or stop it first.") from None
+                time.sleep(0.1)  # what was just killed may need a moment to end
+                continue
+            except OSError:
+                pass  # a file system without locks
+            break
         yield
 
 
@@ -141,8 +201,18 @@ def _claim(job: Job, world: World) -> None:
         )
 
 
-def _make_batches(job: Job, generator: Generator, world: World, batches: list[range], labels: np.ndarray) -> None:
-    """Makes this process's share of the batches that are not there yet; a batch is written while the next is made."""
+def _make_batches(
+    job: Job,
+    generator: Generator,
+    world: World,
+    batches: list[range],
+    labels: np.ndarray,
+    log: Callable[[str], None],
+) -> int:
+    """Makes this process's share of the batches that are not there yet, and returns how many images that were.
+
+    A batch is written while the next one is made.
+    """
     from tqdm import tqdm
 
     mine = range(world.rank, len(batches), world.size)
@@ -163,11 +233,14 @@ def _make_batches(job: Job, generator: Generator, world: World, batches: list[ra
                     writing.result()  # an error in writing is raised here
                 writing = writer.submit(_write_part, job.part(number), pixels)
                 made += len(images)
-                bar.set_postfix_str(f"{made * world.size / (time.perf_counter() - start):.2f} images/s")
+                rate = made / (time.perf_counter() - start)
+                log(f"batch {number}: images {images.start} to {images.stop - 1}, {rate:.2f} images/s so far")
+                bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {_peak_memory(world) / 1e9:.1f} GB")
             # Processes keep pace with each other, so the share of the first one tells of all.
             bar.update(sum(len(batch) for batch in batches[number : number + world.size]))
         if writing is not None:
             writing.result()
+    return made
 
 
 def _write_part(path: pathlib.Path, pixels: np.ndarray) -> None:
