@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -400,6 +401,21 @@ def test_a_run_of_other_settings_is_refused_with_the_differences(data, pair, tmp
     assert "loss.perturb_rate was 0.0, is 0.1" in message
     assert "max_steps" not in message and "weight_decay" not in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_set_of_as_many_images_makes_another_run(data, pair, tmp_path):
+    def train(folder: pathlib.Path) -> None:
+        train_model(
+            config(folder, tmp_path / "run", max_steps=1), SIZES, LossConfig(), pair / "autoencoder.safetensors"
+        )
+
+    train(data)
+    moved = pathlib.Path(shutil.copytree(data, tmp_path / "moved"))
+    train(moved)  # where the images lie does not matter
+    first = sorted(moved.rglob("*.png"))[0]
+    first.rename(first.with_name("renamed.png"))
+    with pytest.raises(UserError, match="images was .* is"):
+        train(moved)
 
 
 def test_another_autoencoder_makes_another_run(data, pair, tmp_path):

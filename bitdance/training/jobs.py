@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
@@ -135,7 +136,15 @@ def _train(
         for key, value in ({"digest": part} if isinstance(part, str) else dataclasses.asdict(part)).items()
         if not (name == "run" and key in _FREE)
     }
-    identity["images"] = len(images)
+    identity["images"] = f"{len(images)} named {_digest_of_names(images)[:16]}"
     batches = Batches(images, run, world)
     make_folder(run.results_dir)
     return Run(objective, run, batches, world, identity).train()
+
+
+def _digest_of_names(images: ImageSet) -> str:
+    """SHA-256 of the images' names in their order: another set, or one of other classes, makes another run."""
+    digest = hashlib.sha256()
+    for index in range(len(images)):
+        digest.update(images.name(index).encode() + b"\n")
+    return digest.hexdigest()
