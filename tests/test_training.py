@@ -414,7 +414,7 @@ def test_another_set_of_as_many_images_makes_another_run(data, pair, tmp_path):
     train(moved)  # where the images lie does not matter
     first = sorted(moved.rglob("*.png"))[0]
     first.rename(first.with_name("renamed.png"))
-    with pytest.raises(UserError, match="images was .* is"):
+    with pytest.raises(UserError, match=r"images was .* is"):
         train(moved)
 
 

@@ -7,6 +7,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Literal
 
+from bitdance import hub
 from bitdance.config import ZOO, BitDanceConfig
 from bitdance.errors import UserError
 
@@ -19,33 +20,26 @@ if TYPE_CHECKING:
     from bitdance.model import BitDance
 
 DEMO = "demo"
-FOLDER = pathlib.Path("models/BitDance-ImageNet")
-AUTOENCODER_FILE = "ae_d16c32.pt"
 
 Precision = Literal["auto", "none", "bf16"]
 
 
 def find_model(name: str) -> pathlib.Path:
-    """The file of a model: `demo`, a released model's name, or a path.
+    """The file of a model: `demo`, a released model's name, or a path; a released model is fetched if it is not there.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it cannot be fetched.
     """
     if name == DEMO:
         return _asset("demo_model.safetensors")
-    release = ZOO.get(name.removeprefix("BitDance-"))
-    path = FOLDER / release.file if release else pathlib.Path(name)
-    if path.exists():
-        return path
-    # The hub's page spells the released names with a small x.
-    old, new = ("X.pt", "x.pt") if "X.pt" in path.name else ("x.pt", "X.pt")
-    other = path.parent / path.name.replace(old, new)
-    if other.exists():
-        return other
-    if release:
-        raise UserError(
-            f"{path} is not there: download {release.file} from the hub repository into {FOLDER}, see the README."
-        )
+    released = hub.released_name(name)
+    path = hub.FOLDER / ZOO[released].file if released else pathlib.Path(name)
+    if found := hub.find(path):
+        return found
+    if released:
+        return _fetch(released)
+    if meant := next((key for key, release in ZOO.items() if release.file.lower() == path.name.lower()), None):
+        raise UserError(f"{path} is not there: fetch it with `bitdance download {meant} --folder {path.parent}`.")
     raise UserError(
         f"there is no model {name!r}: name a file, {DEMO}, or one of {', '.join(f'BitDance-{key}' for key in ZOO)}."
     )
@@ -54,8 +48,10 @@ def find_model(name: str) -> pathlib.Path:
 def find_autoencoder(name: str | None, model: Contents) -> pathlib.Path | Contents:
     """The autoencoder that goes with a model: the one named, the one inside the file, or the one that lies beside it.
 
+    That of a released model, where it was put by `bitdance download`, is fetched if it is not there.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be fetched.
     """
     if name is None and model.path == _asset("demo_model.safetensors"):
         name = DEMO
@@ -63,9 +59,11 @@ def find_autoencoder(name: str | None, model: Contents) -> pathlib.Path | Conten
         return find_autoencoder_alone(name)
     if "autoencoder" in model.states:
         return model
-    for place in (model.path.parent / AUTOENCODER_FILE, model.path.parent / "autoencoder.safetensors"):
+    for place in (model.path.parent / hub.AUTOENCODER_FILE, model.path.parent / "autoencoder.safetensors"):
         if place.exists():
             return place
+    if model.path in (hub.find(hub.FOLDER / release.file) for release in ZOO.values()):
+        return _fetch("autoencoder")
     raise UserError(f"{model.path} holds no autoencoder and none lies beside it: name one with --autoencoder.")
 
 
@@ -116,6 +114,12 @@ def class_names(config: BitDanceConfig) -> ClassNames:
     if config.class_names:
         return ClassNames.from_labels(config.class_names)
     return imagenet() if config.num_classes == 1000 else numbered(config.num_classes)
+
+
+def _fetch(name: str) -> pathlib.Path:
+    """Fetches one released file."""
+    (file,) = hub.download([name])
+    return file.path
 
 
 def _asset(name: str) -> pathlib.Path:

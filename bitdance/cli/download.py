@@ -1,0 +1,35 @@
+"""`bitdance download`: the released weights, and what an evaluation needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from bitdance import hub
+from bitdance.cli.parsing import Positional, parse
+from bitdance.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """Fetch released files; what was interrupted goes on, what is there already is not fetched again.
+
+    Attributes:
+        names: B-1X, B-4X, B-16X, L-1X, H-1X (or BitDance-B-1X, ...), autoencoder, or all for these six; reference-256
+            and reference-512 (ADM's reference batches); inception (the network behind the FID).
+        folder: of the models and the autoencoder; the others lie in models/evaluation.
+        verify: compare the digests of files that are there already, not only their sizes.
+    """
+
+    names: Positional[tuple[str, ...]] = ()
+    folder: pathlib.Path = hub.FOLDER
+    verify: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    command = parse(Download, arguments, "bitdance download")
+    if not command.names:
+        raise UserError(f"name what to fetch: {', '.join((*hub.HUB_FILES, *hub.PLAIN_FILES, hub.ALL))}.")
+    for file in hub.download(command.names, command.folder, verify=command.verify):
+        print(f"{file.path}: {file.size / 1e6:.1f} MB, {file.note}", flush=True)
