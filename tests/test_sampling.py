@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from bitdance import checkpoint
+from bitdance.cli import original
 from bitdance.cli.main import main
 from bitdance.config import AutoencoderLossConfig, RunConfig
 from bitdance.distributed import World
@@ -302,6 +303,23 @@ def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypat
     monkeypatch.setattr(Generator, "_images", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         generator.images([0], [0])
+
+
+def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):
+    common = ["--sample-steps", 3, "--cfg-scale", 2, "--seed", 5, "--mixed-precision", "none"]
+    words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path / "a", "--num-images", 7, "--npz",
+             "--batch-size", 3, *common]  # fmt: skip
+    main(list(map(str, words)))
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["images"] == facts["made"] == 7
+    original.sample(list(map(str, ["--ckpt", model, "--sample-dir", tmp_path / "b", "--num-fid-samples", 7,
+                                   "--per-proc-batch-size", 3, "--to-npz", *common])))  # fmt: skip
+    (ours,), (theirs,) = (list((tmp_path / folder).glob("*.npz")) for folder in "ab")
+    assert str(ours) == facts["result"] and ours.read_bytes() == theirs.read_bytes()
+    for wrong in (["--npz"], ["dog", "--num-images", "3"]):
+        with pytest.raises(SystemExit):
+            main(["sample", "--model", str(model), *wrong])
+        assert "--num-images" in capsys.readouterr().err
 
 
 def listing(folder: pathlib.Path) -> list[str]:

@@ -7,11 +7,10 @@ the original's default is ignored because the checkpoint or the autoencoder says
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from bitdance.cli.jobs import run_job
 from bitdance.cli.models import load_pair
 from bitdance.cli.parsing import parse
 from bitdance.config import SIZES, LossConfig, ModelSizes, RunConfig
@@ -216,11 +215,9 @@ def train_parallel(arguments: list[str]) -> None:
 
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
     """Runs the sampling job; each process of torchrun calls this."""
-    from bitdance.checkpoint import digest
     from bitdance.distributed import connect, disconnect
     from bitdance.engine import SampleSettings
     from bitdance.generation.batches import Generator
-    from bitdance.generation.job import Job, run
 
     settings = SampleSettings(flags.sample_steps, flags.cfg_scale)
     world = connect()
@@ -234,13 +231,10 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
         )
         _check_against_checkpoint(model, model_flags, parallel, autoencoder.config.down_size)
         generator = Generator(model, autoencoder, settings, flags.seed, flags.chunk_size)
-        digests = [digest(network.state_dict()) for network in (model, autoencoder)]
-        path = flags.sample_dir / _job_name(flags, model, contents.path, autoencoder.config.down_size, digests)
-        job = Job(path, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz, _job_settings(flags, digests))
-        outcome = run(job, generator, world)
-        if world.is_main:
-            facts = {**dataclasses.asdict(outcome), "images": flags.num_fid_samples, "processes": world.size}
-            print(json.dumps(facts, default=str))
+        stem = f"{contents.path.stem}-{'raw' if flags.no_ema else 'ema'}"
+        run_job(
+            generator, world, flags.sample_dir, stem, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz
+        )
     finally:
         disconnect()
 
@@ -266,21 +260,6 @@ def _check_against_checkpoint(model: BitDance, flags: ModelFlags, parallel: Para
             raise UserError(
                 f"{flag} {given} contradicts the checkpoint, which has {found}: leave the flag out or change it."
             )
-
-
-def _job_name(flags: SampleFlags, model: BitDance, path: pathlib.Path, down_size: int, digests: list[str]) -> str:
-    """Names all that changes an image, the weights by their digests, so that no result is taken for another."""
-    config = model.config
-    weights = "raw" if flags.no_ema else "ema"
-    return (
-        f"{path.stem}-{weights}-{config.parallel_num}x-size-{config.grid * down_size}-steps-{flags.sample_steps}"
-        f"-cfg-{flags.cfg_scale:g}-seed-{flags.seed}-{'fp32' if flags.mixed_precision == 'none' else 'bf16'}"
-        f"-n-{flags.num_fid_samples}-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
-    )
-
-
-def _job_settings(flags: SampleFlags, digests: list[str]) -> dict[str, object]:
-    return {**{key: str(value) for key, value in dataclasses.asdict(flags).items()}, "weights": digests}
 
 
 def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:

@@ -9,6 +9,7 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitdance.cli.jobs import run_job
 from bitdance.cli.models import DEMO, Precision, class_names, load_pair
 from bitdance.cli.parsing import Positional, parse
 from bitdance.errors import UserError
@@ -31,6 +32,9 @@ class Sample:
         autoencoder: file of the autoencoder; by default the one inside or beside the model.
         output: folder for grid.png, the images and samples.json; images of an earlier call there are replaced.
         per_class: images of each class.
+        num_images: instead of a few of each class so many of all, balanced, in a random order: a job that can be
+            interrupted, run by many processes under torchrun, and ends with a folder of PNGs or one .npz.
+        npz: end such a job with one .npz.
         seed: the same seed gives the same images.
         cfg_scale: guidance, 1 for none; by default the published one of a released model, else 3.
         cfg_schedule: linear grows with the steps from 1, constant does not.
@@ -50,6 +54,8 @@ class Sample:
     autoencoder: str | None = None
     output: pathlib.Path = pathlib.Path("samples")
     per_class: int = 10
+    num_images: int | None = None
+    npz: bool = False
     seed: int = 0
     cfg_scale: float | None = None
     cfg_schedule: Literal["linear", "constant"] = "linear"
@@ -67,9 +73,14 @@ class Sample:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Sample, arguments, "bitdance sample")
+    if command.num_images is None and command.npz:
+        raise UserError("--npz goes with --num-images, which says how many images to make: add it.")
+    if command.num_images is not None and command.classes:
+        raise UserError("--num-images makes images of all classes: leave out either it or the names of classes.")
     if command.per_class < 1:
         raise UserError(f"--per-class {command.per_class} images cannot be made: ask for at least 1.")
-    from bitdance.distributed import connect
+    from bitdance.checkpoint import choose_weights
+    from bitdance.distributed import connect, disconnect
     from bitdance.engine import SampleSettings
     from bitdance.files import make_folder
     from bitdance.generation.batches import Generator, cut
@@ -85,6 +96,11 @@ def main(arguments: list[str]) -> None:
         resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first, command.solver
     )
     generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"])
+    if command.num_images is not None:
+        stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
+        run_job(generator, world, command.output, stem, command.num_images, command.batch_size, command.npz)
+        disconnect()
+        return
     labels = [label for label in chosen for _ in range(command.per_class)]
     batches = list(cut(len(labels), command.batch_size))
     make_folder(command.output)

@@ -1,0 +1,65 @@
+"""The sampling job as commands run it: its name, its record, and the line that it ends with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitdance.distributed import World
+    from bitdance.generation.batches import Generator
+
+
+def run_job(
+    generator: Generator,
+    world: World,
+    folder: pathlib.Path,
+    stem: str,
+    num_images: int,
+    batch_size: int,
+    to_npz: bool,
+) -> None:
+    """Makes `num_images` images of balanced classes in `folder`, and prints what came of it as a line of JSON.
+
+    Args:
+        stem: how the name of the result begins; all that changes an image follows, the weights by their digests.
+
+    Raises:
+        UserError: as for `bitdance.generation.job.run`.
+    """
+    from bitdance.checkpoint import digest
+    from bitdance.generation.job import Job, run
+
+    model, settings = generator.model, generator.settings
+    precision = str(model.norm.weight.dtype).removeprefix("torch.")
+    facts = {
+        **dataclasses.asdict(settings),
+        "seed": generator.seed,
+        "precision": precision,
+        "chunk_size": generator.chunk,
+        "model": digest(model.state_dict()),
+        "autoencoder": digest(generator.autoencoder.state_dict()),
+    }
+    weights = hashlib.sha256(f"{facts['model']}{facts['autoencoder']}".encode()).hexdigest()[:8]
+    others = [] if settings.solver == "euler-maruyama" else [settings.solver]
+    others += [] if settings.cfg_schedule == "linear" else [settings.cfg_schedule]
+    others += ["shared-first"] if settings.share_first else []
+    parts = [
+        stem,
+        f"{model.config.parallel_num}x",
+        f"size-{model.config.grid * generator.autoencoder.config.down_size}",
+        f"steps-{settings.num_steps}",
+        f"cfg-{settings.cfg_scale:g}",
+        *others,
+        f"seed-{generator.seed}",
+        {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision),
+        f"n-{num_images}",
+        weights,
+    ]
+    outcome = run(Job(folder / "-".join(parts), num_images, batch_size, to_npz, facts), generator, world)
+    if world.is_main:
+        said = {**dataclasses.asdict(outcome), "images": num_images, "processes": world.size}
+        print(json.dumps(said, default=str))
