@@ -17,13 +17,14 @@ from bitdance.cli import original
 from bitdance.cli.main import main
 from bitdance.config import AutoencoderLossConfig, RunConfig
 from bitdance.distributed import World
-from bitdance.engine import SampleSettings
+from bitdance.engine import SampleSettings, decode_tokens
 from bitdance.errors import UserError
 from bitdance.evaluation.nearest import nearest
 from bitdance.evaluation.reconstruction import psnr, ssim
 from bitdance.generation import job
-from bitdance.generation.batches import Generator, balanced_labels, cut
+from bitdance.generation.batches import Generator, balanced_labels, cut, make_labels
 from bitdance.generation.npz import write_npz
+from bitdance.quantizer import unpack
 from bitdance.training.jobs import train_autoencoder
 
 NAMES = ("cat", "dog", "sea lion")
@@ -256,7 +257,7 @@ def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, mon
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
         assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
-        expected = generator.images([3, 4, 5], file["arr_1"][3:6].tolist())
+        expected = generator.images([3, 4, 5], file["arr_1"][3:6].tolist()).pixels
         assert np.array_equal(file["arr_0"][3:6], expected)
     before = path.read_bytes()
     monkeypatch.setattr(Generator, "images", None)  # would fail if it were called
@@ -285,7 +286,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkey
 
 
 def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypatch):
-    whole, told = generator.images(range(5), [0, 1, 2, 0, 1]), []
+    whole, told = generator.images(range(5), [0, 1, 2, 0, 1]).pixels, []
     made = Generator._images
 
     def small_memory(self, numbers, labels, progress):
@@ -295,7 +296,7 @@ def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypat
 
     monkeypatch.setattr(Generator, "_images", small_memory)
     generator = dataclasses.replace(generator, report=told.append)
-    halves = generator.images(range(5), [0, 1, 2, 0, 1])
+    halves = generator.images(range(5), [0, 1, 2, 0, 1]).pixels
     assert alike(whole, halves)
     assert [line.split(":")[0] for line in told] == [
         "not enough memory for 5 images at a time", "not enough memory for 3 images at a time",
@@ -303,6 +304,31 @@ def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypat
     monkeypatch.setattr(Generator, "_images", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
         generator.images([0], [0])
+
+
+def test_random_labels_and_packed_bits_on_request(model, tmp_path, capsys):
+    words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path, "--num-images", 7, "--npz",
+             "--labels", "random", "--save-bits", "--sample-steps", 3, "--batch-size", 3]  # fmt: skip
+    main(list(map(str, words)))
+    path = pathlib.Path(json.loads(capsys.readouterr().out.splitlines()[-1])["result"])
+    network = checkpoint.load_model(model)
+    with np.load(path) as images, np.load(path.with_name(path.stem + "-bits.npz")) as bits:
+        assert "random-labels" in path.name
+        assert np.array_equal(images["arr_1"], make_labels("random", 7, 3, 0)) and images["arr_1"].dtype == np.int64
+        assert np.array_equal(bits["arr_1"], images["arr_1"])
+        assert bits["arr_0"].shape == (7, network.config.num_tokens, network.config.bits // 8)
+        tokens = unpack(torch.from_numpy(bits["arr_0"]))
+        autoencoder = checkpoint.load_autoencoder(model.parent / "autoencoder.safetensors")
+        assert alike(decode_tokens(network, autoencoder, tokens).numpy(), images["arr_0"])
+
+
+def test_random_labels():
+    labels = make_labels("random", 30_000, 10, seed=4)
+    assert labels.min() == 0 and labels.max() == 9
+    assert np.abs(np.bincount(labels) - 3000).max() < 300 and len(set(np.bincount(labels))) > 5
+    assert not np.array_equal(labels, make_labels("random", 30_000, 10, seed=5))
+    assert np.array_equal(labels[:10], make_labels("random", 10, 10, seed=4))
+    assert np.array_equal(make_labels("balanced", 30, 10, 4), balanced_labels(30, 10, 4))
 
 
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):

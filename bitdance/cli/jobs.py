@@ -21,6 +21,8 @@ def run_job(
     num_images: int,
     batch_size: int,
     to_npz: bool,
+    labels: str = "balanced",
+    save_bits: bool = False,
 ) -> None:
     """Makes `num_images` images of balanced classes in `folder`, and prints what came of it as a line of JSON.
 
@@ -47,6 +49,7 @@ def run_job(
     others = [] if settings.solver == "euler-maruyama" else [settings.solver]
     others += [] if settings.cfg_schedule == "linear" else [settings.cfg_schedule]
     others += ["shared-first"] if settings.share_first else []
+    others += [] if labels == "balanced" else [f"{labels}-labels"]
     parts = [
         stem,
         f"{model.config.parallel_num}x",
@@ -59,7 +62,8 @@ def run_job(
         f"n-{num_images}",
         weights,
     ]
-    outcome = run(Job(folder / "-".join(parts), num_images, batch_size, to_npz, facts), generator, world)
+    job = Job(folder / "-".join(parts), num_images, batch_size, to_npz, facts, labels, save_bits)
+    outcome = run(job, generator, world)
     if world.is_main:
         said = {**dataclasses.asdict(outcome), "images": num_images, "processes": world.size}
         print(json.dumps(said, default=str))

@@ -35,6 +35,8 @@ class Sample:
         num_images: instead of a few of each class so many of all, balanced, in a random order: a job that can be
             interrupted, run by many processes under torchrun, and ends with a folder of PNGs or one .npz.
         npz: end such a job with one .npz.
+        labels: classes of such a job: balanced, or each drawn at random.
+        save_bits: write the packed bits of such a job too, beside the result.
         seed: the same seed gives the same images.
         cfg_scale: guidance, 1 for none; by default the published one of a released model, else 3.
         cfg_schedule: linear grows with the steps from 1, constant does not.
@@ -44,6 +46,7 @@ class Sample:
         weights: ema or model (raw); by default the EMA where there is one.
         batch_size: images at a time.
         chunk_size: images that the decoder takes at once, 0 for a whole batch; by default the published number.
+        compile: compile the head network first: no, default, or reduce-overhead (CUDA graphs).
         mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
         device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
         threads: CPU threads; by default all cores.
@@ -56,6 +59,8 @@ class Sample:
     per_class: int = 10
     num_images: int | None = None
     npz: bool = False
+    labels: Literal["balanced", "random"] = "balanced"
+    save_bits: bool = False
     seed: int = 0
     cfg_scale: float | None = None
     cfg_schedule: Literal["linear", "constant"] = "linear"
@@ -65,6 +70,7 @@ class Sample:
     weights: Literal["ema", "model"] | None = None
     batch_size: int = 100
     chunk_size: int | None = None
+    compile: Literal["no", "default", "reduce-overhead"] = "no"
     mixed_precision: Precision = "auto"
     device: str | None = None
     threads: int | None = None
@@ -79,6 +85,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("--num-images makes images of all classes: leave out either it or the names of classes.")
     if command.per_class < 1:
         raise UserError(f"--per-class {command.per_class} images cannot be made: ask for at least 1.")
+    import torch
+
     from bitdance.checkpoint import choose_weights
     from bitdance.distributed import connect, disconnect
     from bitdance.engine import SampleSettings
@@ -95,10 +103,23 @@ def main(arguments: list[str]) -> None:
     settings = SampleSettings(
         resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first, command.solver
     )
-    generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"])
+    denoise = None
+    if command.compile != "no":
+        denoise = torch.compile(model.head.net.denoise, mode=command.compile)
+    generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"], denoise=denoise)
     if command.num_images is not None:
         stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
-        run_job(generator, world, command.output, stem, command.num_images, command.batch_size, command.npz)
+        run_job(
+            generator,
+            world,
+            command.output,
+            stem,
+            command.num_images,
+            command.batch_size,
+            command.npz,
+            command.labels,
+            command.save_bits,
+        )
         disconnect()
         return
     labels = [label for label in chosen for _ in range(command.per_class)]
@@ -129,7 +150,7 @@ def _generate(generator: Any, labels: list[int], batches: list[range]) -> Any:
     with tqdm(total=len(labels) * steps, unit="token step", dynamic_ncols=True, desc="sampling") as bar:
         for numbers in batches:
             progress = functools.partial(bar.update, len(numbers))
-            made.append(generator.images(list(numbers), [labels[i] for i in numbers], progress))
+            made.append(generator.images(list(numbers), [labels[i] for i in numbers], progress).pixels)
     return np.concatenate(made)
 
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from bitdance import noise
 from bitdance.autoencoder import Autoencoder
-from bitdance.engine import SampleSettings, check_fit, decode_tokens, image_noise, sample_tokens
+from bitdance.engine import Denoise, SampleSettings, check_fit, decode_tokens, image_noise, sample_tokens
 from bitdance.errors import UserError
 from bitdance.model import BitDance
+from bitdance.quantizer import pack
+
+
+class Made(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        pixels: (B, H, W, 3) uint8.
+        bits: (B, N, C / 8) uint8, the tokens in their order, packed as by `bitdance.quantizer.pack`.
+    """
+
+    pixels: np.ndarray
+    bits: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +38,7 @@ class Generator:
         settings: of the sampler.
         seed: 0 <= seed < 2**32; with an image's number it determines the image's noise.
         chunk: images that the decoder takes at once; 0 for a whole batch.
+        denoise: a compiled or captured form of the head network's `denoise`.
         report: told when a batch is too large for the memory of a GPU and is made in halves.
     """
 
@@ -33,6 +48,7 @@ class Generator:
     seed: int
     chunk: int = 0
     report: Callable[[str], None] = print
+    denoise: Denoise | None = None
 
     def __post_init__(self) -> None:
         check_fit(self.model, self.autoencoder)
@@ -43,8 +59,8 @@ class Generator:
 
     def images(
         self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None] = lambda: None
-    ) -> np.ndarray:
-        """One batch of images: (B, H, W, 3) uint8.
+    ) -> Made:
+        """One batch of images.
 
         Args:
             numbers: the images' numbers in the job, from which their noise follows.
@@ -63,15 +79,34 @@ class Generator:
                 "halves, whose images can differ by rounding from those of a whole batch."
             )
             parts = [slice(0, half), slice(half, None)]
-            return np.concatenate([self.images(numbers[part], labels[part], progress) for part in parts])
+            halves = [self.images(numbers[part], labels[part], progress) for part in parts]
+            return Made(*(np.concatenate(arrays) for arrays in zip(*halves, strict=True)))
 
-    def _images(self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None]) -> np.ndarray:
+    def _images(self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None]) -> Made:
         device = self.model.norm.weight.device
         rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         classes = torch.tensor(labels, dtype=torch.int64, device=device)
         draw = image_noise(self.model, self.seed, rows, self.settings.num_draws)
-        tokens = sample_tokens(self.model, classes, draw, self.settings, progress)
-        return decode_tokens(self.model, self.autoencoder, tokens, self.chunk).cpu().numpy()
+        tokens = sample_tokens(self.model, classes, draw, self.settings, progress, self.denoise)
+        pixels = decode_tokens(self.model, self.autoencoder, tokens, self.chunk)
+        return Made(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
+
+
+LABELS = ("balanced", "random")
+"""How a job chooses its classes."""
+
+
+def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
+    """The class of each image of a job, a function of the seed: (N,) int64.
+
+    Args:
+        kind: one of `LABELS`: `balanced_labels`, or each class drawn on its own.
+    """
+    if kind == "balanced":
+        return balanced_labels(num_images, num_classes, seed)
+    rows = torch.arange(num_images)
+    drawn = noise.words(seed, rows, 1, stream=noise.SAMPLE_LABEL, step=0)[0, :, 0].numpy()
+    return drawn * num_classes >> 32  # the words are uniform on [0, 2^32)
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:

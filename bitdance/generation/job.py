@@ -24,7 +24,7 @@ import numpy as np
 from bitdance.distributed import World
 from bitdance.errors import UserError
 from bitdance.files import atomic_write, make_folder
-from bitdance.generation.batches import Generator, balanced_labels, cut
+from bitdance.generation.batches import Generator, cut, make_labels
 from bitdance.generation.npz import write_npz
 from bitdance.generation.pngs import save_png
 
@@ -48,6 +48,8 @@ class Job:
         num_images: N.
         batch_size: images of a batch.
         to_npz: one `.npz` instead of a folder.
+        labels: how the classes are chosen, one of `bitdance.generation.batches.LABELS`.
+        save_bits: write the packed bits too, as `<path>-bits.npz`.
         settings: everything else that changes an image, ready for JSON, for the record and to tell a job from another.
     """
 
@@ -56,6 +58,8 @@ class Job:
     batch_size: int
     to_npz: bool
     settings: dict[str, Any]
+    labels: str = "balanced"
+    save_bits: bool = False
 
     @property
     def result(self) -> pathlib.Path:
@@ -101,7 +105,7 @@ def run(job: Job, generator: Generator, world: World) -> Outcome:
         UserError: a setting does not fit, the folder holds a job of other settings, or a file cannot be written.
     """
     batches = list(cut(job.num_images, job.batch_size))
-    labels = balanced_labels(job.num_images, generator.model.config.num_classes, generator.seed)
+    labels = make_labels(job.labels, job.num_images, generator.model.config.num_classes, generator.seed)
     if job.is_done:
         if world.is_main:
             print(f"{job.result} exists, nothing to do.")
@@ -181,7 +185,13 @@ def _lock(job: Job, world: World) -> Iterator[None]:
 
 def _claim(job: Job, world: World) -> None:
     """Writes the manifest of a new job, or checks that the one that is there says the same."""
-    manifest = {**job.settings, "num_images": job.num_images, "batch_size": job.batch_size}
+    manifest = {
+        **job.settings,
+        "num_images": job.num_images,
+        "batch_size": job.batch_size,
+        "labels": job.labels,
+        "save_bits": job.save_bits,
+    }
     path = job.folder / MANIFEST
     if world.is_main and not path.exists():
         with atomic_write(path) as temporary:
@@ -224,14 +234,17 @@ def _make_batches(
         writing: concurrent.futures.Future[None] | None = None
         for number in mine:
             images = batches[number]
-            if not _is_whole(job.part(number), len(images)):
+            if not _is_whole(job, number, len(images)):
                 # The last batch is filled up, so that every batch is computed in the same shapes.
                 padded = [*images, *range(job.num_images, job.num_images + job.batch_size - len(images))]
                 classes = [int(labels[min(i, job.num_images - 1)]) for i in padded]
-                pixels = generator.images(padded, classes)[: len(images)]
+                made_now = generator.images(padded, classes)
+                arrays = {"images": made_now.pixels[: len(images)]}
+                if job.save_bits:
+                    arrays["bits"] = made_now.bits[: len(images)]
                 if writing is not None:
                     writing.result()  # an error in writing is raised here
-                writing = writer.submit(_write_part, job.part(number), pixels)
+                writing = writer.submit(_write_part, job.part(number), arrays)
                 made += len(images)
                 rate = made / (time.perf_counter() - start)
                 log(f"batch {number}: images {images.start} to {images.stop - 1}, {rate:.2f} images/s so far")
@@ -243,41 +256,47 @@ def _make_batches(
     return made
 
 
-def _write_part(path: pathlib.Path, pixels: np.ndarray) -> None:
+def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, images=pixels)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def _read_part(path: pathlib.Path, count: int) -> np.ndarray | None:
-    """The images of a part, or nothing if it is missing, torn or changed: its zip holds checksums."""
+def _read_part(path: pathlib.Path, name: str, count: int) -> np.ndarray | None:
+    """An array of a part, or nothing if the part is missing, torn or changed: its zip holds checksums."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            images: np.ndarray = file["images"]
+            array: np.ndarray = file[name]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError):
         return None
-    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+    return array if array.dtype == np.uint8 and len(array) == count else None
 
 
-def _is_whole(path: pathlib.Path, count: int) -> bool:
-    return path.exists() and _read_part(path, count) is not None
+def _is_whole(job: Job, number: int, count: int) -> bool:
+    path, names = job.part(number), ("images", "bits") if job.save_bits else ("images",)
+    return path.exists() and all(_read_part(path, name, count) is not None for name in names)
 
 
 def _assemble(job: Job, batches: list[range], labels: np.ndarray) -> None:
     """Writes the result from the parts, one after the other."""
 
-    def part(number: int) -> np.ndarray:
-        pixels = _read_part(job.part(number), len(batches[number]))
-        if pixels is None:
+    def part(number: int, name: str) -> np.ndarray:
+        array = _read_part(job.part(number), name, len(batches[number]))
+        if array is None:
             job.part(number).unlink(missing_ok=True)
             raise UserError(f"{job.part(number)} was damaged or lost: run the command again, it is made anew.")
-        return pixels
+        return array
 
-    parts: Iterator[np.ndarray] = map(part, range(len(batches)))
+    def write(path: pathlib.Path, name: str) -> None:
+        arrays = (part(number, name) for number in range(len(batches)))
+        write_npz(path, arrays, (job.num_images, *part(0, name).shape[1:]), labels)
+
+    if job.save_bits:
+        write(job.path.with_name(job.path.name + "-bits.npz"), "bits")
     if job.to_npz:
-        write_npz(job.result, parts, (job.num_images, *part(0).shape[1:]), labels)
+        write(job.result, "images")
         return
-    for images, pixels in zip(batches, parts, strict=True):
-        for number, picture in zip(images, pixels, strict=True):
-            save_png(job.result / f"{number:06d}.png", picture)
+    for number, images in enumerate(batches):
+        for image, picture in zip(images, part(number, "images"), strict=True):
+            save_png(job.result / f"{image:06d}.png", picture)
     with atomic_write(job.result / LABELS) as path:  # last: it says that all images are there
         path.write_text(json.dumps(labels.tolist()) + "\n")

@@ -13,13 +13,13 @@ from bitdance.files import atomic_write
 
 
 def write_npz(
-    path: str | os.PathLike[str], batches: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray
+    path: str | os.PathLike[str], batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray
 ) -> None:
-    """Writes `arr_0` (images, in the order of the batches) and `arr_1` (labels), atomically.
+    """Writes `arr_0` (images or bits, in the order of the batches) and `arr_1` (labels), atomically.
 
     Args:
-        batches: (B, H, W, 3) uint8 each, N images in all.
-        shape: (N, H, W, 3).
+        batches: (B, H, W, 3) uint8 each, N images in all; or any other uint8 arrays of one shape an image.
+        shape: (N, H, W, 3), or (N, ...).
         labels: (N,) int64.
 
     Raises:
