@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import signal
-import sys
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bitdance.errors import UserError
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(hours=2)
 """How long processes wait for each other: all wait while the first one writes a file of 10 GB."""
@@ -40,7 +41,21 @@ class World:
     def barrier(self) -> None:
         """Waits until all processes are here."""
         if self.size > 1:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                raise UserError(
+                    f"process {self.rank}: another process has ended or cannot be reached: see its log, then run the "
+                    "same command again."
+                ) from error
+
+    def from_main(self, value: T) -> T:
+        """What the first process says, in each of them; plain Python data."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, src=0)
+            value = box[0]
+        return value
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a float tensor over all processes, in each of them."""
@@ -92,8 +107,6 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
     elif threads or size > 1:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         torch.set_num_threads(threads or max(1, _num_cores() // local_size))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
     if size > 1 and not dist.is_initialized():
         cuda = place.type == "cuda"
         try:
@@ -105,15 +118,6 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
                 "port and the number of processes that torchrun was given."
             ) from error
     return World(int(os.environ.get("RANK", "0")), size, place)
-
-
-def _die_with_parent() -> None:
-    """Has Linux end this process with torchrun, which, when it is killed itself, would leave its processes behind."""
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _num_cores() -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import secrets
+import sys
+import time
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from bitdance.errors import UserError
 
@@ -32,8 +36,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make their files private
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        rename(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary), str(path.parent)):
             reason = error.strerror or error
@@ -54,6 +57,61 @@ def make_folder(path: pathlib.Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place.") from error
+
+
+def rename(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a file or a folder, over what is there, and makes that durable."""
+    os.replace(source, target)
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def open_alone(path: pathlib.Path, patience: float, waiting: str) -> Iterator[BinaryIO]:
+    """Opens a file to append, unbuffered, while no other process has it open so; waits for that.
+
+    Where the system or the file system has no locks, the file is opened all the same.
+
+    Args:
+        patience: seconds to wait, `math.inf` for as long as it takes.
+        waiting: what to say, once, when another process is there; with a finite patience the error's words.
+
+    Raises:
+        UserError: the file cannot be written, or patience ended.
+    """
+    deadline, said = time.monotonic() + patience, patience < math.inf
+    while True:
+        try:
+            file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+        with file:
+            if _try_lock(file):
+                # The other process may have renamed or removed the file: then a lock on it keeps nobody out.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                        yield file
+                        return
+                continue
+        if time.monotonic() > deadline:
+            raise UserError(waiting)
+        if not said:
+            print(f"bitdance: {waiting}", file=sys.stderr)
+            said = True
+        time.sleep(0.1)
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # some network file systems have no locks
+    return True
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -18,13 +18,13 @@ import errno
 import hashlib
 import http.client
 import itertools
+import math
 import os
 import pathlib
 import re
 import shutil
 import socket
 import ssl
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -34,7 +34,7 @@ from urllib.parse import urljoin, urlsplit
 
 from bitdance.config import ZOO
 from bitdance.errors import UserError
-from bitdance.files import atomic_write, make_folder
+from bitdance.files import atomic_write, make_folder, open_alone
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -276,7 +276,8 @@ def _fetch(remote: _Remote, verify: bool) -> Fetched:
     """
     from tqdm import tqdm
 
-    with _open_alone(remote.part) as part:
+    waiting = f"another process fetches {remote.part.name}: waiting for it."
+    with open_alone(remote.part, math.inf, waiting) as part:
         # Another process may have brought the file while this one waited.
         if os.fstat(part.fileno()).st_size == 0 and (there := _present(remote, verify)):
             remote.part.unlink(missing_ok=True)
@@ -310,38 +311,6 @@ def _fetch(remote: _Remote, verify: bool) -> Fetched:
             stale.unlink(missing_ok=True)
     compared = f"{_title(remote.algorithm)} as published" if remote.algorithm else "size as on the server"
     return Fetched(remote.target, remote.size, f"fetched, {compared}")
-
-
-@contextlib.contextmanager
-def _open_alone(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file to append, unbuffered, when no other process has it open so; waits for that."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: there two processes at once may spoil the file, which its digest shows
-        with open(path, "ab", buffering=0) as file:
-            yield file
-        return
-    while True:
-        try:
-            file = open(path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"bitdance: another process fetches {path.name}: waiting for it.", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # some network file systems have no locks
-            # The other one renames the file when it is whole: then a name, or nothing, is left for a new one.
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                same = False
-            if same:
-                yield file
-                return
 
 
 def _receive(remote: _Remote, part: BinaryIO, bar: tqdm) -> None:

@@ -577,7 +577,7 @@ def test_a_disk_that_fills_up(server, run, fails, monkeypatch):
 
     with monkeypatch.context() as full:
         full.setattr(hub, "_CHUNK", 10_000)
-        full.setattr(hub, "open", lambda path, mode, **_: Full(path, mode), raising=False)
+        full.setattr("bitdance.files.open", lambda path, mode, **_: Full(path, mode), raising=False)
         assert "the disk is full while models/BitDance-ImageNet/BitDance_B_16X.pt is fetched" in fails("B-16X")
     (part,) = files()
     assert 0 < part.stat().st_size <= 50_000 and B16.startswith(part.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -22,7 +23,7 @@ def start(folder: pathlib.Path, results: pathlib.Path, processes: int) -> subpro
     return subprocess.Popen(
         [sys.executable, *torchrun, str(ROOT / "sample_ddp.py"), "--ckpt", str(folder / "model.safetensors"),
          "--sample-dir", str(results), "--num-fid-samples", str(IMAGES), "--per-proc-batch-size", str(BATCH),
-         "--sample-steps", "60", "--cfg-scale", "2", "--to-npz", "--mixed-precision", "none"],
+         "--sample-steps", "60", "--cfg-scale", "2", "--to-npz", "--mixed-precision", "none", "--threads", "1"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,
@@ -52,38 +53,34 @@ def test_a_job_killed_twenty_times_ends_like_an_undisturbed_one(tmp_path):
     small.save_pair(tmp_path)
     undisturbed, results = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(tmp_path, undisturbed, 1).wait() == 0
-    hits, seconds = 0, []
+    hits = 0
     for kill in range(KILLS):
-        processes = 1 + kill % 2
+        processes = 1 + (kill // 3) % 3
         process = start(tmp_path, results, processes)
         # From before the first batch to the assembly of the result, when all batches are there.
         wanted = round(kill * IMAGES / (KILLS - 2))
-        while process.poll() is None and finished(results) < wanted and not list(results.glob(".*.tmp")):
+        while process.poll() is None and finished(results) < wanted:
             time.sleep(0.002)
-        time.sleep(0.05 * (kill % 3))
+        if kill == 0:
+            while process.poll() is None and not list(results.glob("*.log")):
+                time.sleep(0.002)  # an interpreter that is still importing is no running job
         workers = children(process.pid) if processes > 1 and process.poll() is None else []
         before = time.perf_counter()
-        if kill % 4 == 3 and len(workers) > 1:
-            os.kill(workers[1], signal.SIGKILL)  # one of the processes: torchrun stops the others
-            hits += 1
-            assert process.wait(timeout=60) != 0
-        elif kill % 4 == 1:
-            hits += process.poll() is None
-            process.kill()  # the launcher alone
-            process.wait()
-        else:
-            hits += process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)  # all
-            process.wait()
+        hits += process.poll() is None
+        kind = ("all", "launcher", "one")[kill % 3] if workers else "all"
+        for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=100)
         while not all(gone(worker) for worker in workers):
-            assert time.perf_counter() - before < 60, "a process outlived the others"
+            assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
             time.sleep(0.01)
-        seconds.append(time.perf_counter() - before)
         if list(results.glob("*.npz")):
             break
-    assert hits >= 15
-    assert max(seconds) < 15
+    assert hits >= 15, "too few of the kills hit a running job"
     assert start(tmp_path, results, 2).wait() == 0
+    # The launcher of a job that is done ends well too.
+    assert start(tmp_path, results, 1).wait() == 0
     (expected,), (result,) = (list(folder.glob("*.npz")) for folder in (undisturbed, results))
     assert result.name == expected.name and result.read_bytes() == expected.read_bytes()
     assert [path.name for path in results.iterdir() if path.suffix != ".log"] == [result.name]

@@ -245,6 +245,9 @@ class Alone(World):
     def barrier(self) -> None:
         pass
 
+    def from_main(self, value):
+        return value
+
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, object] = {"seed": 1}
@@ -342,7 +345,8 @@ def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys)
                                    "--per-proc-batch-size", 3, "--to-npz", *common])))  # fmt: skip
     (ours,), (theirs,) = (list((tmp_path / folder).glob("*.npz")) for folder in "ab")
     assert str(ours) == facts["result"] and ours.read_bytes() == theirs.read_bytes()
-    for wrong in (["--npz"], ["dog", "--num-images", "3"]):
+    assert ours.name == theirs.name
+    for wrong in (["--npz"], ["--save-bits"], ["dog", "--num-images", "3"]):
         with pytest.raises(SystemExit):
             main(["sample", "--model", str(model), *wrong])
         assert "--num-images" in capsys.readouterr().err
@@ -358,17 +362,18 @@ def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
     job._claim(plan, Alone(0, size, CPU))
     labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
     batches = list(cut(plan.num_images, plan.batch_size))
-    job._make_batches(plan, generator, Alone(rank, size, CPU), batches, labels, print)
+    missing = list(range(len(batches)))
+    job._make_batches(plan, generator, Alone(rank, size, CPU), batches, missing, labels, print)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_makes_the_same_npz(generator, tmp_path, size):
     one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU)).result
     plan = job.Job(tmp_path / "many", 8, 3, True, SETTINGS)
-    for rank in range(1, size):
+    for rank in range(size):
         share(plan, generator, rank, size)
-    assert not plan.is_done and len(list(plan.folder.glob("*.npz"))) == size - 1
-    assert job.run(plan, generator, Alone(0, size, CPU)).result.read_bytes() == one.read_bytes()
+        assert not plan.is_done and len(list(plan.folder.glob("*.npz"))) == {2: [2, 3], 3: [1, 2, 3]}[size][rank]
+    assert job.run(plan, generator, World(0, 1, CPU)).result.read_bytes() == one.read_bytes()
     assert not plan.folder.exists()
 
 
@@ -391,7 +396,7 @@ def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_
 def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PATIENCE", 0.2)
     plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
-    with job._lock(plan, World(0, 1, CPU)), pytest.raises(UserError, match="another process works on"):
+    with job._alone(plan, World(0, 1, CPU)), pytest.raises(UserError, match="another process works on"):
         job.run(plan, generator, World(0, 1, CPU))
     assert job.run(plan, generator, World(0, 1, CPU)).result.exists()
 

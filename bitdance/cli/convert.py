@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"{command.target} has no known ending: use .safetensors for our format, .pt for the released one."
         )
+    if command.autoencoder and command.target.suffix != ".pt":
+        raise UserError(f"--autoencoder goes with a .pt, {command.target} holds one network: leave it out.")
     import torch
 
     from bitdance import checkpoint

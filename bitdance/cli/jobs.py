@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def run_job(
     generator: Generator,
     world: World,
+    *,
     folder: pathlib.Path,
     stem: str,
     num_images: int,
@@ -42,6 +43,7 @@ def run_job(
         "seed": generator.seed,
         "precision": precision,
         "chunk_size": generator.chunk,
+        "compiled": generator.denoise is not None,
         "model": digest(model.state_dict()),
         "autoencoder": digest(generator.autoencoder.state_dict()),
     }

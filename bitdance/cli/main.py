@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand is chosen, so `bitdance --help` an
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None
     """Calls a command; a `UserError`, or a file that cannot be used, becomes one line on stderr and exit status 2."""
     from bitdance.errors import UserError
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
     try:
         command(*arguments, **settings)
     except (UserError, OSError) as error:
@@ -77,6 +80,22 @@ def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _end_with_launcher() -> None:
+    """Has Linux end this process with torchrun, which, when it is killed itself, would leave its processes behind.
+
+    Called before anything heavy is imported, which takes seconds in which torchrun could end unnoticed.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+    import signal
+
+    parent, set_parent_death_signal = os.getppid(), 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ class SampleFlags:
         mixed_precision: bf16, or none for float32.
         to_npz: write one .npz instead of a folder of PNGs.
         chunk_size: images that the decoder takes at once; 0 for all.
+        threads: CPU threads of a process; by default its share of the cores. (Not in the original.)
     """
 
     ckpt: str
@@ -116,6 +117,7 @@ class SampleFlags:
     mixed_precision: Literal["none", "bf16"] = "bf16"
     to_npz: bool = False
     chunk_size: int = 0
+    threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,12 +217,13 @@ def train_parallel(arguments: list[str]) -> None:
 
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
     """Runs the sampling job; each process of torchrun calls this."""
+    from bitdance.checkpoint import choose_weights
     from bitdance.distributed import connect, disconnect
     from bitdance.engine import SampleSettings
     from bitdance.generation.batches import Generator
 
     settings = SampleSettings(flags.sample_steps, flags.cfg_scale)
-    world = connect()
+    world = connect(threads=flags.threads)
     try:
         model, autoencoder, contents = load_pair(
             flags.ckpt,
@@ -231,9 +234,15 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
         )
         _check_against_checkpoint(model, model_flags, parallel, autoencoder.config.down_size)
         generator = Generator(model, autoencoder, settings, flags.seed, flags.chunk_size)
-        stem = f"{contents.path.stem}-{'raw' if flags.no_ema else 'ema'}"
+        weights = choose_weights(contents, "model" if flags.no_ema else None)
         run_job(
-            generator, world, flags.sample_dir, stem, flags.num_fid_samples, flags.per_proc_batch_size, flags.to_npz
+            generator,
+            world,
+            folder=flags.sample_dir,
+            stem=f"{contents.path.stem}-{weights}",
+            num_images=flags.num_fid_samples,
+            batch_size=flags.per_proc_batch_size,
+            to_npz=flags.to_npz,
         )
     finally:
         disconnect()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,8 +80,12 @@ class Sample:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Sample, arguments, "bitdance sample")
-    if command.num_images is None and command.npz:
-        raise UserError("--npz goes with --num-images, which says how many images to make: add it.")
+    if command.num_images is None:
+        for flag, given in (("--npz", command.npz), ("--save-bits", command.save_bits)):
+            if given:
+                raise UserError(f"{flag} goes with --num-images, which says how many images to make: add it.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("many processes need --num-images, which says how many images to make: add it.")
     if command.num_images is not None and command.classes:
         raise UserError("--num-images makes images of all classes: leave out either it or the names of classes.")
     if command.per_class < 1:
@@ -109,18 +114,20 @@ def main(arguments: list[str]) -> None:
     generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"], denoise=denoise)
     if command.num_images is not None:
         stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
-        run_job(
-            generator,
-            world,
-            command.output,
-            stem,
-            command.num_images,
-            command.batch_size,
-            command.npz,
-            command.labels,
-            command.save_bits,
-        )
-        disconnect()
+        try:
+            run_job(
+                generator,
+                world,
+                folder=command.output,
+                stem=stem,
+                num_images=command.num_images,
+                batch_size=command.batch_size,
+                to_npz=command.npz,
+                labels=command.labels,
+                save_bits=command.save_bits,
+            )
+        finally:
+            disconnect()
         return
     labels = [label for label in chosen for _ in range(command.per_class)]
     batches = list(cut(len(labels), command.batch_size))

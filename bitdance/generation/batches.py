@@ -72,15 +72,16 @@ class Generator:
         except torch.OutOfMemoryError:
             if len(numbers) == 1:
                 raise
+        # Out here the error is gone, and with it its frames, which hold all tensors of the failed try.
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            half = len(numbers) // 2
-            self.report(
-                f"not enough memory for {len(numbers)} images at a time: {numbers[0]} to {numbers[-1]} are made in two "
-                "halves, whose images can differ by rounding from those of a whole batch."
-            )
-            parts = [slice(0, half), slice(half, None)]
-            halves = [self.images(numbers[part], labels[part], progress) for part in parts]
-            return Made(*(np.concatenate(arrays) for arrays in zip(*halves, strict=True)))
+        half = len(numbers) // 2
+        self.report(
+            f"not enough memory for {len(numbers)} images at a time: {numbers[0]} to {numbers[-1]} are made in two "
+            "halves, whose images can differ by rounding from those of a whole batch."
+        )
+        halves = [self.images(numbers[part], labels[part], progress) for part in (slice(half), slice(half, None))]
+        return Made(*(np.concatenate(arrays) for arrays in zip(*halves, strict=True)))
 
     def _images(self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None]) -> Made:
         device = self.model.norm.weight.device
@@ -104,6 +105,8 @@ def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.n
     """
     if kind == "balanced":
         return balanced_labels(num_images, num_classes, seed)
+    if kind != "random":
+        raise UserError(f"labels cannot be {kind!r}: use {' or '.join(LABELS)}.")
     rows = torch.arange(num_images)
     drawn = noise.words(seed, rows, 1, stream=noise.SAMPLE_LABEL, step=0)[0, :, 0].numpy()
     return drawn * num_classes >> 32  # the words are uniform on [0, 2^32)

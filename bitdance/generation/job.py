@@ -11,24 +11,25 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
 from bitdance.distributed import World
 from bitdance.errors import UserError
-from bitdance.files import atomic_write, make_folder
+from bitdance.files import atomic_write, make_folder, open_alone, rename
 from bitdance.generation.batches import Generator, cut, make_labels
 from bitdance.generation.npz import write_npz
-from bitdance.generation.pngs import save_png
 
-LABELS = "labels.json"
+LABELS_FILE = "labels.json"
 """In a folder of PNGs: the class of each image, in their order."""
 
 PATIENCE = 5.0
@@ -73,8 +74,14 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the whole result is there; both kinds of it appear, or are marked, only when they are."""
-        return (self.result if self.to_npz else self.result / LABELS).exists()
+        """Whether the whole result is there; each file or folder appears only when it is whole."""
+        there = (self.result if self.to_npz else self.result / LABELS_FILE).exists()
+        return there and (not self.save_bits or self.bits_result.exists())
+
+    @property
+    def bits_result(self) -> pathlib.Path:
+        """The file of the packed bits, where they were asked for."""
+        return self.path.with_name(self.path.name + "-bits.npz")
 
     def part(self, batch: int) -> pathlib.Path:
         """The file of a finished batch."""
@@ -106,22 +113,25 @@ def run(job: Job, generator: Generator, world: World) -> Outcome:
     """
     batches = list(cut(job.num_images, job.batch_size))
     labels = make_labels(job.labels, job.num_images, generator.model.config.num_classes, generator.seed)
-    if job.is_done:
-        if world.is_main:
-            print(f"{job.result} exists, nothing to do.")
-            shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
-        return Outcome(job.result, 0, 0.0, _peak_memory(world))
-    with _lock(job, world), _log(job, world) as log:
+    with _alone(job, world), _log(job, world) as log:
+        # The first process decides for all, who may look at a shared folder a little earlier or later.
+        if world.from_main(job.is_done):
+            if world.is_main:
+                print(f"{job.result} exists, nothing to do.")
+                shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
+            return Outcome(job.result, 0, 0.0, _peak_memory(world))
         _claim(job, world)
+        missing = world.from_main(_missing(job, batches) if world.is_main else [])
         start = time.perf_counter()
-        made = _make_batches(job, dataclasses.replace(generator, report=log), world, batches, labels, log)
+        generator = dataclasses.replace(generator, report=log)
+        made = _make_batches(job, generator, world, batches, missing, labels, log)
         seconds = time.perf_counter() - start
         log(f"{made} images made in {seconds:.1f} s, peak memory {_peak_memory(world) / 1e9:.2f} GB; waiting for all")
         world.barrier()
         if world.is_main:
             log("writing the result")
             _assemble(job, batches, labels)
-            shutil.rmtree(job.folder)
+            shutil.rmtree(job.folder, ignore_errors=True)
         world.barrier()
         log(f"done: {job.result}")
     return Outcome(job.result, made, seconds, _peak_memory(world))
@@ -138,14 +148,16 @@ def _log(job: Job, world: World) -> Iterator[Callable[[str], None]]:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
         write(f"process {world.rank} of {world.size} on {world.device}: {job.num_images} images in {job.folder}")
-        yield write
+        try:
+            yield write
+        except BaseException as error:
+            write(f"stopped: {type(error).__name__}: {error}")
+            raise
 
 
 def _peak_memory(world: World) -> int:
     """Bytes: the most that PyTorch held on the GPU, or else the most that the process held."""
     if world.device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(world.device)
     try:
         import resource
@@ -156,31 +168,20 @@ def _peak_memory(world: World) -> int:
 
 
 @contextlib.contextmanager
-def _lock(job: Job, world: World) -> Iterator[None]:
+def _alone(job: Job, world: World) -> Iterator[None]:
     """Keeps a second run of the same job out for as long as this one's first process lives."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
+    make_folder(job.path.parent)
     if not world.is_main:
         yield
         return
-    make_folder(job.folder)
-    with open(job.folder / "lock", "w") as file:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another process works on {job.folder}: wait for it, or stop it first.") from None
-                time.sleep(0.1)  # what was just killed may need a moment to end
-                continue
-            except OSError:
-                pass  # a file system without locks
-            break
+    # Beside the folder, which could not be removed from some network file systems with an open file inside.
+    path = job.path.with_name(job.path.name + ".lock")
+    waiting = f"another process works on {job.folder}: wait for it, or stop it first."
+    with open_alone(path, PATIENCE, waiting):
+        for stale in job.folder.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)  # of processes that were killed while they wrote
         yield
+        path.unlink(missing_ok=True)
 
 
 def _claim(job: Job, world: World) -> None:
@@ -191,9 +192,12 @@ def _claim(job: Job, world: World) -> None:
         "batch_size": job.batch_size,
         "labels": job.labels,
         "save_bits": job.save_bits,
+        "device": world.device.type,
+        "threads": torch.get_num_threads(),
     }
     path = job.folder / MANIFEST
     if world.is_main and not path.exists():
+        make_folder(job.folder)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     world.barrier()
@@ -202,6 +206,10 @@ def _claim(job: Job, world: World) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete {job.folder} to start the job anew.") from None
     ours = json.loads(json.dumps(manifest))
+    # On a CPU the number of threads changes the last bit: a job goes on with the number that it was begun with.
+    ours["threads"] = found.get("threads")
+    if world.device.type == "cpu" and isinstance(ours["threads"], int) and ours["threads"] > 0:
+        torch.set_num_threads(ours["threads"])
     if found != ours:
         keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
         changes = "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
@@ -216,32 +224,35 @@ def _make_batches(
     generator: Generator,
     world: World,
     batches: list[range],
+    missing: list[int],
     labels: np.ndarray,
     log: Callable[[str], None],
 ) -> int:
-    """Makes this process's share of the batches that are not there yet, and returns how many images that were.
+    """Makes this process's share of the missing batches, and returns how many images that were.
 
     A batch is written while the next one is made.
     """
     from tqdm import tqdm
 
-    mine = range(world.rank, len(batches), world.size)
     start, made = time.perf_counter(), 0
+    there = job.num_images - sum(len(batches[number]) for number in missing)
     with (
-        tqdm(total=job.num_images, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar,
+        tqdm(total=job.num_images, initial=there, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as writer,
     ):
         writing: concurrent.futures.Future[None] | None = None
-        for number in mine:
-            images = batches[number]
-            if not _is_whole(job, number, len(images)):
+        for first in range(0, len(missing), world.size):
+            everybodys = missing[first : first + world.size]
+            if world.rank < len(everybodys):
+                number = everybodys[world.rank]
+                images = batches[number]
                 # The last batch is filled up, so that every batch is computed in the same shapes.
                 padded = [*images, *range(job.num_images, job.num_images + job.batch_size - len(images))]
                 classes = [int(labels[min(i, job.num_images - 1)]) for i in padded]
-                made_now = generator.images(padded, classes)
-                arrays = {"images": made_now.pixels[: len(images)]}
+                new = generator.images(padded, classes)
+                arrays = {"images": new.pixels[: len(images)]}
                 if job.save_bits:
-                    arrays["bits"] = made_now.bits[: len(images)]
+                    arrays["bits"] = new.bits[: len(images)]
                 if writing is not None:
                     writing.result()  # an error in writing is raised here
                 writing = writer.submit(_write_part, job.part(number), arrays)
@@ -249,8 +260,7 @@ def _make_batches(
                 rate = made / (time.perf_counter() - start)
                 log(f"batch {number}: images {images.start} to {images.stop - 1}, {rate:.2f} images/s so far")
                 bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {_peak_memory(world) / 1e9:.1f} GB")
-            # Processes keep pace with each other, so the share of the first one tells of all.
-            bar.update(sum(len(batch) for batch in batches[number : number + world.size]))
+            bar.update(sum(len(batches[number]) for number in everybodys))
         if writing is not None:
             writing.result()
     return made
@@ -266,7 +276,7 @@ def _read_part(path: pathlib.Path, name: str, count: int) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             array: np.ndarray = file[name]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError):
+    except Exception:  # a damaged zip ends in almost any error; whatever it is, the part is not whole
         return None
     return array if array.dtype == np.uint8 and len(array) == count else None
 
@@ -274,6 +284,10 @@ def _read_part(path: pathlib.Path, name: str, count: int) -> np.ndarray | None:
 def _is_whole(job: Job, number: int, count: int) -> bool:
     path, names = job.part(number), ("images", "bits") if job.save_bits else ("images",)
     return path.exists() and all(_read_part(path, name, count) is not None for name in names)
+
+
+def _missing(job: Job, batches: list[range]) -> list[int]:
+    return [number for number, images in enumerate(batches) if not _is_whole(job, number, len(images))]
 
 
 def _assemble(job: Job, batches: list[range], labels: np.ndarray) -> None:
@@ -290,13 +304,25 @@ def _assemble(job: Job, batches: list[range], labels: np.ndarray) -> None:
         arrays = (part(number, name) for number in range(len(batches)))
         write_npz(path, arrays, (job.num_images, *part(0, name).shape[1:]), labels)
 
+    # All is written inside the job's folder first, where whatever a killed process leaves behind is cleared away.
     if job.save_bits:
-        write(job.path.with_name(job.path.name + "-bits.npz"), "bits")
+        write(job.folder / "bits-result.npz", "bits")
+        rename(job.folder / "bits-result.npz", job.bits_result)
     if job.to_npz:
-        write(job.result, "images")
+        write(job.folder / "result.npz", "images")
+        rename(job.folder / "result.npz", job.result)
         return
+    folder = job.folder / "images"
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
     for number, images in enumerate(batches):
         for image, picture in zip(images, part(number, "images"), strict=True):
-            save_png(job.result / f"{image:06d}.png", picture)
-    with atomic_write(job.result / LABELS) as path:  # last: it says that all images are there
-        path.write_text(json.dumps(labels.tolist()) + "\n")
+            Image.fromarray(picture).save(folder / f"{image:06d}.png")
+    (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
+    os.sync()  # once for all of them
+    try:
+        rename(folder, job.result)
+    except OSError as error:
+        raise UserError(
+            f"{job.result} is in the way ({error.strerror}): move it, then run the same command again."
+        ) from error
