@@ -2,8 +2,11 @@ import os
 import pathlib
 import sys
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("no-deadline", deadline=None)  # a slow machine is no fault
+hypothesis.settings.load_profile("no-deadline")
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: on shared cores threads wait far longer than they work

@@ -127,7 +127,7 @@ def test_forked_child_opens_the_zip_anew_even_under_a_held_lock(tmp_path: pathli
         queue = context.Queue()
         child = context.Process(target=lambda: queue.put((found._open()[0] is mine, found.read(3).tobytes())))
         child.start()
-        shared, pixels = queue.get(timeout=30)
+        shared, pixels = queue.get(timeout=120)
         child.join(30)
     assert not shared and pixels == picture(3).tobytes()
 
