@@ -427,6 +427,9 @@ def describe_model(contents: Contents, weights: Weights | None = None) -> Descri
             )
         keys = {"token_order": "parallel_mode", "time_shift": "time_shift"}
         settings = {name: contents.args[key] for name, key in keys.items() if key in contents.args}
+        names = contents.args.get("class_names")  # of files that we wrote in this layout
+        if isinstance(names, list) and len(names) == classes - 1 and all(isinstance(name, str) for name in names):
+            settings["class_names"] = tuple(names)
     return _describe(contents, BitDanceConfig, "model", found, settings)
 
 
@@ -670,6 +673,7 @@ def save_released(
             num_classes=config.num_classes,
             cls_token_num=config.cls_token_num,
             patch_size=1,
+            class_names=list(config.class_names),
         )
         data = {weights: state, "args": args}
     with atomic_write(path) as temporary:

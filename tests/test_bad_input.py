@@ -250,7 +250,7 @@ def test_places_without_images(place, tmp_path, fails, command, kind):
 
 def test_samples_that_are_none(place, tmp_path, fails):
     message = fails("nearest", tmp_path, place / "pictures", "--output", tmp_path / "out")
-    assert "is not a folder that `bitdance sample` wrote" in message
+    assert "holds no images with a samples.json beside them" in message
 
 
 # ------------------------------------------------------------ launchers

@@ -562,7 +562,8 @@ def test_the_command_convert(model, tmp_path, capsys):
 
 def test_convert_goes_both_ways_bit_for_bit(tmp_path):
     """Ours -> released layout -> ours: the same tensors, and nothing that shapes cannot tell is lost."""
-    settings = {"parallel_num": 4, "token_order": "standard", "time_shift": 2.0}
+    names = ("cat", "dog", "sea lion")
+    settings = {"parallel_num": 4, "token_order": "standard", "time_shift": 2.0, "class_names": names}
     small.save_pair(tmp_path, **settings)
     model, autoencoder = tmp_path / "model.safetensors", tmp_path / "autoencoder.safetensors"
     for words in (
@@ -576,6 +577,7 @@ def test_convert_goes_both_ways_bit_for_bit(tmp_path):
         first, second = (checkpoint.read(tmp_path / f"{name}{i}.safetensors") for i in ("", "2"))
         assert first.metadata["digest"] == second.metadata["digest"]
     config = checkpoint.load_model(tmp_path / "all.pt").config
+    assert config == checkpoint.load_model(tmp_path / "model.safetensors").config
     assert {key: getattr(config, key) for key in settings} == settings
     released = torch.load(tmp_path / "all.pt", weights_only=False)
     assert set(released) == {"model", "args"}
@@ -590,6 +592,6 @@ def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, aver
     run = RunConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=ema)
     finished = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
     main(["convert", str(tmp_path / "run" / "checkpoint.safetensors"), str(tmp_path / "converted.safetensors")])
-    assert capsys.readouterr().out.startswith("autoencoder in float32, ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("autoencoder in float32, ")
     a, b = (checkpoint.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -95,7 +95,10 @@ def _samples(folder: pathlib.Path) -> np.ndarray:
         files = [entry["file"] for entry in json.loads((folder / "samples.json").read_text())["images"]]
         return np.stack([np.asarray(Image.open(folder / file).convert("RGB")) for file in files])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not a folder that `bitdance sample` wrote ({error}): name one that is.") from None
+        raise UserError(
+            f"{folder} holds no images with a samples.json beside them ({type(error).__name__}): name a folder that "
+            "`bitdance sample` wrote without --num-images."
+        ) from None
 
 
 def _pixels(

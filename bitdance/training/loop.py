@@ -68,10 +68,7 @@ class Run:
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
         if world.size > 1:
-            # The only buffers are tables, the same everywhere.
-            self.trained = nn.parallel.DistributedDataParallel(
-                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.trained = nn.parallel.DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------ steps
 
@@ -248,6 +245,7 @@ class Run:
         path = self.config.results_dir / f"{self.kind}.safetensors"
         if self.world.is_main:
             self._save_weights(path)
+            print(f"{self.step} steps: {path}")
         self.world.barrier()
         return path
 
