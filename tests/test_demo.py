@@ -46,6 +46,23 @@ def test_it_tells_its_classes_apart(files):
     assert right < wrong
 
 
+def test_across_batch_sizes_nearly_all_bits_are_equal(files):
+    from bitdance.engine import SampleSettings, image_noise, sample_tokens
+
+    model = checkpoint.load_model(str(files[0]))
+    settings, labels, numbers = SampleSettings(20, cfg_scale=3.0), torch.arange(10).repeat(3), torch.arange(30)
+
+    def sample(size):
+        made = []
+        for part, rows in zip(labels.split(size), numbers.split(size), strict=True):
+            made.append(sample_tokens(model, part, image_noise(model, 7, rows, settings.num_draws), settings))
+        return torch.cat(made)
+
+    whole = sample(30)
+    for size in (1, 7):
+        assert (sample(size) == whole).float().mean() >= 0.999
+
+
 def test_make_sample_makes_a_labelled_grid_of_all_classes(tmp_path, capsys):
     main(["sample", "--output", str(tmp_path / "samples"), "--per-class", "2", "--sample-steps", "4"])
     assert capsys.readouterr().out.strip().endswith("grid.png")
