@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
+import time
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -12,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitdance.errors import UserError
+from bitdance.lifeline import Lifeline
 
 T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(hours=2)
 """How long processes wait for each other: all wait while the first one writes a file of 10 GB."""
+
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long the processes that are there wait at the start for those that are not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +93,12 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
-def connect(device: str | None = None, threads: int | None = None) -> World:
-    """Joins the processes that torchrun started, or stands alone.
+@contextlib.contextmanager
+def connect(device: str | None = None, threads: int | None = None) -> Iterator[World]:
+    """Joins the processes that torchrun started, or stands alone, for as long as the context lasts.
 
     NCCL on GPUs, gloo elsewhere. On a CPU the threads of the machine are shared out evenly among its processes, since
-    torchrun would leave one thread to each.
+    torchrun would leave one thread to each. When a process dies, or leaves the context by an error, the others end.
 
     Raises:
         UserError: the device is not there, the number of threads is not positive, or the others cannot be joined.
@@ -107,28 +115,85 @@ def connect(device: str | None = None, threads: int | None = None) -> World:
     elif threads or size > 1:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         torch.set_num_threads(threads or max(1, _num_cores() // local_size))
-    if size > 1 and not dist.is_initialized():
-        cuda = place.type == "cuda"
-        try:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=place if cuda else None)
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0][:120]
+    world = World(int(os.environ.get("RANK", "0")), size, place)
+    if size == 1:
+        yield world
+        return
+    lifeline = _join(world)
+    try:
+        yield world
+        lifeline.leave()  # an error closes the connection instead, without a goodbye
+    finally:
+        dist.destroy_process_group()
+
+
+def _join(world: World) -> Lifeline:
+    cuda = world.device.type == "cuda"
+    try:
+        store = _open_store(world.rank)
+        store.set(f"joined/{world.rank}", "")
+        _await_all(store, world.rank, world.size)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=TIMEOUT,
+            device_id=world.device if cuda else None,
+        )
+        return Lifeline(store, os.environ["MASTER_ADDR"], world.rank, world.size)
+    except UserError:
+        raise
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"process {world.rank} of {world.size} cannot join the others ({reason}): check the address, the port and "
+            "the number of processes that torchrun was given."
+        ) from error
+
+
+def _open_store(rank: int) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, which torchrun keeps, or else the first process.
+
+    PyTorch's own rendezvous would do the same, but where the first process keeps it, it waits there for all others
+    and then cannot say which are missing.
+    """
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not torchruns,
+        timeout=JOIN_TIMEOUT,
+        wait_for_workers=False,
+    )
+    # After a restart by torchrun the store still holds what the earlier processes said.
+    return dist.PrefixStore(f"bitdance/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_all(store: dist.Store, rank: int, size: int) -> None:
+    """Waits until all processes have said that they are there.
+
+    Raises:
+        UserError: some did not come in time; it names them and their machines.
+    """
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    absent = list(range(size))
+    while absent := [other for other in absent if not store.check([f"joined/{other}"])]:
+        if time.monotonic() > deadline:
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+            nodes = sorted({other // per_node for other in absent})
             raise UserError(
-                f"process {os.environ['RANK']} of {size} cannot join the others ({reason}): check the address, the "
-                "port and the number of processes that torchrun was given."
-            ) from error
-    return World(int(os.environ.get("RANK", "0")), size, place)
+                f"process {rank} waited {JOIN_TIMEOUT.total_seconds():.0f} s for {len(absent)} of {size} processes: "
+                f"node {', '.join(map(str, nodes))} did not join (ranks {', '.join(map(str, absent[:8]))}"
+                f"{', ...' if len(absent) > 8 else ''}): start it, or check that it reaches "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}."
+            )
+        time.sleep(0.2)
 
 
 def _num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def disconnect() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -100,6 +101,8 @@ def test_numbers_of_classes_without_names(place, tmp_path, fails):
     [
         (["--per-class", -2], "--per-class -2 images cannot be made: ask for at least 1"),
         (["--per-class", 0], "--per-class 0"),
+        (["--num-images", 4], "leave out either it or --per-class"),
+        (["--labels", "random"], "--labels random goes with --num-images"),
         (["--batch-size", 0], "a batch of 0 images does not exist: use at least 1"),
         (["--seed", -1], "--seed -1 is out of range: it must lie between 0 and 4294967295"),
         (["--seed", 2**32], "--seed 4294967296 is out of range"),
@@ -144,7 +147,8 @@ def test_numbers_that_do_not_fit_training(place, tmp_path, fails, arguments, wor
 
 
 def test_a_global_batch_that_processes_cannot_share(place, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("bitdance.training.jobs.connect", lambda device: World(0, 3, torch.device("cpu")))
+    world = World(0, 3, torch.device("cpu"))
+    monkeypatch.setattr("bitdance.training.jobs.connect", lambda device: contextlib.nullcontext(world))
     message = fails("train", *training(place, tmp_path / "run"))
     assert "--global-batch-size 4 cannot be shared out among 3 processes: make it a multiple" in message
 

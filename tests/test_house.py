@@ -33,6 +33,7 @@ RANKS = {
     "autoencoder": 7,  # beside the model: neither holds the other
     "checkpoint": 8,
     "hub": 9,
+    "lifeline": 9,
     "engine": 10,
     "distributed": 10,
     "data": 11,

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import small
+import torch
+
+from bitdance.distributed import World
+from bitdance.engine import SampleSettings
+from bitdance.generation import job
+from bitdance.generation.batches import Generator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -83,4 +91,87 @@ def test_a_job_killed_twenty_times_ends_like_an_undisturbed_one(tmp_path):
     assert start(tmp_path, results, 1).wait() == 0
     (expected,), (result,) = (list(folder.glob("*.npz")) for folder in (undisturbed, results))
     assert result.name == expected.name and result.read_bytes() == expected.read_bytes()
-    assert [path.name for path in results.iterdir() if path.suffix != ".log"] == [result.name]
+    assert sorted(path.name for path in results.iterdir() if path.suffix != ".log") == [
+        result.stem + ".json",
+        result.name,
+    ]
+
+
+@contextlib.contextmanager
+def dying(before: dict[str, int], after: dict[str, int]) -> Iterator[None]:
+    """Kills this process just before or just after the call of that number of some functions."""
+    calls: dict[str, int] = {}
+
+    def deadly(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments, **keywords):
+            calls[name] = calls.get(name, 0) + 1
+            if before.get(name) == calls[name]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*arguments, **keywords)
+            if after.get(name) == calls[name]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, call)
+
+    deadly(os, "replace")  # every file and folder that appears
+    deadly(job, "_read_part")  # also while a result is being written
+    deadly(os, "unlink")  # also while the job's folder is being removed
+    deadly(os, "sync")
+    yield
+
+
+def work(plan: job.Job, before: dict[str, int], after: dict[str, int]) -> None:
+    """What a process of its own does: the whole job, if it lives."""
+    torch.set_num_threads(1)
+    generator = Generator(small.model(), small.autoencoder(), SampleSettings(1, 2.0), seed=1)
+    with dying(before, after):
+        job.run(plan, generator, World(0, 1, torch.device("cpu")))
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".log"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="starts processes by forking")
+@pytest.mark.parametrize("to_npz", [True, False], ids=["npz", "pngs"])
+def test_a_job_may_die_at_any_of_its_files(tmp_path, to_npz):
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["small", "bitdance.generation.job", "tqdm"])
+
+    def ends(plan: job.Job, before: dict[str, int], after: dict[str, int]) -> bool:
+        process = server.Process(target=work, args=(plan, before, after))
+        process.start()
+        process.join(100)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode == 0
+
+    def plan(name: str) -> job.Job:
+        return job.Job(tmp_path / name / "made", 4, 2, to_npz, {"seed": 1}, save_bits=to_npz)
+
+    assert ends(plan("undisturbed"), {}, {})
+    expected, deaths = files(tmp_path / "undisturbed"), 0
+    assert set(expected) >= ({"made.npz", "made-bits.npz", "made.json"} if to_npz else {"made/000003.png", "made.json"})
+    for function, calls in (
+        ("replace", range(1, 10)),
+        ("_read_part", range(2, 8)),
+        ("unlink", range(1, 4)),
+        ("sync", [1]),
+    ):
+        for number in calls:
+            for place in ("before", "after"):
+                deadly = plan(f"{function}-{number}-{place}")
+                once = {function: number}
+                if ends(deadly, once if place == "before" else {}, once if place == "after" else {}):
+                    continue  # there are not so many calls
+                deaths += 1
+                assert ends(deadly, {}, {})
+                assert files(deadly.path.parent) == expected, f"killed {place} {function} number {number}"
+    assert deaths >= 20

@@ -371,7 +371,7 @@ def sample_arguments(place: pathlib.Path, folder: pathlib.Path, p: int) -> list[
 
 
 def read_npz(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    (path,) = (path for path in folder.iterdir() if path.suffix != ".log")  # nothing else is left
+    (path,) = (path for path in folder.iterdir() if path.suffix not in (".log", ".json"))  # nothing else is left
     assert path.suffix == ".npz"
     with np.load(path) as file:
         return dict(file)

@@ -256,7 +256,7 @@ SETTINGS: dict[str, object] = {"seed": 1}
 def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, monkeypatch):
     plan = job.Job(tmp_path / "made", 7, 3, True, SETTINGS)
     path = job.run(plan, generator, World(0, 1, CPU)).result
-    assert path == tmp_path / "made.npz" and listing(tmp_path) == ["made.npz"]
+    assert path == tmp_path / "made.npz" and listing(tmp_path) == ["made.json", "made.npz"]
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
         assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
@@ -285,7 +285,8 @@ def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkey
     path = job.run(plan, generator, World(0, 1, CPU)).result
     assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not made again
     assert path.read_bytes() == (tmp_path / "other.npz").read_bytes()
-    assert listing(tmp_path) == ["made.npz", "other.npz"]
+    assert listing(tmp_path) == ["made.json", "made.npz", "other.json", "other.npz"]
+    assert (tmp_path / "made.json").read_text() == (tmp_path / "other.json").read_text()
 
 
 def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypatch):
@@ -393,6 +394,51 @@ def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_
     assert not plan.is_done
 
 
+def test_a_finished_job_of_other_settings_is_refused_with_the_differences(generator, tmp_path):
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS, save_bits=True)
+    job.run(plan, generator, World(0, 1, CPU))
+    before = plan.result.read_bytes()
+    for changed, said in (
+        (dataclasses.replace(plan, settings={"seed": 2}), "seed was 1, is 2"),
+        (dataclasses.replace(plan, batch_size=4), "batch_size was 2, is 4"),
+    ):
+        with pytest.raises(UserError, match=rf"made\.npz was made with other settings \({said}\)"):
+            job.run(changed, generator, World(0, 1, CPU))
+    assert job.run(dataclasses.replace(plan, save_bits=False), generator, World(0, 1, CPU)).made == 0
+    plan.bits_result.unlink()
+    with pytest.raises(UserError, match=r"made-bits\.npz is gone: delete .*made\.npz too"):
+        job.run(plan, generator, World(0, 1, CPU))
+    for broken in ("{", "[1]"):
+        plan.record.write_text(broken)
+        with pytest.raises(UserError, match=r"made\.json cannot be read"):
+            job.run(plan, generator, World(0, 1, CPU))
+    plan.record.unlink()
+    assert job.run(plan, generator, World(0, 1, CPU)).made == 0
+    assert plan.result.read_bytes() == before
+
+
+def test_bits_cannot_be_had_of_images_that_were_made_without(generator, tmp_path):
+    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    job.run(plan, generator, World(0, 1, CPU))
+    with pytest.raises(UserError, match="save_bits was False, is True"):
+        job.run(dataclasses.replace(plan, save_bits=True), generator, World(0, 1, CPU))
+
+
+def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
+    made = Generator._images
+
+    def small_memory(self, numbers, labels, progress):
+        if len(numbers) > 2 and numbers[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(self, numbers, labels, progress)
+
+    monkeypatch.setattr(Generator, "_images", small_memory)
+    plan = job.Job(tmp_path / "made", 8, 3, True, SETTINGS)
+    job.run(plan, generator, World(0, 1, CPU))
+    assert json.loads(plan.record.read_text())["made in halves"] == [1]
+    assert "3 to 5 are made in two halves" in (tmp_path / "made.rank0.log").read_text()
+
+
 def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PATIENCE", 0.2)
     plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
@@ -444,7 +490,7 @@ def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):
         assert json.loads((path / "labels.json").read_text()) == file["arr_1"].tolist()
         for i, pixels in enumerate(file["arr_0"]):
             assert np.array_equal(np.asarray(Image.open(path / f"{i:06d}.png")), pixels)
-    assert listing(tmp_path) == ["made", "made.npz"]
+    assert listing(tmp_path) == ["made", "made.json", "made.npz"]
     # A finished folder is not made again.
     monkeypatch.setattr(type(generator), "images", lambda *_: pytest.fail("images were made again"))
     assert job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)).result == path

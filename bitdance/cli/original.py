@@ -218,13 +218,12 @@ def train_parallel(arguments: list[str]) -> None:
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
     """Runs the sampling job; each process of torchrun calls this."""
     from bitdance.checkpoint import choose_weights
-    from bitdance.distributed import connect, disconnect
+    from bitdance.distributed import connect
     from bitdance.engine import SampleSettings
     from bitdance.generation.batches import Generator
 
     settings = SampleSettings(flags.sample_steps, flags.cfg_scale)
-    world = connect(threads=flags.threads)
-    try:
+    with connect(threads=flags.threads) as world:
         model, autoencoder, contents = load_pair(
             flags.ckpt,
             model_flags.trained_vae or None,
@@ -244,8 +243,6 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
             batch_size=flags.per_proc_batch_size,
             to_npz=flags.to_npz,
         )
-    finally:
-        disconnect()
 
 
 def _check_against_checkpoint(model: BitDance, flags: ModelFlags, parallel: ParallelFlags, down_size: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bitdance.cli.models import DEMO, find_autoencoder_alone
 from bitdance.cli.parsing import Positional, parse
 from bitdance.errors import UserError
+
+if TYPE_CHECKING:
+    from bitdance.distributed import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,13 @@ def main(arguments: list[str]) -> None:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} does not fit: it must be at least 1.")
+    from bitdance.distributed import connect
+
+    with connect(command.device, command.threads) as world:
+        _reconstruct(command, world)
+
+
+def _reconstruct(command: Reconstruct, world: World) -> None:
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -56,12 +66,10 @@ def main(arguments: list[str]) -> None:
     from bitdance.checkpoint import load_autoencoder
     from bitdance.data.crops import center_crop, normalize, to_array
     from bitdance.data.images import open_images, spread
-    from bitdance.distributed import connect
     from bitdance.evaluation.reconstruction import WINDOW, psnr, ssim
     from bitdance.files import atomic_write
     from bitdance.pictures import grid
 
-    world = connect(command.device, command.threads)
     path = find_autoencoder_alone(command.autoencoder)
     autoencoder = load_autoencoder(path).to(world.device)
     images = open_images(command.data, command.split)

@@ -17,6 +17,7 @@ from bitdance.errors import UserError
 
 if TYPE_CHECKING:
     from bitdance.classes import ClassNames
+    from bitdance.distributed import World
 
 GRID = "grid.png"
 RECORD = "samples.json"
@@ -32,7 +33,7 @@ class Sample:
         model: `demo`, a released model such as BitDance-B-16X, or a file of weights.
         autoencoder: file of the autoencoder; by default the one inside or beside the model.
         output: folder for grid.png, the images and samples.json; images of an earlier call there are replaced.
-        per_class: images of each class.
+        per_class: images of each class, by default 10.
         num_images: instead of a few of each class so many of all, balanced, in a random order: a job that can be
             interrupted, run by many processes under torchrun, and ends with a folder of PNGs or one .npz.
         npz: end such a job with one .npz.
@@ -57,7 +58,7 @@ class Sample:
     model: str = DEMO
     autoencoder: str | None = None
     output: pathlib.Path = pathlib.Path("samples")
-    per_class: int = 10
+    per_class: int | None = None
     num_images: int | None = None
     npz: bool = False
     labels: Literal["balanced", "random"] = "balanced"
@@ -81,24 +82,36 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Sample, arguments, "bitdance sample")
     if command.num_images is None:
-        for flag, given in (("--npz", command.npz), ("--save-bits", command.save_bits)):
+        for flag, given in (
+            ("--npz", command.npz),
+            ("--save-bits", command.save_bits),
+            ("--labels random", command.labels == "random"),
+        ):
             if given:
                 raise UserError(f"{flag} goes with --num-images, which says how many images to make: add it.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("many processes need --num-images, which says how many images to make: add it.")
     if command.num_images is not None and command.classes:
         raise UserError("--num-images makes images of all classes: leave out either it or the names of classes.")
-    if command.per_class < 1:
-        raise UserError(f"--per-class {command.per_class} images cannot be made: ask for at least 1.")
+    if command.num_images is not None and command.per_class is not None:
+        raise UserError("--num-images says how many images to make: leave out either it or --per-class.")
+    per_class = 10 if command.per_class is None else command.per_class
+    if per_class < 1:
+        raise UserError(f"--per-class {per_class} images cannot be made: ask for at least 1.")
+    from bitdance.distributed import connect
+
+    with connect(command.device, command.threads) as world:
+        _sample(command, per_class, world)
+
+
+def _sample(command: Sample, per_class: int, world: World) -> None:
     import torch
 
     from bitdance.checkpoint import choose_weights
-    from bitdance.distributed import connect, disconnect
     from bitdance.engine import SampleSettings
     from bitdance.files import make_folder
     from bitdance.generation.batches import Generator, cut
 
-    world = connect(command.device, command.threads)
     model, autoencoder, contents = load_pair(
         command.model, command.autoencoder, command.weights, world.device, command.mixed_precision
     )
@@ -114,26 +127,23 @@ def main(arguments: list[str]) -> None:
     generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"], denoise=denoise)
     if command.num_images is not None:
         stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
-        try:
-            run_job(
-                generator,
-                world,
-                folder=command.output,
-                stem=stem,
-                num_images=command.num_images,
-                batch_size=command.batch_size,
-                to_npz=command.npz,
-                labels=command.labels,
-                save_bits=command.save_bits,
-            )
-        finally:
-            disconnect()
+        run_job(
+            generator,
+            world,
+            folder=command.output,
+            stem=stem,
+            num_images=command.num_images,
+            batch_size=command.batch_size,
+            to_npz=command.npz,
+            labels=command.labels,
+            save_bits=command.save_bits,
+        )
         return
-    labels = [label for label in chosen for _ in range(command.per_class)]
+    labels = [label for label in chosen for _ in range(per_class)]
     batches = list(cut(len(labels), command.batch_size))
     make_folder(command.output)
     pictures = _generate(generator, labels, batches)
-    grid = _write(command, pictures, labels, names, resolved)
+    grid = _write(command, per_class, pictures, labels, names, resolved)
     print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
 
 
@@ -175,7 +185,7 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def _write(
-    command: Sample, pictures: Any, labels: list[int], names: ClassNames, resolved: dict[str, Any]
+    command: Sample, per_class: int, pictures: Any, labels: list[int], names: ClassNames, resolved: dict[str, Any]
 ) -> pathlib.Path:
     from bitdance.files import atomic_write
     from bitdance.generation.pngs import save_png
@@ -186,9 +196,9 @@ def _write(
         word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60]
         file = f"{number:04d}-{word}.png"
         images.append({"file": file, "class": label, "name": names.label(label), "number": number})
-    rows = [names.label(label) for label in labels[:: command.per_class]]
+    rows = [names.label(label) for label in labels[::per_class]]
     scale = max(1, 96 // pictures.shape[1])
-    record = {**dataclasses.asdict(command), **resolved, "images": images}
+    record = {**dataclasses.asdict(command), **resolved, "per_class": per_class, "images": images}
     _clear(folder)
     try:
         with atomic_write(folder / RECORD) as path:
@@ -196,7 +206,7 @@ def _write(
         for image, picture in zip(images, pictures, strict=True):
             save_png(folder / str(image["file"]), picture)
         with atomic_write(folder / GRID) as path:
-            grid(pictures, columns=command.per_class, labels=rows, scale=scale).save(path, format="PNG")
+            grid(pictures, columns=per_class, labels=rows, scale=scale).save(path, format="PNG")
     except BaseException:
         _clear(folder)  # part of a set would be taken for all of it
         raise

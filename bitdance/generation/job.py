@@ -38,6 +38,9 @@ PATIENCE = 5.0
 MANIFEST = "manifest.json"
 """In the folder of an unfinished job: every setting that changes an image."""
 
+HALVES = "made in halves"
+"""In the record of a finished job: the numbers of the batches that did not fit a GPU's memory as a whole."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -74,9 +77,13 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the whole result is there; each file or folder appears only when it is whole."""
-        there = (self.result if self.to_npz else self.result / LABELS_FILE).exists()
-        return there and (not self.save_bits or self.bits_result.exists())
+        """Whether the images are there; each file or folder appears only when it is whole."""
+        return (self.result if self.to_npz else self.result / LABELS_FILE).exists()
+
+    @property
+    def record(self) -> pathlib.Path:
+        """Beside the result: the manifest that it was made by, and which batches were made in halves."""
+        return self.path.with_name(self.path.name + ".json")
 
     @property
     def bits_result(self) -> pathlib.Path:
@@ -117,13 +124,13 @@ def run(job: Job, generator: Generator, world: World) -> Outcome:
         # The first process decides for all, who may look at a shared folder a little earlier or later.
         if world.from_main(job.is_done):
             if world.is_main:
+                _check_finished(job, world)
                 print(f"{job.result} exists, nothing to do.")
                 shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
             return Outcome(job.result, 0, 0.0, _peak_memory(world))
         _claim(job, world)
         missing = world.from_main(_missing(job, batches) if world.is_main else [])
         start = time.perf_counter()
-        generator = dataclasses.replace(generator, report=log)
         made = _make_batches(job, generator, world, batches, missing, labels, log)
         seconds = time.perf_counter() - start
         log(f"{made} images made in {seconds:.1f} s, peak memory {_peak_memory(world) / 1e9:.2f} GB; waiting for all")
@@ -184,8 +191,8 @@ def _alone(job: Job, world: World) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _claim(job: Job, world: World) -> None:
-    """Writes the manifest of a new job, or checks that the one that is there says the same."""
+def _manifest(job: Job, world: World) -> dict[str, Any]:
+    """Every setting that changes an image, as JSON gives it back."""
     manifest = {
         **job.settings,
         "num_images": job.num_images,
@@ -195,24 +202,57 @@ def _claim(job: Job, world: World) -> None:
         "device": world.device.type,
         "threads": torch.get_num_threads(),
     }
+    read: dict[str, Any] = json.loads(json.dumps(manifest))
+    return read
+
+
+def _read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
+    return found
+
+
+def _differences(found: dict[str, Any], ours: dict[str, Any]) -> str:
+    keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
+    return "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
+
+
+def _check_finished(job: Job, world: World) -> None:
+    """Checks that what is there was made by these settings; a result without its record is taken as it is."""
+    if not job.record.exists():
+        return
+    found = _read_json(job.record, f"delete it to take {job.result} as it is")
+    found.pop(HALVES, None)
+    ours = {**_manifest(job, world), "threads": found.get("threads")}
+    if found.get("save_bits"):
+        ours["save_bits"] = True  # more is there than was asked for
+    if changes := _differences(found, ours):
+        raise UserError(
+            f"{job.result} was made with other settings ({changes}): run it with those, or choose another folder."
+        )
+    if job.save_bits and not job.bits_result.exists():
+        raise UserError(f"{job.bits_result} is gone: delete {job.result} too to make both again.")
+
+
+def _claim(job: Job, world: World) -> None:
+    """Writes the manifest of a new job, or checks that the one that is there says the same."""
+    manifest = _manifest(job, world)
     path = job.folder / MANIFEST
     if world.is_main and not path.exists():
         make_folder(job.folder)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     world.barrier()
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete {job.folder} to start the job anew.") from None
-    ours = json.loads(json.dumps(manifest))
+    found = _read_json(path, f"delete {job.folder} to start the job anew")
     # On a CPU the number of threads changes the last bit: a job goes on with the number that it was begun with.
-    ours["threads"] = found.get("threads")
-    if world.device.type == "cpu" and isinstance(ours["threads"], int) and ours["threads"] > 0:
-        torch.set_num_threads(ours["threads"])
-    if found != ours:
-        keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
-        changes = "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
+    manifest["threads"] = found.get("threads")
+    if world.device.type == "cpu" and isinstance(manifest["threads"], int) and manifest["threads"] > 0:
+        torch.set_num_threads(manifest["threads"])
+    if changes := _differences(found, manifest):
         raise UserError(
             f"{job.folder} holds a job of other settings ({changes}): run it with those, or delete the folder to start "
             "anew."
@@ -235,6 +275,13 @@ def _make_batches(
     from tqdm import tqdm
 
     start, made = time.perf_counter(), 0
+    halved: list[str] = []
+
+    def report(line: str) -> None:
+        halved.append(line)
+        log(line)
+
+    generator = dataclasses.replace(generator, report=report)
     there = job.num_images - sum(len(batches[number]) for number in missing)
     with (
         tqdm(total=job.num_images, initial=there, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar,
@@ -250,7 +297,8 @@ def _make_batches(
                 padded = [*images, *range(job.num_images, job.num_images + job.batch_size - len(images))]
                 classes = [int(labels[min(i, job.num_images - 1)]) for i in padded]
                 new = generator.images(padded, classes)
-                arrays = {"images": new.pixels[: len(images)]}
+                arrays = {"images": new.pixels[: len(images)], "halved": np.array(bool(halved), np.uint8)}
+                halved.clear()
                 if job.save_bits:
                     arrays["bits"] = new.bits[: len(images)]
                 if writing is not None:
@@ -271,19 +319,22 @@ def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def _read_part(path: pathlib.Path, name: str, count: int) -> np.ndarray | None:
+def _read_part(path: pathlib.Path, name: str) -> np.ndarray | None:
     """An array of a part, or nothing if the part is missing, torn or changed: its zip holds checksums."""
     try:
         with np.load(path, allow_pickle=False) as file:
             array: np.ndarray = file[name]
     except Exception:  # a damaged zip ends in almost any error; whatever it is, the part is not whole
         return None
-    return array if array.dtype == np.uint8 and len(array) == count else None
+    return array if array.dtype == np.uint8 else None
 
 
 def _is_whole(job: Job, number: int, count: int) -> bool:
-    path, names = job.part(number), ("images", "bits") if job.save_bits else ("images",)
-    return path.exists() and all(_read_part(path, name, count) is not None for name in names)
+    path = job.part(number)
+    if not path.exists() or (halved := _read_part(path, "halved")) is None or halved.shape != ():
+        return False
+    arrays = (_read_part(path, name) for name in (("images", "bits") if job.save_bits else ("images",)))
+    return all(array is not None and array.ndim and len(array) == count for array in arrays)
 
 
 def _missing(job: Job, batches: list[range]) -> list[int]:
@@ -292,19 +343,26 @@ def _missing(job: Job, batches: list[range]) -> list[int]:
 
 def _assemble(job: Job, batches: list[range], labels: np.ndarray) -> None:
     """Writes the result from the parts, one after the other."""
+    from tqdm import tqdm
 
     def part(number: int, name: str) -> np.ndarray:
-        array = _read_part(job.part(number), name, len(batches[number]))
-        if array is None:
+        array = _read_part(job.part(number), name)
+        if array is None or (array.ndim and len(array) != len(batches[number])):
             job.part(number).unlink(missing_ok=True)
             raise UserError(f"{job.part(number)} was damaged or lost: run the command again, it is made anew.")
         return array
 
     def write(path: pathlib.Path, name: str) -> None:
-        arrays = (part(number, name) for number in range(len(batches)))
+        numbers = tqdm(range(len(batches)), desc=f"writing {name}", unit="batch", dynamic_ncols=True, delay=2)
+        arrays = (part(number, name) for number in numbers)
         write_npz(path, arrays, (job.num_images, *part(0, name).shape[1:]), labels)
 
     # All is written inside the job's folder first, where whatever a killed process leaves behind is cleared away.
+    record = json.loads((job.folder / MANIFEST).read_text())
+    record[HALVES] = [number for number in range(len(batches)) if part(number, "halved")]
+    with atomic_write(job.folder / "record.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    rename(job.folder / "record.json", job.record)
     if job.save_bits:
         write(job.folder / "bits-result.npz", "bits")
         rename(job.folder / "bits-result.npz", job.bits_result)

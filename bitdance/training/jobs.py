@@ -13,7 +13,7 @@ from bitdance import checkpoint
 from bitdance.autoencoder import Autoencoder
 from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, BitDanceConfig, LossConfig, ModelSizes, RunConfig
 from bitdance.data.images import ImageSet, open_images
-from bitdance.distributed import World, connect, disconnect
+from bitdance.distributed import World, connect
 from bitdance.errors import UserError
 from bitdance.files import make_folder
 from bitdance.model import BitDance
@@ -47,14 +47,11 @@ def train_autoencoder(
     _check_image_size(run.image_size, network.down_size)
     if run.grad_checkpointing:
         raise UserError("--grad-checkpointing is not there for autoencoders: leave it out.")
-    world = connect(device)
-    try:
+    with connect(device) as world:
         images = open_images(run.data_path)
         torch.manual_seed(run.global_seed)
         objective = AutoencoderObjective(Autoencoder(network), loss)
         return _train(objective, run, images, world, {"network": network, "loss": loss})
-    finally:
-        disconnect()
 
 
 def train_model(
@@ -82,8 +79,7 @@ def train_model(
         if expected not in (None, found):
             raise UserError(f"{flag} {expected} contradicts {autoencoder_path}, which has {found}: leave the flag out.")
     _check_image_size(run.image_size, autoencoder.config.down_size)
-    world = connect(device)
-    try:
+    with connect(device) as world:
         images = open_images(run.data_path)
         config = _model_config(sizes, autoencoder.config, run.image_size, images)
         torch.manual_seed(run.global_seed)
@@ -91,8 +87,6 @@ def train_model(
         objective = BitDanceObjective(network, autoencoder, loss, run.global_seed)
         digest = checkpoint.digest(contents.states["autoencoder"])
         return _train(objective, run, images, world, {"model": config, "loss": loss, "autoencoder": digest})
-    finally:
-        disconnect()
 
 
 def _model_config(
