@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -71,14 +73,36 @@ def pictures(folder: pathlib.Path, classes: int = 3, each: int = 4, side: int = 
     return folder
 
 
+def published_commands() -> dict[str, str]:
+    """The five commands of docs/sampling.md that sample 50,000 images, by the names of their models."""
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    return dict(re.findall(r"^BitDance-(\S+):\n```shell\n(.*?)```$", text, re.DOTALL | re.MULTILINE))
+
+
+def script_and_arguments(text: str) -> tuple[str, list[str]]:
+    """The script of a command under torchrun and its arguments, the way a shell would hand them over."""
+    settings, command = text.strip().split("\n\n")
+    for line in settings.splitlines():
+        name, value = line.split("=")
+        command = command.replace(f"${name}", value)
+    words = shlex.split(command.replace("\\\n", ""))
+    script = next(word for word in words if word.endswith(".py"))
+    return script, words[words.index(script) + 1 :]
+
+
+def environment() -> dict[str, str]:
+    """The variables of a command that a test runs: one thread, no GPU, no process group, this checkout's package."""
+    others = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**others, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(*command: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Runs a Python script of the checkout as users do, on one thread a process; more processes under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     result = subprocess.run(
         [sys.executable, *torchrun, *map(str, command)],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

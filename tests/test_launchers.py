@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shlex
 import shutil
 from typing import Any
 
@@ -208,48 +207,8 @@ def test_flags_of_the_parallel_scripts_are_no_flags_of_the_others(configured, sc
     assert error.value.code == 2
 
 
-# From the original's README, word for word.
-README = r"""
-ckpt=models/BitDance-ImageNet/BitDance_B_1X.pt
-result_path=results
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
-sample_ddp.py --model BitDance-B --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 3.2 \
---sample-dir $result_path --per-proc-batch-size 384 --to-npz --chunk-size 64
----
-ckpt=models/BitDance-ImageNet/BitDance_B_4X.pt
-result_path=results
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
-sample_ddp_parallel.py --model BitDance-B --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 3.9 \
---sample-dir $result_path --per-proc-batch-size 384 --to-npz --parallel-num 4 --chunk-size 64
----
-ckpt=models/BitDance-ImageNet/BitDance_B_16X.pt
-result_path=results
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
-sample_ddp_parallel.py --model BitDance-B --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 6.1 \
---sample-dir $result_path --per-proc-batch-size 384 --to-npz --parallel-num 16 --chunk-size 64
----
-ckpt=models/BitDance-ImageNet/BitDance_L_1X.pt
-result_path=results
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
-sample_ddp.py --model BitDance-L --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 4.0 \
---sample-dir $result_path --per-proc-batch-size 352 --to-npz --chunk-size 48
----
-ckpt=models/BitDance-ImageNet/BitDance_H_1X.pt
-result_path=results
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --nnodes=1 --master_port=12345 \
-sample_ddp.py --model BitDance-H --latent-dim 32 --trained-vae $vae_ckpt --ckpt $ckpt --cfg-scale 4.55 \
---sample-dir $result_path --per-proc-batch-size 224 --to-npz --chunk-size 32
----
+# From the original's README, word for word; the commands that sample stand in docs/sampling.md.
+TRAINING = r"""
 data_path=/path/to/imagenet/train/
 result_path=results_bitdance_b_1x
 vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
@@ -297,26 +256,14 @@ train.py --results-dir $result_path --data-path $data_path --image-size 256 \
 """
 
 
-def readme_command(text: str) -> tuple[str, list[str]]:
-    """The script and its arguments, the way a shell would hand them over."""
-    settings, command = text.strip().split("\n\n")
-    for line in settings.splitlines():
-        name, value = line.split("=")
-        command = command.replace(f"${name}", value)
-    words = shlex.split(command.replace("\\\n", ""))
-    script = next(word for word in words if word.endswith(".py"))
-    return script, words[words.index(script) + 1 :]
-
-
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
 def test_the_sampling_commands_of_the_original_readme(configured, name):
     release = ZOO[name]
-    script, arguments = next(
-        found for found in map(readme_command, README.split("---\n")) if any(a.endswith(release.file) for a in found[1])
-    )
+    script, arguments = small.script_and_arguments(small.published_commands()[name])
     got = configured(script, arguments)
     sample, model, parallel = got["sample"], got["model"], got["parallel"]
     assert sample.ckpt == f"models/BitDance-ImageNet/{release.file}" and sample.to_npz
+    assert model.trained_vae == "models/BitDance-ImageNet/ae_d16c32.pt" and str(sample.sample_dir) == "results"
     assert (sample.cfg_scale, sample.per_proc_batch_size, sample.chunk_size) == (
         release.cfg_scale, release.batch, release.chunk,
     )  # fmt: skip
@@ -332,7 +279,8 @@ def test_the_sampling_commands_of_the_original_readme(configured, name):
 def test_the_training_commands_of_the_original_readme(configured, name):
     release = ZOO[name]
     folder = f"results_bitdance_{name.lower().replace('-', '_')}"
-    script, arguments = next(found for found in map(readme_command, README.split("---\n")) if folder in found[1])
+    commands = map(small.script_and_arguments, TRAINING.split("---\n"))
+    script, arguments = next(found for found in commands if folder in found[1])
     got = configured(script, arguments)
     run, sizes = got["run"], got["sizes"]
     assert (str(run.results_dir), str(run.data_path)) == (folder, "/path/to/imagenet/train")
@@ -367,38 +315,35 @@ def sample_arguments(place: pathlib.Path, folder: pathlib.Path, p: int) -> list[
             "--cls-token-num", 4, "--trained-vae", place / "ae.safetensors",
             "--ckpt", place / f"model-{p}.safetensors", "--sample-dir", folder, "--cfg-scale", 2,
             "--sample-steps", 3, "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--to-npz",
-            "--mixed-precision", "none", "--chunk-size", 1]  # fmt: skip
+            "--mixed-precision", "none", "--chunk-size", 1, "--threads", 1]  # fmt: skip
 
 
-def read_npz(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def read_npz(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
     (path,) = (path for path in folder.iterdir() if path.suffix not in (".log", ".json"))  # nothing else is left
     assert path.suffix == ".npz"
     with np.load(path) as file:
-        return dict(file)
+        return path, dict(file)
 
 
-@pytest.mark.parametrize(("script", "p"), [("sample_ddp.py", 1), ("sample_ddp_parallel.py", 4)])
-def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp_path, script, p):
+@pytest.mark.parametrize(("script", "p", "processes"), [("sample_ddp.py", 1, 3), ("sample_ddp_parallel.py", 4, 2)])
+def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp_path, script, p, processes):
     arguments = sample_arguments(place, tmp_path / "alone", p) + (["--parallel-num", 4] if p == 4 else [])
     if p == 1:
         facts = json.loads(small.run(script, *arguments).stdout.splitlines()[-1])
         assert (facts["images"], facts["made"], facts["processes"]) == (7, 7, 1) and facts["seconds"] > 0
     else:
         original.sample_parallel(list(map(str, arguments)))
-    alone = read_npz(tmp_path / "alone")
+    path, alone = read_npz(tmp_path / "alone")
     assert alone["arr_0"].shape == (7, 64, 64, 3) and alone["arr_0"].dtype == np.uint8
     assert alone["arr_1"].dtype == np.int64 and np.bincount(alone["arr_1"], minlength=5).min() >= 1
     assert len({image.tobytes() for image in alone["arr_0"]}) >= 5
-    if p == 4:
-        arguments[arguments.index(tmp_path / "alone")] = tmp_path / "both"
-        small.run(script, *arguments, processes=2)
-        both = read_npz(tmp_path / "both")
-        assert np.array_equal(alone["arr_0"], both["arr_0"]) and np.array_equal(alone["arr_1"], both["arr_1"])
-        assert [path.name for path in (tmp_path / "alone").glob("*.npz")] == [
-            p.name for p in (tmp_path / "both").glob("*.npz")
-        ]
-        logs = sorted(path.name.split(".")[-2] for path in (tmp_path / "both").glob("*.log"))
-        assert logs == ["rank0", "rank1"]
+    arguments[arguments.index(tmp_path / "alone")] = tmp_path / "together"
+    facts = json.loads(small.run(script, *arguments, processes=processes).stdout.splitlines()[-1])
+    assert facts["processes"] == processes and facts["made"] < 7
+    together, _ = read_npz(tmp_path / "together")
+    assert together.name == path.name and together.read_bytes() == path.read_bytes()
+    logs = sorted(log.name.split(".")[-2] for log in (tmp_path / "together").glob("*.log"))
+    assert logs == [f"rank{rank}" for rank in range(processes)]
 
 
 def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from bitdance import checkpoint
 from bitdance.cli import original
 from bitdance.cli.main import main
+from bitdance.cli.models import load_pair
 from bitdance.config import AutoencoderLossConfig, RunConfig
 from bitdance.distributed import World
 from bitdance.engine import SampleSettings, decode_tokens
@@ -326,6 +328,30 @@ def test_random_labels_and_packed_bits_on_request(model, tmp_path, capsys):
         assert alike(decode_tokens(network, autoencoder, tokens).numpy(), images["arr_0"])
 
 
+def test_a_job_in_bf16(model, tmp_path, capsys):
+    def made(folder: str, precision: str, seed: int = 0) -> tuple[pathlib.Path, np.ndarray, torch.Tensor]:
+        words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path / folder, "--num-images", 12,
+                 "--npz", "--save-bits", "--sample-steps", 4, "--cfg-scale", 2, "--batch-size", 4, "--seed", seed,
+                 "--mixed-precision", precision]  # fmt: skip
+        main(list(map(str, words)))
+        path = pathlib.Path(json.loads(capsys.readouterr().out.splitlines()[-1])["result"])
+        with np.load(path) as images, np.load(path.with_name(path.stem + "-bits.npz")) as bits:
+            return path, images["arr_0"], unpack(torch.from_numpy(bits["arr_0"]))
+
+    path, pixels, tokens = made("first", "bf16")
+    again = made("again", "bf16")[0]
+    assert "-bf16-" in path.name and path.name == again.name and path.read_bytes() == again.read_bytes()
+    assert pixels.shape == (12, 16, 16, 3) and pixels.dtype == np.uint8
+    # Bits that rounding flips change what follows, but most stay as they are; of another seed 0.7 are equal.
+    name, _, exact = made("exact", "none")
+    assert "-fp32-" in name.name and 0.85 < float((tokens == exact).float().mean()) < 1
+    assert float((made("other", "none", seed=1)[2] == exact).float().mean()) < 0.8
+    # The same bits, decoded in float32, are the same pictures but for rounding.
+    autoencoder = checkpoint.load_autoencoder(model.parent / "autoencoder.safetensors")
+    difference = np.abs(decode_tokens(checkpoint.load_model(model), autoencoder, tokens).numpy().astype(int) - pixels)
+    assert 0 < difference.mean() < 2
+
+
 def test_random_labels():
     labels = make_labels("random", 30_000, 10, seed=4)
     assert labels.min() == 0 and labels.max() == 9
@@ -333,6 +359,26 @@ def test_random_labels():
     assert not np.array_equal(labels, make_labels("random", 30_000, 10, seed=5))
     assert np.array_equal(labels[:10], make_labels("random", 10, 10, seed=4))
     assert np.array_equal(make_labels("balanced", 30, 10, 4), balanced_labels(30, 10, 4))
+
+
+@pytest.mark.parametrize("script", ["bitdance sample", "sample_ddp.py"])
+def test_what_the_file_held_is_free_when_a_job_begins(model, tmp_path, monkeypatch, script):
+    """A file of both weights and the autoencoder is three times what the job needs."""
+    module = "bitdance.cli.sample" if script == "bitdance sample" else "bitdance.cli.original"
+    held, jobs = [], []
+
+    def load(*arguments):
+        made = load_pair(*arguments)
+        held.append(weakref.ref(made[-1]))
+        return made
+
+    monkeypatch.setattr(f"{module}.load_pair", load)
+    monkeypatch.setattr(f"{module}.run_job", lambda *_, **facts: jobs.append((held[0](), facts["stem"])))
+    if script == "bitdance sample":
+        main(["sample", "--model", str(model), "--output", str(tmp_path), "--num-images", "1", "--device", "cpu"])
+    else:
+        original.sample(["--ckpt", str(model), "--sample-dir", str(tmp_path)])
+    assert jobs == [(None, "model-model")]
 
 
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):

@@ -233,12 +233,13 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
         )
         _check_against_checkpoint(model, model_flags, parallel, autoencoder.config.down_size)
         generator = Generator(model, autoencoder, settings, flags.seed, flags.chunk_size)
-        weights = choose_weights(contents, "model" if flags.no_ema else None)
+        stem = f"{contents.path.stem}-{choose_weights(contents, 'model' if flags.no_ema else None)}"
+        del contents  # all that the file holds, which is in memory where it could not be mapped
         run_job(
             generator,
             world,
             folder=flags.sample_dir,
-            stem=f"{contents.path.stem}-{weights}",
+            stem=stem,
             num_images=flags.num_fid_samples,
             batch_size=flags.per_proc_batch_size,
             to_npz=flags.to_npz,

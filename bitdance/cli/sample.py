@@ -118,6 +118,8 @@ def _sample(command: Sample, per_class: int, world: World) -> None:
     names = class_names(model.config)
     chosen = names.find_all(command.classes) if command.classes else list(range(min(len(names), SHOWN)))
     resolved = _resolved(command, contents.path)
+    stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
+    del contents  # all that the file holds, which is in memory where it could not be mapped
     settings = SampleSettings(
         resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first, command.solver
     )
@@ -126,7 +128,6 @@ def _sample(command: Sample, per_class: int, world: World) -> None:
         denoise = torch.compile(model.head.net.denoise, mode=command.compile)
     generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"], denoise=denoise)
     if command.num_images is not None:
-        stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
         run_job(
             generator,
             world,
