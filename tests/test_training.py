@@ -223,6 +223,17 @@ def random_tokens(batch: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])
+def test_epochs_may_be_asked_for_in_any_order(data):
+    """Of a set of one batch an epoch, readers work on more epochs at a time than are kept."""
+    batches, alone = (
+        Batches(open_images(data), config(data, global_batch_size=12), World(0, 1, CPU)) for _ in range(2)
+    )
+    expected = [alone.indices(step).tolist() for step in range(6)]
+    assert len({tuple(order) for order in expected}) == 6
+    for step in (3, 2, 1, 0, 5, 0, 4, 3):
+        assert batches.indices(step).tolist() == expected[step]
+
+
 def test_draws_depend_on_the_place_in_the_global_batch_alone(parallel_num):
     loss = LossConfig(diff_batch_mul=3, class_dropout=0.5, perturb_rate=0.5)
     part = objective(loss, parallel_num)

@@ -86,7 +86,9 @@ class Batches:
                 # Two words a key, since among a million images single words collide; the sort is by the first word.
                 self._epochs[epoch] = np.lexsort((keys[:, 1], keys[:, 0])), crops
                 if len(self._epochs) > 2:  # batches are read ahead across the border of two epochs
-                    del self._epochs[min(self._epochs)]
+                    # The one made first, not the smallest number: of a tiny set three epochs are read at a time, and
+                    # the smallest may be the one that was just asked for.
+                    del self._epochs[next(iter(self._epochs))]
             return self._epochs[epoch]
 
     def load(self, step: int) -> Batch:
