@@ -222,7 +222,6 @@ def random_tokens(batch: int) -> torch.Tensor:
     return torch.randint(0, 2, (batch, 16, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
 
 
-@pytest.mark.parametrize("parallel_num", [1, 4])
 def test_epochs_may_be_asked_for_in_any_order(data):
     """Of a set of one batch an epoch, readers work on more epochs at a time than are kept."""
     batches, alone = (
@@ -234,6 +233,7 @@ def test_epochs_may_be_asked_for_in_any_order(data):
         assert batches.indices(step).tolist() == expected[step]
 
 
+@pytest.mark.parametrize("parallel_num", [1, 4])
 def test_draws_depend_on_the_place_in_the_global_batch_alone(parallel_num):
     loss = LossConfig(diff_batch_mul=3, class_dropout=0.5, perturb_rate=0.5)
     part = objective(loss, parallel_num)
