@@ -254,7 +254,7 @@ def test_mutated_files_end_in_a_sentence(state, tmp_path, zipped):
 
 
 def test_mutated_whole_files_load_or_end_in_a_sentence(whole_file, tmp_path):
-    """In the pickle and in the directory of the archive; what loads gives the same features."""
+    """In the pickle and in the directory of the archive: some bytes there say nothing, so such a file may load."""
     path = tmp_path / "mutated.pth"
     path.write_bytes(whole_file.read_bytes())
     size = path.stat().st_size
