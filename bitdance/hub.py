@@ -34,7 +34,7 @@ from urllib.parse import urljoin, urlsplit
 
 from bitdance.config import ZOO
 from bitdance.errors import UserError
-from bitdance.files import atomic_write, make_folder, open_alone
+from bitdance.files import atomic_write, file_digest, make_folder, open_alone
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -242,7 +242,7 @@ def _present(remote: _Remote, verify: bool) -> Fetched | None:
         return None
     if not verify or not remote.algorithm:
         return Fetched(remote.target, size, "was there already, size as on the server")
-    if not _digest(remote.target, remote.algorithm).startswith(remote.digest):
+    if not file_digest(remote.target, remote.algorithm).startswith(remote.digest):
         return None
     return Fetched(remote.target, size, f"was there already, {_title(remote.algorithm)} as published")
 
@@ -286,7 +286,7 @@ def _fetch(remote: _Remote, verify: bool) -> Fetched:
             bar_settings = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5}
             with tqdm(total=remote.size, desc=remote.target.name, **bar_settings) as bar:
                 _receive(remote, part, bar)
-            if remote.algorithm and not _digest(remote.part, remote.algorithm).startswith(remote.digest):
+            if remote.algorithm and not file_digest(remote.part, remote.algorithm).startswith(remote.digest):
                 part.truncate(0)
                 raise UserError(
                     f"what came for {remote.target} is damaged: its {_title(remote.algorithm)} is not the published "
@@ -486,14 +486,6 @@ def _fault(url: str, error: Exception) -> UserError:
     if isinstance(reason, ConnectionError | http.client.HTTPException):
         return _PassingFault(f"the connection to {host} broke off ({type(reason).__name__}): try again later.")
     return _NoConnection(f"cannot connect to {host}: {reason}.")
-
-
-def _digest(path: pathlib.Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _title(algorithm: str) -> str:
