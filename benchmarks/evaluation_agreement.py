@@ -27,8 +27,8 @@ from bitdance.evaluation.inception_score import inception_score
 from bitdance.evaluation.precision_recall import precision_recall, squared_radii
 from bitdance.evaluation.statistics import feature_statistics
 
-Wanted = Callable[[str, bool], bool]
-"""(name of the case, whether its inputs are large) -> whether to compare it."""
+Wanted = Callable[[str], bool]
+"""Name of a case -> whether to compare it."""
 
 
 class Row(NamedTuple):
@@ -102,6 +102,7 @@ PAIRS = {
         features(600, 3000, 2048, noise=0.295, spread=0.05),
     ),
     "incep_256": lambda: (features(100, 500, 256), features(200, 450, 256, 0.02)),
+    "incep_small": lambda: (features(100, 500, 256), features(200, 450, 256, 0.02)),
     "incep_256_rankdef": lambda: (features(100, 120, 256), features(200, 100, 256, 0.02)),
 }
 """(reference, sample)."""
@@ -137,9 +138,9 @@ def load(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def cases(golden: dict[str, np.ndarray], key: str, wanted: Wanted, large: Callable[[str], bool]) -> list[str]:
+def cases(golden: dict[str, np.ndarray], key: str, wanted: Wanted) -> list[str]:
     names = [name.partition("/")[0] for name in golden if name.endswith(f"/{key}")]
-    return [name for name in names if wanted(name, large(name))]
+    return [name for name in names if wanted(name)]
 
 
 # Figures: each function gives rows. A new figure needs a function here and a place in FIGURES.
@@ -149,7 +150,7 @@ def fid_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
     """FID with ADM's float32 mean, and with ours against the same in float64."""
     golden = load(folder, "fid")
     exact = json.loads((folder / "fid.json").read_text())["cases"]
-    for case in cases(golden, "adm_fid", wanted, lambda case: f"{case}/sha_a" in golden):
+    for case in cases(golden, "adm_fid", wanted):
         reference, sample = pair(golden, case, ("a", "b"))
         # ADM adds 1e-6 to the diagonals when its matrix root fails, which moves the figure itself.
         slack = 2e-2 if case.startswith("dead_channels") else 0.0
@@ -165,7 +166,7 @@ def precision_recall_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]
     """Precision and recall in float32 and with float16's rounding, without any tolerance, and the radii."""
     golden = load(folder, "precision_recall")
     facts = json.loads((folder / "precision_recall.json").read_text())
-    for case in cases(golden, "precision_fp32", wanted, lambda case: golden[f"{case}/ref"].dtype != np.float32):
+    for case in cases(golden, "precision_fp32", wanted):
         reference, sample = pair(golden, case, ("ref", "sample"))
         ours = precision_recall(reference, sample)
         yield Row("precision", case, float(golden[f"{case}/precision_fp32"]), ours.precision, 0.0)
@@ -177,14 +178,14 @@ def precision_recall_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]
         rounded = precision_recall(reference, sample, adm_fp16=True)
         for name, value, theirs in zip(("precision", "recall"), rounded, golden[f"{case}/emul_gpu16"], strict=True):
             yield Row(f"{name}, float16 on a GPU (imitation of ADM)", case, float(theirs), value, 0.0)
-    if wanted("n3", False) and "n3" in facts:
+    if wanted("n3") and "n3" in facts:
         try:
             precision_recall(np.zeros((3, 8), np.float32), np.zeros((3, 8), np.float32))
             refused = 0.0
         except UserError:
             refused = 1.0
         yield Row("fewer than 4 rows are refused", "n3", 1.0, refused, 0.0)
-    if wanted("mixed_overflow", False) and "mixed_overflow/pr_blocked" in golden:
+    if wanted("mixed_overflow") and "mixed_overflow/pr_one_block" in golden:
         reference, sample = features(100, 500, 256), features(200, 450, 256, 0.02)
         reference[:150] *= 64
         ours = precision_recall(reference, sample, adm_fp16=True)
@@ -198,20 +199,16 @@ def precision_recall_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]
 def inception_score_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
     """The Inception Score: ours is float64, ADM's float32."""
     golden = load(folder, "inception_score")
-
-    def large(case: str) -> bool:
-        return f"{case}/logits" not in golden or golden[f"{case}/logits"].dtype != np.float32
-
-    for case in cases(golden, "adm_is", wanted, large):
+    for case in cases(golden, "adm_is", wanted):
         logits = golden[f"{case}/logits"]
-        if large(case):
+        if logits.dtype != np.float32:
             logits = checked(LOGITS[case](), str(logits))
         exact, adm = float(golden[f"{case}/fp64_is"]), float(golden[f"{case}/adm_is"])
         ours = inception_score(logits, int(golden[f"{case}/split_size"]))
         if not math.isnan(adm):
             yield Row("Inception Score", case, adm, ours, 1e-6 * adm)
         yield Row("Inception Score in float64 (not ADM)", case, exact, ours, 1e-10 * exact)
-    for case in cases(golden, "sha", wanted, large):
+    for case in cases(golden, "sha", wanted):
         logits = checked(LOGITS[case](), str(golden[f"{case}/sha"])) @ classifier()
         for chunk in (5000, 400):
             adm, exact, _ = golden[f"{case}/split{chunk}"].tolist()
@@ -229,7 +226,7 @@ def main() -> int:
     print("| figure | case | ADM | ours | difference | tolerance | ok |\n|---|---|---|---|---|---|---|")
     wrong = 0
     for rows in FIGURES:
-        for row in rows(folder, lambda case, large: True):
+        for row in rows(folder, lambda case: True):
             numbers = f"{row.adm:.10g} | {row.ours:.10g} | {row.difference:.1e} | {row.tolerance:.1e}"
             print(f"| {row.figure} | {row.case} | {numbers} | {'yes' if row.ok else '**no**'} |", flush=True)
             wrong += not row.ok

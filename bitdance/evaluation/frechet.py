@@ -34,17 +34,20 @@ def trace_sqrt(a: np.ndarray, b: np.ndarray) -> float:
     Args:
         a, b: (D, D) float64, symmetric and positive semidefinite up to rounding.
     """
-    for first, second in ((a, b), (b, a)):
-        try:
-            factor = np.linalg.cholesky(first)
-            break
-        except np.linalg.LinAlgError:  # rank-deficient
-            continue
-    else:
-        first, second = a, b
-        values, vectors = np.linalg.eigh(first)
-        factor = vectors * np.sqrt(values.clip(0))
-    product = factor.T @ second @ factor
+    factor, other = _cholesky(a), b
+    if factor is None:
+        factor, other = _cholesky(b), a
+    if factor is None:  # both are rank-deficient
+        values, vectors = np.linalg.eigh(a)
+        factor, other = vectors * np.sqrt(values.clip(0)), b
+    product = factor.T @ other @ factor
     # torch's routine for eigenvalues alone is up to three times as fast as NumPy's, and its eigh far slower.
     values = torch.linalg.eigvalsh(torch.from_numpy(product)).numpy()
     return float(np.sqrt(values.clip(0)).sum())
+
+
+def _cholesky(a: np.ndarray) -> np.ndarray | None:
+    try:
+        return np.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        return None

@@ -109,7 +109,8 @@ class Accumulator:
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays to store (`np.savez`) or send; `from_state` continues from them bit for bit."""
-        return {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter, "sum32": self.sum32}
+        arrays = {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter, "sum32": self.sum32}
+        return {name: array.copy() for name, array in arrays.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Accumulator:
