@@ -8,7 +8,7 @@ import datetime
 import os
 import time
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,14 @@ class World:
             dist.broadcast_object_list(box, src=0)
             value = box[0]
         return value
+
+    def gather(self, value: T) -> list[T]:
+        """What each process says, in the order of their ranks, in the first one; plain data. Nothing in the others."""
+        if self.size == 1:
+            return [value]
+        said: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, said, dst=0)
+        return said or []
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a float tensor over all processes, in each of them."""

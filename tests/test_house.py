@@ -37,12 +37,12 @@ RANKS = {
     "engine": 10,
     "distributed": 10,
     "data": 11,
-    "generation": 12,
-    "training": 12,
     "evaluation": 12,
-    "web": 13,
-    "cli": 14,
-    "__main__": 15,
+    "generation": 13,
+    "training": 13,
+    "web": 14,
+    "cli": 15,
+    "__main__": 16,
 }
 
 PURE = ("noise", "quantizer", "tokens", "flow", "layers", "head", "model", "autoencoder")

@@ -154,7 +154,7 @@ def test_a_job_may_die_at_any_of_its_files(tmp_path, to_npz):
         return process.exitcode == 0
 
     def plan(name: str) -> job.Job:
-        return job.Job(tmp_path / name / "made", 4, 2, to_npz, {"seed": 1}, save_bits=to_npz)
+        return job.Job(tmp_path / name / "made", 4, 2, ("npz", "bits") if to_npz else ("pngs",), {"seed": 1})
 
     assert ends(plan("undisturbed"), {}, {})
     expected, deaths = files(tmp_path / "undisturbed"), 0

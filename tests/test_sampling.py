@@ -241,6 +241,11 @@ def generator() -> Generator:
     return Generator(small.model(), small.autoencoder(), SampleSettings(3, 2.0), seed=1)
 
 
+def run(plan: job.Job, generator: Generator) -> pathlib.Path:
+    """The first result of a job that is run by one process."""
+    return next(iter(job.run(plan, generator, World(0, 1, CPU)).results.values()))
+
+
 class Alone(World):
     """One of several processes that run one after the other here, so it waits for nobody."""
 
@@ -256,8 +261,8 @@ SETTINGS: dict[str, object] = {"seed": 1}
 
 
 def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, monkeypatch):
-    plan = job.Job(tmp_path / "made", 7, 3, True, SETTINGS)
-    path = job.run(plan, generator, World(0, 1, CPU)).result
+    plan = job.Job(tmp_path / "made", 7, 3, ("npz",), SETTINGS)
+    path = run(plan, generator)
     assert path == tmp_path / "made.npz" and listing(tmp_path) == ["made.json", "made.npz"]
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
@@ -266,12 +271,12 @@ def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, mon
         assert np.array_equal(file["arr_0"][3:6], expected)
     before = path.read_bytes()
     monkeypatch.setattr(Generator, "images", None)  # would fail if it were called
-    assert job.run(plan, generator, World(0, 1, CPU)).result == path and path.read_bytes() == before
+    assert run(plan, generator) == path and path.read_bytes() == before
 
 
 def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkeypatch):
-    plan = job.Job(tmp_path / "made", 7, 3, True, SETTINGS)
-    job.run(job.Job(tmp_path / "other", 7, 3, True, SETTINGS), generator, World(0, 1, CPU))
+    plan = job.Job(tmp_path / "made", 7, 3, ("npz",), SETTINGS)
+    job.run(job.Job(tmp_path / "other", 7, 3, ("npz",), SETTINGS), generator, World(0, 1, CPU))
     real, calls = Generator.images, []
 
     def stops(self, numbers, classes):
@@ -284,7 +289,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         job.run(plan, generator, World(0, 1, CPU))
     assert not plan.path.with_name("made.npz").exists()
-    path = job.run(plan, generator, World(0, 1, CPU)).result
+    path = run(plan, generator)
     assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not made again
     assert path.read_bytes() == (tmp_path / "other.npz").read_bytes()
     assert listing(tmp_path) == ["made.json", "made.npz", "other.json", "other.npz"]
@@ -410,22 +415,22 @@ def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
     labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
     batches = list(cut(plan.num_images, plan.batch_size))
     missing = list(range(len(batches)))
-    job._make_batches(plan, generator, Alone(rank, size, CPU), batches, missing, labels, print)
+    job._make_batches(plan, plan.missing, generator, Alone(rank, size, CPU), batches, missing, labels, print)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_makes_the_same_npz(generator, tmp_path, size):
-    one = job.run(job.Job(tmp_path / "one", 8, 3, True, SETTINGS), generator, World(0, 1, CPU)).result
-    plan = job.Job(tmp_path / "many", 8, 3, True, SETTINGS)
+    one = run(job.Job(tmp_path / "one", 8, 3, ("npz",), SETTINGS), generator)
+    plan = job.Job(tmp_path / "many", 8, 3, ("npz",), SETTINGS)
     for rank in range(size):
         share(plan, generator, rank, size)
-        assert not plan.is_done and len(list(plan.folder.glob("*.npz"))) == {2: [2, 3], 3: [1, 2, 3]}[size][rank]
-    assert job.run(plan, generator, World(0, 1, CPU)).result.read_bytes() == one.read_bytes()
+        assert plan.missing and len(list(plan.folder.glob("*.npz"))) == {2: [2, 3], 3: [1, 2, 3]}[size][rank]
+    assert run(plan, generator).read_bytes() == one.read_bytes()
     assert not plan.folder.exists()
 
 
 def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_path):
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
     share(plan, generator, 1, 2)
     for changed, said in (
         (dataclasses.replace(plan, settings={"seed": 2}), "seed was 1, is 2"),
@@ -437,37 +442,38 @@ def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_
     (plan.folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest.json cannot be read .* delete"):
         job.run(plan, generator, World(0, 1, CPU))
-    assert not plan.is_done
+    assert plan.missing
 
 
 def test_a_finished_job_of_other_settings_is_refused_with_the_differences(generator, tmp_path):
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS, save_bits=True)
+    plan = job.Job(tmp_path / "made", 4, 2, ("npz", "bits"), SETTINGS)
     job.run(plan, generator, World(0, 1, CPU))
-    before = plan.result.read_bytes()
+    before = plan.results["npz"].read_bytes()
     for changed, said in (
         (dataclasses.replace(plan, settings={"seed": 2}), "seed was 1, is 2"),
         (dataclasses.replace(plan, batch_size=4), "batch_size was 2, is 4"),
     ):
-        with pytest.raises(UserError, match=rf"made\.npz was made with other settings \({said}\)"):
+        with pytest.raises(UserError, match=rf"made\.npz, .*made-bits\.npz: made with other settings \({said}\)"):
             job.run(changed, generator, World(0, 1, CPU))
-    assert job.run(dataclasses.replace(plan, save_bits=False), generator, World(0, 1, CPU)).made == 0
-    plan.bits_result.unlink()
-    with pytest.raises(UserError, match=r"made-bits\.npz is gone: delete .*made\.npz too"):
-        job.run(plan, generator, World(0, 1, CPU))
+    assert job.run(dataclasses.replace(plan, kinds=("npz",)), generator, World(0, 1, CPU)).made == 0
     for broken in ("{", "[1]"):
         plan.record.write_text(broken)
         with pytest.raises(UserError, match=r"made\.json cannot be read"):
             job.run(plan, generator, World(0, 1, CPU))
     plan.record.unlink()
     assert job.run(plan, generator, World(0, 1, CPU)).made == 0
-    assert plan.result.read_bytes() == before
+    assert plan.results["npz"].read_bytes() == before
 
 
-def test_bits_cannot_be_had_of_images_that_were_made_without(generator, tmp_path):
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
-    job.run(plan, generator, World(0, 1, CPU))
-    with pytest.raises(UserError, match="save_bits was False, is True"):
-        job.run(dataclasses.replace(plan, save_bits=True), generator, World(0, 1, CPU))
+def test_what_is_asked_for_later_is_made_of_the_same_images(generator, tmp_path, capsys):
+    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
+    before = run(plan, generator).read_bytes()
+    both, whole = dataclasses.replace(plan, kinds=("npz", "bits")), tmp_path / "whole" / "made"
+    assert job.run(both, generator, World(0, 1, CPU)).made == 4
+    assert "made.npz: there already, all images are made again for the rest." in capsys.readouterr().err
+    run(dataclasses.replace(both, path=whole), generator)
+    assert both.results["bits"].read_bytes() == whole.with_name("made-bits.npz").read_bytes()
+    assert both.results["npz"].read_bytes() == before
 
 
 def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
@@ -479,7 +485,7 @@ def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
         return made(self, numbers, labels, progress)
 
     monkeypatch.setattr(Generator, "_images", small_memory)
-    plan = job.Job(tmp_path / "made", 8, 3, True, SETTINGS)
+    plan = job.Job(tmp_path / "made", 8, 3, ("npz",), SETTINGS)
     job.run(plan, generator, World(0, 1, CPU))
     assert json.loads(plan.record.read_text())["made in halves"] == [1]
     assert "3 to 5 are made in two halves" in (tmp_path / "made.rank0.log").read_text()
@@ -487,16 +493,16 @@ def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
 
 def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PATIENCE", 0.2)
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
     with job._alone(plan, World(0, 1, CPU)), pytest.raises(UserError, match="another process works on"):
         job.run(plan, generator, World(0, 1, CPU))
-    assert job.run(plan, generator, World(0, 1, CPU)).result.exists()
+    assert run(plan, generator).exists()
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "not a zip"])
 def test_a_damaged_part_is_made_again(generator, tmp_path, damage):
-    expected = job.run(job.Job(tmp_path / "expected", 4, 2, True, SETTINGS), generator, World(0, 1, CPU)).result
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    expected = run(job.Job(tmp_path / "expected", 4, 2, ("npz",), SETTINGS), generator)
+    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
     share(plan, generator, 1, 2)
     data = bytearray(plan.part(1).read_bytes())
     if damage == "torn":
@@ -510,11 +516,11 @@ def test_a_damaged_part_is_made_again(generator, tmp_path, damage):
     plan.part(1).write_bytes(data)
     if damage == "another":
         np.savez(plan.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
-    assert job.run(plan, generator, World(0, 1, CPU)).result.read_bytes() == expected.read_bytes()
+    assert run(plan, generator).read_bytes() == expected.read_bytes()
 
 
 def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator, tmp_path, monkeypatch):
-    plan = job.Job(tmp_path / "made", 4, 2, True, SETTINGS)
+    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
     made = job._make_batches
 
     def then_damage(*arguments):
@@ -525,13 +531,13 @@ def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator
     monkeypatch.setattr(job, "_make_batches", then_damage)
     with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
         job.run(plan, generator, World(0, 1, CPU))
-    assert not plan.is_done and plan.part(0).exists() and not plan.part(1).exists()
+    assert plan.missing and plan.part(0).exists() and not plan.part(1).exists()
 
 
 def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):
-    path = job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)).result
+    path = run(job.Job(tmp_path / "made", 4, 3, ("pngs",), SETTINGS), generator)
     assert sorted(p.name for p in path.iterdir()) == [*(f"{i:06d}.png" for i in range(4)), "labels.json"]
-    job.run(job.Job(tmp_path / "made", 4, 3, True, SETTINGS), generator, World(0, 1, CPU))
+    job.run(job.Job(tmp_path / "made", 4, 3, ("npz",), SETTINGS), generator, World(0, 1, CPU))
     with np.load(tmp_path / "made.npz") as file:
         assert json.loads((path / "labels.json").read_text()) == file["arr_1"].tolist()
         for i, pixels in enumerate(file["arr_0"]):
@@ -539,7 +545,7 @@ def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):
     assert listing(tmp_path) == ["made", "made.json", "made.npz"]
     # A finished folder is not made again.
     monkeypatch.setattr(type(generator), "images", lambda *_: pytest.fail("images were made again"))
-    assert job.run(job.Job(tmp_path / "made", 4, 3, False, SETTINGS), generator, World(0, 1, CPU)).result == path
+    assert run(job.Job(tmp_path / "made", 4, 3, ("pngs",), SETTINGS), generator) == path
 
 
 # ------------------------------------------------------------ figures

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bitdance.distributed import World
+    from bitdance.evaluation.features import FeatureNetwork
     from bitdance.generation.batches import Generator
+    from bitdance.generation.job import Outcome
 
 
 def run_job(
@@ -21,14 +23,15 @@ def run_job(
     stem: str,
     num_images: int,
     batch_size: int,
-    to_npz: bool,
+    kinds: tuple[str, ...],
     labels: str = "balanced",
-    save_bits: bool = False,
-) -> None:
-    """Makes `num_images` images of balanced classes in `folder`, and prints what came of it as a line of JSON.
+    networks: tuple[FeatureNetwork, ...] = (),
+) -> Outcome:
+    """Makes `num_images` images in `folder`, and prints what came of it as a line of JSON.
 
     Args:
-        stem: how the name of the result begins; all that changes an image follows, the weights by their digests.
+        stem: how the names of the results begin; all that changes an image follows, the weights by their digests.
+        kinds, labels, networks: as in `bitdance.generation.job.Job`.
 
     Raises:
         UserError: as for `bitdance.generation.job.run`.
@@ -64,8 +67,14 @@ def run_job(
         f"n-{num_images}",
         weights,
     ]
-    job = Job(folder / "-".join(parts), num_images, batch_size, to_npz, facts, labels, save_bits)
+    job = Job(folder / "-".join(parts), num_images, batch_size, kinds, facts, labels, networks)
     outcome = run(job, generator, world)
     if world.is_main:
-        said = {**dataclasses.asdict(outcome), "images": num_images, "processes": world.size}
-        print(json.dumps(said, default=str))
+        said = {
+            "result": next(iter(outcome.results.values())),
+            **dataclasses.asdict(outcome),
+            "images": num_images,
+            "processes": world.size,
+        }
+        print(json.dumps(said, default=str), flush=True)
+    return outcome

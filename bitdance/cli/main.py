@@ -18,6 +18,8 @@ COMMANDS = {
     "info": "show what is inside a file of weights",
     "train": "train a BitDance model on images",
     "train-autoencoder": "train an autoencoder on images",
+    "evaluate": "FID, sFID, Inception Score, precision and recall of images",
+    "sweep": "figures of a model over guidance scales, steps and solvers",
     "reconstruct": "encode and decode images: pictures, PSNR and SSIM",
     "nearest": "find the training image that is nearest to each generated one",
     "convert": "write weights in our format or in the released layout",

@@ -242,7 +242,7 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
             stem=stem,
             num_images=flags.num_fid_samples,
             batch_size=flags.per_proc_batch_size,
-            to_npz=flags.to_npz,
+            kinds=("npz" if flags.to_npz else "pngs",),
         )
 
 

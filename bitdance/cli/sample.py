@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitdance.cli.evaluation import EvaluationFlags, Networks, find_reference, report, row_of
 from bitdance.cli.jobs import run_job
 from bitdance.cli.models import DEMO, Precision, class_names, load_pair
 from bitdance.cli.parsing import Positional, parse
@@ -18,6 +19,7 @@ from bitdance.errors import UserError
 if TYPE_CHECKING:
     from bitdance.classes import ClassNames
     from bitdance.distributed import World
+    from bitdance.generation.batches import Generator
 
 GRID = "grid.png"
 RECORD = "samples.json"
@@ -39,6 +41,9 @@ class Sample:
         npz: end such a job with one .npz.
         labels: classes of such a job: balanced, or each drawn at random.
         save_bits: write the packed bits of such a job too, beside the result.
+        evaluate: end such a job with figures (FID and more): features are taken as the images are made, and the images
+            themselves are only kept with --npz.
+        seeds: evaluate so many seeds, from --seed on, and give mean and standard deviation.
         seed: the same seed gives the same images.
         cfg_scale: guidance, 1 for none; by default the published one of a released model, else 3.
         cfg_schedule: linear grows with the steps from 1, constant does not.
@@ -63,6 +68,8 @@ class Sample:
     npz: bool = False
     labels: Literal["balanced", "random"] = "balanced"
     save_bits: bool = False
+    evaluate: bool = False
+    seeds: int = 1
     seed: int = 0
     cfg_scale: float | None = None
     cfg_schedule: Literal["linear", "constant"] = "linear"
@@ -76,6 +83,7 @@ class Sample:
     mixed_precision: Precision = "auto"
     device: str | None = None
     threads: int | None = None
+    evaluation: EvaluationFlags = dataclasses.field(default_factory=EvaluationFlags)
 
 
 def main(arguments: list[str]) -> None:
@@ -85,6 +93,7 @@ def main(arguments: list[str]) -> None:
         for flag, given in (
             ("--npz", command.npz),
             ("--save-bits", command.save_bits),
+            ("--evaluate", command.evaluate),
             ("--labels random", command.labels == "random"),
         ):
             if given:
@@ -95,6 +104,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("--num-images makes images of all classes: leave out either it or the names of classes.")
     if command.num_images is not None and command.per_class is not None:
         raise UserError("--num-images says how many images to make: leave out either it or --per-class.")
+    if command.seeds < 1 or (command.seeds > 1 and not command.evaluate):
+        raise UserError(f"--seeds {command.seeds} does not fit: it goes with --evaluate, and must be at least 1.")
     per_class = 10 if command.per_class is None else command.per_class
     if per_class < 1:
         raise UserError(f"--per-class {per_class} images cannot be made: ask for at least 1.")
@@ -128,17 +139,7 @@ def _sample(command: Sample, per_class: int, world: World) -> None:
         denoise = torch.compile(model.head.net.denoise, mode=command.compile)
     generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"], denoise=denoise)
     if command.num_images is not None:
-        run_job(
-            generator,
-            world,
-            folder=command.output,
-            stem=stem,
-            num_images=command.num_images,
-            batch_size=command.batch_size,
-            to_npz=command.npz,
-            labels=command.labels,
-            save_bits=command.save_bits,
-        )
+        _run_jobs(command, generator, stem, world)
         return
     labels = [label for label in chosen for _ in range(per_class)]
     batches = list(cut(len(labels), command.batch_size))
@@ -146,6 +147,33 @@ def _sample(command: Sample, per_class: int, world: World) -> None:
     pictures = _generate(generator, labels, batches)
     grid = _write(command, per_class, pictures, labels, names, resolved)
     print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
+
+
+def _run_jobs(command: Sample, generator: Generator, stem: str, world: World) -> None:
+    """One job for each seed, and their figures."""
+    assert command.num_images is not None
+    images = ("npz",) if command.npz else () if command.evaluate else ("pngs",)
+    networks = Networks(command.evaluation, world)
+    side = generator.model.config.grid * generator.autoencoder.config.down_size
+    # Before the work is done, since the reference or the networks may be missing.
+    reference = find_reference(command.evaluation, side, networks, world) if command.evaluate else None
+    rows: dict[str, dict[str, Any]] = {}
+    for seed in range(command.seed, command.seed + command.seeds):
+        outcome = run_job(
+            dataclasses.replace(generator, seed=seed),
+            world,
+            folder=command.output,
+            stem=stem,
+            num_images=command.num_images,
+            batch_size=command.batch_size,
+            kinds=(*images, *(("bits",) if command.save_bits else ())),
+            labels=command.labels,
+            networks=networks() if command.evaluate else (),
+        )
+        if command.evaluate and world.is_main:
+            rows[f"seed {seed}"] = row_of(outcome, reference, command.evaluation)
+    if rows:
+        report(rows, reference, command.evaluation, outcome.record.with_suffix(".figures.json"), spread=True)
 
 
 def _resolved(command: Sample, path: pathlib.Path) -> dict[str, Any]:

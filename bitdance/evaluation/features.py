@@ -49,11 +49,17 @@ class FeatureNetwork:
     classifies: bool = False
     digest: str = ""
 
+    @property
+    def key(self) -> str:
+        """Name and digest as a part of a file's name."""
+        plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.name)
+        return f"{plain}-{self.digest[:8]}" if self.digest else plain
+
     def __call__(self, images: Tensor | np.ndarray) -> Features:
         """The features of a batch.
 
         Args:
-            images: (N, H, W, 3) uint8 in [0, 255].
+            images: (N, H, W, 3) in [0, 255], uint8 or, where a file has them, float32.
 
         Raises:
             UserError: the function does not give what `Features` promises, or not finite numbers.

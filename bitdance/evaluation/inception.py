@@ -23,6 +23,8 @@ from bitdance.evaluation.features import FeatureNetwork, Features
 from bitdance.files import file_digest
 from bitdance.hub import EVALUATION_FOLDER, PLAIN_FILES
 
+NAME = "inception-2015-12-05"
+"""What reports call it."""
 SIDE = 299
 """Height and width of what the network sees, in pixels."""
 POOL_SIZE = 2048
@@ -320,9 +322,7 @@ class LoadedInception:
     def feature_network(self) -> FeatureNetwork:
         """The network as the plug of evaluation; it moves images to its device."""
         device = self.network.fc.weight.device
-        return FeatureNetwork(
-            "inception-2015-12-05", POOL_SIZE, lambda images: self.network(images.to(device)), digest=self.digest
-        )
+        return FeatureNetwork(NAME, POOL_SIZE, lambda images: self.network(images.to(device)), digest=self.digest)
 
 
 def find_weights(path: pathlib.Path | None = None, folder: pathlib.Path = EVALUATION_FOLDER) -> pathlib.Path:

@@ -25,12 +25,12 @@ from PIL import Image
 
 from bitdance.distributed import World
 from bitdance.errors import UserError
+from bitdance.evaluation.feature_sets import Checks, Collector, FeatureSet, arrays_of, write_feature_set
+from bitdance.evaluation.features import FeatureNetwork, Features
+from bitdance.evaluation.sources import LABELS_FILE
 from bitdance.files import atomic_write, make_folder, open_alone, rename
 from bitdance.generation.batches import Generator, cut, make_labels
 from bitdance.generation.npz import write_npz
-
-LABELS_FILE = "labels.json"
-"""In a folder of PNGs: the class of each image, in their order."""
 
 PATIENCE = 5.0
 """Seconds to wait for another run of the same job to end."""
@@ -42,33 +42,39 @@ HALVES = "made in halves"
 """In the record of a finished job: the numbers of the batches that did not fit a GPU's memory as a whole."""
 
 
+NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
+"""What a job can end with: one `.npz` of images, a folder of PNGs, the packed bits, the features of a network."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What to make.
 
     Attributes:
-        path: of the result without its ending: `<path>.npz`, or the folder `<path>` of PNGs; until it is done, the
-            folder `<path>.job` holds what is finished.
+        path: of the results without their endings; until they are done, the folder `<path>.job` holds what is finished.
         num_images: N.
         batch_size: images of a batch.
-        to_npz: one `.npz` instead of a folder.
-        labels: how the classes are chosen, one of `bitdance.generation.batches.LABELS`.
-        save_bits: write the packed bits too, as `<path>-bits.npz`.
+        kinds: what to write, some of `NPZ`, `PNGS` and `BITS`.
         settings: everything else that changes an image, ready for JSON, for the record and to tell a job from another.
+        labels: how the classes are chosen, one of `bitdance.generation.batches.LABELS`.
+        networks: whose features to take of the images, a file each.
     """
 
     path: pathlib.Path
     num_images: int
     batch_size: int
-    to_npz: bool
+    kinds: tuple[str, ...]
     settings: dict[str, Any]
     labels: str = "balanced"
-    save_bits: bool = False
+    networks: tuple[FeatureNetwork, ...] = ()
 
     @property
-    def result(self) -> pathlib.Path:
-        """The file or the folder that the job ends with."""
-        return self.path.with_name(self.path.name + ".npz") if self.to_npz else self.path
+    def results(self) -> dict[str, pathlib.Path]:
+        """The files and folders that the job ends with, by kind; of features also by network, `features.<key>`."""
+        names = {NPZ: ".npz", PNGS: "", BITS: "-bits.npz"}
+        names = {kind: names[kind] for kind in self.kinds}
+        names |= {f"{FEATURES}.{network.key}": f"-features-{network.key}.npz" for network in self.networks}
+        return {kind: self.path.with_name(self.path.name + end) for kind, end in names.items()}
 
     @property
     def folder(self) -> pathlib.Path:
@@ -76,19 +82,16 @@ class Job:
         return self.path.with_name(self.path.name + ".job")
 
     @property
-    def is_done(self) -> bool:
-        """Whether the images are there; each file or folder appears only when it is whole."""
-        return (self.result if self.to_npz else self.result / LABELS_FILE).exists()
+    def missing(self) -> list[str]:
+        """The kinds of results that are not there yet; each file or folder appears only when it is whole."""
+        return [
+            kind for kind, path in self.results.items() if not (path / LABELS_FILE if kind == PNGS else path).exists()
+        ]
 
     @property
     def record(self) -> pathlib.Path:
-        """Beside the result: the manifest that it was made by, and which batches were made in halves."""
+        """Beside the results: the manifest that they were made by, and which batches were made in halves."""
         return self.path.with_name(self.path.name + ".json")
-
-    @property
-    def bits_result(self) -> pathlib.Path:
-        """The file of the packed bits, where they were asked for."""
-        return self.path.with_name(self.path.name + "-bits.npz")
 
     def part(self, batch: int) -> pathlib.Path:
         """The file of a finished batch."""
@@ -100,48 +103,55 @@ class Outcome:
     """What came of a run of a job.
 
     Attributes:
-        result: the `.npz`, or the folder of PNGs.
+        results: the files and folders, by kind.
+        record: of the settings that they were made with.
         made: images that this process made in this run; the rest was there or is the others'.
         seconds: that this process took to make them.
         peak_memory: bytes, on the GPU or else of the whole process.
     """
 
-    result: pathlib.Path
+    results: dict[str, pathlib.Path]
+    record: pathlib.Path
     made: int
     seconds: float
     peak_memory: int
 
 
 def run(job: Job, generator: Generator, world: World) -> Outcome:
-    """Makes what is missing of a job. Each process keeps a log beside the result, `<path>.rank<r>.log`.
+    """Makes what is missing of a job. Each process keeps a log beside the results, `<path>.rank<r>.log`.
 
     Raises:
-        UserError: a setting does not fit, the folder holds a job of other settings, or a file cannot be written.
+        UserError: a setting does not fit, what is there is of other settings, or a file cannot be written.
     """
+    assert job.results, "a job that writes nothing"
     batches = list(cut(job.num_images, job.batch_size))
     labels = make_labels(job.labels, job.num_images, generator.model.config.num_classes, generator.seed)
     with _alone(job, world), _log(job, world) as log:
         # The first process decides for all, who may look at a shared folder a little earlier or later.
-        if world.from_main(job.is_done):
+        kinds = world.from_main(job.missing)
+        there = [str(path) for kind, path in job.results.items() if kind not in kinds]
+        if world.is_main and there:
+            _check_finished(job, world)
+            what = "nothing to do" if not kinds else "all images are made again for the rest"
+            print(f"{', '.join(there)}: there already, {what}.", file=sys.stderr)
+        if not kinds:
             if world.is_main:
-                _check_finished(job, world)
-                print(f"{job.result} exists, nothing to do.")
                 shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
-            return Outcome(job.result, 0, 0.0, _peak_memory(world))
+            return Outcome(job.results, job.record, 0, 0.0, _peak_memory(world))
         _claim(job, world)
-        missing = world.from_main(_missing(job, batches) if world.is_main else [])
+        missing = world.from_main(_missing_batches(job, kinds, batches) if world.is_main else [])
         start = time.perf_counter()
-        made = _make_batches(job, generator, world, batches, missing, labels, log)
+        made = _make_batches(job, kinds, generator, world, batches, missing, labels, log)
         seconds = time.perf_counter() - start
         log(f"{made} images made in {seconds:.1f} s, peak memory {_peak_memory(world) / 1e9:.2f} GB; waiting for all")
         world.barrier()
         if world.is_main:
-            log("writing the result")
-            _assemble(job, batches, labels)
+            log("writing the results")
+            _assemble(job, kinds, batches, labels, generator)
             shutil.rmtree(job.folder, ignore_errors=True)
         world.barrier()
-        log(f"done: {job.result}")
-    return Outcome(job.result, made, seconds, _peak_memory(world))
+        log(f"done: {', '.join(map(str, job.results.values()))}")
+    return Outcome(job.results, job.record, made, seconds, _peak_memory(world))
 
 
 @contextlib.contextmanager
@@ -198,7 +208,6 @@ def _manifest(job: Job, world: World) -> dict[str, Any]:
         "num_images": job.num_images,
         "batch_size": job.batch_size,
         "labels": job.labels,
-        "save_bits": job.save_bits,
         "device": world.device.type,
         "threads": torch.get_num_threads(),
     }
@@ -222,20 +231,14 @@ def _differences(found: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _check_finished(job: Job, world: World) -> None:
-    """Checks that what is there was made by these settings; a result without its record is taken as it is."""
+    """Checks that what is there was made with these settings; a result without its record is taken as it is."""
     if not job.record.exists():
         return
-    found = _read_json(job.record, f"delete it to take {job.result} as it is")
+    there = ", ".join(str(path) for path in job.results.values() if path.exists())
+    found = _read_json(job.record, f"delete it to take {there} as it is")
     found.pop(HALVES, None)
-    ours = {**_manifest(job, world), "threads": found.get("threads")}
-    if found.get("save_bits"):
-        ours["save_bits"] = True  # more is there than was asked for
-    if changes := _differences(found, ours):
-        raise UserError(
-            f"{job.result} was made with other settings ({changes}): run it with those, or choose another folder."
-        )
-    if job.save_bits and not job.bits_result.exists():
-        raise UserError(f"{job.bits_result} is gone: delete {job.result} too to make both again.")
+    if changes := _differences(found, {**_manifest(job, world), "threads": found.get("threads")}):
+        raise UserError(f"{there}: made with other settings ({changes}): run it with those, or choose another folder.")
 
 
 def _claim(job: Job, world: World) -> None:
@@ -261,6 +264,7 @@ def _claim(job: Job, world: World) -> None:
 
 def _make_batches(
     job: Job,
+    kinds: list[str],
     generator: Generator,
     world: World,
     batches: list[range],
@@ -297,10 +301,9 @@ def _make_batches(
                 padded = [*images, *range(job.num_images, job.num_images + job.batch_size - len(images))]
                 classes = [int(labels[min(i, job.num_images - 1)]) for i in padded]
                 new = generator.images(padded, classes)
-                arrays = {"images": new.pixels[: len(images)], "halved": np.array(bool(halved), np.uint8)}
+                arrays = _arrays(job, kinds, new.pixels[: len(images)], new.bits[: len(images)])
+                arrays["halved"] = np.array(bool(halved), np.uint8)
                 halved.clear()
-                if job.save_bits:
-                    arrays["bits"] = new.bits[: len(images)]
                 if writing is not None:
                     writing.result()  # an error in writing is raised here
                 writing = writer.submit(_write_part, job.part(number), arrays)
@@ -312,6 +315,24 @@ def _make_batches(
         if writing is not None:
             writing.result()
     return made
+
+
+def _arrays(job: Job, kinds: list[str], pixels: np.ndarray, bits: np.ndarray) -> dict[str, np.ndarray]:
+    """What a part holds of some images: only what the results that are missing are made of."""
+    arrays: dict[str, np.ndarray] = {}
+    if NPZ in kinds or PNGS in kinds:
+        arrays["images"] = pixels
+    if BITS in kinds:
+        arrays["bits"] = bits
+    for network in job.networks:
+        if f"{FEATURES}.{network.key}" in kinds:
+            found = arrays_of(network, pixels)
+            arrays |= {f"{network.key}.{name}": array for name, array in found.items()}
+    if job.networks:
+        checks = Checks.of(pixels)
+        arrays["extremes"] = np.array([checks.minimum, checks.maximum], np.uint8)
+        arrays["digests"] = np.frombuffer(b"".join(checks.digests), np.uint8).reshape(len(pixels), -1)
+    return arrays
 
 
 def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -326,61 +347,97 @@ def _read_part(path: pathlib.Path, name: str) -> np.ndarray | None:
             array: np.ndarray = file[name]
     except Exception:  # a damaged zip ends in almost any error; whatever it is, the part is not whole
         return None
-    return array if array.dtype == np.uint8 else None
+    return array if array.dtype in (np.uint8, np.float32) else None
 
 
-def _is_whole(job: Job, number: int, count: int) -> bool:
+def _is_whole(job: Job, kinds: list[str], number: int, count: int) -> bool:
     path = job.part(number)
     if not path.exists() or (halved := _read_part(path, "halved")) is None or halved.shape != ():
         return False
-    arrays = (_read_part(path, name) for name in (("images", "bits") if job.save_bits else ("images",)))
+    needed = {NPZ: "images", PNGS: "images", BITS: "bits"}
+    names = {needed.get(kind, f"{kind.removeprefix(f'{FEATURES}.')}.pool") for kind in kinds}
+    arrays = (_read_part(path, name) for name in names | ({"digests"} if job.networks else set()))
     return all(array is not None and array.ndim and len(array) == count for array in arrays)
 
 
-def _missing(job: Job, batches: list[range]) -> list[int]:
-    return [number for number, images in enumerate(batches) if not _is_whole(job, number, len(images))]
+def _missing_batches(job: Job, kinds: list[str], batches: list[range]) -> list[int]:
+    return [number for number, images in enumerate(batches) if not _is_whole(job, kinds, number, len(images))]
 
 
-def _assemble(job: Job, batches: list[range], labels: np.ndarray) -> None:
-    """Writes the result from the parts, one after the other."""
+def _assemble(job: Job, kinds: list[str], batches: list[range], labels: np.ndarray, generator: Generator) -> None:
+    """Writes the missing results from the parts, one after the other.
+
+    All is written inside the job's folder first, where whatever a killed process leaves behind is cleared away.
+    """
     from tqdm import tqdm
 
     def part(number: int, name: str) -> np.ndarray:
         array = _read_part(job.part(number), name)
-        if array is None or (array.ndim and len(array) != len(batches[number])):
+        if array is None or (array.ndim and name != "extremes" and len(array) != len(batches[number])):
             job.part(number).unlink(missing_ok=True)
             raise UserError(f"{job.part(number)} was damaged or lost: run the command again, it is made anew.")
         return array
 
-    def write(path: pathlib.Path, name: str) -> None:
-        numbers = tqdm(range(len(batches)), desc=f"writing {name}", unit="batch", dynamic_ncols=True, delay=2)
-        arrays = (part(number, name) for number in numbers)
-        write_npz(path, arrays, (job.num_images, *part(0, name).shape[1:]), labels)
+    def parts(what: str) -> Iterator[int]:
+        yield from tqdm(range(len(batches)), desc=f"writing {what}", unit="batch", dynamic_ncols=True, delay=2)
 
-    # All is written inside the job's folder first, where whatever a killed process leaves behind is cleared away.
     record = json.loads((job.folder / MANIFEST).read_text())
     record[HALVES] = [number for number in range(len(batches)) if part(number, "halved")]
     with atomic_write(job.folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     rename(job.folder / "record.json", job.record)
-    if job.save_bits:
-        write(job.folder / "bits-result.npz", "bits")
-        rename(job.folder / "bits-result.npz", job.bits_result)
-    if job.to_npz:
-        write(job.folder / "result.npz", "images")
-        rename(job.folder / "result.npz", job.result)
-        return
+    unnamed = job.folder / "result.npz"
+    for kind in kinds:
+        result = job.results[kind]
+        if kind in (NPZ, BITS):
+            name = "images" if kind == NPZ else "bits"
+            arrays = (part(number, name) for number in parts(name))
+            write_npz(unnamed, arrays, (job.num_images, *part(0, name).shape[1:]), labels)
+            rename(unnamed, result)
+        elif kind == PNGS:
+            folder = _write_pngs(
+                job, ((batches[number], part(number, "images")) for number in parts("pictures")), labels
+            )
+            try:
+                rename(folder, result)
+            except OSError as error:
+                raise UserError(
+                    f"{result} is in the way ({error.strerror}): move it, then run the same command again."
+                ) from error
+    for network in job.networks:
+        if (kind := f"{FEATURES}.{network.key}") in kinds:
+            write_feature_set(unnamed, _collect(job, network, parts("features"), part, labels, generator))
+            rename(unnamed, job.results[kind])
+
+
+def _write_pngs(job: Job, pictures: Iterator[tuple[range, np.ndarray]], labels: np.ndarray) -> pathlib.Path:
     folder = job.folder / "images"
     shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)
-    for number, images in enumerate(batches):
-        for image, picture in zip(images, part(number, "images"), strict=True):
+    for images, pixels in pictures:
+        for image, picture in zip(images, pixels, strict=True):
             Image.fromarray(picture).save(folder / f"{image:06d}.png")
     (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
     os.sync()  # once for all of them
-    try:
-        rename(folder, job.result)
-    except OSError as error:
-        raise UserError(
-            f"{job.result} is in the way ({error.strerror}): move it, then run the same command again."
-        ) from error
+    return folder
+
+
+def _collect(
+    job: Job,
+    network: FeatureNetwork,
+    parts: Iterator[int],
+    part: Callable[[int, str], np.ndarray],
+    labels: np.ndarray,
+    generator: Generator,
+) -> FeatureSet:
+    """The features of all parts, as if they had been taken of the file of the images."""
+    collector, checks = Collector(network, job.num_images), Checks()
+    config = generator.model.config
+    size = config.grid * generator.autoencoder.config.down_size
+    for number in parts:
+        names = [name for name in Features._fields if _read_part(job.part(number), f"{network.key}.{name}") is not None]
+        collector.add({name: part(number, f"{network.key}.{name}") for name in names})
+        low, high = part(number, "extremes").tolist()
+        checks.merge(Checks(low, high, [row.tobytes() for row in part(number, "digests")]))
+    about = {"source": str(job.path), "height": size, "width": size, "num_classes": config.num_classes}
+    return collector.finish({**about, **checks.report("uint8", labels)}, labels)
