@@ -311,7 +311,7 @@ def test_errors_of_tars(tmp_path: pathlib.Path) -> None:
     good = tar({name: jpeg(name) for name in NAMES})
     second = 512 + -(-len(jpeg(NAMES[0])) // 512) * 512  # where its header begins
     path = tmp_path / "bad.tar"
-    fails(write(path, good[:700]), "damaged, truncated or unsuitable tar", "beyond the end")
+    fails(write(path, good[: second + 600]), "damaged, truncated or unsuitable tar", "beyond the end")
     fails(write(path, good[:second]), "truncated", "without the mark of its end")
     fails(write(path, good[:second] + b"x" * 512 + good[second + 512 :]), "a header is damaged")
     fails(write(path, tar_of_tars()[:-12_000]), "truncated")

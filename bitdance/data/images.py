@@ -41,7 +41,6 @@ FORMATS = (
     "the folder that one of them unpacks to)"
 )
 
-
 _CIFAR_BATCHES: dict[str, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "test": ("test_batch",),
