@@ -150,7 +150,7 @@ def _number(field: bytes) -> int:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
     if digits.strip(b"01234567"):
-        raise ValueError("a number in a header is damaged")
+        raise ValueError("a header is damaged")
     return int(digits or b"0", 8)
 
 
