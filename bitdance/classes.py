@@ -179,6 +179,16 @@ def imagenet() -> ClassNames:
     return ClassNames(tuple(tuple(row.split(", ")) for row in names), wordnet_ids, definitions)
 
 
+def are_imagenet(labels: Sequence[str]) -> bool:
+    """Whether these are ImageNet's 1000 classes in their order: names of any sort, of which 1 % may be unknown."""
+    known = imagenet()
+    if len(labels) != len(known):
+        return False
+    names = ((label, *label.split(",")) for label in labels)
+    found = [any(i in known._index.get(_key(name), ()) for name in group) for i, group in enumerate(names)]
+    return sum(found) >= 0.99 * len(known)
+
+
 def numbered(count: int) -> ClassNames:
     """Names "class 0", "class 1", ... for a model of `count` classes that come without names."""
     return ClassNames(tuple((f"class {i}",) for i in range(count)))

@@ -255,7 +255,7 @@ class RunConfig:
     """What every training run has, of an autoencoder as of a model; defaults are the original's.
 
     Attributes:
-        data_path: images: a folder or zip of class folders, or CIFAR-10's archives.
+        data_path: images: a folder, zip or tar of class folders, ImageNet's tar or parquet, CIFAR-10's archives.
         results_dir: folder of the run: checkpoints, log, previews.
         image_size: side of the training images in pixels.
         epochs: passes over the data; total steps = epochs x floor(images / global batch).

@@ -440,8 +440,8 @@ def test_mutated_cifar10_pickles_never_raise_anything_else(tmp_path: pathlib.Pat
 
 
 def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "pictures.tar"
-    with tarfile.open(path, "w") as archive:
+    path = tmp_path / "pictures.tar.gz"  # a compressed tar cannot be read in place
+    with tarfile.open(path, "w:gz") as archive:
         for seed, name in enumerate(NAMES):
             add_tar(archive, name, encoded(picture(seed)))
     _user_error(path, "not CIFAR-10", "cifar-10-python.tar.gz")

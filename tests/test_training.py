@@ -517,12 +517,14 @@ def test_a_gpu_trains_and_resumes(data, pair, tmp_path, compiled):
     assert train("parts") == pytest.approx(whole, rel=1e-4)
 
 
-def test_more_classes_than_the_images_have(data, pair, tmp_path):
+def test_more_classes_than_the_images_have(data, pair, tmp_path, capsys):
     sizes = dataclasses.replace(SIZES, num_classes=5)
     run = config(data, tmp_path, max_steps=1)
     path = train_model(run, sizes, LossConfig(), pair / "autoencoder.safetensors", "cpu")
     network = checkpoint.load_model(path)
-    assert network.config.num_classes == 5 and network.config.class_names == ()
+    assert network.config.num_classes == 5
+    assert network.config.class_names == ("class-0", "class-1", "class-2", "class 3", "class 4")
+    assert f"warning: {data} has images of 3 classes only, and the model 5" in capsys.readouterr().err
 
 
 def test_two_processes_train_like_one(data, pair, tmp_path):

@@ -20,7 +20,7 @@ class Nearest:
 
     Attributes:
         samples: folder that `bitdance sample` wrote.
-        data: the training images: a folder or zip of class folders, or CIFAR-10's archives.
+        data: the training images: a folder, zip or tar of class folders, ImageNet's tar or parquet, or CIFAR-10's.
         held_out: real images that were not trained on; their own distances to the training images tell how near two
             unrelated pictures are.
         held_out_split: test, where the held-out images are those of a CIFAR-10 archive.

@@ -20,7 +20,7 @@ class Reconstruct:
     """Encode and decode images: a picture of both, PSNR and SSIM.
 
     Attributes:
-        data: images: a folder or zip of class folders, or CIFAR-10's archives.
+        data: images: a folder, zip or tar of class folders, ImageNet's tar or parquet, CIFAR-10's archives.
         autoencoder: `demo`, or a file of weights.
         output: folder for reconstruction.png and reconstruction.json.
         image_size: images are scaled and cropped to this side; by default the side of the first one.

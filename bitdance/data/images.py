@@ -1,4 +1,4 @@
-"""Labelled images in the places people keep them: class folders, a zip of class folders, CIFAR-10's own archives.
+"""Labelled images in the places people keep them: class folders, archives of them, parquet files, CIFAR-10's archives.
 
 `open_images` looks at what a path holds, not only at its name, and returns an `ImageSet`: a fixed order of images, each
 with a label and a name, read one at a time. A set can be pickled, and read from several threads and processes at once.
@@ -6,7 +6,6 @@ with a label and a name, read one at a time. A set can be pickled, and read from
 
 from __future__ import annotations
 
-import abc
 import io
 import os
 import pathlib
@@ -15,25 +14,32 @@ import pickletools
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from bitdance.data.image_set import (
+    MAX_FILE_BYTES,
+    ImageSet,
+    NamedImages,
+    by_class,
+    by_class_in_archive,
+    decode_image,
+    is_hidden,
+)
+from bitdance.data.parquet import ParquetImages, find_parquet
+from bitdance.data.tars import TarImages, first_names
 from bitdance.errors import UserError
 
 Split = Literal["train", "test"]
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = (
-    "a folder or a zip of class folders (<class>/<image>.jpg), or CIFAR-10's official archives "
-    "(cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or the folder that one of them unpacks to)"
+    "a folder, a zip or an uncompressed tar of class folders (<class>/<image>.jpg), ILSVRC2012_img_train.tar, a folder "
+    "of the hub's parquet files, or CIFAR-10's official archives (cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or "
+    "the folder that one of them unpacks to)"
 )
-
-# Pillow's other decoders (EPS runs Ghostscript, for one) have no business with files from anywhere.
-_DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-_MAX_FILE_BYTES = 1 << 28  # no honest photograph or CIFAR-10 batch is larger; a zip bomb is
 
 _CIFAR_BATCHES: dict[str, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
@@ -41,71 +47,58 @@ _CIFAR_BATCHES: dict[str, tuple[str, ...]] = {
 }
 _CIFAR_META = {"": "batches.meta", ".bin": "batches.meta.txt"}  # by suffix of the batch files: pickles have none
 _CIFAR_PIXELS = 3 * 32 * 32
-
-
-class ImageSet(abc.ABC):
-    """A fixed order of labelled images.
-
-    Attributes:
-        path: where the images are.
-        classes: class names; `classes[label]` is the name of `label`.
-        labels: (N,) int64, one label an image, in [0, len(classes)).
-    """
-
-    path: pathlib.Path
-    classes: tuple[str, ...]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @abc.abstractmethod
-    def read(self, index: int) -> Image.Image:
-        """Decodes one image to 8-bit RGB, in its stored size and orientation.
-
-        Raises:
-            UserError: the image cannot be read; the sentence names it and its place.
-            IndexError: there is no such index.
-        """
-
-    @abc.abstractmethod
-    def name(self, index: int) -> str:
-        """Returns a name of the image that is unique in the set, such as "dog/0003.jpg"."""
+_CIFAR_MEMBERS = 100  # its archives have nine: there is no need to walk through all of a larger tar
 
 
 def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageSet:
     """Opens labelled images, whatever they are kept in.
 
     Args:
-        path: a folder or zip of class folders, CIFAR-10's official archive, or the folder it unpacks to. Classes are
-            numbered in the order of their folders' names, images ordered by name within a class; CIFAR-10 keeps its own
-            order of both. A zip's class folders may lie in one common folder, such as `train/`.
+        path: a folder, zip or tar of class folders, a tar of one tar a class, parquet files as the Hugging Face hub
+            has them (a folder, one file, or a pattern such as `data/validation-*.parquet`; of a folder the files
+            `train*.parquet`, in it or in its `data/`, or else all), CIFAR-10's official archive, or the folder it
+            unpacks to. Classes are numbered in the order of their folders' names, images ordered by name within a
+            class; folders that are ImageNet's WordNet ids get ImageNet's 1000 classes, however few they are. Parquet
+            files and CIFAR-10 keep their own order of both. An archive's class folders may lie in one common folder,
+            such as `train/`.
         split: which of CIFAR-10's batches to read; the other formats have nothing but "train".
 
     Raises:
-        UserError: nothing is there, it is not one of these formats, it holds no images, or it is damaged.
+        UserError: nothing is there, it is not one of these formats, it holds no images, it is damaged, or it is
+            parquet and pyarrow is not installed.
     """
     path = pathlib.Path(path).expanduser()
     if split not in _CIFAR_BATCHES:
         raise UserError(f"split must be 'train' or 'test', not {split!r}.")
     try:
-        if path.is_dir():
-            is_cifar = any((path / meta).is_file() for meta in _CIFAR_META.values())
-        elif path.is_file():
-            is_cifar = not _looks_like_zip(path)
-        else:
-            raise UserError(f"no images at {path}: there is no such file or folder; give {FORMATS}.")
-        if is_cifar:
+        kind = _recognize(path)
+        if kind is None:
             return _CifarImages(path, split)
         if split != "train":
             raise UserError(
                 f"{path} has no split {split!r}: only CIFAR-10's archives hold two; give the path of those images."
             )
-        return _FolderImages(path) if path.is_dir() else _ZipImages(path)
+        return kind(path)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror or error}; check the path and its permissions."
         ) from error
+
+
+def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageSet] | None:
+    """What reads the path; None for CIFAR-10, which says best what is wrong with anything else too."""
+    if find_parquet(path):
+        return ParquetImages
+    if path.is_dir():
+        return None if any((path / meta).is_file() for meta in _CIFAR_META.values()) else _FolderImages
+    if not path.is_file():
+        raise UserError(f"no images at {path}: there is no such file or folder; give {FORMATS}.")
+    if _looks_like_zip(path):
+        return _ZipImages
+    members = first_names(path, _CIFAR_MEMBERS)
+    if not members or any(name.rsplit("/", 1)[-1] in _CIFAR_META.values() for name in members):
+        return None
+    return TarImages
 
 
 def spread(total: int, count: int | None) -> np.ndarray:
@@ -113,89 +106,17 @@ def spread(total: int, count: int | None) -> np.ndarray:
     return np.linspace(0, total - 1, min(total, count or total)).round().astype(np.int64)
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decodes the bytes of an image file to 8-bit RGB.
-
-    Grey, palette and CMYK images are converted, alpha is dropped, 16-bit grey is scaled to 8 bits. EXIF orientation is
-    not applied, as in ADM and torchvision.
-
-    Raises:
-        UserError: the bytes are no image, or are damaged, or decode to an absurd size; the sentence names `where`.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=_DECODERS) as image:
-            return _to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(
-            f"the image {where} has too many pixels to be safe to decode; remove it or scale it down."
-        ) from error
-    except (
-        Exception
-    ) as error:  # on damaged bytes Pillow's decoders raise nearly anything: SyntaxError, struct.error, KeyError ...
-        reason = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(
-            f"cannot read the image {where}: {reason or type(error).__name__}; repair or remove it."
-        ) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range")
-    if image.mode.startswith(
-        "I"
-    ):  # 16-bit grey: "I;16" and its byte orders, "I" before Pillow 11. convert() would clip at 255
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("pixels of more than 16 bits have no defined range")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # the same pixels as directly, without Pillow's warning
-    return image.convert("RGB")
-
-
-class _NamedImages(ImageSet):
-    """Images that are encoded files under `<class>/...` names."""
-
-    def __init__(self, path: pathlib.Path, files: Iterable[str], folders: Iterable[str]) -> None:
-        """Keeps the images among `files` (relative names with "/"); each of the `folders` at the top must hold one."""
-        images = sorted(
-            {name for name in files if os.path.splitext(name)[1].lower() in EXTENSIONS and not _is_hidden(name)},
-            key=lambda name: name.split(
-                "/"
-            ),  # not the string itself: "dog-2/a" < "dog/a", but the class "dog" < "dog-2"
-        )
-        expected = f"images are expected in one folder a class, as in {path}/<class>/<image>.jpg"
-        if not images:
-            raise UserError(f"no images in {path}: {expected}, in a format such as JPEG or PNG.")
-        self._names = [name for name in images if "/" in name]
-        if not self._names:
-            raise UserError(
-                f"{path} holds pictures but no class folders: {expected}; move each into the folder of its class."
-            )
-        classes = sorted({name.split("/", 1)[0] for name in self._names})
-        empty = sorted({folder for folder in folders if not _is_hidden(folder)}.difference(classes))
-        if empty:  # to skip it would give the classes after it other numbers than in a complete copy
-            raise UserError(f"the class folder {empty[0]!r} in {path} holds no images; fill it or remove it.")
-        self.path = path
-        self.classes = tuple(classes)
-        label_of = {name: label for label, name in enumerate(classes)}
-        self.labels = np.array([label_of[name.split("/", 1)[0]] for name in self._names], dtype=np.int64)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-
-class _FolderImages(_NamedImages):
+class _FolderImages(NamedImages):
     def __init__(self, path: pathlib.Path) -> None:
         files: list[str] = []
         folders: list[str] = []
         for folder, below, names in os.walk(path, onerror=_raise, followlinks=True):
-            below[:] = [name for name in below if not _is_hidden(name)]
+            below[:] = [name for name in below if not is_hidden(name)]
             relative = pathlib.Path(folder).relative_to(path)
             files.extend((relative / name).as_posix() for name in names)
             if folder == str(path):
                 folders = list(below)
-        super().__init__(path, files, folders)
+        super().__init__(path, by_class(path, files, folders))
 
     def read(self, index: int) -> Image.Image:
         file = self.path / self._names[index]
@@ -208,7 +129,7 @@ class _FolderImages(_NamedImages):
         return decode_image(data, str(file))
 
 
-class _ZipImages(_NamedImages):
+class _ZipImages(NamedImages):
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
@@ -216,10 +137,8 @@ class _ZipImages(_NamedImages):
             members = self._open()[0].namelist()
         except Exception as error:  # besides BadZipFile: struct.error, UnicodeDecodeError, NotImplementedError ...
             raise UserError(f"{path} is a damaged or truncated zip ({error}); copy or download it again.") from error
-        members = [member for member in members if not _is_hidden(member)]
-        self._prefix = _common_folder(members)
-        inside = [member[len(self._prefix) :] for member in members if member.startswith(self._prefix)]
-        super().__init__(path, inside, {name.split("/", 1)[0] for name in inside if "/" in name})
+        self._prefix, names = by_class_in_archive(path, members)
+        super().__init__(path, names)
 
     def read(self, index: int) -> Image.Image:
         where = f"{self._prefix}{self._names[index]} in {self.path}"
@@ -227,7 +146,7 @@ class _ZipImages(_NamedImages):
             archive, lock = self._open()
             with lock:
                 member = archive.getinfo(self._prefix + self._names[index])
-                if member.file_size > _MAX_FILE_BYTES:
+                if member.file_size > MAX_FILE_BYTES:
                     raise ValueError(f"it unpacks to {member.file_size} bytes")
                 data = archive.read(member)
         except (
@@ -309,10 +228,10 @@ def _read_files(path: pathlib.Path, wanted: set[str]) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as archive:
             for number, member in enumerate(archive):
-                if number == 100:  # CIFAR-10 has nine members: there is no need to walk through all of ImageNet
+                if number == _CIFAR_MEMBERS:
                     break
                 name = member.name.rsplit("/", 1)[-1]
-                if name in wanted and member.isfile() and member.size <= _MAX_FILE_BYTES:
+                if name in wanted and member.isfile() and member.size <= MAX_FILE_BYTES:
                     file = archive.extractfile(member)
                     assert file is not None
                     files[name] = file.read()
@@ -411,19 +330,6 @@ def _text(value: str | bytes) -> str:
 def _looks_like_zip(path: pathlib.Path) -> bool:
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
-
-
-def _common_folder(members: list[str]) -> str:
-    """Returns the folder, with its "/", that wraps all class folders of a zip, or ""."""
-    images = [name.split("/") for name in members if os.path.splitext(name)[1].lower() in EXTENSIONS]
-    if len({parts[0] for parts in images}) == 1 and all(len(parts) > 2 for parts in images):
-        return images[0][0] + "/"
-    return ""
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a part of the name starts with a dot, or is what macOS adds to its zips."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _raise(error: OSError) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import sys
 from typing import Any
 
+import numpy as np
 import torch
 
 from bitdance import checkpoint
 from bitdance.autoencoder import Autoencoder
+from bitdance.classes import imagenet, numbered
 from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, BitDanceConfig, LossConfig, ModelSizes, RunConfig
 from bitdance.data.images import ImageSet, open_images
 from bitdance.distributed import World, connect
@@ -82,6 +85,13 @@ def train_model(
     with connect(device) as world:
         images = open_images(run.data_path)
         config = _model_config(sizes, autoencoder.config, run.image_size, images)
+        present = len(np.unique(images.labels))
+        if present < config.num_classes and world.is_main:
+            print(
+                f"bitdance: warning: {images.path} has images of {present} classes only, and the model "
+                f"{config.num_classes}: it learns nothing about the others.",
+                file=sys.stderr,
+            )
         torch.manual_seed(run.global_seed)
         network = BitDance(config, sizes.drop_rate, run.grad_checkpointing)
         objective = BitDanceObjective(network, autoencoder, loss, run.global_seed)
@@ -95,10 +105,11 @@ def _model_config(
     """The model's configuration: its sizes, and what follows from the autoencoder and the images."""
     num_classes = sizes.num_classes or len(images.classes)
     if len(images.classes) > num_classes:
+        reason = ", ImageNet's, whose ids its folders have" if images.classes == imagenet().wordnet_ids else ""
         raise UserError(
-            f"{images.path} has {len(images.classes)} classes, more than --num-classes {num_classes}: raise it to that."
+            f"{images.path} has {len(images.classes)} classes{reason}, more than --num-classes {num_classes}: raise it "
+            "to that."
         )
-    names = images.classes if len(images.classes) == num_classes else ()
     own = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
     own = {name: value for name, value in own.items() if name not in ("num_classes", "drop_rate")}
     return BitDanceConfig(
@@ -106,7 +117,7 @@ def _model_config(
         grid=image_size // autoencoder.down_size,
         bits=autoencoder.bits,
         num_classes=num_classes,
-        class_names=names,
+        class_names=(*images.classes, *map(numbered(num_classes).label, range(len(images.classes), num_classes))),
     )
 
 

@@ -1,0 +1,537 @@
+"""ImageNet as people have it: tars read in place, the hub's parquet files, WordNet ids as class folders."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from bitdance.classes import are_imagenet, imagenet
+from bitdance.cli.models import class_names
+from bitdance.config import BitDanceConfig, ModelSizes
+from bitdance.data import tars
+from bitdance.data.image_set import ImageSet
+from bitdance.data.images import open_images
+from bitdance.errors import UserError
+from bitdance.training.jobs import _model_config
+
+# The first, the second and the last of ImageNet's classes, out of order.
+NAMES = [f"{wordnet_id}/{wordnet_id}_{number}.JPEG" for wordnet_id in ("n15075141", "n01440764", "n01443537")
+         for number in (10026, 7)]  # fmt: skip
+ORDER = sorted(NAMES)
+LABELS = [0, 0, 1, 1, 999, 999]
+LONG = "n01440764/" + "long-" * 60 + ".JPEG"
+
+
+def jpeg(name: str, size: int = 12) -> bytes:
+    """A picture that only this name has; every third is grey."""
+    pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (size, size + 1, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if sum(name.encode()) % 3 == 0 else pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar(files: dict[str, bytes], file_format: int = tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=file_format) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def tar_of_tars(names: list[str] = NAMES) -> bytes:
+    """As ILSVRC2012_img_train.tar: n01440764.tar and so on, each of n01440764_10026.JPEG and so on."""
+    folders = {name.split("/")[0]: None for name in names}
+    return tar({
+        f"{folder}.tar": tar({name.split("/")[1]: jpeg(name) for name in names if name.startswith(folder)})
+        for folder in folders
+    })  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def write(path: pathlib.Path, data: bytes) -> pathlib.Path:
+    path.write_bytes(data)
+    return path
+
+
+def index_of(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".index.safetensors")
+
+
+def assert_same(found: ImageSet, names: list[str] = ORDER, labels: list[int] = LABELS) -> None:
+    assert [found.name(i) for i in range(len(found))] == names
+    assert found.labels.dtype == np.int64 and found.labels.tolist() == labels
+    for i, name in enumerate(names):
+        image = found.read(i)
+        assert image.mode == "RGB"
+        assert image.tobytes() == Image.open(io.BytesIO(jpeg(name))).convert("RGB").tobytes()
+    with pytest.raises(IndexError):
+        found.read(len(names))
+
+
+# ------------------------------------------------------------ tars
+
+
+@pytest.mark.parametrize("route", ["folder", "zip", "tar", "wrapped tar", "tar of tars"])
+def test_every_route_gives_the_same_images_names_and_labels(tmp_path: pathlib.Path, route: str) -> None:
+    files = {name: jpeg(name) for name in NAMES}
+    path = tmp_path / "set"
+    if route == "folder":
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    elif route == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"train/{name}", data)
+    elif route == "tar of tars":
+        path.write_bytes(tar_of_tars())
+    else:
+        prefix = "./train/" if route == "wrapped tar" else ""
+        others = {"./": b"", f"{prefix}n01440764/": b"", f"{prefix}n01440764/._x.JPEG": b"x", f"{prefix}a.txt": b"x"}
+        path.write_bytes(tar({**others, **{prefix + name: data for name, data in files.items()}}))
+    found = open_images(path)
+    assert found.path == path
+    assert found.classes == imagenet().wordnet_ids
+    assert_same(found)
+    assert_same(pickle.loads(pickle.dumps(found)))
+    assert_same(open_images(path))  # a tar, this time by its index
+
+
+@pytest.mark.parametrize("file_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_every_length_in_every_tar_format(tmp_path: pathlib.Path, file_format: int) -> None:
+    names = [f"b/{'d' * 60}/{'f' * 60}.jpg", "c/ü.jpg", "c/x.jpg"]  # the first is longer than a header's own field
+    if file_format != tarfile.USTAR_FORMAT:
+        names.insert(0, "a/" + "long-" * 60 + ".jpg")
+    path = write(tmp_path / "x.tar", tar({name: jpeg(name) for name in reversed(names)}, file_format))
+    found = open_images(path)
+    assert found.classes == ("a", "b", "c")[-len(names) + 1 :]
+    assert_same(found, sorted(names), [found.classes.index(name[0]) for name in sorted(names)])
+
+
+def test_of_a_name_that_comes_twice_the_last_counts(tmp_path: pathlib.Path) -> None:
+    once, again = tar({"a/x.jpg": b"an old version"}), tar({"a/x.jpg": jpeg("a/x.jpg")})
+    path = write(tmp_path / "x.tar", once[:1024] + again)
+    assert_same(open_images(path), ["a/x.jpg"], [0])
+
+
+def test_the_data_of_a_tar_are_not_read_to_index_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.tar", tar({f"a/{i}.jpg": bytes(50_000) for i in range(20)}))
+    sizes: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: sizes.append(size) or pread(file, size, offset))
+    assert len(open_images(path)) == 20
+    assert sum(sizes) < 50_000
+
+
+def test_a_cifar_tar_is_still_cifar(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x.tar", tar({"cifar-10/readme.html": b"", "cifar-10/batches.meta.txt": b"cat\n"}))
+    with pytest.raises(UserError, match="CIFAR-10's train split"):
+        open_images(path)
+
+
+def test_the_index_is_made_once_and_kept_beside_the_tar(tmp_path: pathlib.Path, capsys, monkeypatch) -> None:
+    path = write(tmp_path / "x.tar", tar_of_tars())
+    open_images(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.tar", "x.tar.index.safetensors"]
+    monkeypatch.setattr(tars, "_make_index", None)  # to make it again would fail now
+    assert_same(open_images(path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["cache", "nowhere"])
+def test_a_tar_in_a_folder_that_cannot_be_written(tmp_path, cache, capsys, monkeypatch, place) -> None:
+    path = write(tmp_path / "x.tar", tar_of_tars())
+    access = os.access
+    locked = (tmp_path,) if place == "cache" else (tmp_path, cache / "bitdance")
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder not in locked and access(folder, mode))
+    assert_same(open_images(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.tar"]
+    kept = [file.name for file in (cache / "bitdance").iterdir()]
+    err = capsys.readouterr().err
+    if place == "cache":
+        assert len(kept) == 1 and kept[0].endswith("-x.tar.index.safetensors") and err == ""
+        monkeypatch.setattr(tars, "_make_index", None)
+        assert_same(open_images(path))
+    else:
+        assert kept == [] and f"no place to keep the index of {path}" in err
+
+
+def test_a_full_disk_costs_the_index_only(tmp_path, capsys, monkeypatch) -> None:
+    path = write(tmp_path / "x.tar", tar_of_tars())
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert_same(open_images(path))
+    assert "warning: cannot write" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["x.tar"]
+
+
+def shift(arrays: dict[str, np.ndarray]) -> None:
+    arrays["offsets"] += 512
+
+
+def outside(arrays: dict[str, np.ndarray]) -> None:
+    arrays["offsets"][-1] = 1 << 40
+
+
+def lose_one(arrays: dict[str, np.ndarray]) -> None:
+    arrays["sizes"] = arrays["sizes"][1:]
+
+
+def another_type(arrays: dict[str, np.ndarray]) -> None:
+    arrays["sizes"] = arrays["sizes"].astype(np.float64)
+
+
+@pytest.mark.parametrize("change", [shift, outside, lose_one, another_type])
+def test_an_index_that_does_not_fit_is_made_again(tmp_path, capsys, change: Callable[[dict[str, Any]], None]) -> None:
+    """One with a right digest: of a program with an error, or of somebody who means harm."""
+    path = write(tmp_path / "x.tar", tar_of_tars())
+    open_images(path)
+    arrays = load_file(index_of(path))
+    with safe_open(index_of(path), "numpy") as file:
+        metadata = file.metadata()
+    change(arrays)
+    save_file(arrays, index_of(path), {**metadata, "digest": tars._digest(arrays)})
+    assert_same(open_images(path))
+    assert "does not fit the tar: it is made again" in capsys.readouterr().err
+    assert_same(open_images(path))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stale_index_is_made_again(tmp_path, capsys) -> None:
+    path = write(tmp_path / "x.tar", tar_of_tars())
+    open_images(path)
+    path.write_bytes(tar_of_tars(ORDER[:2]))
+    assert_same(open_images(path), ORDER[:2], LABELS[:2])
+    assert "is older than the tar" in capsys.readouterr().err
+    index_of(path).write_text("hello")
+    assert_same(open_images(path), ORDER[:2], LABELS[:2])
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_mutated_indexes_never_hurt(tmp_path, capsys) -> None:
+    path = write(tmp_path / "x.tar", tar_of_tars())
+    open_images(path)
+    good = np.frombuffer(index_of(path).read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    remade = 0
+    for number in range(100):
+        data = good.copy()
+        data[rng.integers(0, len(data), 4)] = rng.integers(0, 256, 4)
+        index_of(path).write_bytes(data[: rng.integers(len(data))].tobytes() if number % 4 == 0 else data.tobytes())
+        found = open_images(path)
+        assert found.labels.tolist() == LABELS and found.name(5) == ORDER[5]
+        remade += "made again" in capsys.readouterr().err
+    assert remade > 90
+
+
+def _open_slowly(path: pathlib.Path, log: pathlib.Path, ready: Any) -> list[bytes]:
+    """Opens a tar as a process of its own, and writes down that it makes the index."""
+    make = tars._make_index
+
+    def slow(path: pathlib.Path) -> Any:
+        with open(log, "a") as file:
+            file.write("made\n")
+        time.sleep(1)
+        return make(path)
+
+    tars._make_index = slow
+    ready.wait(60)
+    found = open_images(path)
+    return [found.read(i).tobytes() for i in range(len(found))]
+
+
+def test_of_processes_that_start_at_once_one_makes_the_index(tmp_path: pathlib.Path) -> None:
+    path, log = write(tmp_path / "x.tar", tar_of_tars()), tmp_path / "log"
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, concurrent.futures.ProcessPoolExecutor(3, mp_context=context) as pool:
+        ready = manager.Barrier(3)
+        results = [job.result(120) for job in [pool.submit(_open_slowly, path, log, ready) for _ in range(3)]]
+    assert log.read_text() == "made\n"
+    assert results[0] == results[1] == results[2] and len(results[0]) == 6
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "x.tar", "x.tar.index.safetensors"]
+
+
+def _read_all(found: ImageSet) -> list[bytes]:
+    return [found.read(i).tobytes() for _ in range(20) for i in range(len(found))]
+
+
+def check_threads_and_processes(found: ImageSet) -> None:
+    here = _read_all(found)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert all(result == here for result in threads.map(_read_all, [found] * 4))
+    for method in {"fork", "spawn"} & set(multiprocessing.get_all_start_methods()):
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
+            assert all(job.result(120) == here for job in [pool.submit(_read_all, found) for _ in range(2)])
+
+
+def test_a_tar_in_several_threads_and_processes(tmp_path: pathlib.Path) -> None:
+    check_threads_and_processes(open_images(write(tmp_path / "x.tar", tar_of_tars())))
+
+
+def fails(path: pathlib.Path, *words: str, split: Any = "train") -> None:
+    with pytest.raises(UserError) as caught:
+        open_images(path, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in (str(path), *words)), message
+
+
+def test_errors_of_tars(tmp_path: pathlib.Path) -> None:
+    good = tar({name: jpeg(name) for name in NAMES})
+    second = 512 + -(-len(jpeg(NAMES[0])) // 512) * 512  # where its header begins
+    path = tmp_path / "bad.tar"
+    fails(write(path, good[: second + 600]), "damaged, truncated or unsuitable tar", "beyond the end")
+    fails(write(path, good[:second]), "truncated", "without the mark of its end")
+    fails(write(path, good[:second] + b"x" * 512 + good[second + 512 :]), "a header is damaged")
+    fails(write(path, tar_of_tars()[:-12_000]), "truncated")
+    fails(write(path, tar({"n01440764.tar": b"x" * 2000})), "in n01440764.tar: a header is damaged")
+    fails(write(path, tar({"a.txt": b""})), "no images", "<class>/<image>.jpg")
+    fails(write(path, tar({"a.jpg": jpeg("a")})), "no class folders")
+    fails(write(path, tar({"a/x.jpg": jpeg("a"), "b/": b""})), "the class folder 'b'", "holds no images")
+    fails(write(path, tar({"n01440764.tar": tar({}), "a.tar": tar({"x.jpg": b"x"})})), "class folder 'n01440764'")
+    fails(write(path, good), "no split 'test'", split="test")
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("a/x.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "b/x.jpg"
+        archive.addfile(link)
+    fails(path, "a/x.jpg is a link", "--dereference")
+
+
+def test_unreadable_images_in_a_tar_are_named(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x.tar", tar({"a/x.jpg": b"hello" * 500, "a/y.jpg": b""}))
+    found = open_images(path)
+    with pytest.raises(UserError, match=f"cannot read the image a/x.jpg in {path}"):
+        found.read(0)
+    with pytest.raises(UserError, match=f"cannot read the image a/y.jpg in {path}"):
+        found.read(1)
+    os.truncate(path, 1500)
+    with pytest.raises(UserError, match=r"a/x.jpg in .* ends at byte 1500"):
+        found.read(0)
+
+
+@pytest.mark.parametrize("file_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_mutated_tars_never_raise_anything_else(tmp_path: pathlib.Path, file_format: int, capsys) -> None:
+    inner = tar({name.split("/")[1]: jpeg(name, 4) for name in [*NAMES[:1], LONG]}, file_format)
+    good = tar({"n01440764.tar": inner, "n01443537/x.JPEG": jpeg("x", 4)}, file_format).rstrip(b"\0")
+    data = np.frombuffer(good + bytes(1024 + -len(good) % 512), np.uint8)
+    headers = [i for i in range(0, len(data), 512) if data[i + 257 : i + 262].tobytes() == b"ustar"]
+    path = tmp_path / "x.tar"
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(100):
+        bad = data.copy()
+        if number % 2:
+            bad[rng.integers(0, len(bad), 8)] = rng.integers(0, 256, 8)
+        else:  # a field of a header that keeps a right checksum, to get past the first look
+            start = headers[rng.integers(len(headers))]
+            bad[start + rng.integers(100, 270)] = rng.integers(256)
+            total = int(bad[start : start + 512].sum()) - int(bad[start + 148 : start + 156].sum()) + 256
+            bad[start + 148 : start + 156] = np.frombuffer(b"%06o\0 " % total, np.uint8)
+        path.write_bytes(bad[: rng.integers(len(bad))].tobytes() if number % 10 == 1 else bad.tobytes())
+        try:
+            _read_all(open_images(path))
+        except UserError:
+            refused += 1
+    assert refused > 30
+
+
+# ------------------------------------------------------------ parquet
+
+
+def parquet(path: pathlib.Path, names: list[str], class_names: list[str] | None = None, **options: Any) -> pathlib.Path:
+    """A file as the hub's library writes it; labels are ImageNet's."""
+    pa = pytest.importorskip("pyarrow")
+    wordnet_ids = list(imagenet().wordnet_ids or ())
+    rows = [{"bytes": jpeg(name), "path": name.split("/")[1]} for name in names]
+    labels = [wordnet_ids.index(name.split("/")[0]) for name in names]
+    features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if class_names else None
+    write_table(path, pa.table({"image": rows, "label": labels}).replace_schema_metadata(metadata), **options)
+    return path
+
+
+def write_table(path: pathlib.Path, table: Any, **options: Any) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, **{"row_group_size": 2, **options})
+    return path
+
+
+def pixels(found: ImageSet) -> list[bytes]:
+    return [found.read(i).tobytes() for i in range(len(found))]
+
+
+@pytest.mark.parametrize("route", ["file", "folder", "data folder", "pattern"])
+def test_parquet_gives_the_same_images_and_labels(tmp_path: pathlib.Path, route: str) -> None:
+    human = [", ".join(names) for names in imagenet().names]
+    folder = tmp_path / "data"
+    options = {"row_group_size": 2, "compression": "snappy"}
+    parquet(folder / "train-00000-of-00002.parquet", ORDER if route == "file" else ORDER[:5], human, **options)
+    if route != "file":
+        parquet(folder / "train-00001-of-00002.parquet", ORDER[5:], human, **options)
+        parquet(folder / "validation-00000-of-00001.parquet", ORDER[:1], human)
+    path = {
+        "file": folder / "train-00000-of-00002.parquet",
+        "folder": folder,
+        "data folder": tmp_path,
+        "pattern": folder / "train-*.parquet",
+    }[route]
+    found = open_images(path)
+    tarred = open_images(write(tmp_path / "x.tar", tar_of_tars()))
+    assert found.classes == tarred.classes
+    assert found.labels.dtype == np.int64 and found.labels.tolist() == LABELS
+    assert len({found.name(i) for i in range(6)}) == 6
+    last = "n15075141/train-00000-of-00002/000005" if route == "file" else "n15075141/train-00001-of-00002/000000"
+    assert found.name(5) == found.name(-1) == last
+    assert pixels(found) == pixels(tarred)
+    assert pixels(pickle.loads(pickle.dumps(found))) == pixels(tarred)
+    with pytest.raises(IndexError):
+        found.read(6)
+    if route == "data folder":
+        assert len(open_images(folder / "validation-*.parquet")) == 1
+
+
+def test_parquet_in_any_order(tmp_path: pathlib.Path) -> None:
+    """Each thread reads on from where it was, so going back and jumping must not confuse it."""
+    names = [f"n01440764/{i}.JPEG" for i in range(100)]
+    found = open_images(parquet(tmp_path / "x.parquet", names, row_group_size=40))
+    expected = [Image.open(io.BytesIO(jpeg(name))).convert("RGB").tobytes() for name in names]
+    rng = np.random.default_rng(0)
+    order = [*range(100), *reversed(range(100)), *rng.integers(0, 100, 200).tolist()]
+    assert all(found.read(i).tobytes() == expected[i] for i in order)
+
+
+def test_parquet_in_several_threads_and_processes(tmp_path: pathlib.Path) -> None:
+    check_threads_and_processes(open_images(parquet(tmp_path / "x.parquet", NAMES)))
+
+
+def test_classes_of_parquet(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.parquet"
+    assert open_images(parquet(path, ORDER)).classes == imagenet().wordnet_ids  # 1000 without names
+    assert open_images(parquet(path, ORDER[:4])).classes == ("0", "1")
+    assert open_images(parquet(path, ORDER[:4], ["tench", "goldfish", "newt"])).classes == ("tench", "goldfish", "newt")
+    others = [f"thing {i}" for i in range(1000)]
+    assert open_images(parquet(path, ORDER, others)).classes == tuple(others)
+    fails(parquet(path, ORDER, ["one", "two"]), "names 2 classes and has a label 999")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch) -> None:
+    path = parquet(tmp_path / "x.parquet", ORDER)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    fails(path, "needs pyarrow: pip install 'bitdance[data]'")
+
+
+def test_errors_of_parquet(tmp_path: pathlib.Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    path = tmp_path / "x.parquet"
+    image = {"bytes": jpeg("x"), "path": "x"}
+    fails(write_table(path, pa.table({"img": [image], "label": [0]})), "the columns img, label", "'image' with 'bytes'")
+    fails(write_table(path, pa.table({"image": [image]})), "the columns image, where")
+    fails(write_table(path, pa.table({"image": ["x.jpg"], "label": [0]})), "'image' with 'bytes'")
+    fails(write_table(path, pa.table({"image": [image], "label": ["cat"]})), "an integer 'label'")
+    fails(write_table(path, pa.table({"image": [image], "label": [-1]})), "labels from -1 to -1")
+    fails(write_table(path, pa.table({"image": [image] * 2, "label": [0, None]})), "row 1 has no label")
+    empty = pa.table({"image": [image], "label": [0]}).slice(0, 0)
+    fails(write_table(path, empty), "no images", "have no rows")
+    good = parquet(path, ORDER).read_bytes()
+    fails(write(path, good[:-20]), "cannot read", "download or make it again")
+    fails(path, "no split 'test'", split="test")
+    path.unlink()
+    fails(tmp_path / "x-*.parquet", "no such file or folder")
+    rows = [{"bytes": b"hello", "path": "x"}, {"bytes": None, "path": "x"}, image]
+    found = open_images(write_table(path, pa.table({"image": rows, "label": [0, 0, 0]})))
+    with pytest.raises(UserError, match=f"cannot read the image in row 0 of {path}: it is in no known image format"):
+        found.read(0)
+    with pytest.raises(UserError, match=f"cannot read the image in row 1 of {path}: the row holds no bytes"):
+        found.read(1)
+    assert found.read(2).size == (13, 12)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read the image in row 0 of"):
+        pickle.loads(pickle.dumps(found)).read(0)
+
+
+def test_mutated_parquet_never_raises_anything_else(tmp_path: pathlib.Path) -> None:
+    path = parquet(tmp_path / "x.parquet", NAMES)
+    good = np.frombuffer(path.read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(100):
+        data = good.copy()
+        first = len(data) - 1200 if number % 2 else 4  # every other time in the footer
+        data[rng.integers(first, len(data) - 8, 4)] = rng.integers(0, 256, 4)
+        path.write_bytes(data.tobytes())
+        try:
+            found = open_images(path)
+            _ = [found.name(i) for i in range(len(found))], pixels(found)
+        except UserError:
+            refused += 1
+    assert refused > 30
+
+
+# ------------------------------------------------------------ classes
+
+
+def test_names_of_imagenet_are_known_in_every_spelling() -> None:
+    known = imagenet()
+    assert are_imagenet(known.wordnet_ids or ())
+    assert are_imagenet([names[0] for names in known.names])
+    joined = [", ".join(names) for names in known.names]
+    assert are_imagenet(joined)
+    assert are_imagenet(["something else", *joined[1:]])
+    assert not are_imagenet(joined[:999])
+    assert not are_imagenet(joined[1:] + joined[:1])
+
+
+@pytest.mark.parametrize("folders", [("n01440764", "cat"), ("n01440764", "n99999999")])
+def test_folders_that_are_not_all_imagenets_are_numbered_as_they_come(tmp_path: pathlib.Path, folders) -> None:
+    found = open_images(write(tmp_path / "x.tar", tar({f"{folder}/x.jpg": jpeg(folder) for folder in folders})))
+    assert found.classes == tuple(sorted(folders)) and found.labels.tolist() == [0, 1]
+
+
+def config(images: ImageSet, num_classes: int | None = None) -> BitDanceConfig:
+    sizes = ModelSizes(num_classes=num_classes)
+    return _model_config(sizes, small.autoencoder().config, 16, images)
+
+
+def test_a_model_keeps_the_names_and_the_order_of_its_classes(tmp_path: pathlib.Path) -> None:
+    imagenets = open_images(write(tmp_path / "imagenet.tar", tar_of_tars()))
+    own = open_images(write(tmp_path / "own.tar", tar({"dog/x.jpg": jpeg("x"), "cat/x.jpg": jpeg("x")})))
+    model = config(imagenets)
+    assert model.num_classes == 1000 and model.class_names == imagenet().wordnet_ids
+    assert class_names(model).label(1) == "goldfish"
+    with pytest.raises(UserError, match=r"1000 classes, ImageNet's, .* more than --num-classes 3: raise it to that"):
+        config(imagenets, 3)
+    assert config(own).class_names == ("cat", "dog")
+    assert config(own, 4).class_names == ("cat", "dog", "class 2", "class 3")
+    assert class_names(config(own, 1000)).label(0) == "cat"  # not ImageNet's, although there are 1000
