@@ -221,9 +221,13 @@ def report(
     if over_all:
         shown |= {what: {name: value[what] for name, value in over_all.items()} for what in ("mean", "std")}
     print(table(shown))
+    said: dict[str, list[str]] = {}
     for title, row in rows.items():
         for warning in row["warnings"]:
-            print(f"bitdance: {title}: {warning}", file=sys.stderr)
+            said.setdefault(warning, []).append(title)
+    for warning, titles in said.items():
+        of = "" if len(titles) == len(rows) else f"{', '.join(titles)}: "
+        print(f"bitdance: {of}{warning}", file=sys.stderr)
     record = {
         "samples": rows,
         "reference": None if reference is None else {name: found.about for name, found in reference.items()},

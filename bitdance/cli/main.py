@@ -20,7 +20,7 @@ COMMANDS = {
     "train-autoencoder": "train an autoencoder on images",
     "evaluate": "FID, sFID, Inception Score, precision and recall of images",
     "sweep": "figures of a model over guidance scales, steps and solvers",
-    "reconstruct": "encode and decode images: pictures, PSNR and SSIM",
+    "reconstruct": "encode and decode images: pictures, PSNR, SSIM and rFID",
     "nearest": "find the training image that is nearest to each generated one",
     "convert": "write weights in our format or in the released layout",
 }

@@ -13,11 +13,12 @@ from bitdance.errors import UserError
 
 if TYPE_CHECKING:
     from bitdance.distributed import World
+    from bitdance.evaluation.features import FeatureNetwork
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruct:
-    """Encode and decode images: a picture of both, PSNR and SSIM.
+    """Encode and decode images: a picture of both, PSNR, SSIM and rFID.
 
     Attributes:
         data: images: a folder, zip or tar of class folders, ImageNet's tar or parquet, CIFAR-10's archives.
@@ -28,6 +29,9 @@ class Reconstruct:
         limit: use only so many images, spread over the set.
         shown: images in the picture.
         batch_size: images at a time.
+        rfid: the Fréchet distance between the images and their reconstructions too, in Inception features; by default
+            where the Inception weights are there.
+        inception_weights: file of the Inception network; by default the downloaded one.
         device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
         threads: CPU threads; by default all cores.
     """
@@ -40,6 +44,8 @@ class Reconstruct:
     limit: int | None = None
     shown: int = 16
     batch_size: int = 100
+    rfid: bool | None = None
+    inception_weights: pathlib.Path | None = None
     device: str | None = None
     threads: int | None = None
 
@@ -66,6 +72,8 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     from bitdance.checkpoint import load_autoencoder
     from bitdance.data.crops import center_crop, normalize, to_array
     from bitdance.data.images import open_images, spread
+    from bitdance.evaluation.feature_sets import Collector, arrays_of
+    from bitdance.evaluation.frechet import frechet_distance
     from bitdance.evaluation.reconstruction import WINDOW, psnr, ssim
     from bitdance.files import atomic_write
     from bitdance.pictures import grid
@@ -80,6 +88,8 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
             f"and at least {WINDOW}."
         )
     count = min(len(images), command.limit or len(images))
+    network = _inception(command, world)
+    collectors = [Collector(network, count, keep=1) for _ in range(2)] if network else []
     chosen, shown = spread(len(images), count), spread(count, command.shown)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     ratios, similarities = [], []
@@ -91,6 +101,9 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
             decoded = to_bytes(autoencoder.decode(autoencoder.encode(normalize(original))))
             ratios.append(psnr(original.cpu(), decoded.cpu()))
             similarities.append(ssim(original.cpu(), decoded.cpu()))
+            for collector, pixels in zip(collectors, (original, decoded), strict=False):
+                assert network is not None
+                collector.add(arrays_of(network, pixels.cpu().numpy()))
             for i in shown[(shown >= start) & (shown < start + len(batch))] - start:
                 pairs.append((original[i].cpu().numpy(), decoded[i].cpu().numpy()))
             bar.update(len(batch))
@@ -102,6 +115,10 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
         "psnr": float(torch.cat(ratios).mean()),
         "ssim": float(torch.cat(similarities).mean()),
     }
+    if network and count > 1:
+        real, made = (collector.finish({}, None).statistics for collector in collectors)
+        assert real is not None and made is not None
+        figures |= {"rfid": frechet_distance(real, made), "inception_digest": network.digest}
     above, below = (np.stack(part) for part in zip(*pairs, strict=True))
     with atomic_write(command.output / "reconstruction.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
@@ -109,4 +126,20 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     with atomic_write(picture) as temporary:
         sheet = grid(np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size))
         sheet.save(temporary, format="PNG")
-    print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}: {picture}")
+    rfid = f", rFID {figures['rfid']:.3f}" if "rfid" in figures else ""
+    print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}{rfid}: {picture}")
+
+
+def _inception(command: Reconstruct, world: World) -> FeatureNetwork | None:
+    """The Inception network, if it is wanted, or if nobody said that it is not and it is there."""
+    from bitdance.evaluation.inception import find_weights, load_inception
+
+    if command.rfid is False:
+        return None
+    try:
+        path = find_weights(command.inception_weights)
+    except UserError:
+        if command.rfid or command.inception_weights:
+            raise
+        return None
+    return load_inception(path, world.device).feature_network()

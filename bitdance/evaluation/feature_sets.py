@@ -140,7 +140,8 @@ def take_features(
         if first + world.rank < last:
             number, images = next(mine)
             assert number == first + world.rank
-            found = [arrays_of(network, images) for network in networks], Checks.of(images)
+            looked_at = Checks.of(images)
+            found = [arrays_of(network, images) for network in networks], looked_at
         for part in world.gather(found):
             if part is not None:
                 for collector, arrays in zip(collectors, part[0], strict=True):

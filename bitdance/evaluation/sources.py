@@ -17,7 +17,8 @@ from typing import IO
 import numpy as np
 
 from bitdance.data.crops import center_crop, to_array
-from bitdance.data.images import EXTENSIONS, ImageSet, Split, decode_image, open_images, spread
+from bitdance.data.image_set import EXTENSIONS, ImageSet, decode_image
+from bitdance.data.images import Split, open_images, spread
 from bitdance.errors import UserError
 
 LABELS_FILE = "labels.json"
