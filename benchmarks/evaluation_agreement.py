@@ -2,9 +2,9 @@
 
     python benchmarks/evaluation_agreement.py FOLDER
 
-FOLDER holds what ADM gave: fid.npz and .json, precision_recall.npz and .json, inception_score.npz (tests/data/evaluator
-holds a few of the cases). Large inputs are not stored but made here and known by their SHA-256. The exit status is 1
-when a case disagrees.
+FOLDER holds what ADM gave: inception_random.npz, inception_random_bn.npz, resize_tf1.npz, fid.npz and .json,
+precision_recall.npz and .json, inception_score.npz (tests/data/evaluator holds a few of the cases). Large inputs are not
+stored but made here and known by their SHA-256. The exit status is 1 when a case disagrees.
 """
 
 from __future__ import annotations
@@ -216,7 +216,38 @@ def inception_score_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
             yield Row(f"Inception Score, chunks of {chunk}", case, adm, ours, 1e-6 * adm)
 
 
-FIGURES = (fid_rows, precision_recall_rows, inception_score_rows)
+def inception_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
+    """The network with made-up weights, relative L2 error of its outputs, and TensorFlow's resize to the last bit."""
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+    import inception_inputs
+    import torch
+
+    from bitdance.evaluation.inception import Inception, resize
+
+    golden = load(folder, "inception_random")
+    network = Inception()
+    network.load_state_dict(inception_inputs.weights(folder / "inception_random_bn.npz"), strict=False)
+    network.fold()
+    for side in sorted(int(name.removeprefix("images_")) for name in golden if name.startswith("images_")):
+        if not wanted(str(side)):
+            continue
+        with torch.inference_mode():
+            found = network(torch.from_numpy(golden[f"images_{side}"]))
+        outputs = {"pool": found.pool, "spatial": found.spatial, "logits_unbiased": found.logits}
+        outputs["softmax"] = found.logits.softmax(1)
+        for name, ours in outputs.items():
+            adm = golden[f"{name}_{side}"]
+            error = np.linalg.norm(ours.numpy() - adm) / np.linalg.norm(adm)
+            yield Row(f"Inception, {name}, relative error", f"{side} px", 0.0, float(error), 1e-4)
+    resized = load(folder, "resize_tf1")
+    for size in (name.removeprefix("in_") for name in resized if name.startswith("in_")):
+        if wanted(size):
+            ours = resize(torch.from_numpy(resized[f"in_{size}"])).numpy()
+            different = float((ours != resized[f"out_{size}"]).sum())
+            yield Row("resize, values that differ", size, 0.0, different, 0.0)
+
+
+FIGURES = (inception_rows, fid_rows, precision_recall_rows, inception_score_rows)
 
 
 def main() -> int:

@@ -16,11 +16,11 @@ DATA = pathlib.Path(__file__).resolve().parent / "data" / "evaluator"
 SEED = 20240607
 
 
-def weights() -> dict[str, Tensor]:
+def weights(measurements: pathlib.Path = DATA / "inception_bn.npz") -> dict[str, Tensor]:
     """A whole state dict; the statistics of the batch normalisations, which were measured, come from a file."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Inception().state_dict().items()}
-    with np.load(DATA / "inception_bn.npz", allow_pickle=False) as measured:
+    with np.load(measurements, allow_pickle=False) as measured:
         state = {name: torch.from_numpy(measured[name]) for name in measured.files}
     return {
         name: state[name] if name in state else torch.from_numpy(_weight(name, shape))
