@@ -3,8 +3,8 @@
     python benchmarks/evaluation_agreement.py FOLDER
 
 FOLDER holds what ADM gave: inception_random.npz, inception_random_bn.npz, resize_tf1.npz, fid.npz and .json,
-precision_recall.npz and .json, inception_score.npz (tests/data/evaluator holds a few of the cases). Large inputs are not
-stored but made here and known by their SHA-256. The exit status is 1 when a case disagrees.
+precision_recall.npz and .json, inception_score.npz (tests/data/evaluator holds a few of the cases). Large inputs are
+not stored but made here and known by their SHA-256. The exit status is 1 when a case disagrees.
 """
 
 from __future__ import annotations

@@ -230,6 +230,47 @@ def test_features_are_those_of_the_images_whatever_the_batch(tmp_path):
     np.testing.assert_array_equal(kept.statistics.mean, found.statistics.mean)
 
 
+TAKE = """
+import sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[3])
+import test_evaluation
+from bitdance.distributed import connect
+from bitdance.evaluation.feature_sets import take_features, write_feature_set
+from bitdance.evaluation.sources import open_source
+import pathlib
+
+with connect("cpu", 1) as world:
+    found = take_features(open_source(sys.argv[1]), [test_evaluation.SMALL], world, batch_size=4)
+    assert len(found) == (world.rank == 0)
+    for one in found:
+        write_feature_set(pathlib.Path(sys.argv[2]), one)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_takes_the_same_features(tmp_path, processes):
+    samples = save(tmp_path / "a.npz", pixels(23), np.arange(23) % 3)
+    (tmp_path / "take.py").write_text(TAKE)
+    small.run(tmp_path / "take.py", samples, tmp_path / "f.npz", small.ROOT / "tests", processes=processes)
+    expected = take_features(open_source(samples), [SMALL], ALONE, batch_size=4)[0]
+    found = read_feature_set(tmp_path / "f.npz")
+    assert np.array_equal(found.pool, expected.pool) and np.array_equal(found.logits, expected.logits)
+    assert found.about["content"] == expected.about["content"]
+    assert figures(found, expected) == figures(expected, expected)
+
+
+def test_a_batch_size_changes_no_bit_of_the_statistics(tmp_path, monkeypatch):
+    for module in ("feature_sets", "statistics"):
+        monkeypatch.setattr(f"bitdance.evaluation.{module}.BLOCK", 8)
+    source = open_source(save(tmp_path / "a.npz", pixels(23)))
+    found = [take_features(source, [SMALL], ALONE, batch_size=size)[0] for size in (1, 5, 8, 20)]
+    for one in found[1:]:
+        assert np.array_equal(one.statistics.covariance, found[0].statistics.covariance)
+        assert np.array_equal(one.spatial.mean, found[0].spatial.mean)
+    np.testing.assert_allclose(found[0].statistics.covariance, np.cov(found[0].pool.T.astype(float)), atol=1e-12)
+
+
 def test_the_digest_is_of_pixels_and_labels_however_they_are_kept(tmp_path):
     images = pixels(5)
     digests = [content_digest(open_source(save(tmp_path / "a.npz", images)))]
