@@ -29,10 +29,19 @@ _FREE = (
     "num_workers",
     "log_every",
     "save_every",
+    "save_minutes",
+    "keep_checkpoints",
     "keep_epochs",
     "preview_every",
+    "val_path",
+    "val_every",
+    "val_images",
+    "max_skipped",
+    "tensorboard",
+    "wandb",
     "compile",
     "grad_checkpointing",
+    "accumulate",
 )
 
 
