@@ -305,7 +305,7 @@ def test_the_fixed_autoencoder_is_no_part_of_what_is_trained():
 def test_grad_checkpointing_gives_the_same_gradients(parallel_num):
     plain = objective(LossConfig(), parallel_num)
     again = objective(LossConfig(), parallel_num)
-    again.network.grad_checkpointing = True
+    again.network.set_grad_checkpointing(True)
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for part in (plain, again):
         part.train()
@@ -514,7 +514,7 @@ def test_a_resumed_run_does_not_log_a_step_twice(data, pair, tmp_path, monkeypat
 def test_compiling_takes_two_graphs_however_many_steps(grad_checkpointing):
     """The step's number must not be compiled in: each step would be compiled anew."""
     part = objective(LossConfig(perturb_rate=0.2))
-    part.network.grad_checkpointing = grad_checkpointing
+    part.network.set_grad_checkpointing(grad_checkpointing)
     part.train()
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     batch = (images, torch.tensor([0, 1]), torch.arange(2))
@@ -556,7 +556,7 @@ def test_more_classes_than_the_images_have(data, pair, tmp_path):
 
 
 def test_two_processes_train_like_one(data, pair, tmp_path):
-    """Same global batch, same draws: the losses agree to rounding."""
+    """Same global batch, same draws: the losses agree to rounding, also of a run that goes on with another number."""
     script = tmp_path / "train.py"
     script.write_text("from bitdance.cli.main import main\nmain()\n")
     settings = ["train", "--autoencoder", pair / "autoencoder.safetensors", "--data-path", data, "--image-size", 16,

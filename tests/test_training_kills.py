@@ -135,7 +135,10 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=100)
-        assert all(map(gone, workers)) or not time.sleep(3) and all(map(gone, workers)), f"one outlived it ({kind})"
+        before = time.perf_counter()
+        while not all(map(gone, workers)):
+            assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
+            time.sleep(0.01)
         resumed += bool(list(results.glob("checkpoint-*.safetensors")))
     assert hits >= 0.75 * kills, "too few of the kills hit a run"
     assert resumed >= kills // 2
@@ -143,8 +146,12 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
     names = sorted(path.name for path in undisturbed.iterdir())
     assert sorted(path.name for path in results.iterdir()) == names  # nothing half-written is left either
     for name in names:
-        if name.endswith((".safetensors", ".png")):
-            assert (results / name).read_bytes() == (undisturbed / name).read_bytes(), name
+        if name.endswith(".safetensors"):
+            found, expected = (checkpoint.read(folder / name) for folder in (results, undisturbed))
+            # All with the digest of the tensors; the order of a file's metadata is left to chance.
+            assert (found.metadata, found.config) == (expected.metadata, expected.config), name
+        elif name.endswith(".png"):
+            assert (results / name).read_bytes() == (undisturbed / name).read_bytes()
     lines = [
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for folder in (undisturbed, results)

@@ -15,7 +15,7 @@ from typing import Any
 COMMANDS = {
     "sample": "generate images of classes: PNGs and one labelled grid",
     "download": "fetch released models, the autoencoder, or what an evaluation needs",
-    "info": "show what is inside a file of weights",
+    "info": "show what is inside a file of weights, or how a training run goes",
     "train": "train a BitDance model on images",
     "train-autoencoder": "train an autoencoder on images",
     "reconstruct": "encode and decode images: pictures, PSNR and SSIM",

@@ -66,6 +66,10 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
+    def close(self) -> None:
+        """Waits for what is being written, whether it succeeds or not."""
+        self._pool.shutdown()
+
 
 def paths(folder: pathlib.Path) -> list[pathlib.Path]:
     """The checkpoints in a folder, the newest first."""

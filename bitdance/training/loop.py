@@ -110,6 +110,7 @@ class Run:
                 interrupts.close()
                 return self._finish()
         finally:
+            self.checkpoints.close()
             if self.log is not None:
                 self.log.close()
 
