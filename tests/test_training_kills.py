@@ -192,3 +192,31 @@ def test_the_recipe_for_slurm(place, tmp_path):
     assert process.returncode == 0, err
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     assert newest_step(results) == step + 3
+
+
+def test_a_part_that_is_not_finite_is_skipped_by_all_processes(place, tmp_path):
+    """And where it goes on for too long, each leaves its part of the batch."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os\n"
+        "from bitdance.cli.main import main\n"
+        "from bitdance.model import BitDance\n"
+        "right, steps = BitDance.loss, []\n"
+        "def wrong(self, *arguments):\n"
+        "    steps.append(None)\n"
+        "    bad = os.environ['RANK'] == '1' and (len(steps) == 2 or len(steps) > 4)\n"
+        "    return right(self, *arguments) * (float('nan') if bad else 1)\n"
+        "BitDance.loss = wrong\n"
+        "main()\n"
+    )
+    words = command(place, tmp_path / "run", 2, log_every=1, max_skipped=3, save_every=4)
+    words[words.index(str(place / "train.py"))] = str(script)
+    process = start(words)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "the gradients were not finite in 3 steps in a row, up to step 7" in err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 2, 3]  # the line that is not good is not written
+    assert [line["loss"] is None for line in lines] == [False, True, False, False, True, True]
+    batches = [checkpoint.read(tmp_path / "run" / f"bad-batch-7-{rank}.safetensors") for rank in (0, 1)]
+    assert [batch.states["batch"]["rows"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+    assert newest_step(tmp_path / "run") == 4
