@@ -39,8 +39,8 @@ State = dict[str, Tensor]
 Weights = Literal["ema", "model"]
 Network = TypeVar("Network", BitDance, Autoencoder)
 
-KINDS = ("model", "autoencoder", "training")
-"""What a file of ours holds: one network, or the whole state of a run."""
+KINDS = ("model", "autoencoder", "training", "batch")
+"""What a file of ours holds: one network, the whole state of a run, or a batch that was kept to be looked at."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

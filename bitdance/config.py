@@ -275,11 +275,23 @@ class RunConfig:
             centre crops. Either way half of the images are mirrored.
         aug_decay_start_epoch, aug_decay_end_epoch: between these epochs the share of random crops falls to 0.
         log_every: steps between lines of the log.
-        save_every: steps between checkpoints; 0 for only the last one.
+        save_every: steps between checkpoints, 0 for only the last one; they are written in the background.
+        save_minutes: minutes between checkpoints, beside those of `save_every`; 0 for none by the clock.
+        keep_checkpoints: how many checkpoints are kept, the newest.
         keep_epochs: epochs between weights that are kept as `epoch_<n>.safetensors`; 0 for none.
         preview_every: steps between preview pictures; 0 for only the last one.
+        val_path: held-out images whose loss is logged as `val_loss`; the training path itself names the test images
+            of a CIFAR-10 archive.
+        val_every: steps between validations; 0 for only one at the end.
+        val_images: how many held-out images are looked at, fewer where there are not so many.
+        max_skipped: steps in a row with gradients that are not finite after which the run stops; each of them is
+            skipped. 0 for no limit.
+        tensorboard: write TensorBoard's files too, in `results_dir/tensorboard`.
+        wandb: project of Weights & Biases to log to as well.
         compile: compile the network, on a GPU.
         grad_checkpointing: compute activations twice to keep fewer of them.
+        accumulate: parts in which a process goes through its share of a batch, to save memory; for a model the results
+            agree to rounding, of an autoencoder each part has an entropy of its own.
     """
 
     data_path: pathlib.Path
@@ -305,15 +317,29 @@ class RunConfig:
     save_every: int = 1000
     keep_epochs: int = 0
     preview_every: int = 1000
+    save_minutes: float = 0.0
+    keep_checkpoints: int = 2
+    val_path: pathlib.Path | None = None
+    val_every: int = 1000
+    val_images: int = 1024
+    max_skipped: int = 20
+    tensorboard: bool = False
+    wandb: str | None = None
     compile: bool = False
     grad_checkpointing: bool = False
+    accumulate: int = 1
     aug_decay_start_epoch: int = 700
     aug_decay_end_epoch: int = 750
 
     def __post_init__(self) -> None:
-        counts = "image_size epochs max_steps global_batch_size num_workers log_every"
+        counts = (
+            "image_size epochs max_steps global_batch_size num_workers log_every keep_checkpoints val_images accumulate"
+        )
         _check(self, counts, lambda value: value >= 1, "be at least 1")
-        others = "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every keep_epochs preview_every"
+        others = (
+            "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every save_minutes keep_epochs "
+            "preview_every val_every max_skipped"
+        )
         _check(self, others, lambda value: 0 <= value < math.inf, "be a number from 0 on")
         _check(self, "beta1 beta2", lambda value: 0 <= value < 1, "lie between 0 and 1, 1 excluded")
         _check(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")

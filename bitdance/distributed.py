@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitdance.errors import UserError
+from bitdance.errors import Interrupted, UserError
 from bitdance.lifeline import Lifeline
 
 T = TypeVar("T")
@@ -80,6 +80,46 @@ class World:
         return values
 
 
+class Agreement:
+    """A number that the processes tell each other without waiting: what one says, all learn at the next call.
+
+    It travels over connections of its own, on the CPU, so a GPU's queue is left alone. Made by all processes together.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def highest(self, value: int) -> int:
+        """The highest number that any process said at the call before this one; of one process, `value` itself.
+
+        Raises:
+            UserError: another process has ended.
+        """
+        if self._group is None:
+            return value
+        highest = self._received()
+        box = torch.tensor([value])
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, self._group, async_op=True)
+        assert work is not None
+        self._pending = (work, box)
+        return highest
+
+    def _received(self) -> int:
+        if self._pending is None:
+            return 0
+        (work, box), self._pending = self._pending, None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise UserError("another process has ended: see its log, then run the same command again.") from error
+        return int(box)
+
+    def close(self) -> None:
+        """Waits for what the last call began."""
+        self._received()
+
+
 def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """The device of that name, by default a GPU where there is one.
 
@@ -131,6 +171,9 @@ def connect(device: str | None = None, threads: int | None = None) -> Iterator[W
     try:
         yield world
         lifeline.leave()  # an error closes the connection instead, without a goodbye
+    except Interrupted:  # all processes are, at the same step
+        lifeline.leave()
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import pathlib
+import re
 import secrets
 import sys
 import time
@@ -46,6 +47,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # an error on the way here says more
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what processes that were killed left in `folder` of files that `atomic_write` was writing."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def make_folder(path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitdance import flow
 from bitdance.config import HEAD_DIM, BitDanceConfig
@@ -105,6 +106,9 @@ class FinalLayer(nn.Module):
 class HeadNetwork(nn.Module):
     """Predicts x_1 from x_t: blocks of one of two kinds between an input and an output projection."""
 
+    grad_checkpointing = False
+    """In training keep only each block's input, and compute the rest again when needed."""
+
     def __init__(self, config: BitDanceConfig) -> None:
         super().__init__()
         dim = config.head_dim
@@ -129,7 +133,10 @@ class HeadNetwork(nn.Module):
         for i, block in enumerate(self.res_blocks):
             if i % self.blocks_per_ada_ln == 0:
                 modulation = self.ada_ln_blocks[i // self.blocks_per_ada_ln](y).chunk(self.modulations, dim=-1)
-            x = block(x, *modulation)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, *modulation, use_reentrant=False)
+            else:
+                x = block(x, *modulation)
         return self.final_layer(x, y)
 
 

@@ -37,11 +37,11 @@ class BitDance(nn.Module):
 
         Args:
             drop_rate: dropout of `proj_in`, of the attention's output and of the feed-forward layers.
-            grad_checkpointing: keep only each layer's input in training and compute the rest again when needed.
+            grad_checkpointing: in training keep only each layer's input, of the head too, and compute the rest again
+                when needed.
         """
         super().__init__()
         self.config = config
-        self.grad_checkpointing = grad_checkpointing
         dim, p = config.dim, config.parallel_num
         if p > 1:
             self.query_token = nn.Parameter(torch.empty(1, p - 1, dim))
@@ -54,6 +54,11 @@ class BitDance(nn.Module):
         self.reset_parameters()
         self.head = DiffusionHead(config)
         self.reset_buffers()
+        self.set_grad_checkpointing(grad_checkpointing)
+
+    def set_grad_checkpointing(self, enabled: bool) -> None:
+        """Switches what `grad_checkpointing` says on or off, in the transformer and in the head."""
+        self.grad_checkpointing = self.head.net.grad_checkpointing = enabled
 
     def reset_parameters(self) -> None:
         """Linear and Embedding weights and the query tokens N(0, 0.02), biases 0; the head sets its own."""

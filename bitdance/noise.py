@@ -76,7 +76,10 @@ def words(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: 
     device = rows.device
     element = torch.arange((size + 3) // 4, device=device)
     draw = torch.arange(draws, device=device)[:, None, None]
-    step_word, stream_word, seed_word = (torch.tensor(v, device=device) for v in (step, stream, seed))
+    # Filled in by the device: numbers copied to a GPU would have the host wait for it.
+    step_word, stream_word, seed_word = (
+        torch.full((), value, dtype=torch.int64, device=device) for value in (step, stream, seed)
+    )
     out = philox((element, draw, step_word, stream_word), (seed_word, rows[:, None]))
     return torch.stack(out, dim=-1).flatten(-2)
 

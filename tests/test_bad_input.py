@@ -216,7 +216,9 @@ def test_an_unreadable_image_is_named(place, tmp_path, fails):
     data = shutil.copytree(place / "pictures", tmp_path / "data")
     broken = data / "class-1" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    message = fails("train", *training(place, tmp_path / "run", data), "--max-steps", 3, leaves=("run",))
+    message = fails(
+        "train", *training(place, tmp_path / "run", data), "--max-steps", 3, leaves=("run", "run/config.json")
+    )
     assert f"cannot read the image {broken}: " in message and message.endswith("repair or remove it.")
     fixed = ["--autoencoder", place / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
     assert str(broken) in fails("reconstruct", data, *fixed)
@@ -368,8 +370,24 @@ def test_no_space_for_a_job(place, tmp_path, capsys, full_disk):
 
 
 def test_no_space_for_a_checkpoint(place, tmp_path, fails, full_disk):
-    message = fails("train", *training(place, tmp_path / "run"), "--max-steps", 1, leaves=("run", "run/log.jsonl"))
+    message = fails("train", *training(place, tmp_path / "run"), "--max-steps", 1, leaves=("run",))
     assert re.search(rf"cannot write {tmp_path / 'run'}/\S+: No space left on device", message)
+
+
+def test_no_space_halfway_through_a_run(place, tmp_path, fails, monkeypatch):
+    """Of a checkpoint that is written in the background: the run ends by the next one."""
+    fsync, calls = os.fsync, []
+
+    def fills_up(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 4:  # the settings and a checkpoint, each with its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fills_up)
+    arguments = [*training(place, tmp_path / "run"), "--max-steps", 9, "--save-every", 2, "--log-every", 9]
+    message = fails("train", *arguments, leaves=("run", "run/config.json", "run/checkpoint-0000002.safetensors"))
+    assert f"cannot write {tmp_path / 'run'}/checkpoint-0000004.safetensors: No space left on device" in message
 
 
 def test_no_space_for_the_log(place, tmp_path, fails, monkeypatch):
@@ -377,7 +395,9 @@ def test_no_space_for_the_log(place, tmp_path, fails, monkeypatch):
         pytest.skip("needs a device that is always full")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
-    message = fails("train", *training(place, tmp_path / "run"), "--max-steps", 1, "--log-every", 1)
+    message = fails(
+        "train", *training(place, tmp_path / "run"), "--max-steps", 1, "--log-every", 1, leaves=("run/config.json",)
+    )
     assert f"cannot write {tmp_path / 'run' / 'log.jsonl'}: No space left on device" in message
 
 

@@ -374,7 +374,8 @@ def test_training_scripts_train_and_their_model_samples(place, tmp_path, script,
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 0 and lines[1]["lr"] == 1.5e-4
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint.safetensors", "epoch_1.safetensors", "log.jsonl", "model.safetensors", "preview-0000003.png",
+        "checkpoint-0000003.safetensors", "config.json", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
+        "preview-0000003.png",
     ]  # fmt: skip
     network = checkpoint.load_model(tmp_path / "run" / "model.safetensors")
     config = network.config

@@ -689,7 +689,13 @@ def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, aver
     ema = 0.9 if averaged else 0.0
     run = RunConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=ema)
     finished = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
-    main(["convert", str(tmp_path / "run" / "checkpoint.safetensors"), str(tmp_path / "converted.safetensors")])
+    main(
+        [
+            "convert",
+            str(next((tmp_path / "run").glob("checkpoint-*.safetensors"))),
+            str(tmp_path / "converted.safetensors"),
+        ]
+    )
     assert capsys.readouterr().out.splitlines()[-1].startswith("autoencoder in float32, ")
     a, b = (checkpoint.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -135,7 +135,7 @@ def test_ema():
     ema = EMA(network, 0.75)
     for value, expected in ((5.0, 2.0), (6.0, 3.0), (3.0, 3.0)):  # average <- 0.75 average + 0.25 value
         torch.nn.init.constant_(network.weight, value)
-        ema.update(network)
+        ema.update(network, torch.tensor(0.0))
         assert ema.state["weight"].item() == expected
         assert network.weight.item() == value
 
@@ -305,7 +305,7 @@ def test_the_fixed_autoencoder_is_no_part_of_what_is_trained():
 def test_grad_checkpointing_gives_the_same_gradients(parallel_num):
     plain = objective(LossConfig(), parallel_num)
     again = objective(LossConfig(), parallel_num)
-    again.network.grad_checkpointing = True
+    again.network.set_grad_checkpointing(True)
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for part in (plain, again):
         part.train()
@@ -326,12 +326,13 @@ def test_an_autoencoder_learns_and_leaves_its_files(data, tmp_path, capsys):
     assert sum(psnr[-6:]) / 6 > sum(psnr[:6]) / 6 + 1.5  # dB
     assert {"loss", "grad_norm", "lr", "images_per_second", "waiting", "epoch", "entropy_sample"} <= lines[0].keys()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "autoencoder.safetensors", "checkpoint.safetensors", "epoch_14.safetensors", "epoch_7.safetensors",
+        "autoencoder.safetensors", "checkpoint-0000042.safetensors", "config.json",
+        "epoch_14.safetensors", "epoch_7.safetensors",
         "log.jsonl", "preview-0000042.png",
     ]  # fmt: skip
     network = checkpoint.load_autoencoder(path)
     assert network.config == small.NETWORK
-    state = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors").states
+    state = checkpoint.read(tmp_path / "run" / "checkpoint-0000042.safetensors").states
     assert all(torch.equal(value, state["ema"][name]) for name, value in network.state_dict().items())
     with Image.open(tmp_path / "run" / "preview-0000042.png") as preview:
         assert preview.size == (4 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2)  # images above reconstructions
@@ -347,12 +348,12 @@ def test_a_model_learns_and_leaves_its_files(data, pair, tmp_path, parallel_num)
     assert len(losses) == 60
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint.safetensors", "log.jsonl", "model.safetensors", "preview-0000060.png",
+        "checkpoint-0000060.safetensors", "config.json", "log.jsonl", "model.safetensors", "preview-0000060.png",
     ]  # fmt: skip
     network = checkpoint.load_model(path)
     assert network.config.class_names == ("class-0", "class-1", "class-2")
     assert (network.config.num_classes, network.config.grid, network.config.parallel_num) == (3, 4, parallel_num)
-    contents = checkpoint.read(tmp_path / "run" / "checkpoint.safetensors")
+    contents = checkpoint.read(tmp_path / "run" / "checkpoint-0000060.safetensors")
     assert contents.states.keys() == {"ema", "model", "optimizer"}
     assert not any(name.startswith(("encoder", "decoder", "vae")) for name in contents.states["model"])
     raw = contents.states["model"]
@@ -362,7 +363,7 @@ def test_a_model_learns_and_leaves_its_files(data, pair, tmp_path, parallel_num)
 def test_without_ema_the_raw_weights_are_what_is_kept(data, pair, tmp_path):
     run = config(data, tmp_path, ema=-1.0, max_steps=2)
     path = train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    contents = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    contents = checkpoint.read(tmp_path / "checkpoint-0000002.safetensors")
     assert contents.states.keys() == {"model", "optimizer"}
     kept = checkpoint.load_model(path).state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in contents.states["model"].items())
@@ -379,14 +380,17 @@ def test_an_interrupted_run_ends_like_one_that_was_not(data, pair, tmp_path):
     train("parts", max_steps=2)
     train("parts", max_steps=5, num_workers=1, log_every=2)
     train("parts")
-    a, b = (checkpoint.read(tmp_path / folder / "checkpoint.safetensors") for folder in ("whole", "parts"))
+    a, b = (checkpoint.read(tmp_path / folder / "checkpoint-0000009.safetensors") for folder in ("whole", "parts"))
     assert a.metadata["step"] == b.metadata["step"] == "9"
     assert a.metadata["digest"] == b.metadata["digest"]  # of parameters, EMA and optimizer, bit for bit
     assert a.states["optimizer"].keys() == b.states["optimizer"].keys()
     finished = [checkpoint.read(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
     assert finished[0].metadata["digest"] == finished[1].metadata["digest"]
     train("parts")  # nothing is left to do
-    assert checkpoint.read(tmp_path / "parts" / "checkpoint.safetensors").metadata["digest"] == a.metadata["digest"]
+    assert (
+        checkpoint.read(tmp_path / "parts" / "checkpoint-0000009.safetensors").metadata["digest"]
+        == a.metadata["digest"]
+    )
 
 
 def test_an_interrupted_autoencoder_run_ends_like_one_that_was_not(data, tmp_path):
@@ -394,7 +398,7 @@ def test_an_interrupted_autoencoder_run_ends_like_one_that_was_not(data, tmp_pat
         for stop in stops:
             run = config(data, tmp_path / folder, max_steps=stop)
             train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
-    a, b = (checkpoint.read(tmp_path / folder / "checkpoint.safetensors") for folder in ("whole", "parts"))
+    a, b = (checkpoint.read(tmp_path / folder / "checkpoint-0000004.safetensors") for folder in ("whole", "parts"))
     assert a.metadata["digest"] == b.metadata["digest"] and a.metadata["step"] == "4"
 
 
@@ -406,7 +410,7 @@ def test_a_run_of_other_settings_is_refused_with_the_differences(data, pair, tmp
     with pytest.raises(UserError) as error:
         train_model(other, dataclasses.replace(SIZES, n_layer=3), loss, pair / "autoencoder.safetensors", "cpu")
     message = str(error.value)
-    assert "checkpoint.safetensors belongs to another run" in message
+    assert "checkpoint-0000001.safetensors belongs to another run" in message
     for change in ("run.lr was 0.003, is 0.0001", "run.global_seed was 0, is 7", "model.n_layer was 2, is 3"):
         assert change in message
     assert "loss.perturb_rate was 0.0, is 0.1" in message
@@ -444,28 +448,54 @@ def test_bf16_autocast_trains_float32_weights(data, pair, tmp_path):
     assert {value.dtype for value in checkpoint.read(path).states["model"].values()} == {torch.float32}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, pair, tmp_path, monkeypatch):
+def test_too_many_skipped_steps_stop_the_run_and_leave_the_batch(data, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
-    with pytest.raises(UserError, match="loss is not finite by step 1"):
-        train_model(config(data, tmp_path), SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    assert not (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+    run = config(data, tmp_path, max_skipped=3, log_every=2)
+    with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to step 4: its batch is in .*bad-batch-4"):
+        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
+    assert not list(tmp_path.glob("checkpoint*")) and not (tmp_path / "model.safetensors").exists()
+    contents = checkpoint.read(tmp_path / "bad-batch-4.safetensors")
+    expected = Batches(open_images(data), run, World(0, 1, CPU)).load(3)
+    assert contents.metadata["step"] == "4"
+    for name in ("images", "labels", "rows"):
+        assert torch.equal(contents.states["batch"][name], getattr(expected, name))
 
 
-def test_weights_that_are_not_finite_never_replace_good_ones(data, pair, tmp_path, monkeypatch):
-    """A checkpoint falls due between two lines of the log, and the loss went wrong on the way there."""
+def test_a_step_that_is_not_finite_changes_nothing(data, pair, tmp_path, monkeypatch):
+    """Weights, average and optimizer are as after the step before; the count outlives an interruption."""
     right, steps = BitDance.loss, []
 
-    def wrong_at_the_third_step(self, *arguments):
+    def wrong_at_the_second_step(self, *arguments):
         steps.append(None)
-        return right(self, *arguments) * (float("nan") if len(steps) == 3 else 1)
+        return right(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
 
-    monkeypatch.setattr(BitDance, "loss", wrong_at_the_third_step)
-    run = config(data, tmp_path, epochs=3, save_every=2, log_every=100)
-    with pytest.raises(UserError, match="loss is not finite by step 4"):
+    def train(folder: str, stop: int) -> checkpoint.Contents:
+        run = config(data, tmp_path / folder, max_steps=stop, log_every=100)
         train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    contents = checkpoint.read(tmp_path / "checkpoint.safetensors")
-    assert contents.metadata["step"] == "2"
-    assert all(value.isfinite().all() for value in contents.states["model"].values())
+        return checkpoint.read(tmp_path / folder / f"checkpoint-{stop:07d}.safetensors")
+
+    one = train("one", 1)
+    monkeypatch.setattr(BitDance, "loss", wrong_at_the_second_step)
+    two = train("two", 2)
+    assert two.metadata["digest"] == one.metadata["digest"]
+    assert (two.metadata["skipped"], two.metadata["in_a_row"]) == ("1", "1")
+    first, second = log(tmp_path / "one")[-1], log(tmp_path / "two")[-1]
+    assert second["skipped"] == 1 and second["loss"] == first["loss"] and second["grad_norm"] == first["grad_norm"]
+    four = train("two", 4)
+    assert (four.metadata["skipped"], four.metadata["in_a_row"]) == ("1", "0")
+    assert four.metadata["digest"] != one.metadata["digest"]
+    assert all(value.isfinite().all() for value in four.states["model"].values())
+
+
+def test_a_first_step_that_is_not_finite(data, pair, tmp_path, monkeypatch):
+    """The optimizer has no state of its own yet."""
+    monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
+    run = config(data, tmp_path, max_steps=1)
+    train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
+    states = checkpoint.read(tmp_path / "checkpoint-0000001.safetensors").states
+    assert all(torch.equal(value, states["model"][name]) for name, value in states["ema"].items())
+    assert not any(value.any() for value in states["optimizer"].values())
+    assert log(tmp_path)[0]["loss"] is None and log(tmp_path)[0]["skipped"] == 1
 
 
 def test_a_resumed_run_does_not_log_a_step_twice(data, pair, tmp_path, monkeypatch):
@@ -484,7 +514,7 @@ def test_a_resumed_run_does_not_log_a_step_twice(data, pair, tmp_path, monkeypat
 def test_compiling_takes_two_graphs_however_many_steps(grad_checkpointing):
     """The step's number must not be compiled in: each step would be compiled anew."""
     part = objective(LossConfig(perturb_rate=0.2))
-    part.network.grad_checkpointing = grad_checkpointing
+    part.network.set_grad_checkpointing(grad_checkpointing)
     part.train()
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     batch = (images, torch.tensor([0, 1]), torch.arange(2))
@@ -528,7 +558,7 @@ def test_more_classes_than_the_images_have(data, pair, tmp_path, capsys):
 
 
 def test_two_processes_train_like_one(data, pair, tmp_path):
-    """Same global batch, same draws: the losses agree to rounding."""
+    """Same global batch, same draws: the losses agree to rounding, also of a run that goes on with another number."""
     script = tmp_path / "train.py"
     script.write_text("from bitdance.cli.main import main\nmain()\n")
     settings = ["train", "--autoencoder", pair / "autoencoder.safetensors", "--data-path", data, "--image-size", 16,

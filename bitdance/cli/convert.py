@@ -15,7 +15,7 @@ class Convert:
     """Write the weights of a file, released or our own, in our format (.safetensors) or in the released layout (.pt).
 
     Attributes:
-        source: file of weights, such as a run's checkpoint.safetensors.
+        source: file of weights, such as a run's checkpoint-<step>.safetensors.
         target: file to write; its ending says which format.
         autoencoder: for a .pt of a model the file of the autoencoder to put inside, as in the released ones; by default
             the one inside the source, if any.

@@ -1,4 +1,4 @@
-"""`bitdance info`: what is inside a file of weights, and where each part of its configuration was found."""
+"""`bitdance info`: what is inside a file of weights, and where each part was found; or how a training run goes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SHOWN = 10
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Show what is inside a file of weights.
+    """Show what is inside a file of weights, or how a training run goes, with a plot of its loss.
 
     Attributes:
-        file: file of weights, released (.pt, .safetensors) or our own.
+        file: file of weights, released (.pt, .safetensors) or our own; or the folder of a run.
         json: print JSON, for programs.
     """
 
@@ -38,10 +38,24 @@ class Info:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Info, arguments, "bitdance info")
+    if command.file.is_dir():
+        _show_run(command)
+        return
     from bitdance import checkpoint
 
     facts = describe(checkpoint.read(command.file))
     print(json.dumps(facts, indent=2) if command.json else text(facts))
+
+
+def _show_run(command: Info) -> None:
+    from bitdance.training import report
+
+    facts = report.describe(command.file)
+    plot = report.plot(command.file)
+    if command.json:
+        print(json.dumps(facts | {"plot": str(plot) if plot else None}, indent=2))
+    else:
+        print(report.text(facts) + (f"\n\nloss: {plot}" if plot else ""))
 
 
 def describe(contents: Contents) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 COMMANDS = {
     "sample": "generate images of classes: PNGs and one labelled grid",
     "download": "fetch released models, the autoencoder, or what an evaluation needs",
-    "info": "show what is inside a file of weights",
+    "info": "show what is inside a file of weights, or how a training run goes",
     "train": "train a BitDance model on images",
     "train-autoencoder": "train an autoencoder on images",
     "evaluate": "FID, sFID, Inception Score, precision and recall of images",
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None:
     """Calls a command; a `UserError`, or a file that cannot be used, becomes one line on stderr and exit status 2."""
-    from bitdance.errors import UserError
+    from bitdance.errors import Interrupted, UserError
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
@@ -79,6 +79,10 @@ def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None
             file=sys.stderr,
         )
         raise SystemExit(2) from None
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # all processes stop together
+            print(f"bitdance: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

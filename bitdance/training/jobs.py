@@ -32,10 +32,19 @@ _FREE = (
     "num_workers",
     "log_every",
     "save_every",
+    "save_minutes",
+    "keep_checkpoints",
     "keep_epochs",
     "preview_every",
+    "val_path",
+    "val_every",
+    "val_images",
+    "max_skipped",
+    "tensorboard",
+    "wandb",
     "compile",
     "grad_checkpointing",
+    "accumulate",
 )
 
 
@@ -45,6 +54,7 @@ def train_autoencoder(
     """Trains an autoencoder and returns the path of its weights.
 
     Raises:
+        Interrupted: by a signal, after a checkpoint was written.
         UserError: a setting does not fit, or a file cannot be read or written.
     """
     _check_image_size(run.image_size, network.down_size)
@@ -71,6 +81,7 @@ def train_model(
     `expect_bits` and `expect_down_size` are what the caller believes of the autoencoder, where it has a belief.
 
     Raises:
+        Interrupted: by a signal, after a checkpoint was written.
         UserError: a setting does not fit, or a file cannot be read or written.
     """
     contents = checkpoint.read(autoencoder_path)

@@ -1,13 +1,12 @@
-"""The training loop: steps, logs, previews and checkpoints; the same for an autoencoder and for BitDance."""
+"""The training loop: steps, validation, previews and checkpoints; the same for an autoencoder and for BitDance."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
-import math
 import pathlib
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,33 +14,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitdance import checkpoint
+from bitdance import __version__, checkpoint
 from bitdance.autoencoder import Autoencoder
 from bitdance.config import RunConfig
 from bitdance.distributed import World, computes_bf16
-from bitdance.errors import UserError
-from bitdance.files import atomic_write
+from bitdance.errors import Interrupted, UserError
+from bitdance.files import atomic_write, remove_leftovers
 from bitdance.model import BitDance
 from bitdance.pictures import grid
+from bitdance.training import checkpoints
 from bitdance.training.batches import Batch, Batches
+from bitdance.training.checkpoints import Checkpoints
+from bitdance.training.interrupts import Interrupts
+from bitdance.training.log import RunLog
+from bitdance.training.meter import Meter, finite, shown
 from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
-from bitdance.training.optimizer import EMA, build_optimizer
+from bitdance.training.optimizer import EMA, Health, build_optimizer
 from bitdance.training.schedule import learning_rate
+from bitdance.training.transfer import parts, to_device
+from bitdance.training.validation import Validation
 
-CHECKPOINT = "checkpoint.safetensors"
-LOG = "log.jsonl"
+CONFIG = "config.json"
+PREVIEWED = 16
+"""Pictures of a preview."""
 
 
 class Run:
     """One training run: the state that a step changes, and the files that it leaves in `results_dir`.
 
-    Files: `log.jsonl` (a line every `log_every` steps), `checkpoint.safetensors` (everything that the next step depends
-    on), `preview-<step>.png`, and at the end `model.safetensors` or `autoencoder.safetensors`, the weights alone.
+    Files: `config.json` (all settings), `log.jsonl` (a line every `log_every` steps), `checkpoint-<step>.safetensors`
+    (everything that the next step depends on), `preview-<step>.png`, `epoch_<n>.safetensors` (weights that are kept),
+    and at the end `model.safetensors` or `autoencoder.safetensors`, the weights alone.
 
     Args:
         objective: an objective with its network, on the CPU.
         batches: the batches of this process.
         identity: the settings that make this run what it is; a checkpoint of other settings is refused.
+
+    Raises:
+        UserError: the folder belongs to another run, or a setting does not fit.
     """
 
     def __init__(
@@ -61,9 +72,23 @@ class Run:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.optimizer = build_optimizer(self.network, config)
         self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
+        self.health = Health(world.device)
         self.step = 0
         self.kind = "model" if isinstance(self.network, BitDance) else "autoencoder"
+        local = len(batches.places)
+        if local % config.accumulate:
+            raise UserError(
+                f"--accumulate {config.accumulate} does not divide the {local} images of a process: make "
+                "--global-batch-size a multiple of their number times that of the processes."
+            )
+        self.validation = Validation(objective, config, batches.images.classes, world) if config.val_path else None
+        self.checkpoints = Checkpoints(config.results_dir, config.keep_checkpoints)
         self._resume()
+        self.log: RunLog | None = None
+        if world.is_main:
+            remove_leftovers(config.results_dir)
+            settings = self._write_settings()
+            self.log = RunLog(config.results_dir, self.step, config.tensorboard, config.wandb, settings)
         self.trained: nn.Module = self.objective
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
@@ -76,74 +101,118 @@ class Run:
         """Runs to the last step and returns the path of the finished weights.
 
         Raises:
-            UserError: the loss is not finite, an image cannot be read, or a file cannot be written.
+            Interrupted: SIGTERM or SIGUSR1 arrived; a checkpoint was written.
+            UserError: too many steps in a row were skipped, an image cannot be read, or a file cannot be written.
         """
+        try:
+            with Interrupts(self.world).watched() as interrupts:
+                self._steps(interrupts)
+                interrupts.close()
+                return self._finish()
+        finally:
+            self.checkpoints.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _steps(self, interrupts: Interrupts) -> None:
         from tqdm import tqdm
 
         config = self.config
+        if self.world.is_main and self.step == 0 and config.warmup_steps > self.last_step:
+            print(
+                f"the warm-up (--warmup-steps {config.warmup_steps}) is longer than the run ({self.last_step} steps): "
+                "the learning rate stays below --lr."
+            )
         self.network.train()
-        sums: dict[str, Tensor] = {}
-        since, waited, mark = self.step, 0.0, time.perf_counter()
+        meter = Meter(self.objective, config, self.world, self.health, self.in_bf16)
+        saved = time.monotonic()
         stream = self.batches.stream(self.step, self.last_step)
         with tqdm(
             total=self.last_step, initial=self.step, disable=not self.world.is_main, unit="step", dynamic_ncols=True
         ) as bar:
             for batch, seconds in _timed(stream):
-                waited += seconds
                 rate = learning_rate(config, self.step, self.total_steps)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                for name, value in self._one_step(batch).items():
-                    sums[name] = sums[name] + value if name in sums else value
+                meter.add(self._one_step(batch), seconds)
                 self.step += 1
                 bar.update()
-                if not self._due(config.log_every, config.save_every, self._kept_every, config.preview_every):
-                    continue
-                # In all processes, and before anything is written that a number which is not finite would spoil.
-                line = self._mean(sums, self.step - since)
+                line: dict[str, float | None] = {}
                 if self._due(config.log_every):
-                    now = time.perf_counter()
-                    line |= {
-                        "lr": rate,
-                        "images_per_second": (self.step - since) * config.global_batch_size / (now - mark),
-                        "waiting": waited / (now - mark),
-                    }
-                    self._log(line)
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
-                    sums, since, waited, mark = {}, self.step, 0.0, now
-                self._save_sometimes(batch)
-        return self._finish()
+                    line = meter.read() | {"lr": rate}
+                    bar.set_postfix_str(shown(line))
+                    self._check_health(batch, int(line.pop("in_a_row") or 0))
+                with meter.paused():
+                    if self.validation is not None and self._due(config.val_every):
+                        line["val_loss"] = self._validate(self.validation)
+                    if line and self.log is not None:
+                        self.log.write(self.step, self.step / self.batches.steps_per_epoch, line)
+                    if self._kept_every and self.step % self._kept_every == 0:
+                        epoch = self.step // self.batches.steps_per_epoch
+                        self._save_weights(config.results_dir / f"epoch_{epoch}.safetensors")
+                    if self._due(config.preview_every):
+                        self._preview()
+                    # Last: what a resumed run would not make again is there by now.
+                    minutes = (time.monotonic() - saved) / 60
+                    if self._due(config.save_every) or 0 < config.save_minutes <= minutes:
+                        self.save()
+                        saved = time.monotonic()
+                    if (number := interrupts.agreed()) and self.step < self.last_step:
+                        interrupts.close()
+                        self._stop(number)
 
     def _one_step(self, batch: Batch) -> dict[str, Tensor]:
-        device = self.world.device
+        """Takes a step and returns its numbers, which the device may not have computed yet: the host never waits."""
         # Dropout is the one thing that torch draws: a function of (seed, step, process), so a resumed run repeats it.
         torch.manual_seed((self.config.global_seed << 31) + self.step * self.world.size + self.world.rank)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, metrics = self.trained(
-                batch.images.to(device), batch.labels.to(device), batch.rows.to(device), self.step
-            )
-        loss.backward()
+        sums: dict[str, Tensor] = {}
+        count = self.config.accumulate
+        for number, part in enumerate(parts(to_device(batch, self.world.device), count)):
+            with self._synced(number == count - 1):
+                with self._autocast():
+                    loss, metrics = self.trained(part.images, part.labels, part.rows, self.step)
+                (loss / count).backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm or float("inf"))
+        skipped = self.health.judge(norm)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.network)
-        return {"loss": loss.detach(), "grad_norm": norm, **metrics}
+            self.ema.update(self.network, skipped)
+        numbers = {name: value / count for name, value in sums.items()} | {"grad_norm": norm}
+        return {name: torch.where(skipped > 0, 0.0, value) for name, value in numbers.items()}
+
+    def _synced(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Has processes exchange gradients only after the last part of a batch."""
+        if last or not isinstance(self.trained, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.trained.no_sync()
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether matrix products are computed in bf16."""
+        precision = self.config.mixed_precision
+        return precision == "bf16" or (precision == "auto" and computes_bf16(self.world.device))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        precision = self.config.mixed_precision
-        enabled = precision == "bf16" or (precision == "auto" and computes_bf16(self.world.device))
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.in_bf16)
 
-    def _mean(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
-        values = self.world.mean(torch.stack([value.float() for value in sums.values()]) / steps)
-        means = dict(zip(sums, values.tolist(), strict=True))
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(means[name]):
-                raise UserError(
-                    f"{name} is not finite by step {self.step}: lower --lr, or train with --mixed-precision none."
-                )
-        return means
+    def _check_health(self, batch: Batch, in_a_row: int) -> None:
+        """Stops the run, with the batch in a file, where too many steps in a row were skipped."""
+        if not 0 < self.config.max_skipped <= in_a_row:
+            return
+        part = f"-{self.world.rank}" if self.world.size > 1 else ""
+        path = self.config.results_dir / f"bad-batch-{self.step}{part}.safetensors"
+        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        checkpoint.save_tensors(path, tensors, "batch", {}, step=str(self.step))
+        self.checkpoints.finish()
+        self.world.barrier()  # or the first process that ends would end the others before they have written theirs
+        raise UserError(
+            f"the gradients were not finite in {in_a_row} steps in a row, up to step {self.step}: its batch is in "
+            f"{path}; lower --lr, or train with --mixed-precision none."
+        )
 
     def _due(self, *intervals: int) -> bool:
         """Whether something that happens every so many steps (0: only at the end) happens after this one."""
@@ -153,65 +222,96 @@ class Run:
     def _kept_every(self) -> int:
         return self.config.keep_epochs * self.batches.steps_per_epoch
 
+    def _validate(self, validation: Validation) -> float | None:
+        with self._averaged(), self._autocast():
+            return finite(validation.loss().item())
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The network as it is looked at: with the EMA's weights, where there is one, in evaluation mode."""
+        self.network.eval()
+        try:
+            with self.ema.swapped_in(self.network) if self.ema is not None else contextlib.nullcontext():
+                yield
+        finally:
+            self.network.train()
+
     # ------------------------------------------------------------ files
 
-    def _log(self, line: dict[str, float]) -> None:
+    def _write_settings(self) -> dict[str, Any]:
+        """Writes all settings, those of the run and what follows from them."""
+        settings = {
+            "version": __version__,
+            "kind": self.kind,
+            "steps_per_epoch": self.batches.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "last_step": self.last_step,
+            "processes": self.world.size,
+            "device": self.world.device.type,
+            "run": dataclasses.asdict(self.config),
+            self.kind: dataclasses.asdict(self.network.config),
+            **{name: value for name, value in self.identity.items() if not name.startswith(("run.", f"{self.kind}."))},
+        }
+        text = json.dumps(settings, indent=1, default=str)
+        with atomic_write(self.config.results_dir / CONFIG) as path:
+            path.write_text(text + "\n")
+        return json.loads(text)
+
+    def _preview(self) -> None:
+        """Pictures of fixed classes with fixed noise, or the first images beside their reconstructions."""
         if not self.world.is_main:
             return
-        entry = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch, **line, "time": time.time()}
-        path = self.config.results_dir / LOG
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write {path}: {reason}; free some space, then run the command again.") from error
-
-    def _save_sometimes(self, batch: Batch) -> None:
-        config = self.config
-        if not self.world.is_main:
-            return
-        if self._kept_every and self.step % self._kept_every == 0:
-            epoch = self.step // self.batches.steps_per_epoch
-            self._save_weights(config.results_dir / f"epoch_{epoch}.safetensors")
-        if self._due(config.preview_every):
-            self._preview(batch)
-        if self._due(config.save_every):
-            self.save()  # last: what a resumed run would not make again is there by now
-
-    def _preview(self, batch: Batch) -> None:
-        device, count = self.world.device, min(16, len(batch.labels))
-        images, labels = batch.images[:count].to(device), batch.labels[:count].to(device)
-        pictures = self.objective.preview(images, labels, self._averaged())  # type: ignore[arg-type]
-        columns = count if self.kind == "autoencoder" else max(1, count // 2)
+        device = self.world.device
+        if self.kind == "autoencoder":
+            batch = self.batches.load(0)
+            images, labels = batch.images[:PREVIEWED].to(device), batch.labels[:PREVIEWED].to(device)
+            columns = len(labels)
+        else:
+            classes = len(self.batches.images.classes)
+            labels = torch.arange(PREVIEWED, device=device) * classes // PREVIEWED
+            images, columns = torch.empty(0), PREVIEWED // 2
+        with self._averaged():
+            pictures = self.objective.preview(images, labels, self.network)  # type: ignore[arg-type]
         with atomic_write(self.config.results_dir / f"preview-{self.step:07d}.png") as path:
             grid(pictures.cpu().numpy(), columns=columns, scale=2).save(path, format="PNG")
 
-    def _averaged(self) -> BitDance | Autoencoder:
-        """The network to look at: with the EMA's weights, where there is one; in evaluation mode."""
-        network = copy.deepcopy(self.network).eval()
-        if self.ema is not None:
-            network.load_state_dict(self.ema.state)
-        return network
-
     def save(self) -> None:
-        """Writes everything that the next step depends on, atomically."""
-        tensors = {f"model/{name}": value.detach() for name, value in self.network.named_parameters()}
+        """Begins to write everything that the next step depends on; one process does."""
+        if not self.world.is_main:
+            return
+        tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in self.network.named_parameters()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.state.items()}
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{name}"] = value
         config = {self.kind: dataclasses.asdict(self.network.config), "run": self.identity}
-        checkpoint.save_tensors(
-            self.config.results_dir / CHECKPOINT, tensors, "training", config, trains=self.kind, **self._provenance()
+        metadata = self._provenance() | {
+            "trains": self.kind,
+            "skipped": str(int(self.health.skipped)),
+            "in_a_row": str(int(self.health.in_a_row)),
+        }
+        self.checkpoints.save(self.step, tensors, config, metadata)
+
+    def _stop(self, number: int) -> None:
+        """Ends the run for now, in all processes after the same step."""
+        self.save()
+        self.checkpoints.finish()
+        self.world.barrier()
+        raise Interrupted(
+            f"interrupted by {signal.Signals(number).name} at step {self.step} of {self.last_step}: run the same "
+            "command again to go on.",
+            number,
         )
 
     def _resume(self) -> None:
-        path = self.config.results_dir / CHECKPOINT
-        if not path.exists():
+        """Goes on from the newest checkpoint that is whole; which one that is, the first process says."""
+        contents = checkpoints.newest(self.config.results_dir) if self.world.is_main else None
+        path = self.world.from_main(contents.path if contents else None)
+        if path is None:
             return
-        contents = checkpoint.read(path)
+        if contents is None:
+            contents = checkpoint.read(path)
         stored = (contents.config or {}).get("run", {})
         ours = json.loads(json.dumps(self.identity))
         if stored != ours:
@@ -220,38 +320,35 @@ class Run:
             raise UserError(
                 f"{path} belongs to another run ({changes}): continue with its settings or choose another folder."
             )
-        device = self.world.device
+
+        def own(value: Tensor) -> Tensor:
+            return value.to(self.world.device, copy=True)  # the file that it maps may soon be removed
+
         self.network.load_state_dict(contents.states["model"])
         if self.ema is not None:
-            self.ema.state = {name: value.to(device) for name, value in contents.states["ema"].items()}
+            self.ema.state = {name: own(value) for name, value in contents.states["ema"].items()}
         for name, parameter in self.network.named_parameters():
             self.optimizer.state[parameter] = {
-                key: contents.states["optimizer"][f"{key}/{name}"].to(device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: own(contents.states["optimizer"][f"{key}/{name}"]) for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        self.step = int(contents.metadata["step"])
-        if self.world.is_main:
-            self._forget_later_lines()
-
-    def _forget_later_lines(self) -> None:
-        """Drops the lines of the log that the resumed run is about to write again."""
-        path = self.config.results_dir / LOG
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+        metadata = contents.metadata
+        self.health = Health(self.world.device, int(metadata["skipped"]), int(metadata["in_a_row"]))
+        self.step = int(metadata["step"])
 
     def _finish(self) -> pathlib.Path:
         path = self.config.results_dir / f"{self.kind}.safetensors"
+        self._save_weights(path)
+        self.checkpoints.finish()
         if self.world.is_main:
-            self._save_weights(path)
-            print(f"{self.step} steps: {path}")
+            skipped = int(self.health.skipped)
+            print(f"{self.step} steps{f', {skipped} of them skipped' if skipped else ''}: {path}")
         self.world.barrier()
         return path
 
     def _save_weights(self, path: pathlib.Path) -> None:
-        state = None if self.ema is None else self.ema.state
-        checkpoint.save(path, self.network, state, metadata=self._provenance())
+        if self.world.is_main:
+            state = None if self.ema is None else self.ema.state
+            checkpoint.save(path, self.network, state, metadata=self._provenance())
 
     def _provenance(self) -> dict[str, str]:
         """What the file of a model says of its making: the step, and which autoencoder made its tokens."""

@@ -1,6 +1,9 @@
-"""AdamW with the published parameter groups, and the moving average of the weights."""
+"""AdamW with the published parameter groups, the moving average of the weights, and steps that are skipped."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +38,43 @@ class EMA:
         self.state = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
+    def update(self, network: nn.Module, skipped: Tensor) -> None:
+        """Moves the average towards the parameters, but where `skipped`, a scalar on their device, is 1 and not 0."""
         parameters = dict(network.named_parameters())
         current: list[Tensor] = [parameters[name].detach() for name in self.state]  # a file's order is its own
-        torch._foreach_lerp_(list(self.state.values()), current, 1 - self.decay)
+        weight = (1 - self.decay) * (1 - skipped)
+        torch._foreach_lerp_(list(self.state.values()), current, [weight] * len(current))
+
+    @contextlib.contextmanager
+    def swapped_in(self, network: nn.Module) -> Iterator[None]:
+        """Exchanges the network's parameters for their average, without a copy, for as long as the context lasts."""
+        self._swap(network)
+        try:
+            yield
+        finally:
+            self._swap(network)
+
+    def _swap(self, network: nn.Module) -> None:
+        for name, parameter in network.named_parameters():
+            parameter.data, self.state[name] = self.state[name], parameter.data
+
+
+class Health:
+    """Which steps are skipped, decided and counted on the device: those whose gradients are not finite.
+
+    The fused optimizer leaves parameters and its own state alone where `found_inf` is 1, and the moving average does
+    too. Gradients have been averaged over all processes by then, so that all decide alike.
+
+    Args:
+        skipped, in_a_row: the counts of a run that is resumed.
+    """
+
+    def __init__(self, device: torch.device, skipped: int = 0, in_a_row: int = 0) -> None:
+        self.skipped, self.in_a_row = torch.tensor([skipped, in_a_row], device=device).unbind()
+
+    def judge(self, grad_norm: Tensor) -> Tensor:
+        """1 where the step is to be skipped, else 0: a float32 scalar on the device."""
+        bad = ~torch.isfinite(grad_norm)
+        self.skipped = self.skipped + bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        return bad.float()

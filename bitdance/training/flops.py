@@ -1,0 +1,111 @@
+"""How many floating-point operations a training step takes, by formula; and how many a GPU could do in that time.
+
+A multiplication and an addition count as two. Only matrix products and convolutions count, and what activation
+checkpointing computes again does not, as is usual for model-FLOP utilisation (appendix B of arXiv 2204.02311).
+Attention counts in full, although the mask hides almost half of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bitdance.autoencoder import Autoencoder
+from bitdance.model import BitDance
+from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
+
+# Dense bf16, from the vendor's data sheets; the first name that a device's name contains.
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_bf16(device_name: str) -> float | None:
+    """Operations a second of a GPU in bf16, by its name as CUDA gives it; None for one that is not known."""
+    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+
+
+def step_flops(objective: AutoencoderObjective | BitDanceObjective, images: int, side: int, encodes: bool) -> float:
+    """Operations of a training step, forward and backward.
+
+    Args:
+        objective: what is trained.
+        images: of the step.
+        side: of the images, in pixels.
+        encodes: whether each step makes the tokens of a model from images; else they are stored.
+    """
+    if isinstance(objective, AutoencoderObjective):
+        return autoencoder_flops(objective.network, images, side)
+    total = model_flops(objective.network, images, objective.config.diff_batch_mul)
+    return total + (images * encoder_flops(objective.autoencoder, side) if encodes else 0.0)
+
+
+def model_flops(network: BitDance, images: int, copies: int) -> float:
+    """Operations of a training step of a model on the tokens of images, with so many copies of each token."""
+    config = network.config
+    tokens, p = config.num_tokens, config.parallel_num
+    length = config.cls_token_num + tokens - 1
+    # Forward; the backward pass takes twice that, but once for the first layers, whose input needs no gradient.
+    trunk = 2 * length * _weights(network.layers) + 2 * (tokens - p) * _weights(network.proj_in)
+    trunk += config.n_layer * 4 * length**2 * config.dim
+    net = network.head.net
+    rows = copies * tokens
+    head = 2 * rows * (_weights(net) - _weights(net.time_embed)) + 2 * (rows // p) * _weights(net.time_embed)
+    if p > 1:
+        head += config.head_layers * 4 * p * rows * config.head_dim
+    first = 2 * (tokens - p) * _weights(network.proj_in.w1) + 2 * rows * _weights(net.input_proj)
+    first += 2 * (rows // p) * _weights(net.time_embed.mlp[0])
+    return float(images * (3 * (trunk + head) - first))
+
+
+def autoencoder_flops(network: Autoencoder, images: int, side: int) -> float:
+    """Operations of a training step of an autoencoder on images of side x side pixels, forward and backward."""
+    first = 2 * side**2 * _weights(network.encoder.conv_in)
+    return float(images * (3 * (encoder_flops(network, side) + _decoder_flops(network, side)) - first))
+
+
+def encoder_flops(network: Autoencoder, side: int) -> int:
+    """Operations of encoding one image of side x side pixels."""
+    encoder = network.encoder
+    total = side**2 * _weights(encoder.conv_in)
+    for level in encoder.down:
+        total += side**2 * _weights(level.block)
+        if hasattr(level, "downsample"):
+            side //= 2
+            total += side**2 * _weights(level.downsample)
+    return 2 * (total + side**2 * (_weights(encoder.mid_block) + _weights(encoder.conv_out)))
+
+
+def _decoder_flops(network: Autoencoder, side: int) -> int:
+    decoder = network.decoder
+    side //= network.config.down_size
+    total = side**2 * (_weights(decoder.conv_in) + _weights(decoder.mid_block)) + _weights(decoder.adaptive)
+    for level in reversed(decoder.up):
+        total += side**2 * _weights(level.block)
+        if hasattr(level, "upsample"):
+            total += side**2 * _weights(level.upsample)
+            side *= 2
+    return 2 * (total + side**2 * _weights(decoder.conv_out))
+
+
+def _weights(module: nn.Module | torch.Tensor) -> int:
+    """Weights that take part in products: those of linear layers and convolutions, without biases."""
+    assert isinstance(module, nn.Module)
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))

@@ -1,0 +1,131 @@
+"""The state of a run, from what lies in its folder: how far it is, how it goes, and whether its files are whole."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from bitdance import checkpoint
+from bitdance.errors import UserError
+from bitdance.files import atomic_write
+from bitdance.pictures import Curve, chart
+from bitdance.training import checkpoints, log
+from bitdance.training.loop import CONFIG
+
+PLOT = "loss.png"
+
+
+def describe(folder: pathlib.Path) -> dict[str, Any]:
+    """What is known of a run, ready for JSON; all its checkpoints are read, to see whether they are whole.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text())
+        total, batch = int(settings["last_step"]), int(settings["run"]["global_batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder} holds no run: name a folder that `bitdance train` wrote to, with a {CONFIG}, or a file of "
+            "weights."
+        ) from None
+    lines = log.read(folder)
+    last = lines[-1] if lines else {}
+    step = int(last.get("step", 0))
+    rate = last.get("images_per_second")
+    finished = folder / f"{settings['kind']}.safetensors"
+    validated = [line for line in lines if line.get("val_loss") is not None]
+    return {
+        "folder": str(folder),
+        "kind": settings["kind"],
+        "step": step,
+        "last_step": total,
+        "epoch": step / int(settings["steps_per_epoch"]),
+        "loss": last.get("loss"),
+        "loss_10_lines_ago": lines[-11]["loss"] if len(lines) > 10 else None,
+        "val_loss": validated[-1]["val_loss"] if validated else None,
+        "skipped": last.get("skipped", 0),
+        "images_per_second": rate,
+        "waiting": last.get("waiting"),
+        "tflops": last.get("tflops"),
+        "mfu": last.get("mfu"),
+        "seconds_left": (total - step) * batch / rate if rate else None,
+        "seconds_since_last_line": time.time() - last["time"] if "time" in last else None,
+        "checkpoints": [{"file": path.name, **_health(path)} for path in checkpoints.paths(folder)],
+        "weights": finished.name if finished.exists() else None,
+        "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),
+    }
+
+
+def _health(path: pathlib.Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    try:
+        checkpoint.read(path)
+    except UserError as error:
+        return {"bytes": size, "whole": False, "reason": str(error)}
+    return {"bytes": size, "whole": True}
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The facts as lines for a person."""
+    done = facts["weights"] is not None and facts["step"] >= facts["last_step"]
+    rows = [("step", f"{facts['step']} of {facts['last_step']} (epoch {facts['epoch']:.2f})")]
+    if facts["loss"] is not None:
+        before = facts["loss_10_lines_ago"]
+        rows.append(("loss", f"{facts['loss']:.4f}" + (f" (ten lines before {before:.4f})" if before else "")))
+    if facts["val_loss"] is not None:
+        rows.append(("val_loss", f"{facts['val_loss']:.4f}"))
+    rows.append(("skipped steps", str(facts["skipped"])))
+    if facts["images_per_second"]:
+        use = f", model-FLOP utilisation {facts['mfu']:.0%}" if facts["mfu"] else ""
+        rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting']:.0%}{use}"))
+        left = "none, it is done" if done else f"{_duration(facts['seconds_left'])} at this speed"
+        rows.append(("time left", left))
+        rows.append(("last line of the log", f"{_duration(facts['seconds_since_last_line'])} ago"))
+    if not facts["checkpoints"]:
+        rows.append(("checkpoint", "none yet"))
+    for entry in facts["checkpoints"]:
+        state = "whole" if entry["whole"] else "damaged"
+        rows.append(("checkpoint", f"{entry['file']}, {entry['bytes'] / 1e6:.1f} MB, {state}"))
+    rows.append(("finished weights", facts["weights"] or "not yet"))
+    if facts["kept"]:
+        rows.append(("weights kept", ", ".join(facts["kept"])))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join([f"{facts['folder']} (training of a {facts['kind']})", ""]) + "".join(
+        f"\n  {name:<{width}}{value}" for name, value in rows
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def plot(folder: pathlib.Path) -> pathlib.Path | None:
+    """Draws the losses of a run as `loss.png` in its folder and returns the path; None where there are none yet.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    lines = log.read(folder)
+    curves = []
+    for name, color in (("loss", "#a9c4e4"), ("val_loss", "#d1495b")):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            x, y = (np.array(values, float) for values in zip(*points, strict=True))
+            curves.append(Curve(name, x, y, color))
+            if name == "loss" and len(y) >= 20:
+                window = max(2, len(y) // 50)
+                mean = np.convolve(y, np.full(window, 1 / window), "valid")
+                curves.append(Curve(f"loss, mean of {window} lines", x[window // 2 :][: len(mean)], mean, "#1f4e8c"))
+    if not curves:
+        return None
+    with atomic_write(folder / PLOT) as path:
+        chart(curves, folder.resolve().name, "step").save(path, format="PNG")
+    return folder / PLOT
