@@ -36,6 +36,7 @@ RANKS = {
     "lifeline": 9,
     "engine": 10,
     "distributed": 10,
+    "claims": 11,
     "data": 11,
     "generation": 12,
     "training": 12,

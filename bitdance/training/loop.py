@@ -107,6 +107,7 @@ class Run:
                         "lr": rate,
                         "images_per_second": (self.step - since) * config.global_batch_size / (now - mark),
                         "waiting": waited / (now - mark),
+                        "broken_images": len(self.batches.broken),
                     }
                     self._log(line)
                     bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
@@ -121,7 +122,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss, metrics = self.trained(
-                batch.images.to(device), batch.labels.to(device), batch.rows.to(device), self.step
+                batch.inputs.to(device), batch.labels.to(device), batch.rows.to(device), self.step
             )
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm or float("inf"))
@@ -181,8 +182,8 @@ class Run:
 
     def _preview(self, batch: Batch) -> None:
         device, count = self.world.device, min(16, len(batch.labels))
-        images, labels = batch.images[:count].to(device), batch.labels[:count].to(device)
-        pictures = self.objective.preview(images, labels, self._averaged())  # type: ignore[arg-type]
+        inputs, labels = batch.inputs[:count].to(device), batch.labels[:count].to(device)
+        pictures = self.objective.preview(inputs, labels, self._averaged())  # type: ignore[arg-type]
         columns = count if self.kind == "autoencoder" else max(1, count // 2)
         with atomic_write(self.config.results_dir / f"preview-{self.step:07d}.png") as path:
             grid(pictures.cpu().numpy(), columns=columns, scale=2).save(path, format="PNG")
