@@ -81,6 +81,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_a_store_holds_the_bits_of_every_view(data, weights, tmp_path):
     bits = store(data, weights, tmp_path / "bits", crops=3, seed=7)
+    assert bits.digest != store(data, weights, tmp_path / "other", crops=3, seed=8).digest
     images, network = open_images(data), checkpoint.load_autoencoder(weights)
     assert len(bits) == 12 and bits.classes == images.classes and np.array_equal(bits.labels, images.labels)
     seen = set()
@@ -249,6 +250,15 @@ def test_the_objective_makes_the_same_tokens_of_both(data, weights, tmp_path, pa
     crops = torch.from_numpy(np.stack([to_array(center_crop(images.read(i), 16)) for i in range(12)]))
     packed = torch.from_numpy(np.stack([bits.read(i, 0, 0) for i in range(12)]))
     assert torch.equal(objective.tokens(packed), objective.tokens(crops))
+
+
+def test_a_compiled_objective_takes_packed_bits():
+    objective = BitDanceObjective(small.model(parallel_num=4), small.autoencoder(), LossConfig(), seed=0)
+    packed = torch.randint(0, 256, (2, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = (packed, torch.tensor([0, 1]), torch.arange(2))
+    expected = objective(*batch, 5)[0].item()
+    torch._dynamo.reset()
+    assert torch.compile(objective, backend="eager")(*batch, 5)[0].item() == pytest.approx(expected, rel=1e-6)
 
 
 def views_seen(batches: Batches, bits: BitSet, steps: range) -> list[tuple[int, int, int]]:

@@ -139,7 +139,7 @@ class Batches:
     def _stored(self, bits: BitSet, index: int, draws: np.ndarray, share: float) -> np.ndarray:
         """A view of the store: a random crop where training on images would make one, as far as there are any."""
         others = bits.encoding.crops - 1
-        crop = 1 + int(draws[1] * others) if others and draws[0] < share else 0
+        crop = 1 + int(float(draws[1]) * others) if others and draws[0] < share else 0
         return bits.read(index, crop, int(bits.encoding.flips and draws[4] < 0.5))
 
     def _crop(self, images: ImageSet, index: int, draws: np.ndarray, share: float) -> np.ndarray:

@@ -161,6 +161,7 @@ def store_bits(images: ImageSet, encoder: Encoder, folder: pathlib.Path, world: 
         for start in range(0, len(images), encoder.shard_size)
     ]
     settings = {**dataclasses.asdict(encoding), "shard_size": encoder.shard_size, "batch_size": encoder.batch_size}
+    del settings["classes"]  # the images' names begin with theirs, and a difference is told in one line
     place = folder.resolve()
     with alone(place, place.with_name(place.name + ".lock"), world):
         claim(folder / JOB, with_machine(settings, world), world)
