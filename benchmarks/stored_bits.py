@@ -5,7 +5,7 @@
 By default a B-16X and an autoencoder of the released sizes with random weights, batches of 8 made-up JPEGs of 256 px.
 The encoder runs in whichever precision is the fastest on this device: float32, or bf16 autocast as in training. A step
 is everything from the batch to the moving average: both kinds share network, optimizer and precision. Operations are
-counted while the first, untimed step of each kind runs; a ratio follows from them if both parts ran equally fast.
+counted while the encoder, and a first, untimed step from bits, run; a ratio follows from them if both ran equally fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -82,25 +82,23 @@ class Trainer:
         self.step += 1
         return time.perf_counter() - start
 
-    def count(self, batches: Iterator[Batch]) -> int:
-        """Takes a step and returns its operations, a multiplication and an addition being two."""
-        with FlopCounterMode(display=False) as counter:
-            self(batches)
-        return counter.get_total_flops()
 
-
-def encoder_seconds(autoencoder: Autoencoder, side: int, device: torch.device, bf16: bool) -> float:
-    """Of one image, the better of two."""
+def encode(autoencoder: Autoencoder, side: int, device: torch.device, bf16: bool) -> float:
+    """Encodes one image and returns the seconds."""
     images = normalize(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device))
-    times = []
-    for _ in range(2):
-        synchronize(device)
-        start = time.perf_counter()
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            autoencoder.encode(images)
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    synchronize(device)
+    start = time.perf_counter()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        autoencoder.encode(images)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def count(function: Callable[..., object], *arguments: object) -> int:
+    """Calls a function and returns its operations, a multiplication and an addition being two."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return int(counter.get_total_flops())
 
 
 def main() -> None:
@@ -116,9 +114,10 @@ def main() -> None:
     autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device)
     config = dataclasses.replace(ZOO[options.model].config, num_classes=1000)
     side = config.grid * autoencoder.config.down_size
-    encoder_times = {"float32": encoder_seconds(autoencoder, side, device, False)}
+    encoder_operations = count(encode, autoencoder, side, device, False)
+    encoder_times = {"float32": encode(autoencoder, side, device, False)}
     if computes_bf16(device):
-        encoder_times["bf16"] = encoder_seconds(autoencoder, side, device, True)
+        encoder_times["bf16"] = min(encode(autoencoder, side, device, True) for _ in range(2))
     fastest = min(encoder_times, key=lambda name: encoder_times[name])
     print(f"encoder, one image: {', '.join(f'{name} {1e3 * s:.0f} ms' for name, s in encoder_times.items())}")
     with tempfile.TemporaryDirectory() as name:
@@ -138,7 +137,8 @@ def main() -> None:
         }
         objective = BitDanceObjective(BitDance(config).to(device), autoencoder, LossConfig(), 0)
         trainer = Trainer(objective, run, device, fastest == "bf16")
-        operations = {kind: trainer.count(stream) for kind, stream in streams.items()}
+        operations = {"bits": count(trainer, streams["bits"])}
+        operations["images"] = operations["bits"] + options.batch_size * encoder_operations
         times: dict[str, list[float]] = {kind: [] for kind in streams}
         for _ in range(options.pairs):
             for kind, stream in streams.items():

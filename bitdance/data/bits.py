@@ -5,7 +5,7 @@ A shard covers a range of the images and has the tensors
 
 - `bits` (n, crops, flips, N, C / 8) uint8, as from `bitdance.quantizer.pack`, tokens in raster order: 1,024 bytes a
   view of a 256 px image with 32 bits a token;
-- `checksums` (n, crops, flips) int32, the CRC-32 of each view, which is compared whenever the view is read;
+- `checksums` (n, crops, flips) int32, the CRC-32 of each view, begun at the image's label, compared at every reading;
 - `labels` and `indices` (n,) int64: classes, and places in the set of images.
 
 The metadata of each shard say how the whole store was made (`Encoding`), which images it covers and which were broken.
@@ -108,12 +108,18 @@ class BitSet:
             raise UserError(f"{path / MANIFEST} is damaged or of another release ({error!r}): {AGAIN}.") from None
         self.path, self.classes = path, self.encoding.classes
         self._files = [path / pathlib.PurePath(file).name for file, _ in shards]
-        opened = [
-            _map_shard(file, self.encoding, digest) for file, (_, digest) in zip(self._files, shards, strict=True)
-        ]
+        opened, stop = [], 0
+        for file, (_, digest) in zip(self._files, shards, strict=True):
+            tensors, (start, end) = _map_shard(file, self.encoding, digest)
+            if start != stop:
+                break
+            opened.append(tensors)
+            stop = end
+        if stop != self.encoding.images or len(opened) != len(shards):
+            raise UserError(f"{path / MANIFEST} does not name all shards in their order: {AGAIN}.")
         self._bits, self._checksums = ([shard[name].numpy() for shard in opened] for name in ("bits", "checksums"))
         self._starts = np.cumsum([0, *map(len, self._bits)])
-        self.labels = np.concatenate([shard["labels"].numpy() for shard in opened] or [np.empty(0, np.int64)])
+        self.labels = np.concatenate([shard["labels"].numpy() for shard in opened])
         self.digest = hashlib.sha256("".join(digest for _, digest in shards).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -128,7 +134,7 @@ class BitSet:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         place = (index - self._starts[shard], crop, flip)
         view: np.ndarray = self._bits[shard][place]
-        if zlib.crc32(view.data) != self._checksums[shard][place].view(np.uint32):
+        if zlib.crc32(view.data, int(self.labels[index])) != self._checksums[shard][place].view(np.uint32):
             raise UserError(f"{self._files[shard]} is damaged (image {place[0]}, crop {crop}): {AGAIN}.")
         return view
 
@@ -205,11 +211,12 @@ def write_shard(
     Raises:
         UserError: it cannot be written.
     """
-    views = bits.flatten(0, 2).numpy()
-    checksums = np.array([zlib.crc32(view) for view in views], np.uint32).view(np.int32)
+    checksums = np.empty(bits.shape[:3], np.uint32)
+    for place in np.ndindex(checksums.shape):
+        checksums[place] = zlib.crc32(bits[place].numpy().data, int(labels[place[0]]))
     tensors = {
         "bits": bits,
-        "checksums": torch.from_numpy(checksums).view(bits.shape[:3]),
+        "checksums": torch.from_numpy(checksums.view(np.int32)),
         "labels": labels,
         "indices": indices,
     }
@@ -237,8 +244,8 @@ def write_manifest(path: pathlib.Path, encoding: Encoding, shards: list[Shard]) 
     write_json(path / MANIFEST, {"encoding": dataclasses.asdict(encoding), "shards": entries})
 
 
-def _map_shard(path: pathlib.Path, encoding: Encoding, digest: str) -> dict[str, Tensor]:
-    """The tensors of a shard, mapped."""
+def _map_shard(path: pathlib.Path, encoding: Encoding, digest: str) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The tensors of a shard, mapped, and the range of images that it covers."""
     try:
         contents = checkpoint.read(path, verify=False)
     except UserError as error:
@@ -246,7 +253,8 @@ def _map_shard(path: pathlib.Path, encoding: Encoding, digest: str) -> dict[str,
     if contents.metadata.get("digest") != digest:
         raise UserError(f"{path} is not the shard that {MANIFEST} beside it speaks of: {AGAIN}.")
     _check_shard(contents, encoding)
-    return contents.states[KIND]
+    start, stop = (contents.config or {})["covered"]
+    return contents.states[KIND], (start, stop)
 
 
 def _check_shard(contents: checkpoint.Contents, encoding: Encoding) -> None:
