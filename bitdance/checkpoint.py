@@ -39,8 +39,9 @@ State = dict[str, Tensor]
 Weights = Literal["ema", "model"]
 Network = TypeVar("Network", BitDance, Autoencoder)
 
-KINDS = ("model", "autoencoder", "training", "batch")
-"""What a file of ours holds: one network, the whole state of a run, or a batch that was kept to be looked at."""
+KINDS = ("model", "autoencoder", "training", "batch", "bits")
+"""What a file of ours holds: one network, the whole state of a run, a batch that was kept to be looked at, or stored
+bits."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -95,11 +96,14 @@ class Description:
 # ---------------------------------------------------------------- reading files
 
 
-def read(path: str | os.PathLike[str]) -> Contents:
+def read(path: str | os.PathLike[str], verify: bool = True) -> Contents:
     """Reads a file of weights of any known layout, whatever its name ends in.
 
     The file's bytes pass through memory once, for the checksums of a torch file or the digest of ours; safetensors of
     others have none. Tensors are memory maps where the format allows it, so this takes little memory.
+
+    Args:
+        verify: compare the tensors of a file of ours with their digest, for which all of it is read.
 
     Raises:
         UserError: no such file, not a file of weights, damaged, or a pickle that carries code.
@@ -122,7 +126,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         _check_zip(path)
         return _read_torch(path, mmap=True)
     if start[8:9] == b"{":  # before pickles, which the length that comes first may look like
-        return _read_safetensors(path)
+        return _read_safetensors(path, verify)
     _check_pickles(path)
     if start[:2] == b"\x80\x02":
         return _read_torch(path, mmap=False)
@@ -306,7 +310,7 @@ def _bare(state: State) -> dict[str, State]:
     return _split(state, "model")
 
 
-def _read_safetensors(path: pathlib.Path) -> Contents:
+def _read_safetensors(path: pathlib.Path, verify: bool) -> Contents:
     from safetensors import safe_open
 
     try:
@@ -327,7 +331,7 @@ def _read_safetensors(path: pathlib.Path) -> Contents:
     if _checksum(metadata) != metadata.get("checksum"):
         raise UserError(f"{path} is damaged (its metadata do not fit their checksum): fetch or copy it again.")
     try:
-        if digest(state) != metadata["digest"]:
+        if verify and digest(state) != metadata["digest"]:
             raise UserError(f"{path} is damaged (its tensors do not fit the digest inside): fetch or copy it again.")
         config, kind = json.loads(metadata["config"]), metadata["kind"]
     except UserError:
@@ -703,4 +707,17 @@ def save_tensors(
             save_file(tensors, temporary, header)
         except SafetensorError as error:
             raise OSError(None, str(error)) from error
+        _sort_header(temporary)
     return fingerprint
+
+
+def _sort_header(path: pathlib.Path) -> None:
+    """Sorts the metadata, which safetensors writes in another order each time: equal contents make equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the tensors behind the header cannot move"
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -78,6 +79,17 @@ class World:
             dist.all_reduce(values)
             values /= self.size
         return values
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that PyTorch held on the GPU, or else the most that the process held."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # not on Windows
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Agreement:

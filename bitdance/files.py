@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -11,8 +12,8 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 from bitdance.errors import UserError
 
@@ -81,6 +82,33 @@ def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings for people and programs, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
+    """Reads settings; `advice` ends the sentence where that fails.
+
+    Raises:
+        UserError: it cannot be read, or holds no settings.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
+    return found
+
+
+def differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What two sets of settings differ in, in words; "" if in nothing."""
+    keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
+    return "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
 
 
 @contextlib.contextmanager

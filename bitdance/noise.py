@@ -30,6 +30,7 @@ TRAIN_FLIP = 18
 TRAIN_LABEL = 19
 TRAIN_CROP = 20
 TRAIN_ORDER = 21
+ENCODE_CROP = 32
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -216,10 +216,10 @@ def test_an_unreadable_image_is_named(place, tmp_path, fails):
     data = shutil.copytree(place / "pictures", tmp_path / "data")
     broken = data / "class-1" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    message = fails(
-        "train", *training(place, tmp_path / "run", data), "--max-steps", 3, leaves=("run", "run/config.json")
-    )
-    assert f"cannot read the image {broken}: " in message and message.endswith("repair or remove it.")
+    tried = [*training(place, tmp_path / "run", data), "--max-steps", 3, "--max-broken", 0]
+    message = fails("train", *tried, leaves=("run", "run/config.json"))
+    assert "--max-broken 0" in message and f"cannot read the image {broken}: " in message
+    assert message.endswith("repair or remove it.")
     fixed = ["--autoencoder", place / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
     assert str(broken) in fails("reconstruct", data, *fixed)
 

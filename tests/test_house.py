@@ -36,6 +36,7 @@ RANKS = {
     "lifeline": 9,
     "engine": 10,
     "distributed": 10,
+    "claims": 11,
     "data": 11,
     "evaluation": 12,
     "generation": 13,

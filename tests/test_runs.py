@@ -464,7 +464,7 @@ def test_parts_are_those_of_the_batch_in_order():
     batch = Batch(torch.arange(6).view(6, 1, 1, 1), torch.arange(6), torch.arange(6))
     found = list(parts(batch, 3))
     assert [part.labels.tolist() for part in found] == [[0, 1], [2, 3], [4, 5]]
-    assert torch.equal(torch.cat([part.images for part in found]), batch.images)
+    assert torch.equal(torch.cat([part.inputs for part in found]), batch.inputs)
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])

@@ -13,7 +13,7 @@ import small
 import torch
 from PIL import Image
 
-from bitdance import checkpoint
+from bitdance import checkpoint, claims
 from bitdance.cli import original
 from bitdance.cli.main import main
 from bitdance.cli.models import load_pair
@@ -411,7 +411,7 @@ def listing(folder: pathlib.Path) -> list[str]:
 def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
     """What one of several processes does up to the point where all wait for each other."""
     plan.folder.mkdir(exist_ok=True)
-    job._claim(plan, Alone(0, size, CPU))
+    claims.claim(plan.folder / job.MANIFEST, job._manifest(plan, Alone(0, size, CPU)), Alone(0, size, CPU))
     labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
     batches = list(cut(plan.num_images, plan.batch_size))
     missing = list(range(len(batches)))
@@ -492,9 +492,12 @@ def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
 
 
 def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "PATIENCE", 0.2)
+    monkeypatch.setattr(claims, "PATIENCE", 0.2)
     plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
-    with job._alone(plan, World(0, 1, CPU)), pytest.raises(UserError, match="another process works on"):
+    with (
+        claims.alone(plan.folder, plan.lock, World(0, 1, CPU)),
+        pytest.raises(UserError, match="another process works on"),
+    ):
         job.run(plan, generator, World(0, 1, CPU))
     assert run(plan, generator).exists()
 

@@ -144,7 +144,7 @@ def test_ema():
 
 
 def join(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels", "rows"))
+    return tuple(torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels", "rows"))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -156,7 +156,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(data, size):
     for step in (0, 2, 3, 7):
         expected, found = whole.load(step), join([part.load(step) for part in parts])
         assert torch.equal(found[2], torch.arange(4))
-        assert torch.equal(found[0], expected.images) and torch.equal(found[1], expected.labels)
+        assert torch.equal(found[0], expected.inputs) and torch.equal(found[1], expected.labels)
 
 
 def test_every_image_comes_once_an_epoch_and_epochs_differ(data):
@@ -183,7 +183,7 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(data):
     rest = list(Batches(images, run, World(0, 1, CPU)).stream(5, 8))
     assert len(whole) == 8 and len(rest) == 3
     for a, b in zip(whole[5:], rest, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
     assert list(Batches(images, run, World(0, 1, CPU)).stream(8, 8)) == []
 
 
@@ -193,7 +193,7 @@ def test_centre_crops_are_the_images_themselves_half_of_them_mirrored(data):
     mirrored = 0
     for step in range(30):
         batch = batches.load(step)
-        for pixels, label, index in zip(batch.images, batch.labels, batches.indices(step).tolist(), strict=True):
+        for pixels, label, index in zip(batch.inputs, batch.labels, batches.indices(step).tolist(), strict=True):
             original = torch.from_numpy(np.array(images.read(index)))
             assert label == images.labels[index]
             flipped = torch.equal(pixels, original.flip(1))
@@ -206,7 +206,7 @@ def test_random_crops_differ_between_epochs(data):
     batches = Batches(open_images(data), config(data), World(0, 1, CPU))
     views: dict[int, set[bytes]] = {}
     for step in range(9):
-        for index, pixels in zip(batches.indices(step).tolist(), batches.load(step).images, strict=True):
+        for index, pixels in zip(batches.indices(step).tolist(), batches.load(step).inputs, strict=True):
             views.setdefault(index, set()).add(pixels.numpy().tobytes())
     assert sum(map(len, views.values())) > 2.5 * len(views)  # of 3
 
@@ -457,7 +457,7 @@ def test_too_many_skipped_steps_stop_the_run_and_leave_the_batch(data, pair, tmp
     contents = checkpoint.read(tmp_path / "bad-batch-4.safetensors")
     expected = Batches(open_images(data), run, World(0, 1, CPU)).load(3)
     assert contents.metadata["step"] == "4"
-    for name in ("images", "labels", "rows"):
+    for name in ("inputs", "labels", "rows"):
         assert torch.equal(contents.states["batch"][name], getattr(expected, name))
 
 

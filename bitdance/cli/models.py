@@ -80,18 +80,11 @@ def load_pair(
     Raises:
         UserError: a file is missing or damaged, or the two do not fit each other.
     """
-    import torch
-
     from bitdance import checkpoint
-    from bitdance.distributed import computes_bf16
     from bitdance.engine import check_fit
 
     contents = checkpoint.read(find_model(model_name))
-    dtype = (
-        torch.bfloat16
-        if precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
-        else torch.float32
-    )
+    dtype = choose_dtype(precision, device)
     model = checkpoint.load_model(contents, weights, dtype)
     place = find_autoencoder(autoencoder_name, contents)
     source = place if isinstance(place, checkpoint.Contents) else checkpoint.read(place)
@@ -105,6 +98,16 @@ def load_pair(
             file=sys.stderr,
         )
     return model.to(device), autoencoder.to(device), contents
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype to compute in without gradients; `auto` is bf16 on GPUs that compute with it, else float32."""
+    import torch
+
+    from bitdance.distributed import computes_bf16
+
+    is_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def class_names(config: BitDanceConfig) -> ClassNames:

@@ -125,7 +125,7 @@ class TrainFlags:
     """Flags of train.py and train_parallel.py; those without a text are named after what they are.
 
     Attributes:
-        data_path: images, see the README for what is read.
+        data_path: images, see the README for what is read, or a folder that `bitdance encode` wrote.
         ema: decay of the moving average of the weights; 0 or less for none.
         no_compile: do not compile the model; a CPU never does.
         tmp_results_dir: has no effect: checkpoints are written beside their place and renamed.

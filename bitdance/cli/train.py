@@ -11,7 +11,7 @@ from bitdance.config import LossConfig, ModelSizes, RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a BitDance model on images.
+    """Train a BitDance model on images, or on bits that `bitdance encode` stored.
 
     Attributes:
         autoencoder: file of the autoencoder that makes the tokens; it is not trained.

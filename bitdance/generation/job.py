@@ -20,20 +20,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from bitdance.claims import alone, claim, with_machine
 from bitdance.distributed import World
 from bitdance.errors import UserError
 from bitdance.evaluation.feature_sets import Checks, Collector, FeatureSet, arrays_of, write_feature_set
 from bitdance.evaluation.features import FeatureNetwork, Features
 from bitdance.evaluation.sources import LABELS_FILE
-from bitdance.files import atomic_write, make_folder, open_alone, rename
+from bitdance.files import atomic_write, differences, make_folder, read_json, rename, write_json
 from bitdance.generation.batches import Generator, cut, make_labels
 from bitdance.generation.npz import write_npz
-
-PATIENCE = 5.0
-"""Seconds to wait for another run of the same job to end."""
 
 MANIFEST = "manifest.json"
 """In the folder of an unfinished job: every setting that changes an image."""
@@ -89,6 +86,11 @@ class Job:
         ]
 
     @property
+    def lock(self) -> pathlib.Path:
+        """The file that keeps a second run out."""
+        return self.path.with_name(self.path.name + ".lock")
+
+    @property
     def record(self) -> pathlib.Path:
         """Beside the results: the manifest that they were made by, and which batches were made in halves."""
         return self.path.with_name(self.path.name + ".json")
@@ -126,7 +128,7 @@ def run(job: Job, generator: Generator, world: World) -> Outcome:
     assert job.results, "a job that writes nothing"
     batches = list(cut(job.num_images, job.batch_size))
     labels = make_labels(job.labels, job.num_images, generator.model.config.num_classes, generator.seed)
-    with _alone(job, world), _log(job, world) as log:
+    with alone(job.folder, job.lock, world), _log(job, world) as log:
         # The first process decides for all, who may look at a shared folder a little earlier or later.
         kinds = world.from_main(job.missing)
         there = [str(path) for kind, path in job.results.items() if kind not in kinds]
@@ -137,13 +139,13 @@ def run(job: Job, generator: Generator, world: World) -> Outcome:
         if not kinds:
             if world.is_main:
                 shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
-            return Outcome(job.results, job.record, 0, 0.0, _peak_memory(world))
-        _claim(job, world)
+            return Outcome(job.results, job.record, 0, 0.0, world.peak_memory())
+        claim(job.folder / MANIFEST, _manifest(job, world), world)
         missing = world.from_main(_missing_batches(job, kinds, batches) if world.is_main else [])
         start = time.perf_counter()
         made = _make_batches(job, kinds, generator, world, batches, missing, labels, log)
         seconds = time.perf_counter() - start
-        log(f"{made} images made in {seconds:.1f} s, peak memory {_peak_memory(world) / 1e9:.2f} GB; waiting for all")
+        log(f"{made} images made in {seconds:.1f} s, peak memory {world.peak_memory() / 1e9:.2f} GB; waiting for all")
         world.barrier()
         if world.is_main:
             log("writing the results")
@@ -151,7 +153,7 @@ def run(job: Job, generator: Generator, world: World) -> Outcome:
             shutil.rmtree(job.folder, ignore_errors=True)
         world.barrier()
         log(f"done: {', '.join(map(str, job.results.values()))}")
-    return Outcome(job.results, job.record, made, seconds, _peak_memory(world))
+    return Outcome(job.results, job.record, made, seconds, world.peak_memory())
 
 
 @contextlib.contextmanager
@@ -172,62 +174,14 @@ def _log(job: Job, world: World) -> Iterator[Callable[[str], None]]:
             raise
 
 
-def _peak_memory(world: World) -> int:
-    """Bytes: the most that PyTorch held on the GPU, or else the most that the process held."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device)
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def _alone(job: Job, world: World) -> Iterator[None]:
-    """Keeps a second run of the same job out for as long as this one's first process lives."""
-    make_folder(job.path.parent)
-    if not world.is_main:
-        yield
-        return
-    # Beside the folder, which could not be removed from some network file systems with an open file inside.
-    path = job.path.with_name(job.path.name + ".lock")
-    waiting = f"another process works on {job.folder}: wait for it, or stop it first."
-    with open_alone(path, PATIENCE, waiting):
-        for stale in job.folder.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)  # of processes that were killed while they wrote
-        yield
-        path.unlink(missing_ok=True)
-
-
 def _manifest(job: Job, world: World) -> dict[str, Any]:
     """Every setting that changes an image, as JSON gives it back."""
-    manifest = {
-        **job.settings,
+    own = {
         "num_images": job.num_images,
         "batch_size": job.batch_size,
         "labels": job.labels,
-        "device": world.device.type,
-        "threads": torch.get_num_threads(),
     }
-    read: dict[str, Any] = json.loads(json.dumps(manifest))
-    return read
-
-
-def _read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
-    return found
-
-
-def _differences(found: dict[str, Any], ours: dict[str, Any]) -> str:
-    keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
-    return "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
+    return with_machine({**job.settings, **own}, world)
 
 
 def _check_finished(job: Job, world: World) -> None:
@@ -235,31 +189,10 @@ def _check_finished(job: Job, world: World) -> None:
     if not job.record.exists():
         return
     there = ", ".join(str(path) for path in job.results.values() if path.exists())
-    found = _read_json(job.record, f"delete it to take {there} as it is")
+    found = read_json(job.record, f"delete it to take {there} as it is")
     found.pop(HALVES, None)
-    if changes := _differences(found, {**_manifest(job, world), "threads": found.get("threads")}):
+    if changes := differences(found, {**_manifest(job, world), "threads": found.get("threads")}):
         raise UserError(f"{there}: made with other settings ({changes}): run it with those, or choose another folder.")
-
-
-def _claim(job: Job, world: World) -> None:
-    """Writes the manifest of a new job, or checks that the one that is there says the same."""
-    manifest = _manifest(job, world)
-    path = job.folder / MANIFEST
-    if world.is_main and not path.exists():
-        make_folder(job.folder)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    world.barrier()
-    found = _read_json(path, f"delete {job.folder} to start the job anew")
-    # On a CPU the number of threads changes the last bit: a job goes on with the number that it was begun with.
-    manifest["threads"] = found.get("threads")
-    if world.device.type == "cpu" and isinstance(manifest["threads"], int) and manifest["threads"] > 0:
-        torch.set_num_threads(manifest["threads"])
-    if changes := _differences(found, manifest):
-        raise UserError(
-            f"{job.folder} holds a job of other settings ({changes}): run it with those, or delete the folder to start "
-            "anew."
-        )
 
 
 def _make_batches(
@@ -310,7 +243,7 @@ def _make_batches(
                 made += len(images)
                 rate = made / (time.perf_counter() - start)
                 log(f"batch {number}: images {images.start} to {images.stop - 1}, {rate:.2f} images/s so far")
-                bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {_peak_memory(world) / 1e9:.1f} GB")
+                bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {world.peak_memory() / 1e9:.1f} GB")
             bar.update(sum(len(batches[number]) for number in everybodys))
         if writing is not None:
             writing.result()
@@ -383,8 +316,7 @@ def _assemble(job: Job, kinds: list[str], batches: list[range], labels: np.ndarr
 
     record = json.loads((job.folder / MANIFEST).read_text())
     record[HALVES] = [number for number in range(len(batches)) if part(number, "halved")]
-    with atomic_write(job.folder / "record.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_json(job.folder / "record.json", record)
     rename(job.folder / "record.json", job.record)
     unnamed = job.folder / "result.npz"
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Batches of images: which image, which crop, in which place, each a function of (seed, epoch, image) or of the step.
+"""Batches of images or of stored bits: which image, which crop, in which place, functions of (seed, epoch, image).
 
 So the same step sees the same images on any number of processes, and a resumed run goes on as if nothing had happened.
 """
@@ -9,7 +9,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from bitdance import noise
 from bitdance.config import RunConfig
+from bitdance.data.bits import BitSet
+from bitdance.data.broken import Broken
 from bitdance.data.crops import center_crop, horizontal_flip, random_crop, to_array
 from bitdance.data.images import ImageSet
 from bitdance.distributed import World
@@ -27,18 +30,21 @@ from bitdance.training.schedule import random_crop_share
 CACHE_BYTES = 1 << 30
 PREFETCH = 4
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One process's part of a global batch.
 
     Attributes:
-        images: (B, H, W, 3) uint8.
+        inputs: images (B, H, W, 3) uint8, or packed bits (B, N, C / 8) uint8 with the tokens in raster order.
         labels: (B,) int64.
         rows: (B,) int64, places in the global batch.
     """
 
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
     rows: Tensor
 
@@ -46,11 +52,14 @@ class Batch:
 class Batches:
     """The global batches of a run, cut into equal parts for its processes.
 
+    An image that cannot be read gives its place to the next one in the epoch's order that can, so which images a step
+    sees still depends on nothing but the images, the seed and the step.
+
     Raises:
         UserError: the global batch cannot be shared out, or there are fewer images than one batch.
     """
 
-    def __init__(self, images: ImageSet, config: RunConfig, world: World) -> None:
+    def __init__(self, images: ImageSet | BitSet, config: RunConfig, world: World) -> None:
         if config.global_batch_size % world.size:
             raise UserError(
                 f"--global-batch-size {config.global_batch_size} cannot be shared out among {world.size} processes: "
@@ -69,9 +78,10 @@ class Batches:
         self._cache: dict[int, np.ndarray] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
+        self.broken = Broken(config.max_broken)
 
     def indices(self, step: int) -> Tensor:
-        """Which images this process sees in a step: (B,) int64."""
+        """Which images this process sees in a step, if none of them is broken: (B,) int64."""
         order, _ = self._draws(step // self.steps_per_epoch)
         start = (step % self.steps_per_epoch) * self.config.global_batch_size
         return torch.from_numpy(order[start + self.places.numpy()])
@@ -93,24 +103,50 @@ class Batches:
 
     def load(self, step: int) -> Batch:
         """Reads and crops this process's part of a step's batch."""
-        return self._batch(step, [self._pictures(step, slice(None))])
+        return self._batch([self._read(step, slice(None))])
 
-    def _pictures(self, step: int, part: slice) -> np.ndarray:
-        epoch = step // self.steps_per_epoch
-        _, crops = self._draws(epoch)
+    def _read(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs of the batch and their labels, for a part of this process's places."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order, draws = self._draws(epoch)
         share = random_crop_share(self.config, epoch) if self.config.random_crop else 0.0
-        return np.stack([self._crop(i, crops[i], share) for i in self.indices(step)[part].tolist()])
+        first = place * self.config.global_batch_size
+        inputs, labels = [], []
+        for position in (first + self.places[part]).tolist():
+            index, view = self._first_whole(position, order, draws, share)
+            inputs.append(view)
+            labels.append(self.images.labels[index])
+        return np.stack(inputs), np.array(labels)
 
-    def _batch(self, step: int, pictures: list[np.ndarray]) -> Batch:
-        labels = torch.from_numpy(self.images.labels[self.indices(step).numpy()])
-        return Batch(torch.from_numpy(np.concatenate(pictures)), labels, self.places)
+    def _first_whole(self, position: int, order: np.ndarray, draws: np.ndarray, share: float) -> tuple[int, np.ndarray]:
+        """The image at a position of an epoch's order, or else the next that is not broken, and its view."""
+        for offset in range(len(order)):
+            index = int(order[(position + offset) % len(order)])
+            if isinstance(self.images, BitSet):
+                return index, self._stored(self.images, index, draws[index], share)
+            if index in self.broken:
+                continue
+            try:
+                return index, self._crop(self.images, index, draws[index], share)
+            except UserError as error:
+                self.broken.add(index, error)
+        raise UserError(f"not one image of {self.images.path} can be read: repair them.")
 
-    def _crop(self, index: int, draws: np.ndarray, share: float) -> np.ndarray:
+    def _batch(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        inputs, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        return Batch(inputs, labels, self.places)
+
+    def _stored(self, bits: BitSet, index: int, draws: np.ndarray, share: float) -> np.ndarray:
+        """A view of the store: a random crop where training on images would make one, as far as there are any."""
+        others = bits.encoding.crops - 1
+        crop = 1 + int(float(draws[1]) * others) if others and draws[0] < share else 0
+        return bits.read(index, crop, int(bits.encoding.flips and draws[4] < 0.5))
+
+    def _crop(self, images: ImageSet, index: int, draws: np.ndarray, share: float) -> np.ndarray:
         size = self.config.image_size
         pixels = self._cache.get(index)
         if pixels is None:
-            image = self.images.read(index)
-            pixels = to_array(image)
+            pixels = to_array(images.read(index))
             with self._lock:
                 # Small images are decoded once: decoding would cost more than training on them.
                 if max(pixels.shape) <= 64 and self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
@@ -129,13 +165,33 @@ class Batches:
         size = -(-local // self.config.num_workers)
         parts = [slice(first, first + size) for first in range(0, local, size)]
         with concurrent.futures.ThreadPoolExecutor(self.config.num_workers) as pool:
-            ahead: collections.deque[list[concurrent.futures.Future[np.ndarray]]] = collections.deque()
-            try:
-                for step in range(start, stop + PREFETCH):
-                    if step < stop:
-                        ahead.append([pool.submit(self._pictures, step, part) for part in parts])
-                    if step >= start + PREFETCH:
-                        yield self._batch(step - PREFETCH, [future.result() for future in ahead.popleft()])
-            finally:
-                for future in (future for futures in ahead for future in futures):
-                    future.cancel()
+
+            def submit(step: int) -> list[concurrent.futures.Future[tuple[np.ndarray, np.ndarray]]]:
+                return [pool.submit(self._read, step, part) for part in parts]
+
+            for _, read in read_ahead(range(start, stop), submit, PREFETCH):
+                yield self._batch(read)
+
+
+def read_ahead(
+    items: Iterable[T], submit: Callable[[T], list[concurrent.futures.Future[U]]], depth: int
+) -> Iterator[tuple[T, list[U]]]:
+    """Each item with the results of what was submitted for it, `depth` items ahead; what is left over is cancelled."""
+    ahead: collections.deque[tuple[T, list[concurrent.futures.Future[U]]]] = collections.deque()
+
+    def take() -> tuple[T, list[U]]:
+        item, futures = ahead[0]
+        results = [future.result() for future in futures]
+        ahead.popleft()
+        return item, results
+
+    try:
+        for item in items:
+            ahead.append((item, submit(item)))
+            if len(ahead) > depth:
+                yield take()
+        while ahead:
+            yield take()
+    finally:
+        for future in (future for _, futures in ahead for future in futures):
+            future.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pathlib
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ from bitdance import checkpoint
 from bitdance.autoencoder import Autoencoder
 from bitdance.classes import imagenet, numbered
 from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, BitDanceConfig, LossConfig, ModelSizes, RunConfig
+from bitdance.data.bits import BitSet, digest_of_names, is_store, open_bits
 from bitdance.data.images import ImageSet, open_images
 from bitdance.distributed import World, connect
 from bitdance.errors import UserError
@@ -30,6 +30,7 @@ _FREE = (
     "results_dir",
     "max_steps",
     "num_workers",
+    "max_broken",
     "log_every",
     "save_every",
     "save_minutes",
@@ -60,6 +61,8 @@ def train_autoencoder(
     _check_image_size(run.image_size, network.down_size)
     if run.grad_checkpointing:
         raise UserError("--grad-checkpointing is not there for autoencoders: leave it out.")
+    if is_store(run.data_path):
+        raise UserError(f"{run.data_path} holds bits: an autoencoder is trained on the images themselves.")
     with connect(device) as world:
         images = open_images(run.data_path)
         torch.manual_seed(run.global_seed)
@@ -93,8 +96,11 @@ def train_model(
         if expected not in (None, found):
             raise UserError(f"{flag} {expected} contradicts {autoencoder_path}, which has {found}: leave the flag out.")
     _check_image_size(run.image_size, autoencoder.config.down_size)
+    digest = checkpoint.digest(contents.states["autoencoder"])
     with connect(device) as world:
-        images = open_images(run.data_path)
+        images = open_bits(run.data_path) if is_store(run.data_path) else open_images(run.data_path)
+        if isinstance(images, BitSet):
+            images.check(digest, run.image_size)
         config = _model_config(sizes, autoencoder.config, run.image_size, images)
         present = len(np.unique(images.labels))
         if present < config.num_classes and world.is_main:
@@ -106,12 +112,11 @@ def train_model(
         torch.manual_seed(run.global_seed)
         network = BitDance(config, sizes.drop_rate, run.grad_checkpointing)
         objective = BitDanceObjective(network, autoencoder, loss, run.global_seed)
-        digest = checkpoint.digest(contents.states["autoencoder"])
         return _train(objective, run, images, world, {"model": config, "loss": loss, "autoencoder": digest})
 
 
 def _model_config(
-    sizes: ModelSizes, autoencoder: AutoencoderConfig, image_size: int, images: ImageSet
+    sizes: ModelSizes, autoencoder: AutoencoderConfig, image_size: int, images: ImageSet | BitSet
 ) -> BitDanceConfig:
     """The model's configuration: its sizes, and what follows from the autoencoder and the images."""
     num_classes = sizes.num_classes or len(images.classes)
@@ -142,7 +147,7 @@ def _check_image_size(image_size: int, down_size: int) -> None:
 def _train(
     objective: AutoencoderObjective | BitDanceObjective,
     run: RunConfig,
-    images: ImageSet,
+    images: ImageSet | BitSet,
     world: World,
     parts: dict[str, Any],
 ) -> pathlib.Path:
@@ -152,15 +157,11 @@ def _train(
         for key, value in ({"digest": part} if isinstance(part, str) else dataclasses.asdict(part)).items()
         if not (name == "run" and key in _FREE)
     }
-    identity["images"] = f"{len(images)} named {_digest_of_names(images)[:16]}"
+    identity["images"] = (
+        f"{len(images)} stored as {images.digest[:16]}"
+        if isinstance(images, BitSet)
+        else f"{len(images)} named {digest_of_names(images)[:16]}"
+    )
     batches = Batches(images, run, world)
     make_folder(run.results_dir)
     return Run(objective, run, batches, world, identity).train()
-
-
-def _digest_of_names(images: ImageSet) -> str:
-    """SHA-256 of the images' names in their order: another set, or one of other classes, makes another run."""
-    digest = hashlib.sha256()
-    for index in range(len(images)):
-        digest.update(images.name(index).encode() + b"\n")
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitdance import __version__, checkpoint
 from bitdance.autoencoder import Autoencoder
 from bitdance.config import RunConfig
+from bitdance.data.bits import BitSet
 from bitdance.distributed import World, computes_bf16
 from bitdance.errors import Interrupted, UserError
 from bitdance.files import atomic_write, remove_leftovers
@@ -124,7 +125,8 @@ class Run:
                 "the learning rate stays below --lr."
             )
         self.network.train()
-        meter = Meter(self.objective, config, self.world, self.health, self.in_bf16)
+        encodes = not isinstance(self.batches.images, BitSet)
+        meter = Meter(self.objective, config, self.world, self.health, self.in_bf16, encodes)
         saved = time.monotonic()
         stream = self.batches.stream(self.step, self.last_step)
         with tqdm(
@@ -139,7 +141,7 @@ class Run:
                 bar.update()
                 line: dict[str, float | None] = {}
                 if self._due(config.log_every):
-                    line = meter.read() | {"lr": rate}
+                    line = meter.read() | {"lr": rate, "broken_images": len(self.batches.broken)}
                     bar.set_postfix_str(shown(line))
                     self._check_health(batch, int(line.pop("in_a_row") or 0))
                 with meter.paused():
@@ -171,7 +173,7 @@ class Run:
         for number, part in enumerate(parts(to_device(batch, self.world.device), count)):
             with self._synced(number == count - 1):
                 with self._autocast():
-                    loss, metrics = self.trained(part.images, part.labels, part.rows, self.step)
+                    loss, metrics = self.trained(part.inputs, part.labels, part.rows, self.step)
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -264,7 +266,7 @@ class Run:
         device = self.world.device
         if self.kind == "autoencoder":
             batch = self.batches.load(0)
-            images, labels = batch.images[:PREVIEWED].to(device), batch.labels[:PREVIEWED].to(device)
+            images, labels = batch.inputs[:PREVIEWED].to(device), batch.labels[:PREVIEWED].to(device)
             columns = len(labels)
         else:
             classes = len(self.batches.images.classes)

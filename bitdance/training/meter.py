@@ -25,6 +25,7 @@ class Meter:
 
     Args:
         in_bf16: whether matrix products are, so that a GPU's peak is known.
+        encodes: whether a step runs the encoder; it does not with stored bits.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Meter:
         world: World,
         health: Health,
         in_bf16: bool,
+        encodes: bool,
     ) -> None:
         self._batch, self._world, self._health = config.global_batch_size, world, health
-        self._flops = step_flops(objective, self._batch, config.image_size, encodes=True) / world.size
+        self._flops = step_flops(objective, self._batch, config.image_size, encodes=encodes) / world.size
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self._peak = peak_bf16(name) if in_bf16 else None
         self._skipped = int(health.skipped)

@@ -16,8 +16,8 @@ from bitdance.config import AutoencoderLossConfig, LossConfig
 from bitdance.data.crops import normalize
 from bitdance.engine import SampleSettings, decode_tokens, image_noise, sample_tokens
 from bitdance.model import BitDance
-from bitdance.quantizer import entropy_loss, quantize, straight_through
-from bitdance.tokens import flip_bits, tokens_from_grid
+from bitdance.quantizer import entropy_loss, quantize, straight_through, unpack
+from bitdance.tokens import flip_bits, grid_from_tokens, tokens_from_grid
 
 Metrics = dict[str, Tensor]
 
@@ -58,7 +58,7 @@ class AutoencoderObjective(nn.Module):
 
 
 class BitDanceObjective(nn.Module):
-    """The head's loss on the tokens of a batch of images; every draw a function of (seed, step, place in the batch)."""
+    """The head's loss on the tokens of images or of stored bits; every draw a function of (seed, step, place)."""
 
     def __init__(self, network: BitDance, autoencoder: Autoencoder, config: LossConfig, seed: int) -> None:
         super().__init__()
@@ -72,15 +72,16 @@ class BitDanceObjective(nn.Module):
         return self._fixed[0]
 
     @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, N, C) +-1."""
-        return tokens_from_grid(self.autoencoder.encode(normalize(images)).float(), self.network.config.patch)
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """Images (B, H, W, 3) uint8, or packed bits (B, N, C / 8) uint8 in raster order -> (B, N, C) +-1."""
+        grid = grid_from_tokens(unpack(inputs)) if inputs.ndim == 3 else self.autoencoder.encode(normalize(inputs))
+        return tokens_from_grid(grid.float(), self.network.config.patch)
 
-    def forward(self, images: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Metrics]:
+    def forward(self, inputs: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
-            tokens = self.tokens(images)
-            inputs, labels, t, x_0 = self.draw(tokens, labels, rows, step)
-        return self.network.loss(tokens, labels, t, x_0, inputs), {}
+            tokens = self.tokens(inputs)
+            flipped, labels, t, x_0 = self.draw(tokens, labels, rows, step)
+        return self.network.loss(tokens, labels, t, x_0, flipped), {}
 
     def draw(self, tokens: Tensor, labels: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Everything random in a step.
@@ -112,7 +113,7 @@ class BitDanceObjective(nn.Module):
         return inputs, labels, t.flatten(), x_0.reshape(copies * b * steps, p, c)
 
     @torch.no_grad()
-    def preview(self, images: Tensor, labels: Tensor, network: BitDance) -> Tensor:
+    def preview(self, inputs: Tensor, labels: Tensor, network: BitDance) -> Tensor:
         """Samples of the batch's classes with fixed noise: (B, H, W, 3) uint8."""
         settings = SampleSettings(num_steps=25, cfg_scale=2.0)
         draw = image_noise(network, 0, torch.arange(len(labels), device=labels.device), settings.num_draws)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitdance import checkpoint
 from bitdance.config import RunConfig
+from bitdance.data.bits import BitSet, is_store, open_bits
 from bitdance.data.images import ImageSet, open_images
 from bitdance.distributed import World
 from bitdance.errors import UserError
@@ -44,7 +46,14 @@ class Validation:
     ) -> None:
         assert config.val_path is not None
         same = config.val_path.resolve() == config.data_path.resolve()
-        images = open_images(config.val_path, "test" if same else "train")
+        images: ImageSet | BitSet
+        if is_store(config.val_path):
+            if not isinstance(objective, BitDanceObjective):
+                raise UserError(f"--val-path {config.val_path} holds bits: an autoencoder is validated on images.")
+            images = open_bits(config.val_path)
+            images.check(checkpoint.digest(objective.autoencoder.state_dict()), config.image_size)
+        else:
+            images = open_images(config.val_path, "test" if same else "train")
         if isinstance(objective, BitDanceObjective):
             _renumber(images, classes)
         size = min(config.global_batch_size, len(images) // world.size * world.size)
@@ -66,12 +75,12 @@ class Validation:
         losses = []
         for number, batch in enumerate(self.batches.stream(0, self.count)):
             moved = to_device(batch, self.world.device)
-            loss, _ = self._objective.forward(moved.images, moved.labels, moved.rows, _LAST_STEP - number)
+            loss, _ = self._objective.forward(moved.inputs, moved.labels, moved.rows, _LAST_STEP - number)
             losses.append(loss)
         return self.world.mean(torch.stack(losses).float().mean())
 
 
-def _renumber(images: ImageSet, classes: tuple[str, ...]) -> None:
+def _renumber(images: ImageSet | BitSet, classes: tuple[str, ...]) -> None:
     """Gives the labels of a set the numbers that its classes have in training."""
     if unknown := [name for name in images.classes if name not in classes]:
         raise UserError(

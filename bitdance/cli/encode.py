@@ -1,0 +1,68 @@
+"""`bitdance encode`: the bits of a set of images, stored to train from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from bitdance.cli.models import Precision, choose_dtype, find_autoencoder_alone
+from bitdance.cli.parsing import Positional, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Store the bits of a set of images: `bitdance train --data-path OUTPUT` trains from them without the encoder.
+
+    Any number of processes under torchrun; an interrupted job goes on with the same command.
+
+    Attributes:
+        data: images: a folder or zip of class folders, or CIFAR-10's archives.
+        autoencoder: `demo`, or a file of weights.
+        output: folder of the store.
+        image_size: side of the crops in pixels.
+        crops: views of each image: the centre crop, and random crops as in ADM from the second one on.
+        flips: store each view mirrored too.
+        seed: of the random crops.
+        batch_size: views that the encoder takes at once.
+        shard_size: images of a file, the least that is made anew after an interruption.
+        max_broken: images that may be unreadable; they are named and skipped.
+        num_workers: threads that read images.
+        mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
+        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        threads: CPU threads; by default all cores.
+    """
+
+    data: Positional[pathlib.Path]
+    autoencoder: str
+    output: pathlib.Path
+    image_size: int = 256
+    crops: int = 1
+    flips: bool = True
+    seed: int = 0
+    batch_size: int = 32
+    shard_size: int = 512
+    max_broken: int = 100
+    num_workers: int = 16
+    mixed_precision: Precision = "auto"
+    device: str | None = None
+    threads: int | None = None
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    command = parse(Encode, arguments, "bitdance encode")
+    from bitdance import checkpoint
+    from bitdance.data.images import open_images
+    from bitdance.distributed import connect
+    from bitdance.training.encoding import Encoder, store_bits
+
+    with connect(command.device, command.threads) as world:
+        contents = checkpoint.read(find_autoencoder_alone(command.autoencoder))
+        autoencoder = checkpoint.load_autoencoder(contents, choose_dtype(command.mixed_precision, world.device))
+        digest = checkpoint.digest(contents.states["autoencoder"])
+        own = ("image_size", "crops", "flips", "seed", "batch_size", "shard_size", "num_workers", "max_broken")
+        encoder = Encoder(autoencoder.to(world.device), digest, **{name: getattr(command, name) for name in own})
+        stored = store_bits(open_images(command.data), encoder, command.output, world)
+        if world.is_main:
+            print(json.dumps({**dataclasses.asdict(stored), "processes": world.size}, default=str))
