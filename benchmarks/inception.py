@@ -25,7 +25,7 @@ def resize_straightforward(images: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, 299, 299) float32: each pixel from its four neighbours."""
     x = images.permute(0, 3, 1, 2).float().contiguous()
     height, width = x.shape[2:]
-    rows, columns = (torch.arange(SIDE) * (torch.tensor(float(n)) / SIDE) for n in (height, width))
+    rows, columns = (torch.arange(SIDE, device=x.device) * (torch.tensor(float(n)) / SIDE) for n in (height, width))
     top, left = rows.floor().long(), columns.floor().long()
     bottom, right = (top + 1).clamp_max(height - 1), (left + 1).clamp_max(width - 1)
     down, across = (rows - top)[:, None], columns - left
@@ -35,8 +35,12 @@ def resize_straightforward(images: Tensor) -> Tensor:
 
 
 def timed(function, images: Tensor) -> tuple[float, object]:
+    if images.is_cuda:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     result = function(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -46,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=256, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -54,8 +59,9 @@ def main() -> None:
     for module in plain.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
+    plain = plain.to(args.device)
     fast = copy.deepcopy(plain).fold()
-    images = torch.randint(0, 256, (args.batch, args.size, args.size, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (args.batch, args.size, args.size, 3), dtype=torch.uint8).to(args.device)
 
     def straightforward(images: Tensor) -> Features:
         return plain.features((resize_straightforward(images) - 128) / 128)
@@ -79,6 +85,7 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:24} {rate:9.2f} images/s")
     report = {
+        "device": args.device,
         "threads": args.threads,
         "batch": args.batch,
         "size": args.size,

@@ -35,7 +35,7 @@ from bitdance.model import BitDance
 from bitdance.training.batches import Batch, Batches
 from bitdance.training.encoding import Encoder, store_bits
 from bitdance.training.objectives import BitDanceObjective
-from bitdance.training.optimizer import EMA, build_optimizer
+from bitdance.training.optimizer import EMA, Health, build_optimizer
 
 
 def make_pictures(folder: pathlib.Path, count: int, side: int) -> None:
@@ -63,6 +63,7 @@ class Trainer:
         self.objective, self.run, self.device, self.bf16 = objective, run, device, bf16
         self.optimizer = build_optimizer(objective.network, run)
         self.ema = EMA(objective.network, 0.9999)
+        self.health = Health(device)
         self.step = 0
 
     def __call__(self, batches: Iterator[Batch]) -> float:
@@ -75,9 +76,11 @@ class Trainer:
             inputs, labels, rows = (x.to(self.device) for x in (batch.inputs, batch.labels, batch.rows))
             loss, _ = self.objective(inputs, labels, rows, self.step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.objective.network.parameters(), self.run.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.objective.network.parameters(), self.run.max_grad_norm)
+        skipped = self.health.judge(norm)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.ema.update(self.objective.network)
+        self.ema.update(self.objective.network, skipped)
         synchronize(self.device)
         self.step += 1
         return time.perf_counter() - start

@@ -1,0 +1,95 @@
+"""Times the sampler's variants in turns on a released size with random weights; the last line is JSON.
+
+    python benchmarks/sampling.py --model B-16X --batch-size 4 --steps 10 --device cpu
+    python benchmarks/sampling.py --model B-16X --batch-size 384 --steps 100 --precision bf16 --compile --device cuda
+
+Variants: the engine, the same with a compiled head and with CUDA graphs (--compile), and with --reference the sampler
+that defines the results, which computes the whole sequence and all embeddings anew at each step. Seconds are of tokens
+alone; the decoder is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitdance.autoencoder import Autoencoder
+from bitdance.config import ZOO, AutoencoderConfig
+from bitdance.distributed import choose_device
+from bitdance.engine import SampleSettings, decode_tokens, image_noise, sample_tokens
+from bitdance.model import BitDance
+
+
+def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(ZOO), default="B-16X")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10, help="of the head's solver")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--chunk", type=int, default=0, help="images that the decoder takes at once")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    torch.manual_seed(0)
+    release = ZOO[options.model]
+    model = BitDance(release.config).eval().to(device, dtype)
+    autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device, dtype)
+    settings = SampleSettings(options.steps, release.cfg_scale)
+    labels = torch.arange(options.batch_size, device=device)
+    draw = image_noise(model, 0, labels, settings.num_draws)
+    variants: dict[str, Callable[[], Tensor]] = {"engine": lambda: sample_tokens(model, labels, draw, settings)}
+    if options.compile:
+        for mode in ("default", "reduce-overhead"):
+            head = torch.compile(model.head.net.denoise, mode=mode)
+            variants[f"compiled, {mode}"] = lambda head=head: sample_tokens(  # type: ignore[misc]
+                model, labels, draw, settings, denoise=head
+            )
+    if options.reference:
+        variants["reference"] = lambda: model.sample_reference(labels, draw, release.cfg_scale)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    tokens = torch.empty(0)
+    for round_ in range(-1, options.rounds):  # the first round, which compiles, is not counted
+        for name, variant in variants.items():
+            taken, tokens = timed(variant, device)
+            print(f"{name}: {taken:.2f} s{'' if round_ >= 0 else ' (not counted)'}", flush=True)
+            if round_ >= 0:
+                seconds[name].append(taken)
+    decoding, _ = timed(lambda: decode_tokens(model, autoencoder, tokens, options.chunk), device)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    facts = {
+        "settings": vars(options),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "seconds": median,
+        "times_as_fast_as_engine": {name: median["engine"] / value for name, value in median.items()},
+        "decoding": decoding,
+        "images_per_second": {name: options.batch_size / (value + decoding) for name, value in median.items()},
+        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
