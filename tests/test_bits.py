@@ -315,6 +315,23 @@ def test_a_run_from_bits_resumes_bit_for_bit(data, weights, tmp_path):
         train(data, weights, tmp_path / "parts")
 
 
+def test_validation_on_a_store_knows_its_autoencoder_by_the_file(data, tmp_path):
+    """A file in half precision has another digest than the float32 network that is made of it."""
+    weights = tmp_path / "autoencoder.safetensors"
+    checkpoint.save(weights, small.autoencoder().half())
+    bits = store(data, weights, tmp_path / "bits")
+    train(bits.path, weights, tmp_path / "run", val_path=bits.path, val_every=2, max_steps=2)
+    (loss,) = [line["val_loss"] for line in log(tmp_path / "run") if "val_loss" in line]
+    assert 0 < loss < 10
+    store(data, small.save_pair(tmp_path).parent / "autoencoder.safetensors", tmp_path / "others")
+    checkpoint.save(weights, small.autoencoder().half())
+    with pytest.raises(UserError, match="others was made by another autoencoder"):
+        train(bits.path, weights, tmp_path / "run2", val_path=tmp_path / "others", max_steps=2)
+    with pytest.raises(UserError, match="holds bits: an autoencoder is validated on images"):
+        run = config(data, tmp_path / "run3", val_path=bits.path, max_steps=1)
+        train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+
+
 def test_a_store_of_another_autoencoder_or_size_is_refused(data, weights, tmp_path):
     store(data, weights, tmp_path / "bits")
     checkpoint.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))

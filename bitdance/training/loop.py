@@ -82,7 +82,9 @@ class Run:
                 f"--accumulate {config.accumulate} does not divide the {local} images of a process: make "
                 "--global-batch-size a multiple of their number times that of the processes."
             )
-        self.validation = Validation(objective, config, batches.images.classes, world) if config.val_path else None
+        autoencoder = identity.get("autoencoder.digest")
+        classes = batches.images.classes
+        self.validation = Validation(objective, config, classes, world, autoencoder) if config.val_path else None
         self.checkpoints = Checkpoints(config.results_dir, config.keep_checkpoints)
         self._resume()
         self.log: RunLog | None = None

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance import checkpoint
 from bitdance.config import RunConfig
 from bitdance.data.bits import BitSet, is_store, open_bits
 from bitdance.data.images import ImageSet, open_images
@@ -32,6 +31,7 @@ class Validation:
     Args:
         objective: of the run.
         classes: of the training images, by which labels are numbered.
+        autoencoder: digest of the autoencoder under the model, by which a store of bits is recognised.
 
     Raises:
         UserError: the images cannot be read, are too few for the processes, or of a class that is not trained on.
@@ -43,15 +43,16 @@ class Validation:
         config: RunConfig,
         classes: tuple[str, ...],
         world: World,
+        autoencoder: str | None = None,
     ) -> None:
         assert config.val_path is not None
         same = config.val_path.resolve() == config.data_path.resolve()
         images: ImageSet | BitSet
         if is_store(config.val_path):
-            if not isinstance(objective, BitDanceObjective):
+            if autoencoder is None:
                 raise UserError(f"--val-path {config.val_path} holds bits: an autoencoder is validated on images.")
             images = open_bits(config.val_path)
-            images.check(checkpoint.digest(objective.autoencoder.state_dict()), config.image_size)
+            images.check(autoencoder, config.image_size)
         else:
             images = open_images(config.val_path, "test" if same else "train")
         if isinstance(objective, BitDanceObjective):
