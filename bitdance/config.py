@@ -349,8 +349,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         counts = (
-            "image_size epochs max_steps global_batch_size num_workers log_every keep_checkpoints val_images eval_steps "
-            "accumulate"
+            "image_size epochs max_steps global_batch_size num_workers log_every keep_checkpoints val_images accumulate"
+            " eval_steps"
         )
         _check(self, counts, lambda value: value >= 1, "be at least 1")
         others = (

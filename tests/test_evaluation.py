@@ -398,7 +398,7 @@ def test_the_features_of_a_reference_are_taken_once(tmp_path, monkeypatch):
     features_of = reference.features_of
     monkeypatch.setattr(reference, "features_of", lambda *a, **k: taken.append(a[0].path) or features_of(*a, **k))
     assert only(run(tmp_path, samples, "--reference", real))["figures"] == expected
-    assert taken == []
+    assert taken == [samples]  # and not of the reference
 
 
 def test_adms_statistics_take_the_place_of_those_of_the_images(tmp_path):
