@@ -286,6 +286,13 @@ class RunConfig:
             of a CIFAR-10 archive.
         val_every: steps between validations; 0 for only one at the end.
         val_images: how many held-out images are looked at, fewer where there are not so many.
+        eval_every: steps between evaluations (FID and others, logged as `eval_fid` and so on) of images that the
+            averaged weights make, always of the same classes and noise, and one at the end; 0 for none.
+        eval_images: how many images are made for it. Figures of few images compare with nothing but each other.
+        eval_reference: what to compare with, as `bitdance evaluate --reference` has it; of a large set of images best
+            a stored reference.
+        eval_inception: file of the Inception network; by default the downloaded one.
+        eval_cfg_scale, eval_steps: guidance, and steps of the diffusion head.
         max_skipped: steps in a row with gradients that are not finite after which the run stops; each of them is
             skipped. 0 for no limit.
         tensorboard: write TensorBoard's files too, in `results_dir/tensorboard`.
@@ -325,6 +332,12 @@ class RunConfig:
     val_path: pathlib.Path | None = None
     val_every: int = 1000
     val_images: int = 1024
+    eval_every: int = 0
+    eval_images: int = 1000
+    eval_reference: str | None = None
+    eval_inception: pathlib.Path | None = None
+    eval_cfg_scale: float = 3.0
+    eval_steps: int = 50
     max_skipped: int = 20
     tensorboard: bool = False
     wandb: str | None = None
@@ -337,16 +350,23 @@ class RunConfig:
     def __post_init__(self) -> None:
         counts = (
             "image_size epochs max_steps global_batch_size num_workers log_every keep_checkpoints val_images accumulate"
+            " eval_steps"
         )
         _check(self, counts, lambda value: value >= 1, "be at least 1")
         others = (
             "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every save_minutes keep_epochs "
-            "preview_every val_every max_skipped max_broken"
+            "preview_every val_every max_skipped max_broken eval_every eval_cfg_scale"
         )
         _check(self, others, lambda value: 0 <= value < math.inf, "be a number from 0 on")
         _check(self, "beta1 beta2", lambda value: 0 <= value < 1, "lie between 0 and 1, 1 excluded")
         _check(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")
         _check(self, "global_seed", lambda value: 0 <= value < 2**32, f"lie between 0 and {2**32 - 1}")
+        _check(self, "eval_images", lambda value: value >= 4, "be at least 4")  # precision looks at third neighbours
+        if self.eval_every and self.eval_reference is None:
+            raise UserError(
+                "--eval-every needs images to compare with: name them with --eval-reference (a data set, ADM's "
+                "reference batch or a stored reference; none for the Inception Score alone)."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,3 +386,40 @@ class AutoencoderLossConfig:
     def __post_init__(self) -> None:
         weights = "l1_weight entropy_weight commitment_weight"
         _check(self, weights, lambda value: 0 <= value < math.inf, "be a number from 0 on")
+
+
+NO_REFERENCE = "none"
+"""In place of a reference: only figures that need none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How images are evaluated.
+
+    Attributes:
+        reference: what to compare with: ADM's reference batch or statistics, a stored reference, an .npz of images, a
+            folder, a data set; none for the Inception Score alone. By default ADM's batch for the size of the images.
+        reference_split: train or test, for CIFAR-10's archives.
+        reference_limit: only so many pictures of a reference, spread over it.
+        inception_weights: file of the Inception network; by default the downloaded one.
+        features: further networks, each as module:attribute or path/to/file.py:attribute (this runs that code).
+        adm_fp16: precision and recall with the rounding of ADM's on a GPU.
+        kernel: the unbiased kernel distance too.
+        feature_batch_size: images that a network takes at once.
+        cache: folder where features of references are kept.
+    """
+
+    reference: str | None = None
+    reference_split: str = "train"
+    reference_limit: int | None = None
+    inception_weights: pathlib.Path | None = None
+    features: tuple[str, ...] = ()
+    adm_fp16: bool = False
+    kernel: bool = False
+    feature_batch_size: int = 32
+    cache: pathlib.Path = pathlib.Path("models/evaluation/features")
+
+    def __post_init__(self) -> None:
+        _check(self, "feature_batch_size", lambda value: value >= 1, "be at least 1")
+        if self.reference_split not in ("train", "test"):
+            raise UserError(f"--reference-split {self.reference_split} does not fit: it is train or test.")

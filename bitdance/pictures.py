@@ -47,7 +47,7 @@ class Curve:
     """A line of a chart.
 
     Attributes:
-        name: in the legend.
+        name: in the legend; empty for a curve that the title names.
         x, y: of its points, in order.
         color: a name or `#rrggbb`.
     """
@@ -101,8 +101,12 @@ def chart(curves: Sequence[Curve], title: str, x_name: str, width: int = 960, he
         draw.text((place(tick, y_low)[0], bottom + 8 * fine), f"{tick:g}", fill="black", font=font, anchor="mt")
     draw.text(((left + right) / 2, (height - 6) * fine), x_name, fill="black", font=font, anchor="mb")
     draw.text((left, top - 10 * fine), title, fill="black", font=font, anchor="ls")
-    for number, curve in enumerate(curves):
-        middle = top + (16 + 20 * number) * fine
+    named = [curve for curve in curves if curve.name]
+    # On the right, where the curves do not end.
+    end = np.mean([curve.y[-1] for curve in curves])
+    first = top + 16 * fine if end <= (y_low + y_high) / 2 else bottom - (20 * len(named) - 4) * fine
+    for number, curve in enumerate(named):
+        middle = first + 20 * number * fine
         draw.line([(right - 40 * fine, middle), (right - 12 * fine, middle)], fill=curve.color, width=3 * fine)
         draw.text((right - 48 * fine, middle), curve.name, fill="black", font=font, anchor="rm")
     return sheet.resize((width, height), Image.Resampling.LANCZOS)

@@ -15,11 +15,10 @@ import small
 import torch
 from PIL import Image
 
-from bitdance.cli import evaluation
 from bitdance.cli.main import main
 from bitdance.distributed import World
 from bitdance.errors import UserError
-from bitdance.evaluation import inception
+from bitdance.evaluation import inception, reference
 from bitdance.evaluation.feature_sets import (
     Checks,
     FeatureSet,
@@ -53,7 +52,7 @@ SMALL = FeatureNetwork(inception.NAME, SIZE, project, digest=inception.PUBLISHED
 @pytest.fixture(autouse=True)
 def plugged(monkeypatch):
     """The small network in place of the Inception network: the latter has tests of its own."""
-    monkeypatch.setattr(evaluation.Networks, "__call__", lambda self: (SMALL,))
+    monkeypatch.setattr(reference.Networks, "__call__", lambda self: (SMALL,))
 
 
 def pixels(count: int = 30, side: int = 8, seed: int = 0) -> np.ndarray:
@@ -396,10 +395,10 @@ def test_the_features_of_a_reference_are_taken_once(tmp_path, monkeypatch):
     samples, real = (save(tmp_path / f"{s}.npz", pixels(10, seed=s)) for s in (1, 2))
     expected = only(run(tmp_path, samples, "--reference", real))["figures"]
     taken = []
-    features_of = evaluation.features_of
-    monkeypatch.setattr(evaluation, "features_of", lambda *a, **k: taken.append(a[0].path) or features_of(*a, **k))
+    features_of = reference.features_of
+    monkeypatch.setattr(reference, "features_of", lambda *a, **k: taken.append(a[0].path) or features_of(*a, **k))
     assert only(run(tmp_path, samples, "--reference", real))["figures"] == expected
-    assert taken == []
+    assert taken == [samples]  # and not of the reference
 
 
 def test_adms_statistics_take_the_place_of_those_of_the_images(tmp_path):
@@ -429,7 +428,7 @@ def test_several_samples_with_their_spread(tmp_path, capsys):
 
 def test_a_network_of_ones_own_beside_inception(tmp_path, monkeypatch):
     own = FeatureNetwork("mine", 3, lambda images: images.float().mean((1, 2)))
-    monkeypatch.setattr(evaluation.Networks, "__call__", lambda self: (SMALL, own))
+    monkeypatch.setattr(reference.Networks, "__call__", lambda self: (SMALL, own))
     samples, real = (save(tmp_path / f"{s}.npz", pixels(15, seed=s)) for s in (1, 2))
     row = only(run(tmp_path, samples, "--reference", real))
     assert {"fid", "mine:fid", "mine:precision"} < set(row["figures"]) and len(row["about"]) == 2

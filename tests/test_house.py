@@ -40,7 +40,7 @@ RANKS = {
     "data": 11,
     "evaluation": 12,
     "generation": 13,
-    "training": 13,
+    "training": 14,
     "web": 14,
     "cli": 15,
     "__main__": 16,

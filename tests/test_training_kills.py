@@ -160,6 +160,53 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
     assert said[0] == said[1] and len(said[0]) == STEPS
 
 
+SHARDS = 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, processes):
+    small.pictures(tmp_path / "pictures", classes=4, each=SHARDS // 4)
+    kills = 6
+
+    def encode(store: pathlib.Path, number: int) -> list[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number > 1 else []
+        flags = {
+            "autoencoder": place / "autoencoder.safetensors", "output": store, "image_size": 16, "crops": 16,
+            "batch_size": 4, "shard_size": 1, "num_workers": 1, "device": "cpu", "threads": 1,
+        }  # fmt: skip
+        words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [sys.executable, *torchrun, str(place / "train.py"), "encode", str(tmp_path / "pictures"), *words]
+
+    def made(store: pathlib.Path) -> int:
+        return len(list(store.glob("[0-9]*.safetensors")))
+
+    undisturbed, results = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(encode(undisturbed, 1)).wait(timeout=100) == 0 and made(undisturbed) == SHARDS
+    hits = 0
+    for kill in range(kills):
+        process = start(encode(results, processes))
+        # From the first lines of the job to the last shards.
+        wanted = round(kill * (SHARDS - 2) / (kills - 1))
+        while process.poll() is None and not (made(results) >= wanted and (results / "job.json").exists()):
+            time.sleep(0.002)
+        workers = children(process.pid) if processes > 1 and process.poll() is None else []
+        hits += process.poll() is None and not (results / "bits.json").exists()
+        kind = ("all", "launcher", "one")[kill % 3] if workers else "all"
+        for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=100)
+        before = time.perf_counter()
+        while not all(map(gone, workers)):
+            assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
+            time.sleep(0.01)
+    assert hits >= kills - 1, "too few of the kills hit a running job"
+    assert start(encode(results, processes)).wait(timeout=100) == 0
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (undisturbed, results)]
+    assert files[0] == files[1] and len(files[0]) == SHARDS + 2  # nothing half-written is left either
+
+
 SLURM_SCRIPT = """
 "$@" &
 run=$!

@@ -6,13 +6,15 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation import EvaluationFlags, Networks, compare, features_of, find_reference, report
+from bitdance.cli.evaluation import compare, report
 from bitdance.cli.parsing import Positional, parse
+from bitdance.config import EvaluationConfig
 from bitdance.errors import UserError
 
 if TYPE_CHECKING:
     from bitdance.distributed import World
     from bitdance.evaluation.feature_sets import FeatureSet
+    from bitdance.evaluation.reference import Networks
     from bitdance.evaluation.sources import Source
 
 
@@ -35,7 +37,7 @@ class Evaluate:
     """
 
     samples: Positional[tuple[pathlib.Path, ...]]
-    flags: EvaluationFlags = dataclasses.field(default_factory=EvaluationFlags)
+    flags: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     output: pathlib.Path = pathlib.Path("evaluation.json")
     image_size: int | None = None
     split: Literal["train", "test"] = "train"
@@ -58,6 +60,7 @@ def main(arguments: list[str]) -> None:
     if command.keep < 4:
         raise UserError(f"--keep {command.keep} does not fit: precision and recall need at least 4 images.")
     from bitdance.distributed import connect
+    from bitdance.evaluation.reference import Networks
 
     with connect(command.device, command.threads) as world:
         networks = Networks(command.flags, world)
@@ -82,6 +85,7 @@ def _open(path: pathlib.Path, command: Evaluate) -> Source | FeatureSet:
 
 def _evaluate(command: Evaluate, opened: list[Source | FeatureSet], networks: Networks, world: World) -> None:
     from bitdance.evaluation.feature_sets import FeatureSet, write_feature_set
+    from bitdance.evaluation.reference import features_of, find_reference
 
     sides = {found.about.get("height") if isinstance(found, FeatureSet) else found.shape[1] for found in opened}
     side = max(size or 0 for size in sides)
@@ -103,6 +107,7 @@ def _evaluate(command: Evaluate, opened: list[Source | FeatureSet], networks: Ne
 
 def _make_references(command: Evaluate, opened: list[Source | FeatureSet], networks: Networks, world: World) -> None:
     from bitdance.evaluation.feature_sets import FeatureSet, write_feature_set
+    from bitdance.evaluation.reference import features_of
 
     for path, found in zip(command.samples, opened, strict=True):
         if isinstance(found, FeatureSet):

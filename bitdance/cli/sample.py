@@ -10,10 +10,11 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation import EvaluationFlags, Networks, find_reference, report, row_of
+from bitdance.cli.evaluation import report, row_of
 from bitdance.cli.jobs import run_job
 from bitdance.cli.models import DEMO, Precision, class_names, load_pair
 from bitdance.cli.parsing import Positional, parse
+from bitdance.config import EvaluationConfig
 from bitdance.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Sample:
     mixed_precision: Precision = "auto"
     device: str | None = None
     threads: int | None = None
-    evaluation: EvaluationFlags = dataclasses.field(default_factory=EvaluationFlags)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 def main(arguments: list[str]) -> None:
@@ -151,6 +152,8 @@ def _sample(command: Sample, per_class: int, world: World) -> None:
 
 def _run_jobs(command: Sample, generator: Generator, stem: str, world: World) -> None:
     """One job for each seed, and their figures."""
+    from bitdance.evaluation.reference import Networks, find_reference
+
     assert command.num_images is not None
     images = ("npz",) if command.npz else () if command.evaluate else ("pngs",)
     networks = Networks(command.evaluation, world)

@@ -7,10 +7,11 @@ import itertools
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation import EvaluationFlags, Networks, find_reference, report, row_of
+from bitdance.cli.evaluation import report, row_of
 from bitdance.cli.jobs import run_job
 from bitdance.cli.models import DEMO, Precision, load_pair
 from bitdance.cli.parsing import parse
+from bitdance.config import EvaluationConfig
 from bitdance.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Sweep:
     mixed_precision: Precision = "auto"
     device: str | None = None
     threads: int | None = None
-    evaluation: EvaluationFlags = dataclasses.field(default_factory=EvaluationFlags)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 def main(arguments: list[str]) -> None:
@@ -74,6 +75,7 @@ def main(arguments: list[str]) -> None:
 def _sweep(command: Sweep, world: World) -> None:
     from bitdance.checkpoint import choose_weights
     from bitdance.engine import SampleSettings
+    from bitdance.evaluation.reference import Networks, find_reference
     from bitdance.generation.batches import Generator
 
     model, autoencoder, contents = load_pair(

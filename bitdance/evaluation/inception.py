@@ -333,13 +333,16 @@ def find_weights(path: pathlib.Path | None = None, folder: pathlib.Path = EVALUA
     """
     if path is not None:
         if not path.exists():
-            raise UserError(f"there is no file {path} of Inception weights: check --inception-weights.")
+            raise UserError(
+                f"there is no file {path} of Inception weights: check --inception-weights, or in training "
+                "--eval-inception."
+            )
         return path
     found = next((folder / name for name in FILE_NAMES if (folder / name).exists()), None)
     if found is None:
         raise UserError(
             f"there are no Inception weights in {folder}: run `bitdance download inception`, or name the file "
-            "(--inception-weights)."
+            "(--inception-weights, or in training --eval-inception)."
         )
     return found
 

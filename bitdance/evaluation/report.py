@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,12 +70,7 @@ def figures(
 
 def _distances(samples: FeatureSet, reference: FeatureSet, adm_fp16: bool, kernel: bool, k: int) -> dict[str, float]:
     result: dict[str, float] = {}
-    networks = [side.about.get("network_digest") or side.about.get("network") for side in (samples, reference)]
-    if networks[1] is not None and networks[0] != networks[1]:  # ADM's statistics do not say
-        raise UserError(
-            f"the reference {reference.about['source']} was taken with another network ({networks[1]}) than the "
-            f"samples ({networks[0]}): make it again."
-        )
+    check_network(samples.about, reference)
     if reference.statistics is not None:
         if samples.statistics is None:
             raise UserError(f"{samples.about['source']} holds a single image: a distance needs at least 2.")
@@ -89,6 +85,23 @@ def _distances(samples: FeatureSet, reference: FeatureSet, adm_fp16: bool, kerne
             distance = subset_kernel_distance(reference.pool, samples.pool, size=min(1000, fewest))
             result |= {"kernel_distance": distance.mean, "kernel_distance_std": distance.std}
     return result
+
+
+def check_network(about: Mapping[str, Any], reference: FeatureSet) -> None:
+    """Checks that a reference is by the network of the samples.
+
+    Args:
+        about: `network` and `network_digest` of the samples, as in `FeatureSet`.
+
+    Raises:
+        UserError: it is by another.
+    """
+    networks = [side.get("network_digest") or side.get("network") for side in (about, reference.about)]
+    if networks[1] is not None and networks[0] != networks[1]:  # ADM's statistics do not say
+        raise UserError(
+            f"the reference {reference.about['source']} was taken with another network ({networks[1]}) than the "
+            f"samples ({networks[0]}): make it again."
+        )
 
 
 def spread_of(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:

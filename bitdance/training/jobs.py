@@ -40,6 +40,12 @@ _FREE = (
     "val_path",
     "val_every",
     "val_images",
+    "eval_every",
+    "eval_images",
+    "eval_reference",
+    "eval_inception",
+    "eval_cfg_scale",
+    "eval_steps",
     "max_skipped",
     "tensorboard",
     "wandb",
@@ -61,6 +67,11 @@ def train_autoencoder(
     _check_image_size(run.image_size, network.down_size)
     if run.grad_checkpointing:
         raise UserError("--grad-checkpointing is not there for autoencoders: leave it out.")
+    if run.eval_every:
+        raise UserError(
+            "--eval-every is not there for autoencoders: leave it out, and let `bitdance reconstruct` take the rFID of "
+            "the weights."
+        )
     if is_store(run.data_path):
         raise UserError(f"{run.data_path} holds bits: an autoencoder is trained on the images themselves.")
     with connect(device) as world:

@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, previews and checkpoints; the same for an autoencoder and for BitDance."""
+"""The training loop: steps, what is looked at between them, and checkpoints; for an autoencoder as for BitDance."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from bitdance.pictures import grid
 from bitdance.training import checkpoints
 from bitdance.training.batches import Batch, Batches
 from bitdance.training.checkpoints import Checkpoints
+from bitdance.training.evaluation import Evaluation, said
 from bitdance.training.interrupts import Interrupts
 from bitdance.training.log import RunLog
-from bitdance.training.meter import Meter, finite, shown
+from bitdance.training.meter import Line, Meter, finite, shown
 from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
 from bitdance.training.optimizer import EMA, Health, build_optimizer
 from bitdance.training.schedule import learning_rate
@@ -85,6 +86,11 @@ class Run:
         autoencoder = identity.get("autoencoder.digest")
         classes = batches.images.classes
         self.validation = Validation(objective, config, classes, world, autoencoder) if config.val_path else None
+        self.evaluation = (
+            Evaluation(objective, config, batches.images.labels, world, self.in_bf16)
+            if config.eval_every and isinstance(objective, BitDanceObjective)
+            else None
+        )
         self.checkpoints = Checkpoints(config.results_dir, config.keep_checkpoints)
         self._resume()
         self.log: RunLog | None = None
@@ -141,7 +147,7 @@ class Run:
                 meter.add(self._one_step(batch), seconds)
                 self.step += 1
                 bar.update()
-                line: dict[str, float | None] = {}
+                line: Line = {}
                 if self._due(config.log_every):
                     line = meter.read() | {"lr": rate, "broken_images": len(self.batches.broken)}
                     bar.set_postfix_str(shown(line))
@@ -149,6 +155,10 @@ class Run:
                 with meter.paused():
                     if self.validation is not None and self._due(config.val_every):
                         line["val_loss"] = self._validate(self.validation)
+                    if self.evaluation is not None and self._due(config.eval_every):
+                        line |= self._evaluate(self.evaluation)
+                        if self.world.is_main:
+                            bar.write(f"step {self.step}: {said(line)} of {config.eval_images} images")
                     if line and self.log is not None:
                         self.log.write(self.step, self.step / self.batches.steps_per_epoch, line)
                     if self._kept_every and self.step % self._kept_every == 0:
@@ -229,6 +239,10 @@ class Run:
     def _validate(self, validation: Validation) -> float | None:
         with self._averaged(), self._autocast():
             return finite(validation.loss().item())
+
+    def _evaluate(self, evaluation: Evaluation) -> Line:
+        with self._averaged():
+            return evaluation.figures()
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -8,12 +8,14 @@ import time
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from bitdance import checkpoint
 from bitdance.errors import UserError
 from bitdance.files import atomic_write
 from bitdance.pictures import Curve, chart
 from bitdance.training import checkpoints, log
+from bitdance.training.evaluation import LOGGED, said
 from bitdance.training.loop import CONFIG
 
 PLOT = "loss.png"
@@ -34,11 +36,13 @@ def describe(folder: pathlib.Path) -> dict[str, Any]:
             "weights."
         ) from None
     lines = log.read(folder)
-    last = lines[-1] if lines else {}
-    step = int(last.get("step", 0))
+    steps = [line for line in lines if "loss" in line]  # others tell of a validation or an evaluation between them
+    last = steps[-1] if steps else {}
+    step = int(lines[-1]["step"]) if lines else 0
     rate = last.get("images_per_second")
     finished = folder / f"{settings['kind']}.safetensors"
     validated = [line for line in lines if line.get("val_loss") is not None]
+    evaluated = [line for line in lines if said(line)]
     return {
         "folder": str(folder),
         "kind": settings["kind"],
@@ -46,15 +50,16 @@ def describe(folder: pathlib.Path) -> dict[str, Any]:
         "last_step": total,
         "epoch": step / int(settings["steps_per_epoch"]),
         "loss": last.get("loss"),
-        "loss_10_lines_ago": lines[-11]["loss"] if len(lines) > 10 else None,
+        "loss_10_lines_ago": steps[-11]["loss"] if len(steps) > 10 else None,
         "val_loss": validated[-1]["val_loss"] if validated else None,
+        "evaluation": {name: evaluated[-1].get(name) for name in ("step", *LOGGED)} if evaluated else None,
         "skipped": last.get("skipped", 0),
         "images_per_second": rate,
         "waiting": last.get("waiting"),
         "tflops": last.get("tflops"),
         "mfu": last.get("mfu"),
         "seconds_left": (total - step) * batch / rate if rate else None,
-        "seconds_since_last_line": time.time() - last["time"] if "time" in last else None,
+        "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
         "checkpoints": [{"file": path.name, **_health(path)} for path in checkpoints.paths(folder)],
         "weights": finished.name if finished.exists() else None,
         "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),
@@ -79,6 +84,8 @@ def text(facts: dict[str, Any]) -> str:
         rows.append(("loss", f"{facts['loss']:.4f}" + (f" (ten lines before {before:.4f})" if before else "")))
     if facts["val_loss"] is not None:
         rows.append(("val_loss", f"{facts['val_loss']:.4f}"))
+    if facts["evaluation"] is not None:
+        rows.append(("evaluation", f"{said(facts['evaluation'])} at step {facts['evaluation']['step']}"))
     rows.append(("skipped steps", str(facts["skipped"])))
     if facts["images_per_second"]:
         use = f", model-FLOP utilisation {facts['mfu']:.0%}" if facts["mfu"] else ""
@@ -108,7 +115,9 @@ def _duration(seconds: float) -> str:
 
 
 def plot(folder: pathlib.Path) -> pathlib.Path | None:
-    """Draws the losses of a run as `loss.png` in its folder and returns the path; None where there are none yet.
+    """Draws a run as `loss.png` in its folder and returns the path; None where there is nothing to draw yet.
+
+    Losses, and below them the figures of its evaluations, where there were any.
 
     Raises:
         UserError: the picture cannot be written.
@@ -116,16 +125,42 @@ def plot(folder: pathlib.Path) -> pathlib.Path | None:
     lines = log.read(folder)
     curves = []
     for name, color in (("loss", "#a9c4e4"), ("val_loss", "#d1495b")):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if points:
-            x, y = (np.array(values, float) for values in zip(*points, strict=True))
-            curves.append(Curve(name, x, y, color))
-            if name == "loss" and len(y) >= 20:
-                window = max(2, len(y) // 50)
-                mean = np.convolve(y, np.full(window, 1 / window), "valid")
-                curves.append(Curve(f"loss, mean of {window} lines", x[window // 2 :][: len(mean)], mean, "#1f4e8c"))
+        for curve in _curve(lines, name, name, color):
+            curves.append(curve)
+            if name == "loss" and len(curve.y) >= 20:
+                window = max(2, len(curve.y) // 50)
+                mean = np.convolve(curve.y, np.full(window, 1 / window), "valid")
+                middle = curve.x[window // 2 :][: len(mean)]
+                curves.append(Curve(f"loss, mean of {window} lines", middle, mean, "#1f4e8c"))
     if not curves:
         return None
+    sheet = _with_figures(chart(curves, folder.resolve().name, "step"), lines)
     with atomic_write(folder / PLOT) as path:
-        chart(curves, folder.resolve().name, "step").save(path, format="PNG")
+        sheet.save(path, format="PNG")
     return folder / PLOT
+
+
+def _with_figures(sheet: Image.Image, lines: list[dict[str, Any]]) -> Image.Image:
+    """The picture with the figures of evaluations in a row of small charts below it, where there were any."""
+    fid = _curve(lines, "eval_fid", "", "#1f4e8c")
+    score = _curve(lines, "eval_inception_score", "", "#1f4e8c")
+    shares = _curve(lines, "eval_precision", "precision", "#1f4e8c") + _curve(lines, "eval_recall", "recall", "#d1495b")
+    figures = [(fid, "FID"), (score, "Inception Score"), (shares, "precision and recall")]
+    figures = [(curves, title) for curves, title in figures if curves]
+    if not figures:
+        return sheet
+    width, height = sheet.width // len(figures), sheet.height // 2
+    page = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    page.paste(sheet)
+    for number, (curves, title) in enumerate(figures):
+        page.paste(chart(curves, title, "step", width, height), (number * width, sheet.height))
+    return page
+
+
+def _curve(lines: list[dict[str, Any]], key: str, name: str, color: str) -> list[Curve]:
+    """The numbers of the log by their steps; nothing where there are none."""
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    if not points:
+        return []
+    x, y = (np.array(values, float) for values in zip(*points, strict=True))
+    return [Curve(name, x, y, color)]

@@ -1,0 +1,101 @@
+"""Figures of what a model makes while it is trained: always of the same classes and noise, so they show its weights."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bitdance.config import EvaluationConfig, RunConfig
+from bitdance.distributed import World
+from bitdance.engine import SampleSettings
+from bitdance.evaluation.feature_sets import take_features
+from bitdance.evaluation.reference import Networks, find_reference
+from bitdance.evaluation.report import HEADINGS, check_network, figures
+from bitdance.evaluation.sources import Source
+from bitdance.generation.batches import Generator, cut, make_labels
+from bitdance.training.meter import Line, finite
+from bitdance.training.objectives import BitDanceObjective
+
+LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", "precision", "recall")}
+"""The figures in a line of the log, and what people call them."""
+LARGEST_BATCH = 32
+"""Images at a time: few enough to fit beside a training; of any number of processes the same, since shapes decide the
+last digits."""
+SEED = 0
+
+
+class Samples(Source):
+    """Images that a model makes when they are asked for.
+
+    Args:
+        labels: (N,) int64, the class of each.
+        in_bf16: whether matrix products are.
+    """
+
+    def __init__(self, generator: Generator, labels: np.ndarray, image_size: int, in_bf16: bool) -> None:
+        self.path, self.labels = pathlib.Path("samples"), labels
+        self.shape, self.dtype = (len(labels), image_size, image_size, 3), np.dtype(np.uint8)
+        self._generator, self._in_bf16 = generator, in_bf16
+
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        assert self.labels is not None
+        device = self._generator.model.norm.weight.device.type
+        for number, images in enumerate(cut(len(self), size)):
+            if number % ranks == rank:
+                # Here and not around it all: blocks are asked for in a thread, and autocast is a thread's own.
+                with torch.autocast(device, torch.bfloat16, enabled=self._in_bf16):
+                    made = self._generator.images(images, self.labels[images.start : images.stop].tolist())
+                yield number, made.pixels
+
+
+class Evaluation:
+    """A reference and how to compare with it; made by all processes together.
+
+    Args:
+        objective: of the run, on its device.
+        labels: of the training images: images are made of the classes that occur, in equal numbers.
+        in_bf16: whether the run computes matrix products in bf16.
+
+    Raises:
+        UserError: the reference or the Inception network is not there, or they do not belong together.
+    """
+
+    def __init__(
+        self, objective: BitDanceObjective, config: RunConfig, labels: np.ndarray, world: World, in_bf16: bool
+    ) -> None:
+        settings = SampleSettings(config.eval_steps, config.eval_cfg_scale)
+        generator = Generator(objective.network, objective.autoencoder, settings, SEED)
+        classes = np.unique(labels)
+        chosen = classes[make_labels("balanced", config.eval_images, len(classes), SEED)]
+        self._samples = Samples(generator, chosen, config.image_size, in_bf16)
+        self._batch_size = min(config.global_batch_size, LARGEST_BATCH)
+        self._world = world
+        wanted = EvaluationConfig(reference=config.eval_reference, inception_weights=config.eval_inception)
+        networks = Networks(wanted, world)
+        self._network = networks()[0]
+        found = find_reference(wanted, config.image_size, networks, world)
+        self._reference = next(iter(found.values())) if found else None
+        if self._reference is not None:
+            about = {"network": self._network.name, "network_digest": self._network.digest}
+            check_network(about, self._reference)
+
+    def figures(self) -> Line:
+        """Of the network as it is: those that are `LOGGED` and that the reference allows, in the first process."""
+        total = len(self._samples)
+        with tqdm(total=total, unit="image", desc="evaluating", dynamic_ncols=True, leave=False,
+                  disable=not self._world.is_main) as bar:  # fmt: skip
+            sets = take_features(self._samples, [self._network], self._world, self._batch_size, progress=bar.update)
+        if not sets:
+            return {}
+        found = {f"eval_{name}": value for name, value in figures(sets[0], self._reference).items()}
+        return {name: finite(found[name]) for name in LOGGED if name in found}
+
+
+def said(line: Mapping[str, float | None]) -> str:
+    """The figures of a line of the log, for people; empty where it has none."""
+    found = {heading: line.get(name) for name, heading in LOGGED.items()}
+    return ", ".join(f"{heading} {value:.4g}" for heading, value in found.items() if value is not None)
