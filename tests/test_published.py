@@ -223,25 +223,29 @@ def test_a_training_command_runs_word_for_word(tmp_path):
 
 
 def free_memory() -> float:
-    """GB that can be had without swapping."""
-    text = pathlib.Path("/proc/meminfo").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("MemAvailable")).split()[1]) * 1024 / 1e9
+    """GB that can be had without swapping, where the system says so."""
+    path = pathlib.Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable")), 0.0)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("much_memory")
-@pytest.mark.parametrize(("name", "processes", "gigabytes"), [("B-1X", 2, 20), ("B-16X", 2, 20), ("L-1X", 1, 24)])
-def test_training_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path, name, processes, gigabytes):
-    """Two steps of two images from random weights, with an autoencoder of the released size."""
+@pytest.mark.parametrize(("name", "gigabytes"), [("B-1X", 16), ("B-16X", 16), ("L-1X", 28), ("H-1X", 50)])
+def test_training_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path, name, gigabytes):
+    """Two steps of two images from random weights, with an autoencoder of the released size.
+
+    One process, since the memory of two is rarely there; that two work is tested with the stand-in.
+    """
     if free_memory() < gigabytes:
         pytest.skip(f"needs {gigabytes} GB of free memory")
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
     with torch.device("meta"):
         autoencoder = Autoencoder(AutoencoderConfig())
-    command = filled_in(small.published_commands("training")[name], tmp_path / "train", processes)
+    command = filled_in(small.published_commands("training")[name], tmp_path / "train", 1)
     with released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder):
         done = run_in_bash(command, SHORTER, tmp_path)
     assert done.returncode == 0, done.stderr
-    check_run(tmp_path / results(name), name, ZOO[name].config, processes)
+    check_run(tmp_path / results(name), name, ZOO[name].config, 1)
     shutil.rmtree(tmp_path / results(name))
