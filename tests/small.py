@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -73,10 +74,17 @@ def pictures(folder: pathlib.Path, classes: int = 3, each: int = 4, side: int = 
     return folder
 
 
-def published_commands() -> dict[str, str]:
-    """The five commands of docs/sampling.md that sample 50,000 images, by the names of their models."""
-    text = (ROOT / "docs" / "sampling.md").read_text()
+def published_commands(document: str) -> dict[str, str]:
+    """The five commands of docs/sampling.md or docs/training.md, by the names of their models."""
+    text = (ROOT / "docs" / f"{document}.md").read_text()
     return dict(re.findall(r"^BitDance-(\S+):\n```shell\n(.*?)```$", text, re.DOTALL | re.MULTILINE))
+
+
+def slurm_scripts() -> list[str]:
+    """The batch scripts of docs/training.md: for one machine, and for several."""
+    return re.findall(
+        r"^```shell\n(#!/bin/bash\n.*?)```$", (ROOT / "docs" / "training.md").read_text(), re.DOTALL | re.M
+    )
 
 
 def script_and_arguments(text: str) -> tuple[str, list[str]]:
@@ -88,6 +96,13 @@ def script_and_arguments(text: str) -> tuple[str, list[str]]:
     words = shlex.split(command.replace("\\\n", ""))
     script = next(word for word in words if word.endswith(".py"))
     return script, words[words.index(script) + 1 :]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def environment() -> dict[str, str]:

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import small
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -32,12 +33,6 @@ call(body, [])
 """
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 def start(rank: int, size: int, port: int, *arguments: object) -> subprocess.Popen[str]:
     """A process as on a machine of its own: no torchrun stops it when others die."""
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
@@ -57,7 +52,7 @@ def last_line(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("killed", [0, 1, 2])
 def test_when_one_dies_the_others_end_and_say_why(killed):
-    port = free_port()
+    port = small.free_port()
     processes = [start(rank, 3, port, 60, "sleep") for rank in range(3)]
     try:
         for process in processes:
@@ -81,14 +76,14 @@ def test_when_one_dies_the_others_end_and_say_why(killed):
 
 
 def test_an_error_of_one_ends_the_others_too():
-    port = free_port()
+    port = small.free_port()
     processes = [start(rank, 2, port, 60, "error") for rank in range(2)]
     assert last_line(processes[1]) == "bitdance: one went wrong." and processes[1].returncode == 2
     assert "process 1 has ended" in last_line(processes[0]) and processes[0].returncode == 1
 
 
 def test_who_is_done_may_leave_before_the_others():
-    port = free_port()
+    port = small.free_port()
     processes = [start(rank, 2, port, 60, "leave") for rank in range(2)]
     for process in processes:
         assert process.communicate(timeout=100) == ("joined\n", "") and process.returncode == 0
@@ -96,7 +91,7 @@ def test_who_is_done_may_leave_before_the_others():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_does_not_join_is_named(rank):
-    process = start(rank, 2, free_port(), 3, "sleep")
+    process = start(rank, 2, small.free_port(), 3, "sleep")
     said = last_line(process)
     assert process.returncode == 2
     if rank == 0:

@@ -207,59 +207,10 @@ def test_flags_of_the_parallel_scripts_are_no_flags_of_the_others(configured, sc
     assert error.value.code == 2
 
 
-# From the original's README, word for word; the commands that sample stand in docs/sampling.md.
-TRAINING = r"""
-data_path=/path/to/imagenet/train/
-result_path=results_bitdance_b_1x
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
-train.py --results-dir $result_path --data-path $data_path --image-size 256 \
---model BitDance-B --epochs 800 --down-size 16 --latent-dim 32 \
---lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.1
----
-data_path=/path/to/imagenet/train/
-result_path=results_bitdance_b_4x
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
-train_parallel.py --results-dir $result_path --data-path $data_path --image-size 256 \
---model BitDance-B --epochs 800 --down-size 16 --latent-dim 32 \
---lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.1 --parallel-num 4
----
-data_path=/path/to/imagenet/train/
-result_path=results_bitdance_b_16x
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
-train_parallel.py --results-dir $result_path --data-path $data_path --image-size 256 \
---model BitDance-B --epochs 800 --down-size 16 --latent-dim 32 \
---lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.1 --parallel-num 16
----
-data_path=/path/to/imagenet/train/
-result_path=results_bitdance_l_1x
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
-train.py --results-dir $result_path --data-path $data_path --image-size 256 \
---model BitDance-L --epochs 800 --down-size 16 --latent-dim 32 \
---lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.05
----
-data_path=/path/to/imagenet/train/
-result_path=results_bitdance_h_1x
-vae_ckpt=models/BitDance-ImageNet/ae_d16c32.pt
-
-torchrun --nproc_per_node=8 --master_addr=... --node_rank=... --master_port=12345 --nnodes=... \
-train.py --results-dir $result_path --data-path $data_path --image-size 256 \
---model BitDance-H --epochs 800 --down-size 16 --latent-dim 32 \
---lr 6e-4 --global-batch-size 1024 --trained-vae $vae_ckpt --ema 0.9999 --perturb-rate 0.05
-"""
-
-
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
-def test_the_sampling_commands_of_the_original_readme(configured, name):
+def test_the_published_sampling_commands(configured, name):
     release = ZOO[name]
-    script, arguments = small.script_and_arguments(small.published_commands()[name])
+    script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
     got = configured(script, arguments)
     sample, model, parallel = got["sample"], got["model"], got["parallel"]
     assert sample.ckpt == f"models/BitDance-ImageNet/{release.file}" and sample.to_npz
@@ -276,11 +227,10 @@ def test_the_sampling_commands_of_the_original_readme(configured, name):
 
 
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
-def test_the_training_commands_of_the_original_readme(configured, name):
+def test_the_published_training_commands(configured, name):
     release = ZOO[name]
     folder = f"results_bitdance_{name.lower().replace('-', '_')}"
-    commands = map(small.script_and_arguments, TRAINING.split("---\n"))
-    script, arguments = next(found for found in commands if folder in found[1])
+    script, arguments = small.script_and_arguments(small.published_commands("training")[name])
     got = configured(script, arguments)
     run, sizes = got["run"], got["sizes"]
     assert (str(run.results_dir), str(run.data_path)) == (folder, "/path/to/imagenet/train")

@@ -1,12 +1,13 @@
-"""The published commands, as docs/sampling.md shows them, on files in the released layout under the released names."""
+"""The published commands, as docs/sampling.md and docs/training.md show them, with files in the released layout."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
 import json
 import pathlib
 import shutil
-import socket
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -15,16 +16,31 @@ import numpy as np
 import pytest
 import small
 import torch
+from PIL import Image
 
 from bitdance import checkpoint
 from bitdance.autoencoder import Autoencoder
 from bitdance.cli import original
-from bitdance.config import ZOO, AutoencoderConfig
+from bitdance.config import SIZES, ZOO, AutoencoderConfig, BitDanceConfig
 from bitdance.model import BitDance
 
 NAMES = ("B-1X", "B-4X", "B-16X", "L-1X", "H-1X")
 MODELS = pathlib.Path("models/BitDance-ImageNet")
 LESS = ["--num-fid-samples", "2", "--per-proc-batch-size", "1", "--sample-steps", "2"]
+SHORTER = [
+    "--global-batch-size",
+    "2",
+    "--max-steps",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--num-workers",
+    "1",
+    "--log-every",
+    "1",
+]
+SMALLER = ["--model", "BitDance-Tiny", "--image-size", "64"]
+TINY = AutoencoderConfig(widths=(32,) * 5, blocks=1)  # 32 bits for 16 x 16 pixels, as the released one
 
 
 def check_result(folder: pathlib.Path, name: str, side: int) -> None:
@@ -41,12 +57,13 @@ def check_result(folder: pathlib.Path, name: str, side: int) -> None:
     assert all(len(np.unique(image)) > 20 for image in images) and not np.array_equal(*images)
 
 
-def test_docs_show_the_command_of_each_released_model():
-    assert tuple(small.published_commands()) == tuple(ZOO) == NAMES
+@pytest.mark.parametrize("document", ["sampling", "training"])
+def test_docs_show_the_command_of_each_released_model(document):
+    assert tuple(small.published_commands(document)) == tuple(ZOO) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name):
+def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name):
     """The whole job in this process, on small networks that pass for the released ones."""
     release = ZOO[name]
     network = small.model(bits=32, num_classes=1000, parallel_num=release.config.parallel_num)
@@ -56,7 +73,7 @@ def test_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name):
     checkpoint.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
     monkeypatch.setitem(original.SIZES, release.family, network.config)
     monkeypatch.chdir(tmp_path)
-    script, arguments = small.script_and_arguments(small.published_commands()[name])
+    script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
     small.LAUNCHERS[script]([*arguments, *LESS])
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == facts["made"] == 2 and pathlib.Path(facts["result"]).parent == pathlib.Path("results")
@@ -75,38 +92,160 @@ def released(path: pathlib.Path, network: BitDance | Autoencoder) -> Iterator[No
         path.unlink()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def run_in_bash(command: str, more: list[str], folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Runs a published command, with more arguments at its end, in a folder that holds the scripts."""
+    for script in small.LAUNCHERS:
+        shutil.copy(small.ROOT / script, folder)
+    environment = small.environment()
+    environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", " ".join([command.rstrip(), *more])],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=3000,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def much_memory(tmp_path_factory) -> Iterator[None]:
+    """Lets one test at a time go on, whatever runs in parallel."""
+    with open(tmp_path_factory.getbasetemp().parent / "much-memory.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.mark.slow
-def test_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path):
+@pytest.mark.usefixtures("much_memory")
+def test_sampling_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path):
     """Under torchrun and bash, with two processes instead of eight, a free port, and smaller counts at the end.
 
-    One test, so that the five need the memory and the disk of one at a time, whatever runs in parallel.
+    One test, so that the autoencoder is written once.
     """
-    for script in ("sample_ddp.py", "sample_ddp_parallel.py"):
-        shutil.copy(small.ROOT / script, tmp_path)
     (tmp_path / MODELS).mkdir(parents=True)
-    environment = small.environment()
-    environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
     with torch.device("meta"):
         networks: dict[str, BitDance | Autoencoder] = {name: BitDance(release.config) for name, release in ZOO.items()}
         autoencoder = Autoencoder(AutoencoderConfig())
     with released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder):
-        for name, command in small.published_commands().items():
+        for name, command in small.published_commands("sampling").items():
             assert command.count("--nproc_per_node=8") == command.count("--master_port=12345") == 1
-            command = command.replace("--nproc_per_node=8", "--nproc_per_node=2").replace("12345", str(free_port()))
+            command = command.replace("--nproc_per_node=8", "--nproc_per_node=2").replace(
+                "12345", str(small.free_port())
+            )
             with released(tmp_path / MODELS / ZOO[name].file, networks.pop(name)):
-                done = subprocess.run(
-                    ["bash", "-c", " ".join([command.rstrip(), *LESS])],
-                    cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000,
-                )  # fmt: skip
+                done = run_in_bash(command, LESS, tmp_path)
             assert done.returncode == 0, f"{name}: {done.stderr}"
             facts = json.loads(done.stdout.splitlines()[-1])
             print(f"{name}: {facts['seconds']:.0f} s, {facts['peak_memory'] / 1e9:.2f} GB")
             assert (facts["images"], facts["made"], facts["processes"]) == (2, 1, 2)
             check_result(tmp_path / "results", name, side=256)
             shutil.rmtree(tmp_path / "results")
+
+
+# ------------------------------------------------------------ training
+
+
+def make_photographs(folder: pathlib.Path) -> None:
+    """A dozen JPEGs of 300 x 280 px in three of ImageNet's class folders."""
+    draw = np.random.default_rng(0)
+    for wordnet_id in ("n01440764", "n02099601", "n04612504"):
+        (folder / wordnet_id).mkdir(parents=True)
+        for number in range(4):
+            blotches = Image.fromarray(draw.integers(0, 256, (7, 8, 3), np.uint8))
+            image = blotches.resize((300, 280), Image.Resampling.BICUBIC)
+            image.save(folder / wordnet_id / f"{wordnet_id}_{number}.JPEG")
+
+
+def filled_in(command: str, images: pathlib.Path, processes: int) -> str:
+    """A published training command for one machine, with so many processes, these images and a free port."""
+    for published, ours in {
+        "/path/to/imagenet/train/": f"{images}/",
+        "--nproc_per_node=8": f"--nproc_per_node={processes}",
+        "--master_addr=...": "--master_addr=127.0.0.1",
+        "--node_rank=...": "--node_rank=0",
+        "--master_port=12345": f"--master_port={small.free_port()}",
+        "--nnodes=...": "--nnodes=1",
+    }.items():
+        assert command.count(published) == 1
+        command = command.replace(published, ours)
+    return command
+
+
+def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes: int) -> None:
+    """The files of a finished run of two steps, with the published settings and a model of that configuration."""
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-0000002.safetensors", "config.json", "log.jsonl", "model.safetensors", "preview-0000002.png",
+    ]  # fmt: skip
+    settings = json.loads((folder / "config.json").read_text())
+    run = settings["run"]
+    assert (run["epochs"], run["lr"], run["ema"], run["global_batch_size"]) == (800, 6e-4, 0.9999, 2)
+    assert settings["loss.perturb_rate"] == ZOO[name].perturb_rate
+    assert (settings["steps_per_epoch"], settings["total_steps"], settings["last_step"]) == (6, 4800, 2)
+    assert settings["processes"] == processes
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["lr"], line["skipped"]) for line in lines] == [(1, 0.0, 0), (2, 6e-4, 0)]
+    assert all(0 < line["loss"] < 10 and line["grad_norm"] > 0 for line in lines)
+    state = checkpoint.read(folder / "checkpoint-0000002.safetensors")
+    assert set(state.states) == {"model", "ema", "optimizer"} and state.metadata["step"] == "2"
+    found = checkpoint.describe_model(checkpoint.read(folder / "model.safetensors")).config
+    assert len(found.class_names) == 1000 and found.class_names[1] == "n01443537"
+    assert dataclasses.replace(found, class_names=()) == config
+
+
+def stand_in(name: str) -> BitDanceConfig:
+    """What SMALLER makes of a released model."""
+    return dataclasses.replace(SIZES["BitDance-Tiny"], parallel_num=ZOO[name].config.parallel_num, grid=4)
+
+
+def results(name: str) -> str:
+    return f"results_bitdance_{name.lower().replace('-', '_')}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_commands_run_on_stand_ins(tmp_path, monkeypatch, name):
+    """The whole run in this process, with a tiny model and small images."""
+    make_photographs(tmp_path / "train")
+    (tmp_path / MODELS).mkdir(parents=True)
+    checkpoint.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    monkeypatch.chdir(tmp_path)
+    command = filled_in(small.published_commands("training")[name], pathlib.Path("train"), 1)
+    script, arguments = small.script_and_arguments(command)
+    small.LAUNCHERS[script]([*arguments, *SHORTER, *SMALLER])
+    check_run(tmp_path / results(name), name, stand_in(name), 1)
+
+
+def test_a_training_command_runs_word_for_word(tmp_path):
+    """Under bash and torchrun, with two processes; how the others reach their scripts is the same."""
+    make_photographs(tmp_path / "train")
+    (tmp_path / MODELS).mkdir(parents=True)
+    checkpoint.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    command = filled_in(small.published_commands("training")["B-4X"], tmp_path / "train", 2)
+    done = run_in_bash(command, [*SHORTER, *SMALLER], tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_run(tmp_path / results("B-4X"), "B-4X", stand_in("B-4X"), 2)
+
+
+def free_memory() -> float:
+    """GB that can be had without swapping, where the system says so."""
+    path = pathlib.Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable")), 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("much_memory")
+@pytest.mark.parametrize(("name", "gigabytes"), [("B-1X", 16), ("B-16X", 16), ("L-1X", 28), ("H-1X", 50)])
+def test_training_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path, name, gigabytes):
+    """Two steps of two images from random weights, with an autoencoder of the released size.
+
+    One process, since the memory of two is rarely there; that two work is tested with the stand-in.
+    """
+    if free_memory() < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of free memory")
+    make_photographs(tmp_path / "train")
+    (tmp_path / MODELS).mkdir(parents=True)
+    with torch.device("meta"):
+        autoencoder = Autoencoder(AutoencoderConfig())
+    command = filled_in(small.published_commands("training")[name], tmp_path / "train", 1)
+    with released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder):
+        done = run_in_bash(command, SHORTER, tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_run(tmp_path / results(name), name, ZOO[name].config, 1)
+    shutil.rmtree(tmp_path / results(name))

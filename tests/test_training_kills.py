@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -207,26 +209,44 @@ def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, pro
     assert files[0] == files[1] and len(files[0]) == SHARDS + 2  # nothing half-written is left either
 
 
-SLURM_SCRIPT = """
-"$@" &
-run=$!
-trap 'asked=yes; kill -TERM $run' USR1
-wait $run; status=$?
-while kill -0 $run 2>/dev/null; do wait $run; status=$?; done  # the signal ends the first wait, not the run
-if [ "$asked" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> asked; fi
+"""
+SRUN = """#!/bin/bash
+# Two machines on one, and SIGTERM handed on to both.
+for node in 0 1; do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done
+trap 'kill -TERM $tasks' TERM
+for task in $tasks; do
+  wait $task; status=$?
+  while kill -0 $task 2>/dev/null; do wait $task; status=$?; done
+done
 exit $status
 """
 
 
-def test_the_recipe_for_slurm(place, tmp_path):
-    """The batch script gets SIGUSR1, as `#SBATCH --signal=B:USR1@120` has it, and asks for the job to be run again."""
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    script = ["bash", "-c", SLURM_SCRIPT, "job.sh"]
-    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+def start_on_slurm(script: str, folder: pathlib.Path) -> subprocess.Popen[str]:
+    """Runs a batch script beside stand-ins for Slurm's commands; what it asks of scontrol is in the file `asked`."""
+    assert "#SBATCH --signal=B:USR1@120 --requeue --open-mode=append\n" in script
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+    return start(
+        ["bash", "-c", f"cd {folder}\n{script}"],
+        PATH=path,
+        SLURM_JOB_ID="77",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="a,b",
+    )
+
+
+def test_the_recipe_for_slurm_on_one_machine(place, tmp_path):
+    """The batch script of the documentation gets SIGUSR1 and asks for the job to be run again."""
+    script, _ = small.slurm_scripts()
+    published = script[script.index("torchrun --standalone") : script.index("&\nrun=$!")]
+    settings = {"save_every": 0, "log_every": 1, "epochs": 1000}
     results = tmp_path / "run"
-    words = command(place, results, 2, save_every=0, log_every=1, epochs=1000)
-    process = start([*script, *words], **settings)
+    process = start_on_slurm(script.replace(published, shlex.join(command(place, results, 2, **settings))), tmp_path)
     wait_for(process, results, 3)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
@@ -234,11 +254,28 @@ def test_the_recipe_for_slurm(place, tmp_path):
     assert process.returncode != 0 and f"interrupted by SIGTERM at step {step} of 3000" in err
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     # What Slurm runs again ends by itself, and asks for nothing.
-    process = start([*script, *command(place, results, 2, save_every=0, log_every=1, epochs=1000, max_steps=step + 3)])
+    words = command(place, results, 2, **settings, max_steps=step + 3)
+    process = start_on_slurm(script.replace(published, shlex.join(words)), tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     assert newest_step(results) == step + 3
+
+
+def test_the_recipe_for_slurm_on_several_machines(place, tmp_path):
+    _, script = small.slurm_scripts()
+    published = script[script.index("train_parallel.py") : script.index("' &\nrun=$!")]
+    words = command(place, tmp_path / "run", save_every=0, log_every=1, epochs=1000)
+    script = script.replace(published, shlex.join(words[1:])).replace("--nproc_per_node=8", "--nproc_per_node=1")
+    process = start_on_slurm(script.replace("12345", str(small.free_port())), tmp_path)
+    wait_for(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    step = newest_step(tmp_path / "run")
+    assert process.returncode != 0
+    assert err.count(f"bitdance: interrupted by SIGTERM at step {step} of 3000: run the same command again") == 1
+    assert "stops, since" not in err and (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
 
 
 def test_a_part_that_is_not_finite_is_skipped_by_all_processes(place, tmp_path):

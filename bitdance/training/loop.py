@@ -8,6 +8,7 @@ import json
 import pathlib
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -288,7 +289,8 @@ class Run:
             classes = len(self.batches.images.classes)
             labels = torch.arange(PREVIEWED, device=device) * classes // PREVIEWED
             images, columns = torch.empty(0), PREVIEWED // 2
-        with self._averaged():
+        with self._averaged(), self._autocast(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mismatch dtype")  # norms of bf16 with float32 weights are slow, no more
             pictures = self.objective.preview(images, labels, self.network)  # type: ignore[arg-type]
         with atomic_write(self.config.results_dir / f"preview-{self.step:07d}.png") as path:
             grid(pictures.cpu().numpy(), columns=columns, scale=2).save(path, format="PNG")

@@ -117,4 +117,5 @@ class BitDanceObjective(nn.Module):
         """Samples of the batch's classes with fixed noise: (B, H, W, 3) uint8."""
         settings = SampleSettings(num_steps=25, cfg_scale=2.0)
         draw = image_noise(network, 0, torch.arange(len(labels), device=labels.device), settings.num_draws)
-        return decode_tokens(network, self.autoencoder, sample_tokens(network, labels, draw, settings))
+        tokens = sample_tokens(network, labels, draw, settings)
+        return decode_tokens(network, self.autoencoder, tokens, chunk=1)  # a preview is to need less than a step
