@@ -69,7 +69,7 @@ def train(arguments: list[str]) -> None:
         seconds.append(time.perf_counter() - start)
         return numbers
 
-    Run.one_step, Run._preview = timed, lambda run: None  # type: ignore[method-assign]
+    Run.one_step, Run._preview = timed, lambda run: None  # type: ignore[method-assign,assignment]
     bitdance(["train", *arguments, "--max-steps", str(STEPS), "--save-every", str(STEPS - 1)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
@@ -132,7 +132,7 @@ def main() -> None:
             "seconds_ratio": round(seconds / found["seconds"], 3),
         }
         lines.append(
-            f"| {name} | {expected / 1e9:.3f} | {found['peak'] / 1e9:.3f} | {expected / found['peak']:.2f} "
+            f"| {name} | {expected / 1e9:.3f} | {peak / 1e9:.3f} | {expected / peak:.2f} "
             f"| {seconds:.3f} | {found['seconds']:.3f} | {seconds / found['seconds']:.2f} |"
         )
         print(lines[-1], flush=True)
