@@ -369,6 +369,23 @@ class RunConfig:
             )
 
 
+def recipe(release: Release, data_path: pathlib.Path) -> tuple[RunConfig, ModelSizes, LossConfig]:
+    """How a released model was trained: what its command in the original's README says, and that script's defaults."""
+    run = RunConfig(
+        data_path,
+        epochs=800,
+        global_batch_size=1024,
+        lr=6e-4,
+        ema=0.9999,
+        mixed_precision="bf16",
+        keep_epochs=50,
+        compile=True,
+    )
+    sizes = {field.name for field in dataclasses.fields(ModelSizes)} - {"drop_rate"}
+    chosen = ModelSizes(**{name: getattr(release.config, name) for name in sizes})
+    return run, chosen, LossConfig(perturb_rate=release.perturb_rate)
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
     """Weights of the autoencoder's loss beside the reconstruction (mean squared error of images in [-1, 1]).

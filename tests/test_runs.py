@@ -219,7 +219,7 @@ def test_steps_do_not_make_the_host_wait(place, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_steps_on_a_gpu_do_not_make_the_host_wait(place, tmp_path, monkeypatch):
-    real = Run._one_step
+    real = Run.one_step
 
     def watched(run, batch):
         torch.cuda.set_sync_debug_mode("error" if run.step else "default")  # the first step sets libraries up
@@ -228,7 +228,7 @@ def test_steps_on_a_gpu_do_not_make_the_host_wait(place, tmp_path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Run, "_one_step", watched)
+    monkeypatch.setattr(Run, "one_step", watched)
     run = settings(place, tmp_path, max_steps=5, log_every=5, accumulate=2)
     train_model(run, SIZES, LossConfig(perturb_rate=0.1), place / "autoencoder.safetensors", "cuda")
     assert log(tmp_path)[-1]["step"] == 5

@@ -134,6 +134,7 @@ class TrainFlags:
         num_workers: threads of a process that read images.
         log_every: steps between lines of the log.
         keep_freq: epochs between checkpoints that are kept.
+        dry_run: print what the run will need of memory, disk and time, and end. (Not in the original.)
     """
 
     data_path: pathlib.Path
@@ -159,6 +160,7 @@ class TrainFlags:
     mixed_precision: Literal["none", "bf16"] = "bf16"
     keep_freq: int = 50
     max_steps: int | None = None
+    dry_run: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +320,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         pathlib.Path(model_flags.trained_vae),
         expect_bits=model_flags.latent_dim,
         expect_down_size=model_flags.down_size,
+        dry_run=flags.dry_run,
     )
 
 

@@ -18,9 +18,9 @@ from bitdance.data.bits import BitSet, digest_of_names, is_store, open_bits
 from bitdance.data.images import ImageSet, open_images
 from bitdance.distributed import World, connect
 from bitdance.errors import UserError
-from bitdance.files import make_folder
 from bitdance.model import BitDance
 from bitdance.training.batches import Batches
+from bitdance.training.dry_run import foresee
 from bitdance.training.loop import Run
 from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
 
@@ -78,7 +78,7 @@ def train_autoencoder(
         images = open_images(run.data_path)
         torch.manual_seed(run.global_seed)
         objective = AutoencoderObjective(Autoencoder(network), loss)
-        return _train(objective, run, images, world, {"network": network, "loss": loss})
+        return _prepare(objective, run, images, world, {"network": network, "loss": loss}).train()
 
 
 def train_model(
@@ -89,10 +89,13 @@ def train_model(
     device: str | None = None,
     expect_bits: int | None = None,
     expect_down_size: int | None = None,
-) -> pathlib.Path:
+    dry_run: bool = False,
+) -> pathlib.Path | None:
     """Trains a BitDance model on the tokens of an autoencoder and returns the path of its weights.
 
-    `expect_bits` and `expect_down_size` are what the caller believes of the autoencoder, where it has a belief.
+    Args:
+        expect_bits, expect_down_size: what the caller believes of the autoencoder, where it has a belief.
+        dry_run: only print what the run will need (`bitdance.training.dry_run`), and return None.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -108,6 +111,7 @@ def train_model(
             raise UserError(f"{flag} {expected} contradicts {autoencoder_path}, which has {found}: leave the flag out.")
     _check_image_size(run.image_size, autoencoder.config.down_size)
     digest = checkpoint.digest(contents.states["autoencoder"])
+    del contents  # what the file holds, which is in memory a second time
     with connect(device) as world:
         images = open_bits(run.data_path) if is_store(run.data_path) else open_images(run.data_path)
         if isinstance(images, BitSet):
@@ -123,7 +127,11 @@ def train_model(
         torch.manual_seed(run.global_seed)
         network = BitDance(config, sizes.drop_rate, run.grad_checkpointing)
         objective = BitDanceObjective(network, autoencoder, loss, run.global_seed)
-        return _train(objective, run, images, world, {"model": config, "loss": loss, "autoencoder": digest})
+        job = _prepare(objective, run, images, world, {"model": config, "loss": loss, "autoencoder": digest})
+        if dry_run:
+            foresee(job)
+            return None
+        return job.train()
 
 
 def _model_config(
@@ -155,13 +163,13 @@ def _check_image_size(image_size: int, down_size: int) -> None:
         )
 
 
-def _train(
+def _prepare(
     objective: AutoencoderObjective | BitDanceObjective,
     run: RunConfig,
     images: ImageSet | BitSet,
     world: World,
     parts: dict[str, Any],
-) -> pathlib.Path:
+) -> Run:
     identity = {
         f"{name}.{key}": value
         for name, part in {"run": run, **parts}.items()
@@ -173,6 +181,4 @@ def _train(
         if isinstance(images, BitSet)
         else f"{len(images)} named {digest_of_names(images)[:16]}"
     )
-    batches = Batches(images, run, world)
-    make_folder(run.results_dir)
-    return Run(objective, run, batches, world, identity).train()
+    return Run(objective, run, Batches(images, run, world), world, identity)

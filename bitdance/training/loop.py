@@ -21,7 +21,7 @@ from bitdance.config import RunConfig
 from bitdance.data.bits import BitSet
 from bitdance.distributed import World, computes_bf16
 from bitdance.errors import Interrupted, UserError
-from bitdance.files import atomic_write, remove_leftovers
+from bitdance.files import atomic_write, make_folder, remove_leftovers
 from bitdance.model import BitDance
 from bitdance.pictures import grid
 from bitdance.training import checkpoints
@@ -95,10 +95,6 @@ class Run:
         self.checkpoints = Checkpoints(config.results_dir, config.keep_checkpoints)
         self._resume()
         self.log: RunLog | None = None
-        if world.is_main:
-            remove_leftovers(config.results_dir)
-            settings = self._write_settings()
-            self.log = RunLog(config.results_dir, self.step, config.tensorboard, config.wandb, settings)
         self.trained: nn.Module = self.objective
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
@@ -114,6 +110,7 @@ class Run:
             Interrupted: SIGTERM or SIGUSR1 arrived; a checkpoint was written.
             UserError: too many steps in a row were skipped, an image cannot be read, or a file cannot be written.
         """
+        self._open_log()
         try:
             with Interrupts(self.world).watched() as interrupts:
                 self._steps(interrupts)
@@ -145,7 +142,7 @@ class Run:
                 rate = learning_rate(config, self.step, self.total_steps)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                meter.add(self._one_step(batch), seconds)
+                meter.add(self.one_step(batch), seconds)
                 self.step += 1
                 bar.update()
                 line: Line = {}
@@ -176,7 +173,7 @@ class Run:
                         interrupts.close()
                         self._stop(number)
 
-    def _one_step(self, batch: Batch) -> dict[str, Tensor]:
+    def one_step(self, batch: Batch) -> dict[str, Tensor]:
         """Takes a step and returns its numbers, which the device may not have computed yet: the host never waits."""
         # Dropout is the one thing that torch draws: a function of (seed, step, process), so a resumed run repeats it.
         torch.manual_seed((self.config.global_seed << 31) + self.step * self.world.size + self.world.rank)
@@ -185,7 +182,7 @@ class Run:
         count = self.config.accumulate
         for number, part in enumerate(parts(to_device(batch, self.world.device), count)):
             with self._synced(number == count - 1):
-                with self._autocast():
+                with self.autocast():
                     loss, metrics = self.trained(part.inputs, part.labels, part.rows, self.step)
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -211,7 +208,8 @@ class Run:
         precision = self.config.mixed_precision
         return precision == "bf16" or (precision == "auto" and computes_bf16(self.world.device))
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of a step's forward pass."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.in_bf16)
 
     def _check_health(self, batch: Batch, in_a_row: int) -> None:
@@ -238,7 +236,7 @@ class Run:
         return self.config.keep_epochs * self.batches.steps_per_epoch
 
     def _validate(self, validation: Validation) -> float | None:
-        with self._averaged(), self._autocast():
+        with self._averaged(), self.autocast():
             return finite(validation.loss().item())
 
     def _evaluate(self, evaluation: Evaluation) -> Line:
@@ -256,6 +254,15 @@ class Run:
             self.network.train()
 
     # ------------------------------------------------------------ files
+
+    def _open_log(self) -> None:
+        """Makes the folder, with all settings in it; nothing is written before."""
+        config = self.config
+        make_folder(config.results_dir)
+        if self.world.is_main:
+            remove_leftovers(config.results_dir)
+            settings = self._write_settings()
+            self.log = RunLog(config.results_dir, self.step, config.tensorboard, config.wandb, settings)
 
     def _write_settings(self) -> dict[str, Any]:
         """Writes all settings, those of the run and what follows from them."""
@@ -289,7 +296,7 @@ class Run:
             classes = len(self.batches.images.classes)
             labels = torch.arange(PREVIEWED, device=device) * classes // PREVIEWED
             images, columns = torch.empty(0), PREVIEWED // 2
-        with self._averaged(), self._autocast(), warnings.catch_warnings():
+        with self._averaged(), self.autocast(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Mismatch dtype")  # norms of bf16 with float32 weights are slow, no more
             pictures = self.objective.preview(images, labels, self.network)  # type: ignore[arg-type]
         with atomic_write(self.config.results_dir / f"preview-{self.step:07d}.png") as path:

@@ -90,9 +90,9 @@ def text(facts: dict[str, Any]) -> str:
     if facts["images_per_second"]:
         use = f", model-FLOP utilisation {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting']:.0%}{use}"))
-        left = "none, it is done" if done else f"{_duration(facts['seconds_left'])} at this speed"
+        left = "none, it is done" if done else f"{duration(facts['seconds_left'])} at this speed"
         rows.append(("time left", left))
-        rows.append(("last line of the log", f"{_duration(facts['seconds_since_last_line'])} ago"))
+        rows.append(("last line of the log", f"{duration(facts['seconds_since_last_line'])} ago"))
     if not facts["checkpoints"]:
         rows.append(("checkpoint", "none yet"))
     for entry in facts["checkpoints"]:
@@ -107,11 +107,14 @@ def text(facts: dict[str, Any]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it: 90 s, 45 min, 7.5 h, 12.0 days."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes / 60:.1f} h" if minutes < 2 * 24 * 60 else f"{minutes / 60 / 24:.1f} days"
 
 
 def plot(folder: pathlib.Path) -> pathlib.Path | None:
