@@ -26,8 +26,8 @@ from bitdance.training.objectives import BitDanceObjective
 
 NEEDED = ["--data-path", "/path/to/imagenet/train/", "--autoencoder", "models/BitDance-ImageNet/ae_d16c32.pt"]
 TINY = [
-    "--image-size", "16", "--dim", "64", "--n-layer", "2", "--head-dim", "64", "--head-layers", "2", "--head-ada-ln", "1",
-    "--cls-token-num", "2", "--global-batch-size", "4", "--num-workers", "1", "--ema", "0.9", "--device", "cpu",
+    "--image-size", "16", "--dim", "64", "--n-layer", "2", "--head-dim", "64", "--head-layers", "2", "--head-ada-ln",
+    "1", "--cls-token-num", "2", "--global-batch-size", "4", "--num-workers", "1", "--ema", "0.9", "--device", "cpu",
 ]  # fmt: skip
 
 
