@@ -34,7 +34,7 @@ from urllib.parse import urljoin, urlsplit
 
 from bitdance.config import ZOO
 from bitdance.errors import UserError
-from bitdance.files import atomic_write, file_digest, make_folder, open_alone
+from bitdance.files import file_digest, make_folder, open_alone, rename
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -293,8 +293,8 @@ def _fetch(remote: _Remote, verify: bool) -> Fetched:
                     f"{remote.digest}; run the command again."
                 )
             os.fsync(part.fileno())
-            with atomic_write(remote.target) as temporary:
-                os.replace(remote.part, temporary)
+            # In one go: between two renames another process would find neither, and fetch it all again.
+            rename(remote.part, remote.target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import small
-import test_launchers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,8 +54,8 @@ def resolved(monkeypatch):
 @pytest.mark.parametrize("name", ZOO)
 def test_a_recipe_is_the_original_s_command(resolved, name):
     folder = f"results_bitdance_{name.lower().replace('-', '_')}"
-    commands = map(small.script_and_arguments, test_launchers.TRAINING.split("---\n"))
-    script, arguments = next(found for found in commands if folder in found[1])
+    script, arguments = small.script_and_arguments(small.published_commands("training")[name])
+    assert folder in arguments
     theirs = resolved(small.LAUNCHERS[script], arguments)
     ours = resolved(command.main, ["--model", name, *NEEDED, "--results-dir", folder])
     for part in ("run", "sizes", "loss", "autoencoder"):
