@@ -12,7 +12,7 @@ import torch
 
 from bitdance.distributed import World
 from bitdance.errors import UserError
-from bitdance.files import differences, make_folder, open_alone, read_json, write_json
+from bitdance.files import differences, make_folder, open_alone, read_json, remove_leftovers, write_json
 
 PATIENCE = 5.0
 """Seconds to wait for another run of the same work to end."""
@@ -37,8 +37,7 @@ def alone(folder: pathlib.Path, lock: pathlib.Path, world: World) -> Iterator[No
         return
     waiting = f"another process works on {folder}: wait for it, or stop it first."
     with open_alone(lock, PATIENCE, waiting):
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        remove_leftovers(folder)
         yield
         lock.unlink(missing_ok=True)
 

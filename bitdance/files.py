@@ -51,9 +51,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes what processes that were killed left in `folder` of files that `atomic_write` was writing."""
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}\.tmp", path.name):
+    """Removes what processes that were killed left in `folder` of files that they were writing.
+
+    `atomic_write` has names of its own for them, and so has safetensors, which writes to a temporary file first too.
+    """
+    for path in folder.glob(".*tmp*"):
+        if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}", path.name):
             path.unlink(missing_ok=True)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from bitdance.errors import UserError
-from bitdance.files import atomic_write
+from bitdance.files import atomic_write, remove_leftovers
 from bitdance.pictures import grid
 
 
@@ -145,3 +148,32 @@ def test_grid_labels_stand_left_of_their_rows():
     ink = [(labelled[34 * row : 34 * (row + 1), :margin] < 128).all(axis=-1) for row in range(2)]
     assert 0 < ink[0].sum() < ink[1].sum()
     assert not ink[1][:, 0].any(), "the longest label has room"
+
+
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    """The first is of `atomic_write`, the second of safetensors, which writes to a file of its own choice first."""
+    left = [".model.safetensors.4711.0123abcd.tmp", ".tmpF5E8Ak"]
+    kept = ["model.safetensors", ".hidden", "notes.tmp", ".tmp", ".tmpfiles", ".mine.tmp", ".tmpABCDEF.txt"]
+    for name in left + kept:
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a process's files")
+def test_what_safetensors_leaves_behind_is_recognised(tmp_path):
+    """The system kills a process in the middle of a file that may not grow."""
+    script = """
+import resource, signal, sys
+import torch
+from safetensors.torch import save_file
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+save_file({"a": torch.zeros(10**6)}, sys.argv[1])
+"""
+    target = tmp_path / "a.safetensors"
+    process = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True)
+    assert process.returncode == -signal.SIGXFSZ
+    remove_leftovers(tmp_path)
+    target.unlink(missing_ok=True)  # a version of safetensors that writes in place
+    assert list(tmp_path.iterdir()) == []
