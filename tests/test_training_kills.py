@@ -116,6 +116,19 @@ def test_a_signal_through_torchrun_ends_all_processes_at_one_step(place, tmp_pat
     assert steps_done(tmp_path / "run") == step >= 3
 
 
+def strike(process: subprocess.Popen[str], workers: list[int], number: int) -> None:
+    """Kills all processes, the launcher, or one worker, in turns, and waits until all of them are gone."""
+    kind = ("all", "launcher", "one")[number % 3] if workers else "all"
+    for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=100)
+    before = time.perf_counter()
+    while not all(map(gone, workers)):
+        assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills"), [(1, KILLS), (2, KILLS // 2)])
 def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, processes, kills):
@@ -132,15 +145,7 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
         wait_for(process, results, round(kill * STEPS / (kills - 1)))
         workers = children(process.pid) if processes > 1 and process.poll() is None else []
         hits += process.poll() is None and not (results / "model.safetensors").exists()
-        kind = ("all", "launcher", "one")[kill % 3] if workers else "all"
-        for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=100)
-        before = time.perf_counter()
-        while not all(map(gone, workers)):
-            assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
-            time.sleep(0.01)
+        strike(process, workers, kill)
         resumed += bool(list(results.glob("checkpoint-*.safetensors")))
     assert hits >= 0.75 * kills, "too few of the kills hit a run"
     assert resumed >= kills // 2
@@ -194,15 +199,7 @@ def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, pro
             time.sleep(0.002)
         workers = children(process.pid) if processes > 1 and process.poll() is None else []
         hits += process.poll() is None and not (results / "bits.json").exists()
-        kind = ("all", "launcher", "one")[kill % 3] if workers else "all"
-        for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=100)
-        before = time.perf_counter()
-        while not all(map(gone, workers)):
-            assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
-            time.sleep(0.01)
+        strike(process, workers, kill)
     assert hits >= kills - 1, "too few of the kills hit a running job"
     assert start(encode(results, processes)).wait(timeout=100) == 0
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (undisturbed, results)]
