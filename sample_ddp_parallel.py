@@ -3,7 +3,7 @@
 import sys
 
 from bitdance.cli.main import call
-from bitdance.cli.original import sample_parallel
+from bitdance.cli.original_cli import sample_parallel
 
 if __name__ == "__main__":
     call(sample_parallel, sys.argv[1:])

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bitdance import checkpoint
-from bitdance.autoencoder import Autoencoder
 from bitdance.cli.main import main as bitdance
 from bitdance.config import AutoencoderConfig
-from bitdance.training.batches import Batch
-from bitdance.training.loop import Run
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.training.loader import Batch
+from bitdance.training.trainer import Run
+from bitdance.weights import weights_file
 
 STEPS = 6
 SMALL = AutoencoderConfig(widths=(32,) * 5, blocks=1)
@@ -92,7 +92,7 @@ def prepare(folder: pathlib.Path, autoencoder: AutoencoderConfig, side: int) -> 
         small = Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8))
         small.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=92)
     torch.manual_seed(0)
-    checkpoint.save(folder / "autoencoder.safetensors", Autoencoder(autoencoder))
+    weights_file.save(folder / "autoencoder.safetensors", Autoencoder(autoencoder))
     return [
         *("--data-path", str(folder / "pictures"), "--autoencoder", str(folder / "autoencoder.safetensors")),
         *("--results-dir", str(folder / "run"), "--image-size", str(side), "--device", "cpu"),

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitdance.errors import UserError
-from bitdance.evaluation.frechet import frechet_distance
-from bitdance.evaluation.inception_score import inception_score
-from bitdance.evaluation.precision_recall import precision_recall, squared_radii
-from bitdance.evaluation.statistics import feature_statistics
+from bitdance.metrics.frechet_distance import frechet_distance
+from bitdance.metrics.inception_score import inception_score
+from bitdance.metrics.precision_recall import precision_recall, squared_radii
+from bitdance.metrics.statistics import feature_statistics
+from bitdance.runtime.errors import UserError
 
 Wanted = Callable[[str], bool]
 """Name of a case -> whether to compare it."""
@@ -222,7 +222,7 @@ def inception_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
     import inception_inputs
     import torch
 
-    from bitdance.evaluation.inception import Inception, resize
+    from bitdance.metrics.inception import Inception, resize
 
     golden = load(folder, "inception_random")
     network = Inception()

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitdance.evaluation.frechet import trace_sqrt
-from bitdance.evaluation.inception_score import inception_score
-from bitdance.evaluation.kernel import subset_kernel_distance
-from bitdance.evaluation.precision_recall import precision_recall
-from bitdance.evaluation.statistics import feature_statistics
+from bitdance.metrics.frechet_distance import trace_sqrt
+from bitdance.metrics.inception_score import inception_score
+from bitdance.metrics.kid import subset_kid
+from bitdance.metrics.precision_recall import precision_recall
+from bitdance.metrics.statistics import feature_statistics
 
 
 def trace_by_eigenvalues(a: np.ndarray, b: np.ndarray) -> float:
@@ -117,7 +117,7 @@ def main() -> None:
             "np.cov": lambda: float(np.cov(reference, rowvar=False).shape and reference.mean(0).sum()),
         },
         "Inception Score": {"ours": lambda: inception_score(logits)},
-        "kernel distance, 10 subsets": {"ours": lambda: subset_kernel_distance(reference, sample, subsets=10)},
+        "kernel distance, 10 subsets": {"ours": lambda: subset_kid(reference, sample, subsets=10)},
     }
     seen: dict[tuple[str, str], list[tuple[float, float, Any]]] = {}
     for _ in range(args.rounds):

@@ -18,7 +18,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from bitdance.evaluation.inception import SIDE, Features, Inception, resize
+from bitdance.metrics.inception import SIDE, Features, Inception, resize
 
 
 def resize_straightforward(images: Tensor) -> Tensor:

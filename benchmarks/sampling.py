@@ -19,11 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitdance.autoencoder import Autoencoder
-from bitdance.config import ZOO, AutoencoderConfig
-from bitdance.distributed import choose_device
-from bitdance.engine import SampleSettings, decode_tokens, image_noise, sample_tokens
-from bitdance.model import BitDance
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.runtime.process_group import choose_device
+from bitdance.sampling.sampler import SampleSettings, decode_tokens, image_noise, sample_tokens
 
 
 def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -38,7 +38,7 @@ def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(ZOO), default="B-16X")
+    parser.add_argument("--model", choices=sorted(RELEASED_MODELS), default="B-16X")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10, help="of the head's solver")
     parser.add_argument("--rounds", type=int, default=3)
@@ -51,7 +51,7 @@ def main() -> None:
     device = choose_device(options.device)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     torch.manual_seed(0)
-    release = ZOO[options.model]
+    release = RELEASED_MODELS[options.model]
     model = BitDance(release.config).eval().to(device, dtype)
     autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device, dtype)
     settings = SampleSettings(options.steps, release.cfg_scale)

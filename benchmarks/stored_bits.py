@@ -24,18 +24,18 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitdance import checkpoint
-from bitdance.autoencoder import Autoencoder
-from bitdance.config import ZOO, AutoencoderConfig, LossConfig, RunConfig
-from bitdance.data.bits import open_bits
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, LossConfig, TrainConfig
+from bitdance.data.cache_writer import Encoder, write_token_cache
 from bitdance.data.crops import normalize
 from bitdance.data.images import open_images
-from bitdance.distributed import World, choose_device, computes_bf16
-from bitdance.model import BitDance
-from bitdance.training.batches import Batch, Batches
-from bitdance.training.encoding import Encoder, store_bits
-from bitdance.training.objectives import BitDanceObjective
-from bitdance.training.optimizer import EMA, Health, build_optimizer
+from bitdance.data.token_cache import open_token_cache
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.runtime.process_group import World, choose_device, computes_bf16
+from bitdance.training.loader import Batch, Loader
+from bitdance.training.losses import BitDanceLoss
+from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer
+from bitdance.weights import weights_file
 
 
 def make_pictures(folder: pathlib.Path, count: int, side: int) -> None:
@@ -59,11 +59,11 @@ def synchronize(device: torch.device) -> None:
 class Trainer:
     """Steps of one network from batches of either kind."""
 
-    def __init__(self, objective: BitDanceObjective, run: RunConfig, device: torch.device, bf16: bool) -> None:
+    def __init__(self, objective: BitDanceLoss, run: TrainConfig, device: torch.device, bf16: bool) -> None:
         self.objective, self.run, self.device, self.bf16 = objective, run, device, bf16
         self.optimizer = build_optimizer(objective.network, run)
         self.ema = EMA(objective.network, 0.9999)
-        self.health = Health(device)
+        self.health = NonFiniteGuard(device)
         self.step = 0
 
     def __call__(self, batches: Iterator[Batch]) -> float:
@@ -106,7 +106,7 @@ def count(function: Callable[..., object], *arguments: object) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(ZOO), default="B-16X")
+    parser.add_argument("--model", choices=sorted(RELEASED_MODELS), default="B-16X")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3, help="timed steps of each kind, in turns")
     parser.add_argument("--device")
@@ -115,7 +115,7 @@ def main() -> None:
     world = World(0, 1, device)
     torch.manual_seed(0)
     autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device)
-    config = dataclasses.replace(ZOO[options.model].config, num_classes=1000)
+    config = dataclasses.replace(RELEASED_MODELS[options.model].config, num_classes=1000)
     side = config.grid * autoencoder.config.down_size
     encoder_operations = count(encode, autoencoder, side, device, False)
     encoder_times = {"float32": encode(autoencoder, side, device, False)}
@@ -127,18 +127,18 @@ def main() -> None:
         folder = pathlib.Path(name)
         make_pictures(folder / "pictures", options.batch_size, side)
         images = open_images(folder / "pictures")
-        digest = checkpoint.digest(autoencoder.state_dict())
+        digest = weights_file.digest(autoencoder.state_dict())
         with torch.autocast(device.type, torch.bfloat16, enabled=fastest == "bf16"):
             encoder = Encoder(autoencoder, digest, side, flips=False, batch_size=options.batch_size)
-            stored = store_bits(images, encoder, folder / "bits", world)
+            stored = write_token_cache(images, encoder, folder / "bits", world)
         print(f"{stored.images} images stored in {stored.seconds:.1f} s, {stored.bytes} bytes")
-        run = RunConfig(folder, image_size=side, global_batch_size=options.batch_size, num_workers=2)
+        run = TrainConfig(folder, image_size=side, global_batch_size=options.batch_size, num_workers=2)
         steps = 1 + options.pairs
         streams = {
-            kind: Batches(data, run, world).stream(0, steps)
-            for kind, data in (("images", images), ("bits", open_bits(folder / "bits")))
+            kind: Loader(data, run, world).stream(0, steps)
+            for kind, data in (("images", images), ("bits", open_token_cache(folder / "bits")))
         }
-        objective = BitDanceObjective(BitDance(config).to(device), autoencoder, LossConfig(), 0)
+        objective = BitDanceLoss(BitDance(config).to(device), autoencoder, LossConfig(), 0)
         trainer = Trainer(objective, run, device, fastest == "bf16")
         operations = {"bits": count(trainer, streams["bits"])}
         operations["images"] = operations["bits"] + options.batch_size * encoder_operations

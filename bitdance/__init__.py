@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitdance.checkpoint import load_autoencoder, load_model
-    from bitdance.model import BitDance
+    from bitdance.models.transformer import BitDance
+    from bitdance.weights.weights_file import load_autoencoder, load_model
 
 __version__ = "0.1.0"
 
 # Loaded when first asked for: `import bitdance` alone must not cost the import of torch.
 _LAZY = {
-    "BitDance": "bitdance.model",
-    "load_autoencoder": "bitdance.checkpoint",
-    "load_model": "bitdance.checkpoint",
+    "BitDance": "bitdance.models.transformer",
+    "load_autoencoder": "bitdance.weights.weights_file",
+    "load_model": "bitdance.weights.weights_file",
 }
 __all__ = ["BitDance", "__version__", "load_autoencoder", "load_model"]
 

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
 
 HEAD_DIM = 64
 """Channels of an attention head, in every released model."""
@@ -201,7 +201,7 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Release:
+class ReleasedModel:
     """A released model: its sizes, how it is sampled, and what was published of it (ImageNet 256 px, 50,000 images).
 
     Attributes:
@@ -240,18 +240,18 @@ _TINY = BitDanceConfig(dim=128, n_layer=3, head_dim=128, head_layers=4)
 SIZES: dict[str, BitDanceConfig] = {"BitDance-B": _B, "BitDance-L": _L, "BitDance-H": _H, "BitDance-Tiny": _TINY}
 """The sizes of the original's `--model`, and a tiny one to try a command with."""
 
-ZOO: dict[str, Release] = {
-    "B-1X": Release("BitDance_B_1X.pt", "BitDance-B", _B, 3.2, 384, 64, 0.1, 242.37, 1.68, 297.1, 0.80, 0.62),
-    "B-4X": Release("BitDance_B_4X.pt", "BitDance-B", _B4, 3.9, 384, 64, 0.1, 260.10, 1.69, 291.2, 0.79, 0.63),
-    "B-16X": Release("BitDance_B_16X.pt", "BitDance-B", _B16, 6.1, 384, 64, 0.1, 260.11, 1.91, 283.8, 0.78, 0.62),
-    "L-1X": Release("BitDance_L_1X.pt", "BitDance-L", _L, 4.0, 352, 48, 0.05, 527.27, 1.31, 300.2, 0.80, 0.64),
-    "H-1X": Release("BitDance_H_1X.pt", "BitDance-H", _H, 4.55, 224, 32, 0.05, 1007.96, 1.24, 304.4, 0.81, 0.64),
+RELEASED_MODELS: dict[str, ReleasedModel] = {
+    "B-1X": ReleasedModel("BitDance_B_1X.pt", "BitDance-B", _B, 3.2, 384, 64, 0.1, 242.37, 1.68, 297.1, 0.80, 0.62),
+    "B-4X": ReleasedModel("BitDance_B_4X.pt", "BitDance-B", _B4, 3.9, 384, 64, 0.1, 260.10, 1.69, 291.2, 0.79, 0.63),
+    "B-16X": ReleasedModel("BitDance_B_16X.pt", "BitDance-B", _B16, 6.1, 384, 64, 0.1, 260.11, 1.91, 283.8, 0.78, 0.62),
+    "L-1X": ReleasedModel("BitDance_L_1X.pt", "BitDance-L", _L, 4.0, 352, 48, 0.05, 527.27, 1.31, 300.2, 0.80, 0.64),
+    "H-1X": ReleasedModel("BitDance_H_1X.pt", "BitDance-H", _H, 4.55, 224, 32, 0.05, 1007.96, 1.24, 304.4, 0.81, 0.64),
 }
 """The released models, by their names in the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class TrainConfig:
     """What every training run has, of an autoencoder as of a model; defaults are the original's.
 
     Attributes:
@@ -369,9 +369,9 @@ class RunConfig:
             )
 
 
-def recipe(release: Release, data_path: pathlib.Path) -> tuple[RunConfig, ModelSizes, LossConfig]:
+def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig, ModelSizes, LossConfig]:
     """How a released model was trained: what its command in the original's README says, and that script's defaults."""
-    run = RunConfig(
+    run = TrainConfig(
         data_path,
         epochs=800,
         global_batch_size=1024,

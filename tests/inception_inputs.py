@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.evaluation.inception import Inception
+from bitdance.metrics.inception import Inception
 
 DATA = pathlib.Path(__file__).resolve().parent / "data" / "evaluator"
 SEED = 20240607

@@ -1,4 +1,4 @@
-"""Networks, pictures and command lines that are small enough for tests of whole commands."""
+"""FeatureExtractors, pictures and command lines that are small enough for tests of whole commands."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bitdance import checkpoint
-from bitdance.autoencoder import Autoencoder
-from bitdance.cli import original
+from bitdance.cli import original_cli
 from bitdance.config import AutoencoderConfig, BitDanceConfig
-from bitdance.model import BitDance
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.weights import weights_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHERS = {
-    "sample_ddp.py": original.sample,
-    "sample_ddp_parallel.py": original.sample_parallel,
-    "train.py": original.train,
-    "train_parallel.py": original.train_parallel,
+    "sample_ddp.py": original_cli.sample,
+    "sample_ddp_parallel.py": original_cli.sample_parallel,
+    "train.py": original_cli.train,
+    "train_parallel.py": original_cli.train_parallel,
 }
 NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
@@ -57,8 +57,8 @@ def model(seed: int = 1, **changes: object) -> BitDance:
 
 def save_pair(folder: pathlib.Path, **changes: object) -> pathlib.Path:
     """Writes model.safetensors and autoencoder.safetensors and returns the model's path."""
-    checkpoint.save(folder / "model.safetensors", model(**changes))
-    checkpoint.save(folder / "autoencoder.safetensors", autoencoder())
+    weights_file.save(folder / "model.safetensors", model(**changes))
+    weights_file.save(folder / "autoencoder.safetensors", autoencoder())
     return folder / "model.safetensors"
 
 

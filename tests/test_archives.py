@@ -23,14 +23,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from bitdance.classes import are_imagenet, imagenet
-from bitdance.cli.models import class_names
 from bitdance.config import BitDanceConfig, ModelSizes
-from bitdance.data import tars
-from bitdance.data.image_set import ImageSet
+from bitdance.data import tar as tar_reader
+from bitdance.data.class_names import are_imagenet, imagenet
+from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.images import open_images
-from bitdance.errors import UserError
-from bitdance.training.jobs import _model_config
+from bitdance.runtime.errors import UserError
+from bitdance.training.setup import _model_config
+from bitdance.weights.resolve import class_names
 
 # The first, the second and the last of ImageNet's classes, out of order.
 NAMES = [f"{wordnet_id}/{wordnet_id}_{number}.JPEG" for wordnet_id in ("n15075141", "n01440764", "n01443537")
@@ -85,7 +85,7 @@ def index_of(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(path.name + ".index.safetensors")
 
 
-def assert_same(found: ImageSet, names: list[str] = ORDER, labels: list[int] = LABELS) -> None:
+def assert_same(found: ImageDataset, names: list[str] = ORDER, labels: list[int] = LABELS) -> None:
     assert [found.name(i) for i in range(len(found))] == names
     assert found.labels.dtype == np.int64 and found.labels.tolist() == labels
     for i, name in enumerate(names):
@@ -161,7 +161,7 @@ def test_the_index_is_made_once_and_kept_beside_the_tar(tmp_path: pathlib.Path, 
     path = write(tmp_path / "x.tar", tar_of_tars())
     open_images(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.tar", "x.tar.index.safetensors"]
-    monkeypatch.setattr(tars, "_make_index", None)  # to make it again would fail now
+    monkeypatch.setattr(tar_reader, "_make_index", None)  # to make it again would fail now
     assert_same(open_images(path))
     assert capsys.readouterr().err == ""
 
@@ -178,7 +178,7 @@ def test_a_tar_in_a_folder_that_cannot_be_written(tmp_path, cache, capsys, monke
     err = capsys.readouterr().err
     if place == "cache":
         assert len(kept) == 1 and kept[0].endswith("-x.tar.index.safetensors") and err == ""
-        monkeypatch.setattr(tars, "_make_index", None)
+        monkeypatch.setattr(tar_reader, "_make_index", None)
         assert_same(open_images(path))
     else:
         assert kept == [] and f"no place to keep the index of {path}" in err
@@ -221,7 +221,7 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, capsys, change: Call
     with safe_open(index_of(path), "numpy") as file:
         metadata = file.metadata()
     change(arrays)
-    save_file(arrays, index_of(path), {**metadata, "digest": tars._digest(arrays)})
+    save_file(arrays, index_of(path), {**metadata, "digest": tar_reader._digest(arrays)})
     assert_same(open_images(path))
     assert "does not fit the tar: it is made again" in capsys.readouterr().err
     assert_same(open_images(path))
@@ -257,7 +257,7 @@ def test_mutated_indexes_never_hurt(tmp_path, capsys) -> None:
 
 def _open_slowly(path: pathlib.Path, log: pathlib.Path, ready: Any) -> list[bytes]:
     """Opens a tar as a process of its own, and writes down that it makes the index."""
-    make = tars._make_index
+    make = tar_reader._make_index
 
     def slow(path: pathlib.Path) -> Any:
         with open(log, "a") as file:
@@ -265,7 +265,7 @@ def _open_slowly(path: pathlib.Path, log: pathlib.Path, ready: Any) -> list[byte
         time.sleep(1)
         return make(path)
 
-    tars._make_index = slow
+    tar_reader._make_index = slow
     ready.wait(60)
     found = open_images(path)
     return [found.read(i).tobytes() for i in range(len(found))]
@@ -282,11 +282,11 @@ def test_of_processes_that_start_at_once_one_makes_the_index(tmp_path: pathlib.P
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "x.tar", "x.tar.index.safetensors"]
 
 
-def _read_all(found: ImageSet) -> list[bytes]:
+def _read_all(found: ImageDataset) -> list[bytes]:
     return [found.read(i).tobytes() for _ in range(20) for i in range(len(found))]
 
 
-def check_threads_and_processes(found: ImageSet) -> None:
+def check_threads_and_processes(found: ImageDataset) -> None:
     here = _read_all(found)
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         assert all(result == here for result in threads.map(_read_all, [found] * 4))
@@ -387,7 +387,7 @@ def write_table(path: pathlib.Path, table: Any, **options: Any) -> pathlib.Path:
     return path
 
 
-def pixels(found: ImageSet) -> list[bytes]:
+def pixels(found: ImageDataset) -> list[bytes]:
     return [found.read(i).tobytes() for i in range(len(found))]
 
 
@@ -519,7 +519,7 @@ def test_folders_that_are_not_all_imagenets_are_numbered_as_they_come(tmp_path: 
     assert found.classes == tuple(sorted(folders)) and found.labels.tolist() == [0, 1]
 
 
-def config(images: ImageSet, num_classes: int | None = None) -> BitDanceConfig:
+def config(images: ImageDataset, num_classes: int | None = None) -> BitDanceConfig:
     sizes = ModelSizes(num_classes=num_classes)
     return _model_config(sizes, small.autoencoder().config, 16, images)
 

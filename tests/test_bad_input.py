@@ -17,11 +17,11 @@ import small
 import torch
 from PIL import Image
 
-from bitdance import checkpoint
-from bitdance.cli import original
+from bitdance.cli import original_cli
 from bitdance.cli.main import COMMANDS, call, main
 from bitdance.config import AutoencoderConfig
-from bitdance.distributed import World
+from bitdance.runtime.process_group import World
+from bitdance.weights import weights_file
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_numbers_that_do_not_fit_training(place, tmp_path, fails, arguments, wor
 
 def test_a_global_batch_that_processes_cannot_share(place, tmp_path, fails, monkeypatch):
     world = World(0, 3, torch.device("cpu"))
-    monkeypatch.setattr("bitdance.training.jobs.connect", lambda device: contextlib.nullcontext(world))
+    monkeypatch.setattr("bitdance.training.setup.init_distributed", lambda device: contextlib.nullcontext(world))
     message = fails("train", *training(place, tmp_path / "run"))
     assert "--global-batch-size 4 cannot be shared out among 3 processes: make it a multiple" in message
 
@@ -175,7 +175,7 @@ def test_numbers_that_do_not_fit_reconstruction(place, tmp_path, fails, argument
 
 def test_a_model_and_an_autoencoder_that_do_not_fit_each_other(place, tmp_path, fails):
     wide = small.autoencoder(config=AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=16))
-    checkpoint.save(tmp_path / "wide.safetensors", wide)
+    weights_file.save(tmp_path / "wide.safetensors", wide)
     words = "the model makes tokens of 8 bits and the autoencoder reads 16"
     assert words in fails("sample", *sampling(place, tmp_path / "out"), "--autoencoder", tmp_path / "wide.safetensors")
     arguments = ["--ckpt", place / "model.safetensors", "--trained-vae", tmp_path / "wide.safetensors",
@@ -362,7 +362,7 @@ def test_no_space_for_a_job(place, tmp_path, capsys, full_disk):
                  "--sample-steps", 2, "--to-npz", "--mixed-precision", "none"]  # fmt: skip
     before = listing(tmp_path)
     with pytest.raises(SystemExit) as error:
-        call(original.sample, list(map(str, arguments)))
+        call(original_cli.sample, list(map(str, arguments)))
     assert error.value.code == 2
     assert "No space left on device" in capsys.readouterr().err
     left = {pathlib.PurePath(name).name for name in listing(tmp_path) - before if (tmp_path / name).is_file()}

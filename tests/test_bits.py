@@ -14,21 +14,21 @@ import torch
 from PIL import Image
 from test_training import CPU, SIZES, config, log
 
-from bitdance import checkpoint
-from bitdance.cli import original
+from bitdance.cli import original_cli
 from bitdance.cli.main import main
 from bitdance.config import AutoencoderLossConfig, LossConfig
-from bitdance.data.bits import BitSet, open_bits
+from bitdance.data.cache_writer import Encoder, write_token_cache
 from bitdance.data.crops import center_crop, normalize, random_crop, to_array
 from bitdance.data.images import open_images
-from bitdance.distributed import World
-from bitdance.errors import UserError
-from bitdance.quantizer import pack, unpack
-from bitdance.tokens import tokens_from_grid
-from bitdance.training.batches import Batches
-from bitdance.training.encoding import Encoder, store_bits
-from bitdance.training.jobs import train_autoencoder, train_model
-from bitdance.training.objectives import BitDanceObjective
+from bitdance.data.token_cache import TokenDataset, open_token_cache
+from bitdance.models.quantizer import pack, unpack
+from bitdance.models.tokens import tokens_from_grid
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.training.loader import Loader
+from bitdance.training.losses import BitDanceLoss
+from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.weights import weights_file
 
 ALONE = World(0, 1, CPU)
 
@@ -55,15 +55,15 @@ def weights(tmp_path_factory) -> pathlib.Path:
 
 
 def encoder(weights: pathlib.Path, **changes: object) -> Encoder:
-    contents = checkpoint.read(weights)
+    contents = weights_file.read(weights)
     settings: dict[str, object] = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2}
-    digest = checkpoint.digest(contents.states["autoencoder"])
-    return Encoder(checkpoint.load_autoencoder(contents), digest, **{**settings, **changes})  # type: ignore[arg-type]
+    digest = weights_file.digest(contents.states["autoencoder"])
+    return Encoder(weights_file.load_autoencoder(contents), digest, **{**settings, **changes})  # type: ignore[arg-type]
 
 
-def store(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> BitSet:
-    store_bits(open_images(data), encoder(weights, **changes), folder, ALONE)
-    return open_bits(folder)
+def store(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> TokenDataset:
+    write_token_cache(open_images(data), encoder(weights, **changes), folder, ALONE)
+    return open_token_cache(folder)
 
 
 def arguments(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, *others: object) -> list[str]:
@@ -82,7 +82,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def test_a_store_holds_the_bits_of_every_view(data, weights, tmp_path):
     bits = store(data, weights, tmp_path / "bits", crops=3, seed=7)
     assert bits.digest != store(data, weights, tmp_path / "other", crops=3, seed=8).digest
-    images, network = open_images(data), checkpoint.load_autoencoder(weights)
+    images, network = open_images(data), weights_file.load_autoencoder(weights)
     assert len(bits) == 12 and bits.classes == images.classes and np.array_equal(bits.labels, images.labels)
     seen = set()
     for index in range(12):
@@ -105,22 +105,22 @@ def mirrored(image: Image.Image) -> Image.Image:
 
 
 def views_by_hand(image: Image.Image, seed: int, index: int, crops: int) -> list[Image.Image]:
-    from bitdance import noise
+    from bitdance.models import philox
 
     made = [center_crop(image, 16)]
     for crop in range(1, crops):
-        words = noise.uniform(seed, torch.tensor([index]), 3, stream=32, step=0, draws=crops)[crop, 0].tolist()
+        words = philox.uniform(seed, torch.tensor([index]), 3, stream=32, step=0, draws=crops)[crop, 0].tolist()
         made.append(random_crop(image, 16, (words[0], words[1], words[2])))
     return made
 
 
 def test_the_metadata_say_how_a_store_was_made(data, weights, tmp_path):
     store(data, weights, tmp_path / "bits", crops=2, flips=False, seed=3)
-    shard = checkpoint.read(tmp_path / "bits" / "000002.safetensors")
+    shard = weights_file.read(tmp_path / "bits" / "000002.safetensors")
     assert shard.metadata["kind"] == "bits" and shard.metadata["format_version"] == "1"
     assert shard.config["covered"] == [10, 12] and shard.config["broken"] == []
     encoding = shard.config["encoding"]
-    assert encoding["autoencoder"] == checkpoint.read(weights).metadata["digest"]
+    assert encoding["autoencoder"] == weights_file.read(weights).metadata["digest"]
     assert encoding["classes"] == ["class-0", "class-1", "class-2"]
     assert {name: encoding[name] for name in ("image_size", "grid", "bits", "crops", "flips", "seed", "precision")} == {
         "image_size": 16, "grid": 4, "bits": 8, "crops": 2, "flips": False, "seed": 3, "precision": "float32",
@@ -160,13 +160,13 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_bytes(data, weights, 
         store(data, weights, tmp_path / "bits")
     assert sorted(contents(tmp_path / "bits")) == ["000000.safetensors", "job.json"]
     with pytest.raises(UserError, match="is not finished: run the `bitdance encode`"):
-        open_bits(tmp_path / "bits")
+        open_token_cache(tmp_path / "bits")
     first = (tmp_path / "bits" / "000000.safetensors").stat().st_mtime_ns
-    outcome = store_bits(open_images(data), encoder(weights), tmp_path / "bits", ALONE)
+    outcome = write_token_cache(open_images(data), encoder(weights), tmp_path / "bits", ALONE)
     assert outcome.made == 7 and outcome.images == 12
     assert (tmp_path / "bits" / "000000.safetensors").stat().st_mtime_ns == first  # kept, not made again
     assert contents(tmp_path / "bits") == contents(tmp_path / "whole")
-    assert store_bits(open_images(data), encoder(weights), tmp_path / "bits", ALONE).made == 0
+    assert write_token_cache(open_images(data), encoder(weights), tmp_path / "bits", ALONE).made == 0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "torn", "gone", "another"])
@@ -174,12 +174,12 @@ def test_a_damaged_shard_is_seen_and_made_again(data, weights, tmp_path, damage)
     store(data, weights, tmp_path / "bits")
     before = contents(tmp_path / "bits")
     path = tmp_path / "bits" / "000001.safetensors"
-    place = before[path.name].index(checkpoint.read(path).states["bits"]["bits"].numpy().tobytes())
+    place = before[path.name].index(weights_file.read(path).states["bits"]["bits"].numpy().tobytes())
     if damage == "flipped":
         changed = bytearray(before[path.name])
         changed[place + 3] ^= 4
         path.write_bytes(bytes(changed))
-        bits = open_bits(tmp_path / "bits")
+        bits = open_token_cache(tmp_path / "bits")
         with pytest.raises(UserError, match=r"000001\.safetensors is damaged \(image 0, crop 0\): run the `bitdance"):
             bits.read(5, 0, 0)
         assert bits.read(0, 0, 0) is not None
@@ -191,8 +191,8 @@ def test_a_damaged_shard_is_seen_and_made_again(data, weights, tmp_path, damage)
         shutil.copy(tmp_path / "bits" / "000000.safetensors", path)
     if damage != "flipped":
         with pytest.raises(UserError, match=r"000001\.safetensors.*: run the `bitdance encode` that made it again"):
-            open_bits(tmp_path / "bits")
-    assert store_bits(open_images(data), encoder(weights), tmp_path / "bits", ALONE).made == 5
+            open_token_cache(tmp_path / "bits")
+    assert write_token_cache(open_images(data), encoder(weights), tmp_path / "bits", ALONE).made == 5
     assert contents(tmp_path / "bits") == before
 
 
@@ -223,7 +223,7 @@ def test_a_damaged_manifest_is_a_sentence(data, weights, tmp_path):
     ):
         path.write_text(wrong)
         with pytest.raises(UserError, match="bitdance encode"):
-            open_bits(tmp_path / "bits")
+            open_token_cache(tmp_path / "bits")
 
 
 # ------------------------------------------------------------ training
@@ -233,7 +233,7 @@ def train(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, paral
     run = config(data, folder, **{"epochs": 3, **changes})
     sizes = dataclasses.replace(SIZES, parallel_num=parallel_num)
     path = train_model(run, sizes, LossConfig(perturb_rate=0.2), weights, "cpu")
-    return checkpoint.read(path)
+    return weights_file.read(path)
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])
@@ -254,15 +254,15 @@ def test_training_from_bits_equals_training_from_images(data, weights, tmp_path,
 @pytest.mark.parametrize("parallel_num", [1, 4])
 def test_the_objective_makes_the_same_tokens_of_both(data, weights, tmp_path, parallel_num):
     bits = store(data, weights, tmp_path / "bits", flips=False)
-    images, network = open_images(data), checkpoint.load_autoencoder(weights)
-    objective = BitDanceObjective(small.model(parallel_num=parallel_num), network, LossConfig(), seed=0)
+    images, network = open_images(data), weights_file.load_autoencoder(weights)
+    objective = BitDanceLoss(small.model(parallel_num=parallel_num), network, LossConfig(), seed=0)
     crops = torch.from_numpy(np.stack([to_array(center_crop(images.read(i), 16)) for i in range(12)]))
     packed = torch.from_numpy(np.stack([bits.read(i, 0, 0) for i in range(12)]))
     assert torch.equal(objective.tokens(packed), objective.tokens(crops))
 
 
 def test_a_compiled_objective_takes_packed_bits():
-    objective = BitDanceObjective(small.model(parallel_num=4), small.autoencoder(), LossConfig(), seed=0)
+    objective = BitDanceLoss(small.model(parallel_num=4), small.autoencoder(), LossConfig(), seed=0)
     packed = torch.randint(0, 256, (2, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = (packed, torch.tensor([0, 1]), torch.arange(2))
     expected = objective(*batch, 5)[0].item()
@@ -270,7 +270,7 @@ def test_a_compiled_objective_takes_packed_bits():
     assert torch.compile(objective, backend="eager")(*batch, 5)[0].item() == pytest.approx(expected, rel=1e-6)
 
 
-def views_seen(batches: Batches, bits: BitSet, steps: range) -> list[tuple[int, int, int]]:
+def views_seen(batches: Loader, bits: TokenDataset, steps: range) -> list[tuple[int, int, int]]:
     """(image, crop, flip) of everything that is read, found by its bits."""
     names = {
         bits.read(index, crop, flip).tobytes(): (index, crop, flip)
@@ -284,25 +284,25 @@ def views_seen(batches: Batches, bits: BitSet, steps: range) -> list[tuple[int, 
 
 def test_crops_and_flips_are_drawn_anew_each_epoch(data, weights, tmp_path):
     bits = store(data, weights, tmp_path / "bits", crops=3, batch_size=100)
-    whole = Batches(bits, config(data), ALONE)
+    whole = Loader(bits, config(data), ALONE)
     seen = views_seen(whole, bits, range(90))  # 30 epochs
     assert [index for index, _, _ in seen] == [int(i) for step in range(90) for i in whole.indices(step)]
     # As from images: random crops only, until the decay of augmentation brings centre crops.
     assert {crop for _, crop, _ in seen} == {1, 2}
     assert sum(crop == 1 for _, crop, _ in seen) / 360 == pytest.approx(0.5, abs=0.1)
     assert sum(flip for _, _, flip in seen) / 360 == pytest.approx(0.5, abs=0.1)
-    parts = [Batches(bits, config(data), World(rank, 2, CPU)) for rank in range(2)]
+    parts = [Loader(bits, config(data), World(rank, 2, CPU)) for rank in range(2)]
     for step in (0, 7):
         expected = whole.load(step)
         assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), expected.inputs)
         assert torch.equal(torch.cat([part.load(step).labels for part in parts]), expected.labels)
-    late = Batches(bits, config(data, aug_decay_start_epoch=0, aug_decay_end_epoch=2), ALONE)
+    late = Loader(bits, config(data, aug_decay_start_epoch=0, aug_decay_end_epoch=2), ALONE)
     assert {crop for _, crop, _ in views_seen(late, bits, range(6, 12))} == {0}
 
 
 def test_a_store_without_flips_is_never_mirrored(data, weights, tmp_path):
     bits = store(data, weights, tmp_path / "bits", flips=False)
-    assert {flip for _, _, flip in views_seen(Batches(bits, config(data), ALONE), bits, range(9))} == {0}
+    assert {flip for _, _, flip in views_seen(Loader(bits, config(data), ALONE), bits, range(9))} == {0}
 
 
 def test_a_run_from_bits_resumes_bit_for_bit(data, weights, tmp_path):
@@ -318,13 +318,13 @@ def test_a_run_from_bits_resumes_bit_for_bit(data, weights, tmp_path):
 def test_validation_on_a_store_knows_its_autoencoder_by_the_file(data, tmp_path):
     """A file in half precision has another digest than the float32 network that is made of it."""
     weights = tmp_path / "autoencoder.safetensors"
-    checkpoint.save(weights, small.autoencoder().half())
+    weights_file.save(weights, small.autoencoder().half())
     bits = store(data, weights, tmp_path / "bits")
     train(bits.path, weights, tmp_path / "run", val_path=bits.path, val_every=2, max_steps=2)
     (loss,) = [line["val_loss"] for line in log(tmp_path / "run") if "val_loss" in line]
     assert 0 < loss < 10
     store(data, small.save_pair(tmp_path).parent / "autoencoder.safetensors", tmp_path / "others")
-    checkpoint.save(weights, small.autoencoder().half())
+    weights_file.save(weights, small.autoencoder().half())
     with pytest.raises(UserError, match="others was made by another autoencoder"):
         train(bits.path, weights, tmp_path / "run2", val_path=tmp_path / "others", max_steps=2)
     with pytest.raises(UserError, match="holds bits: an autoencoder is validated on images"):
@@ -334,7 +334,7 @@ def test_validation_on_a_store_knows_its_autoencoder_by_the_file(data, tmp_path)
 
 def test_a_store_of_another_autoencoder_or_size_is_refused(data, weights, tmp_path):
     store(data, weights, tmp_path / "bits")
-    checkpoint.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
+    weights_file.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
     with pytest.raises(UserError, match="was made by another autoencoder"):
         train(tmp_path / "bits", tmp_path / "other.safetensors", tmp_path / "run")
     with pytest.raises(UserError, match="was made from images of 16 px: use --image-size 16"):
@@ -347,19 +347,19 @@ def test_a_store_of_another_autoencoder_or_size_is_refused(data, weights, tmp_pa
 def test_the_originals_scripts_train_from_a_store(data, tmp_path):
     """Their image size is 256 px by default, their model has a size by name."""
     network = dataclasses.replace(small.NETWORK, widths=(32, 32, 32, 32, 32))
-    checkpoint.save(tmp_path / "ae.safetensors", small.autoencoder(config=network))
+    weights_file.save(tmp_path / "ae.safetensors", small.autoencoder(config=network))
     store(data, tmp_path / "ae.safetensors", tmp_path / "bits", image_size=64)
     flags = ["--data-path", tmp_path / "bits", "--trained-vae", tmp_path / "ae.safetensors", "--image-size", 64,
              "--model", "BitDance-Tiny", "--num-classes", 3, "--latent-dim", 8, "--global-batch-size", 4,
              "--epochs", 1, "--mixed-precision", "none", "--results-dir"]  # fmt: skip
-    original.train([*map(str, flags), str(tmp_path / "1")])
-    original.train_parallel([*map(str, flags), str(tmp_path / "4"), "--parallel-num", "4"])
+    original_cli.train([*map(str, flags), str(tmp_path / "1")])
+    original_cli.train_parallel([*map(str, flags), str(tmp_path / "4"), "--parallel-num", "4"])
     assert (tmp_path / "1" / "model.safetensors").exists() and (tmp_path / "4" / "model.safetensors").exists()
 
 
 def test_packed_bits_are_what_crosses_to_the_device(data, weights, tmp_path):
     bits = store(data, weights, tmp_path / "bits")
-    batch = next(Batches(bits, config(data), ALONE).stream(0, 1))
+    batch = next(Loader(bits, config(data), ALONE).stream(0, 1))
     assert batch.inputs.dtype == torch.uint8 and tuple(batch.inputs.shape) == (4, 16, 1)
     assert tuple(unpack(batch.inputs).shape) == (4, 16, 8)
 
@@ -378,7 +378,7 @@ def damaged(data, tmp_path) -> pathlib.Path:
 
 def test_broken_images_are_named_once_and_replaced(damaged, capsys):
     images = open_images(damaged)
-    whole = Batches(images, config(damaged), ALONE)
+    whole = Loader(images, config(damaged), ALONE)
     batches = [whole.load(step) for step in range(9)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and len(whole.broken) == 3
@@ -387,7 +387,7 @@ def test_broken_images_are_named_once_and_replaced(damaged, capsys):
     for place in ("class-0/1.png", "class-1/2.png", "class-1/3.png"):
         assert sum(place in line for line in lines) == 1
     # The next whole one of the epoch's order takes the place, with its own label and crop.
-    broken, crop = {1, 6, 7}, Batches(images, config(damaged), ALONE)
+    broken, crop = {1, 6, 7}, Loader(images, config(damaged), ALONE)
     for step, batch in enumerate(batches):
         order, draws = crop._draws(step // 3)
         for place, (pixels, label) in enumerate(zip(batch.inputs, batch.labels.tolist(), strict=True)):
@@ -396,10 +396,10 @@ def test_broken_images_are_named_once_and_replaced(damaged, capsys):
             assert label == images.labels[index]
             assert np.array_equal(pixels, crop._crop(images, index, draws[index], 1.0))
     # Whatever the number of processes, of threads, and of steps that came before.
-    parts = [Batches(images, config(damaged), World(rank, 2, CPU)) for rank in range(2)]
+    parts = [Loader(images, config(damaged), World(rank, 2, CPU)) for rank in range(2)]
     for step in (8, 2):
         assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), batches[step].inputs)
-    for a, b in zip(Batches(images, config(damaged), ALONE).stream(4, 9), batches[4:], strict=True):
+    for a, b in zip(Loader(images, config(damaged), ALONE).stream(4, 9), batches[4:], strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
 
 
@@ -419,14 +419,14 @@ def test_a_set_without_one_whole_image_is_a_sentence(damaged):
     for path in damaged.rglob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"not one image of .* can be read"):
-        Batches(open_images(damaged), config(damaged), ALONE).load(0)
+        Loader(open_images(damaged), config(damaged), ALONE).load(0)
 
 
 def test_broken_images_are_left_out_of_a_store(damaged, weights, tmp_path, capsys):
     bits = store(damaged, weights, tmp_path / "bits")
     assert capsys.readouterr().err.count("bitdance: skipped, ") == 3
     assert bits.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
-    shards = [checkpoint.read(tmp_path / "bits" / f"00000{number}.safetensors") for number in range(3)]
+    shards = [weights_file.read(tmp_path / "bits" / f"00000{number}.safetensors") for number in range(3)]
     assert [shard.config["broken"] for shard in shards] == [["class-0/1.png"], ["class-1/2.png", "class-1/3.png"], []]
     assert [shard.states["bits"]["indices"].tolist() for shard in shards] == [[0, 2, 3, 4], [5, 8, 9], [10, 11]]
     undamaged = store(damaged, weights, tmp_path / "again", max_broken=3)

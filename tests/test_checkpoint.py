@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 import bitdance
-from bitdance import checkpoint
-from bitdance.autoencoder import Autoencoder
 from bitdance.cli.main import main
-from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
-from bitdance.errors import UserError
-from bitdance.model import BitDance
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.runtime.errors import UserError
+from bitdance.weights import weights_file
 
 MODEL = BitDanceConfig(
     dim=64,
@@ -47,7 +47,7 @@ State = dict[str, Tensor]
 
 def random_state(config: BitDanceConfig | AutoencoderConfig, seed: int) -> State:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in checkpoint.shapes(config).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in weights_file.shapes(config).items()}
 
 
 EMA, RAW, VAE = random_state(MODEL, 1), random_state(MODEL, 2), random_state(AUTOENCODER, 3)
@@ -68,7 +68,9 @@ def autoencoder_file(path: pathlib.Path, **extra: Tensor) -> pathlib.Path:
 
 
 def our_model(path: pathlib.Path, state: State = EMA, **changes: Any) -> pathlib.Path:
-    checkpoint.save_tensors(path, state, "model", {"model": dataclasses.asdict(dataclasses.replace(MODEL, **changes))})
+    weights_file.save_tensors(
+        path, state, "model", {"model": dataclasses.asdict(dataclasses.replace(MODEL, **changes))}
+    )
     return path
 
 
@@ -78,7 +80,7 @@ def our_training(path: pathlib.Path, trains: str) -> pathlib.Path:
     tensors |= {f"model/{name}": value + 1 for name, value in state.items()}
     tensors["optimizer/step/" + next(iter(state))] = torch.tensor(5.0)
     content = {trains: dataclasses.asdict(config), "run": {"run.lr": 1e-3}}
-    checkpoint.save_tensors(path, tensors, "training", content, step="5", trains=trains)
+    weights_file.save_tensors(path, tensors, "training", content, step="5", trains=trains)
     return path
 
 
@@ -87,7 +89,7 @@ def same(network: BitDance | Autoencoder, state: State) -> bool:
     return own.keys() == state.keys() and all(torch.equal(own[name], state[name].float()) for name in state)
 
 
-def refusal(path: pathlib.Path, load: Callable[..., Any] = checkpoint.load_model) -> str:
+def refusal(path: pathlib.Path, load: Callable[..., Any] = weights_file.load_model) -> str:
     with pytest.raises(UserError) as caught:
         load(path)
     message = str(caught.value)
@@ -112,10 +114,10 @@ def test_one_kind_of_weights(tmp_path: pathlib.Path) -> None:
     raw = model_file(tmp_path / "raw.pt", ema=None)
     ema = model_file(tmp_path / "ema.pt", model=None, args=None)
     empty = model_file(tmp_path / "empty.pt", ema={})
-    assert same(checkpoint.load_model(raw), RAW) and same(checkpoint.load_model(ema), EMA)
-    assert same(checkpoint.load_model(empty), RAW)
-    assert "no EMA weights" in refusal(raw, lambda path: checkpoint.load_model(path, "ema"))
-    assert "no raw weights" in refusal(ema, lambda path: checkpoint.load_model(path, "model"))
+    assert same(weights_file.load_model(raw), RAW) and same(weights_file.load_model(ema), EMA)
+    assert same(weights_file.load_model(empty), RAW)
+    assert "no EMA weights" in refusal(raw, lambda path: weights_file.load_model(path, "ema"))
+    assert "no raw weights" in refusal(ema, lambda path: weights_file.load_model(path, "model"))
 
 
 def test_the_golden_models_are_read(tmp_path: pathlib.Path) -> None:
@@ -131,7 +133,7 @@ def test_the_golden_models_are_read(tmp_path: pathlib.Path) -> None:
 
 def test_an_autoencoder_with_losses_beside_it(tmp_path: pathlib.Path) -> None:
     extra = {"loss.discriminator.main.0.weight": torch.ones(3), "quantize.codebook": torch.ones(2, dtype=torch.int64)}
-    autoencoder = checkpoint.load_autoencoder(autoencoder_file(tmp_path / "ae.pt", **extra))
+    autoencoder = weights_file.load_autoencoder(autoencoder_file(tmp_path / "ae.pt", **extra))
     assert same(autoencoder, VAE) and autoencoder.config == AUTOENCODER
 
 
@@ -143,7 +145,7 @@ def test_the_state_dict_of_a_module(tmp_path: pathlib.Path) -> None:
     loss.backward()  # type: ignore[union-attr]
     optimizer.step()
     path = model_file(tmp_path / "model.pt", ema=None, model=model.state_dict(), optimizer=optimizer.state_dict())
-    assert same(checkpoint.load_model(path), model.state_dict())
+    assert same(weights_file.load_model(path), model.state_dict())
 
 
 def test_bare_state_dicts(tmp_path: pathlib.Path) -> None:
@@ -151,11 +153,11 @@ def test_bare_state_dicts(tmp_path: pathlib.Path) -> None:
     torch.save(VAE | {"loss.w": torch.ones(1)}, tmp_path / "ae.pt")
     safetensors.torch.save_file(VAE, tmp_path / "ae.safetensors")
     safetensors.torch.save_file(EMA, tmp_path / "model.safetensors", {"format": "pt"})
-    assert same(checkpoint.load_model(tmp_path / "model.pt"), EMA)
-    assert same(checkpoint.load_autoencoder(tmp_path / "model.pt"), VAE)
-    assert same(checkpoint.load_autoencoder(tmp_path / "ae.pt"), VAE)
-    assert same(checkpoint.load_autoencoder(tmp_path / "ae.safetensors"), VAE)
-    assert same(checkpoint.load_model(tmp_path / "model.safetensors"), EMA)
+    assert same(weights_file.load_model(tmp_path / "model.pt"), EMA)
+    assert same(weights_file.load_autoencoder(tmp_path / "model.pt"), VAE)
+    assert same(weights_file.load_autoencoder(tmp_path / "ae.pt"), VAE)
+    assert same(weights_file.load_autoencoder(tmp_path / "ae.safetensors"), VAE)
+    assert same(weights_file.load_model(tmp_path / "model.safetensors"), EMA)
 
 
 def test_odd_but_harmless_tensors(tmp_path: pathlib.Path) -> None:
@@ -167,7 +169,7 @@ def test_odd_but_harmless_tensors(tmp_path: pathlib.Path) -> None:
         start += value.numel()
     state["layers.0.attention.wqkv.weight"] = state["layers.0.attention.wqkv.weight"].t().contiguous().t()
     state["norm.weight"] = torch.nn.Parameter(EMA["norm.weight"].double())
-    model = checkpoint.load_model(model_file(tmp_path / "views.pt", ema=state))
+    model = weights_file.load_model(model_file(tmp_path / "views.pt", ema=state))
     assert same(model, EMA)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(EMA)
@@ -175,35 +177,35 @@ def test_odd_but_harmless_tensors(tmp_path: pathlib.Path) -> None:
 
 def test_a_loaded_network_does_not_hang_on_the_file(tmp_path: pathlib.Path) -> None:
     path = model_file(tmp_path / "model.pt")
-    model = checkpoint.load_model(path)
+    model = weights_file.load_model(path)
     path.write_bytes(b"")
     assert same(model, EMA)
 
 
 def test_dtypes(tmp_path: pathlib.Path) -> None:
-    model = checkpoint.load_model(model_file(tmp_path / "model.pt"), dtype=torch.bfloat16)
+    model = weights_file.load_model(model_file(tmp_path / "model.pt"), dtype=torch.bfloat16)
     assert all(torch.equal(p, EMA[name].bfloat16()) for name, p in model.named_parameters())
     path = tmp_path / "half.safetensors"
-    checkpoint.save(path, model, dtype=torch.float16)
-    stored = checkpoint.read(path).states["model"]
+    weights_file.save(path, model, dtype=torch.float16)
+    stored = weights_file.read(path).states["model"]
     assert {value.dtype for value in stored.values()} == {torch.float16}
-    assert {p.dtype for p in checkpoint.load_model(path).parameters()} == {torch.float32}
+    assert {p.dtype for p in weights_file.load_model(path).parameters()} == {torch.float32}
 
 
 # ---------------------------------------------------------------- configurations
 
 
-@pytest.mark.parametrize("name", [*ZOO, "autoencoder_d16c32"])
+@pytest.mark.parametrize("name", [*RELEASED_MODELS, "autoencoder_d16c32"])
 def test_released_sizes_follow_from_shapes(name: str) -> None:
     rows = [line.split("\t") for line in (tiny.DATA / "released_tensors.tsv").read_text().splitlines()]
     shapes = {tensor: tuple(map(int, shape.split(","))) for network, tensor, shape in rows if network == name}
     state = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
-    key = "ema" if name in ZOO else "autoencoder"
-    contents = checkpoint.Contents(pathlib.Path("released.pt"), "", {key: state}, {}, None, {})
-    if name in ZOO:
-        assert checkpoint.describe_model(contents).config == ZOO[name].config
+    key = "ema" if name in RELEASED_MODELS else "autoencoder"
+    contents = weights_file.Contents(pathlib.Path("released.pt"), "", {key: state}, {}, None, {})
+    if name in RELEASED_MODELS:
+        assert weights_file.describe_model(contents).config == RELEASED_MODELS[name].config
     else:
-        assert checkpoint.describe_autoencoder(contents).config == AutoencoderConfig()
+        assert weights_file.describe_autoencoder(contents).config == AutoencoderConfig()
 
 
 @pytest.mark.parametrize(
@@ -225,8 +227,8 @@ def test_released_sizes_follow_from_shapes(name: str) -> None:
 def test_every_size_is_inferred(tmp_path: pathlib.Path, changes: dict[str, int]) -> None:
     config = dataclasses.replace(MODEL, **changes)
     path = model_file(tmp_path / "model.pt", ema=random_state(config, 0), model=None, args=None)
-    description = checkpoint.describe_model(checkpoint.read(path))
-    assert description.config == config == checkpoint.load_model(path).config
+    description = weights_file.describe_model(weights_file.read(path))
+    assert description.config == config == weights_file.load_model(path).config
     asked = ("token_order", "time_shift", "class_names")
     assert description.sources == {
         field.name: "default" if field.name in asked else "shapes" for field in dataclasses.fields(config)
@@ -237,7 +239,7 @@ def test_every_size_is_inferred(tmp_path: pathlib.Path, changes: dict[str, int])
 @pytest.mark.parametrize("kind", [argparse.Namespace, dict])
 def test_args_tell_what_shapes_cannot(tmp_path: pathlib.Path, order: str, kind: Any) -> None:
     path = model_file(tmp_path / "model.pt", args=kind(parallel_mode=order, time_shift=1.5))
-    description = checkpoint.describe_model(checkpoint.read(path))
+    description = weights_file.describe_model(weights_file.read(path))
     assert description.config == dataclasses.replace(MODEL, token_order=order, time_shift=1.5)
     assert description.sources["token_order"] == description.sources["time_shift"] == "args"
     assert description.sources["dim"] == "shapes" and description.sources["class_names"] == "default"
@@ -246,19 +248,19 @@ def test_args_tell_what_shapes_cannot(tmp_path: pathlib.Path, order: str, kind: 
 def test_autoencoder_sizes_are_inferred(tmp_path: pathlib.Path) -> None:
     config = AutoencoderConfig(widths=(32, 64, 96), blocks=2, bits=16)
     torch.save({"state_dict": random_state(config, 0)}, tmp_path / "ae.pt")
-    description = checkpoint.describe_autoencoder(checkpoint.read(tmp_path / "ae.pt"))
+    description = weights_file.describe_autoencoder(weights_file.read(tmp_path / "ae.pt"))
     assert description.config == config and set(description.sources.values()) == {"shapes"}
 
 
 def test_our_files_hold_their_configuration(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(MODEL, token_order="standard", time_shift=3.0, class_names=("cat", "dog"))
     model = BitDance(config)
-    digest = checkpoint.save(tmp_path / "model.safetensors", model, EMA, metadata={"step": "7"})
-    contents = checkpoint.read(tmp_path / "model.safetensors")
-    description = checkpoint.describe_model(contents)
+    digest = weights_file.save(tmp_path / "model.safetensors", model, EMA, metadata={"step": "7"})
+    contents = weights_file.read(tmp_path / "model.safetensors")
+    description = weights_file.describe_model(contents)
     assert description.config == config and set(description.sources.values()) == {"file"}
     assert contents.metadata["step"] == "7" and contents.metadata["digest"] == digest
-    assert same(checkpoint.load_model(contents), EMA)
+    assert same(weights_file.load_model(contents), EMA)
 
 
 # ---------------------------------------------------------------- strictness
@@ -286,10 +288,10 @@ def test_faults_name_the_tensor(tmp_path: pathlib.Path, kind: str, ours: bool, f
     state = {key.replace("{}", name): value for key, value in renamed.items()}
     path = tmp_path / "file"
     if ours:
-        checkpoint.save_tensors(path, state, kind, {kind: dataclasses.asdict(config)})
+        weights_file.save_tensors(path, state, kind, {kind: dataclasses.asdict(config)})
     else:
         torch.save({"ema" if kind == "model" else "state_dict": state}, path)
-    message = refusal(path, checkpoint.load_model if kind == "model" else checkpoint.load_autoencoder)
+    message = refusal(path, weights_file.load_model if kind == "model" else weights_file.load_autoencoder)
     assert name in message and fault in message
 
 
@@ -297,15 +299,15 @@ def test_whole_blocks_and_the_other_kind_of_file(tmp_path: pathlib.Path) -> None
     config = dataclasses.replace(MODEL, n_layer=3)
     state = {name: value for name, value in random_state(config, 0).items() if not name.startswith("layers.1.")}
     assert "layers.1.*" in refusal(model_file(tmp_path / "model.pt", ema=state))
-    assert "holds no autoencoder" in refusal(our_model(tmp_path / "m"), checkpoint.load_autoencoder)
-    assert "holds no model" in refusal(autoencoder_file(tmp_path / "ae"), checkpoint.load_model)
+    assert "holds no autoencoder" in refusal(our_model(tmp_path / "m"), weights_file.load_autoencoder)
+    assert "holds no model" in refusal(autoencoder_file(tmp_path / "ae"), weights_file.load_model)
     training = our_training(tmp_path / "t", "autoencoder")
-    assert "only the training of an autoencoder" in refusal(training, checkpoint.load_model)
+    assert "only the training of an autoencoder" in refusal(training, weights_file.load_model)
 
 
 def test_too_large_for_the_type(tmp_path: pathlib.Path) -> None:
     path = model_file(tmp_path / "model.pt", ema=EMA | {"norm.weight": torch.full((64,), 1e30)})
-    assert "norm.weight" in refusal(path, lambda path: checkpoint.load_model(path, dtype=torch.float16))
+    assert "norm.weight" in refusal(path, lambda path: weights_file.load_model(path, dtype=torch.float16))
 
 
 # ---------------------------------------------------------------- our own files
@@ -315,26 +317,26 @@ def test_too_large_for_the_type(tmp_path: pathlib.Path) -> None:
 def test_round_trip_is_exact(tmp_path: pathlib.Path, config: Any) -> None:
     path = tmp_path / "new folder" / "file.safetensors"
     network = BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)
-    digest = checkpoint.save(path, network)
-    load: Any = checkpoint.load_model if isinstance(config, BitDanceConfig) else checkpoint.load_autoencoder
+    digest = weights_file.save(path, network)
+    load: Any = weights_file.load_model if isinstance(config, BitDanceConfig) else weights_file.load_autoencoder
     again = load(path)
     assert again.config == config and same(again, network.state_dict())
-    assert digest == checkpoint.digest(network.state_dict()) == checkpoint.digest(again.state_dict())
+    assert digest == weights_file.digest(network.state_dict()) == weights_file.digest(again.state_dict())
     first = path.read_bytes()
-    checkpoint.save(path, again)
-    assert checkpoint.digest(load(path).state_dict()) == digest and len(path.read_bytes()) == len(first)
+    weights_file.save(path, again)
+    assert weights_file.digest(load(path).state_dict()) == digest and len(path.read_bytes()) == len(first)
 
 
 @pytest.mark.parametrize("trains", ["model", "autoencoder"])
 def test_the_state_of_a_run_is_a_file_of_weights(tmp_path: pathlib.Path, trains: str) -> None:
-    contents = checkpoint.read(our_training(tmp_path / "checkpoint.safetensors", trains))
+    contents = weights_file.read(our_training(tmp_path / "checkpoint.safetensors", trains))
     assert contents.parts == (trains,) and {"model", "ema", "optimizer"} <= contents.states.keys()
     if trains == "model":
-        assert same(checkpoint.load_model(contents), EMA)
-        assert same(checkpoint.load_model(contents, "model"), {name: value + 1 for name, value in EMA.items()})
+        assert same(weights_file.load_model(contents), EMA)
+        assert same(weights_file.load_model(contents, "model"), {name: value + 1 for name, value in EMA.items()})
     else:
-        assert same(checkpoint.load_autoencoder(contents), VAE)
-        assert checkpoint.digest(contents.states["autoencoder"]) == checkpoint.digest(VAE)
+        assert same(weights_file.load_autoencoder(contents), VAE)
+        assert weights_file.digest(contents.states["autoencoder"]) == weights_file.digest(VAE)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cut"), KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -357,21 +359,21 @@ def test_a_failed_save_leaves_the_old_file(
 def test_the_digest_identifies_tensors() -> None:
     # Runs store this value as the identity of their autoencoder: it must never change.
     state = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(1, dtype=torch.int64)}
-    digest = checkpoint.digest(state)
+    digest = weights_file.digest(state)
     assert digest == "63fc20a914221df0ed84c309af5dd183c2c26ee358b566677d66e3e4a12548c3"
-    assert checkpoint.digest(dict(reversed(state.items()))) == digest
-    assert checkpoint.digest(state | {"b": state["b"].t().contiguous().t()}) == digest
+    assert weights_file.digest(dict(reversed(state.items()))) == digest
+    assert weights_file.digest(state | {"b": state["b"].t().contiguous().t()}) == digest
     changed = [{"b": state["b"] + 1e-6}, {"b": state["b"].view(3, 2)}, {"b": state["b"].double()}, {"c": torch.ones(0)}]
-    digests = {checkpoint.digest(state | change) for change in changed}
+    digests = {weights_file.digest(state | change) for change in changed}
     assert len(digests) == 4 and digest not in digests
 
 
 def test_the_digest_of_an_autoencoder_does_not_depend_on_its_file(tmp_path: pathlib.Path) -> None:
     files = [model_file(tmp_path / "m.pt"), autoencoder_file(tmp_path / "a.pt", loss=torch.ones(1))]
-    checkpoint.save(tmp_path / "a.safetensors", checkpoint.load_autoencoder(files[1]))
+    weights_file.save(tmp_path / "a.safetensors", weights_file.load_autoencoder(files[1]))
     files.append(tmp_path / "a.safetensors")
-    states = [checkpoint.read(file).states["autoencoder"] for file in files]
-    assert {checkpoint.digest(state) for state in states} == {checkpoint.digest(VAE)}
+    states = [weights_file.read(file).states["autoencoder"] for file in files]
+    assert {weights_file.digest(state) for state in states} == {weights_file.digest(VAE)}
 
 
 # ---------------------------------------------------------------- bitdance info
@@ -401,7 +403,7 @@ def test_info_of_our_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     path = our_model(tmp_path / "model.safetensors", class_names=("cat", "dog"))
     facts = json.loads(info(path, capsys, "--json"))
     assert facts["model"]["config"]["class_names"] == {"value": ["cat", "dog"], "source": "file"}
-    assert facts["metadata"]["digest"] == checkpoint.digest(EMA) and "cat, dog" in info(path, capsys)
+    assert facts["metadata"]["digest"] == weights_file.digest(EMA) and "cat, dog" in info(path, capsys)
     facts = json.loads(info(our_training(tmp_path / "run", "autoencoder"), capsys, "--json"))
     assert facts["metadata"]["step"] == "5" and facts["args"] == {"run.lr": 1e-3}
     assert facts["autoencoder"]["weights"] == "ema" and "model" not in facts
@@ -410,9 +412,11 @@ def test_info_of_our_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 def test_info_names_the_released_model() -> None:
     from bitdance.cli.info import _released
 
-    assert [_released(release.config) for release in ZOO.values()] == [f"BitDance-{name}" for name in ZOO]
+    assert [_released(release.config) for release in RELEASED_MODELS.values()] == [
+        f"BitDance-{name}" for name in RELEASED_MODELS
+    ]
     assert _released(AutoencoderConfig()) == "ae_d16c32" and _released(AUTOENCODER) is None
-    assert _released(dataclasses.replace(ZOO["B-1X"].config, class_names=("x",) * 1000)) == "BitDance-B-1X"
+    assert _released(dataclasses.replace(RELEASED_MODELS["B-1X"].config, class_names=("x",) * 1000)) == "BitDance-B-1X"
 
 
 def test_info_prints_odd_args(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -646,11 +650,11 @@ def lying(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
         ("training", {"model": config}, "training"),
     ):
         forged = {**good, "kind": kind, "config": json.dumps(content_config)}
-        metadata[name] = {**forged, "checksum": checkpoint._checksum(forged)}
+        metadata[name] = {**forged, "checksum": weights_file._checksum(forged)}
     for name, values in metadata.items():
         yield f"metadata: {name}", file({**header, "__metadata__": values})
     broken = {**good, "config": "[" * 100_000}
-    yield "metadata: nested", file({**header, "__metadata__": {**broken, "checksum": checkpoint._checksum(broken)}})
+    yield "metadata: nested", file({**header, "__metadata__": {**broken, "checksum": weights_file._checksum(broken)}})
 
 
 JUNK = ("Traceback", "Error", "Exception", "weights_only", "torch.load", "torch.serialization", "SafeTensor", "0x")
@@ -675,7 +679,7 @@ def refused(path: pathlib.Path, case: str, capsys: pytest.CaptureFixture[str]) -
 def test_broken_files_are_refused_in_one_sentence(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     bases = [model_file(tmp_path / "model.pt", model=None), autoencoder_file(tmp_path / "ae.pt")]
     bases.append(our_model(tmp_path / "model.safetensors"))
-    originals = [checkpoint.read(base).states for base in bases]
+    originals = [weights_file.read(base).states for base in bases]
     path, count, harmless = tmp_path / "broken", 0, []
     for base, original in zip(bases, originals, strict=True):
         for case, content in damaged(base.name, base.read_bytes(), 2000):
@@ -684,9 +688,9 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path: pathlib.Path, capsys
                 count += 1
                 continue
             # Some bytes of a zip carry nothing, such as padding and dates: then every number must be as it was.
-            states = checkpoint.read(path).states
+            states = weights_file.read(path).states
             assert base.suffix == ".pt" and states.keys() == original.keys(), case
-            assert all(checkpoint.digest(states[key]) == checkpoint.digest(original[key]) for key in states), case
+            assert all(weights_file.digest(states[key]) == weights_file.digest(original[key]) for key in states), case
             harmless.append(case)
     assert len(harmless) < 10, harmless
     for case, content in (*wrong(bases[0]), *lying(bases[2])):
@@ -708,7 +712,7 @@ def test_code_is_refused_and_never_run(tmp_path: pathlib.Path, capsys: pytest.Ca
         path.write_bytes(content)
         assert refused(path, case, capsys), case
         assert not marker.exists(), case
-        for load in (checkpoint.load_model, checkpoint.load_autoencoder):
+        for load in (weights_file.load_model, weights_file.load_autoencoder):
             message = refusal(path, load)
             assert "carries code (" in message, (case, message)
         assert not marker.exists(), case

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitdance.classes import ClassNames, imagenet, numbered
-from bitdance.errors import UserError
+from bitdance.data.class_names import ClassNames, imagenet, numbered
+from bitdance.runtime.errors import UserError
 
 KNOWN = {0: "tench", 134: "crane", 207: "golden retriever", 388: "giant panda", 517: "crane", 985: "daisy"}
 
@@ -228,6 +228,7 @@ def test_any_text_is_a_class_or_a_one_line_error(query: str) -> None:
 
 
 def test_the_module_is_light() -> None:
-    code = "import sys, bitdance.classes as c; c.imagenet(); print(*({'torch', 'numpy', 'difflib'} & set(sys.modules)))"
+    heavy = {"torch", "numpy", "difflib"}
+    code = f"import sys, bitdance.data.class_names as c; c.imagenet(); print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

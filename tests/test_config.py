@@ -8,17 +8,17 @@ import math
 import pytest
 
 from bitdance.config import (
+    RELEASED_MODELS,
     SIZES,
-    ZOO,
     AutoencoderConfig,
     AutoencoderLossConfig,
     BitDanceConfig,
     LossConfig,
     ModelSizes,
-    RunConfig,
+    TrainConfig,
 )
-from bitdance.engine import SampleSettings
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
+from bitdance.sampling.sampler import SampleSettings
 
 WRONG = [
     # Sizes of a model. P must be a square whose side divides the grid's, or divide the tokens in raster order.
@@ -63,18 +63,18 @@ WRONG = [
     (LossConfig, {"time_std": -1.0}, "--time-std -1.0", "from 0 on"),
     (AutoencoderLossConfig, {"entropy_weight": -1.0}, "--entropy-weight -1.0", "from 0 on"),
     *(
-        (RunConfig, {name: 0}, f"--{name.replace('_', '-')} 0", "at least 1")
+        (TrainConfig, {name: 0}, f"--{name.replace('_', '-')} 0", "at least 1")
         for name in ("image_size", "epochs", "max_steps", "global_batch_size", "num_workers", "log_every")
     ),
     *(
-        (RunConfig, {name: -1}, f"--{name.replace('_', '-')} -1", "from 0 on")
+        (TrainConfig, {name: -1}, f"--{name.replace('_', '-')} -1", "from 0 on")
         for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every")
     ),
-    (RunConfig, {"lr": math.nan}, "--lr nan", "number from 0 on"),
-    (RunConfig, {"beta2": 1.0}, "--beta2 1.0", "between 0 and 1"),
-    (RunConfig, {"ema": 1.0}, "--ema 1.0", "below 1"),
-    (RunConfig, {"global_seed": -1}, "--global-seed -1", "between 0 and 4294967295"),
-    (RunConfig, {"global_seed": 2**32}, "--global-seed 4294967296", "between 0 and 4294967295"),
+    (TrainConfig, {"lr": math.nan}, "--lr nan", "number from 0 on"),
+    (TrainConfig, {"beta2": 1.0}, "--beta2 1.0", "between 0 and 1"),
+    (TrainConfig, {"ema": 1.0}, "--ema 1.0", "below 1"),
+    (TrainConfig, {"global_seed": -1}, "--global-seed -1", "between 0 and 4294967295"),
+    (TrainConfig, {"global_seed": 2**32}, "--global-seed 4294967296", "between 0 and 4294967295"),
     # Sampling.
     (SampleSettings, {"num_steps": 0}, "--sample-steps 0", "at least 1"),
     (SampleSettings, {"cfg_scale": -1.0}, "--cfg-scale -1.0", "number from 0 on"),
@@ -85,7 +85,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("cls", "values", "what", "remedy"), WRONG)
 def test_wrong_values(cls, values, what, remedy):
-    needed = {"data_path": "images"} if cls is RunConfig else {}
+    needed = {"data_path": "images"} if cls is TrainConfig else {}
     with pytest.raises(UserError, match=rf"{what}(?!\w).*{remedy}") as raised:
         cls(**needed, **values)
     assert str(raised.value).endswith(".")
@@ -119,7 +119,7 @@ def test_down_size():
 def test_the_zoo_holds_the_published_table():
     rows = {
         name: (c.dim, c.n_layer, c.n_head, c.head_dim, c.head_layers, c.head_ada_ln, c.parallel_num, c.ar_steps)
-        for name, c in ((name, release.config) for name, release in ZOO.items())
+        for name, c in ((name, release.config) for name, release in RELEASED_MODELS.items())
     }
     assert rows == {
         "B-1X": (768, 24, 12, 768, 6, 2, 1, 256),
@@ -128,14 +128,14 @@ def test_the_zoo_holds_the_published_table():
         "L-1X": (1024, 32, 16, 1024, 8, 2, 1, 256),
         "H-1X": (1280, 40, 20, 1280, 12, 3, 1, 256),
     }
-    for release in ZOO.values():
+    for release in RELEASED_MODELS.values():
         config = release.config
         assert (config.grid, config.bits, config.cls_token_num, config.num_classes) == (16, 32, 64, 1000)
         assert dataclasses.replace(config, parallel_num=1) == SIZES[release.family]
         assert release.file == f"BitDance_{release.family[-1]}_{config.parallel_num}X.pt"
     published = {
         name: (r.cfg_scale, r.batch, r.chunk, r.fid, r.inception_score, r.precision, r.recall)
-        for name, r in ZOO.items()
+        for name, r in RELEASED_MODELS.items()
     }
     assert published == {
         "B-1X": (3.2, 384, 64, 1.68, 297.1, 0.80, 0.62),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bitdance.data import crops, images
 from bitdance.data.images import open_images
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
 
 # In the order that must come out: "dog" before "dog-2" although "dog-2/" < "dog/", nested folders flattened by name.
 NAMES = ["cat/0000.png", "cat/0001.PNG", "dog/0000.png", "dog/deep/er/0000.png", "dog-2/0000.png"]
@@ -56,7 +56,7 @@ def add_tar(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def assert_named_set(found: images.ImageSet) -> None:
+def assert_named_set(found: images.ImageDataset) -> None:
     assert found.classes == ("cat", "dog", "dog-2")
     assert len(found) == len(NAMES)
     assert found.labels.dtype == np.int64 and found.labels.tolist() == LABELS
@@ -101,7 +101,7 @@ def test_zip_of_one_class_is_not_taken_for_a_wrapper(tmp_path: pathlib.Path) -> 
     assert found.classes == ("cat",) and [found.name(0), found.name(1)] == ["cat/a.png", "cat/b.png"]
 
 
-def _read_all(found: images.ImageSet) -> list[bytes]:
+def _read_all(found: images.ImageDataset) -> list[bytes]:
     return [found.read(index).tobytes() for _ in range(20) for index in range(len(found))]
 
 

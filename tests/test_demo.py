@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bitdance import checkpoint
 from bitdance.cli.main import main
+from bitdance.weights import weights_file
 
 ASSETS = importlib.resources.files("bitdance") / "assets"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -21,20 +21,20 @@ def files():
 
 
 def test_it_is_small_and_knows_its_classes_and_its_autoencoder(files):
-    model, autoencoder = (checkpoint.read(str(file)) for file in files)
+    model, autoencoder = (weights_file.read(str(file)) for file in files)
     assert sum(len(file.read_bytes()) for file in files) <= 10_000_000
-    config = checkpoint.describe_model(model).config
+    config = weights_file.describe_model(model).config
     assert config.class_names == CLASSES
-    assert config.grid * checkpoint.describe_autoencoder(autoencoder).config.down_size == 32
+    assert config.grid * weights_file.describe_autoencoder(autoencoder).config.down_size == 32
     assert model.metadata["autoencoder_digest"] == autoencoder.metadata["digest"]
 
 
 def test_it_tells_its_classes_apart(files):
     """On its own samples the loss under the class that was asked for is lower than under another one."""
-    from bitdance.engine import SampleSettings, image_noise, sample_tokens
-    from bitdance.noise import normal
+    from bitdance.models.philox import normal
+    from bitdance.sampling.sampler import SampleSettings, image_noise, sample_tokens
 
-    model = checkpoint.load_model(str(files[0]))
+    model = weights_file.load_model(str(files[0]))
     labels = torch.arange(10).repeat(2)
     draw = image_noise(model, 0, torch.arange(20), 20)
     tokens = sample_tokens(model, labels, draw, SampleSettings(20, cfg_scale=3.0))
@@ -47,9 +47,9 @@ def test_it_tells_its_classes_apart(files):
 
 
 def test_across_batch_sizes_nearly_all_bits_are_equal(files):
-    from bitdance.engine import SampleSettings, image_noise, sample_tokens
+    from bitdance.sampling.sampler import SampleSettings, image_noise, sample_tokens
 
-    model = checkpoint.load_model(str(files[0]))
+    model = weights_file.load_model(str(files[0]))
     settings, labels, numbers = SampleSettings(20, cfg_scale=3.0), torch.arange(10).repeat(3), torch.arange(30)
 
     def sample(size):

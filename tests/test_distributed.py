@@ -17,16 +17,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SCRIPT = """
 import sys, time, datetime
-from bitdance import distributed
-distributed.JOIN_TIMEOUT = datetime.timedelta(seconds=float(sys.argv[1]))
+from bitdance.runtime import process_group
+process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=float(sys.argv[1]))
 from bitdance.cli.main import call
 
 def body(arguments):
-    with distributed.connect("cpu", 1) as world:
+    with process_group.init_distributed("cpu", 1) as world:
         print("joined", flush=True)
-        assert world.from_main(world.rank) == 0
+        assert world.broadcast(world.rank) == 0
         if sys.argv[2] == "error" and world.rank == 1:
-            raise distributed.UserError("one went wrong.")
+            raise process_group.UserError("one went wrong.")
         time.sleep(100 if sys.argv[2] != "leave" else world.rank)
 
 call(body, [])

@@ -20,11 +20,10 @@ import types
 import pytest
 from huggingface_hub import constants
 
-from bitdance import hub
-from bitdance.cli import models
 from bitdance.cli.main import main
-from bitdance.config import ZOO
-from bitdance.errors import UserError
+from bitdance.config import RELEASED_MODELS
+from bitdance.runtime.errors import UserError
+from bitdance.weights import hub, resolve
 
 RESOLVE = f"/{hub.REPOSITORY}/resolve/main/"
 CONTENT = {name: hashlib.sha256(name.encode()).digest() * 3000 for name in hub.HUB_FILES.values()}  # 96 KB each
@@ -428,7 +427,7 @@ def test_a_plain_file_that_changes_after_it_was_announced(server, fails, monkeyp
 
 def test_several_at_once_fetch_it_once(server, capsys):
     server.storage.faults = [(3000, "stalls")]
-    done: list[hub.Fetched] = []
+    done: list[hub.DownloadResult] = []
     threads = [threading.Thread(target=lambda: done.extend(hub.download(["B-16X"])), daemon=True) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -577,7 +576,7 @@ def test_a_disk_that_fills_up(server, run, fails, monkeypatch):
 
     with monkeypatch.context() as full:
         full.setattr(hub, "_CHUNK", 10_000)
-        full.setattr("bitdance.files.open", lambda path, mode, **_: Full(path, mode), raising=False)
+        full.setattr("bitdance.runtime.atomic_files.open", lambda path, mode, **_: Full(path, mode), raising=False)
         assert "the disk is full while models/BitDance-ImageNet/BitDance_B_16X.pt is fetched" in fails("B-16X")
     (part,) = files()
     assert 0 < part.stat().st_size <= 50_000 and B16.startswith(part.read_bytes())
@@ -595,9 +594,9 @@ def test_a_folder_that_cannot_be(fails, tmp_path):
 
 @pytest.mark.parametrize("name", ["BitDance-B-16X", "B-16X", "b-16x"])
 def test_a_model_comes_by_itself(server, name):
-    assert models.find_model(name) == TARGET and TARGET.read_bytes() == B16
+    assert resolve.find_model(name) == TARGET and TARGET.read_bytes() == B16
     before = len(server.log)
-    assert models.find_model(name) == models.find_model(str(FOLDER / "BitDance_B_16x.pt")) == TARGET
+    assert resolve.find_model(name) == resolve.find_model(str(FOLDER / "BitDance_B_16x.pt")) == TARGET
     assert len(server.log) == before
 
 
@@ -606,29 +605,29 @@ def contents(path, *states):
 
 
 def test_its_autoencoder_comes_with_it(server):
-    model = models.find_model("BitDance-B-16X")
+    model = resolve.find_model("BitDance-B-16X")
     inside = contents(model, "model", "autoencoder")
-    assert models.find_autoencoder(None, inside) is inside
-    assert models.find_autoencoder("other.pt", contents(model, "model")) == pathlib.Path("other.pt")
+    assert resolve.find_autoencoder(None, inside) is inside
+    assert resolve.find_autoencoder("other.pt", contents(model, "model")) == pathlib.Path("other.pt")
     assert len(files()) == 1
-    assert models.find_autoencoder(None, contents(model, "model")) == FOLDER / "ae_d16c32.pt"
+    assert resolve.find_autoencoder(None, contents(model, "model")) == FOLDER / "ae_d16c32.pt"
     before = len(server.log)
-    assert models.find_autoencoder(None, contents(model, "model")) == FOLDER / "ae_d16c32.pt"
+    assert resolve.find_autoencoder(None, contents(model, "model")) == FOLDER / "ae_d16c32.pt"
     assert len(server.log) == before
 
 
 def test_nothing_is_fetched_for_other_files(server):
     with pytest.raises(UserError, match="there is no model"):
-        models.find_model("BitDance-B-2X")
+        resolve.find_model("BitDance-B-2X")
     with pytest.raises(UserError, match="bitdance download H-1X --folder there"):
-        models.find_model("there/BitDance_H_1X.pt")
+        resolve.find_model("there/BitDance_H_1X.pt")
     with pytest.raises(UserError, match="holds no autoencoder and none lies beside it"):
-        models.find_autoencoder(None, contents(pathlib.Path("run/model.safetensors"), "model"))
+        resolve.find_autoencoder(None, contents(pathlib.Path("run/model.safetensors"), "model"))
     assert server.log == []
 
 
 def test_a_model_offline(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ZOO:
+    for name in RELEASED_MODELS:
         with pytest.raises(UserError, match="is not there: downloading is switched off"):
-            models.find_model(name)
+            resolve.find_model(name)

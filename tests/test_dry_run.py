@@ -12,16 +12,16 @@ import small
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitdance import checkpoint
-from bitdance.autoencoder import Autoencoder
-from bitdance.cli import original
+from bitdance.cli import original_cli
 from bitdance.cli import train as command
 from bitdance.cli.main import call, main
-from bitdance.config import ZOO, AutoencoderConfig, LossConfig
-from bitdance.model import BitDance
-from bitdance.training import dry_run
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, LossConfig
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.training import estimate
 from bitdance.training.flops import step_flops
-from bitdance.training.objectives import BitDanceObjective
+from bitdance.training.losses import BitDanceLoss
+from bitdance.weights import weights_file
 
 NEEDED = ["--data-path", "/path/to/imagenet/train/", "--autoencoder", "models/BitDance-ImageNet/ae_d16c32.pt"]
 TINY = [
@@ -41,7 +41,7 @@ def resolved(monkeypatch):
     def train_model(run, sizes, loss, autoencoder_path, device=None, **others):
         got.update(run=run, sizes=sizes, loss=loss, autoencoder=autoencoder_path, device=device, **others)
 
-    monkeypatch.setattr("bitdance.training.jobs.train_model", train_model)
+    monkeypatch.setattr("bitdance.training.setup.train_model", train_model)
 
     def parse(function, arguments: list[str]) -> dict[str, Any]:
         got.clear()
@@ -51,7 +51,7 @@ def resolved(monkeypatch):
     return parse
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", RELEASED_MODELS)
 def test_a_recipe_is_the_original_s_command(resolved, name):
     folder = f"results_bitdance_{name.lower().replace('-', '_')}"
     script, arguments = small.script_and_arguments(small.published_commands("training")[name])
@@ -148,7 +148,7 @@ def test_it_says_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
     assert facts["disk_bytes"] == 3 * 16 * count + (2 + 1) * 8 * count  # epochs 2 and 4, and the finished weights
     assert (facts["steps"], facts["images"], facts["fits"], facts["device"]) == (15, 60, True, "cpu")
     assert facts["seconds"] == pytest.approx(15 * facts["seconds_per_step"]) and facts["seconds"] > 0
-    objective = BitDanceObjective(network, small.autoencoder(), LossConfig(), 0)
+    objective = BitDanceLoss(network, small.autoencoder(), LossConfig(), 0)
     assert facts["step_flops"] == step_flops(objective, 4, 16, encodes=True)
 
 
@@ -184,7 +184,7 @@ def test_a_training_step_after_it_is_the_same(place, tmp_path, capsys):
 
 
 def test_one_that_does_not_fit_says_what_helps(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(estimate, "_free_memory", lambda device: 0)
     said, facts = foreseen(capsys, place, tmp_path / "run")
     assert not facts["fits"] and facts["seconds_per_step"] is None
     for word in ("does not fit", "--accumulate", "--grad-checkpointing", "bitdance encode"):
@@ -220,7 +220,7 @@ def test_a_folder_of_another_run_is_refused(place, tmp_path, capsys):
 
 def test_the_launchers_have_it_too(tmp_path, capsys):
     network = small.autoencoder(config=AutoencoderConfig(widths=(32,) * 5, blocks=1, bits=8))
-    checkpoint.save(tmp_path / "ae.safetensors", network)
+    weights_file.save(tmp_path / "ae.safetensors", network)
     small.pictures(tmp_path / "pictures", classes=2, each=4, side=64)
     flags = [
         *("--model", "BitDance-Tiny", "--image-size", "64", "--num-classes", "2", "--global-batch-size", "4"),
@@ -228,17 +228,17 @@ def test_the_launchers_have_it_too(tmp_path, capsys):
         *("--results-dir", str(tmp_path / "run"), "--dry-run"),
     ]
     before = everything(tmp_path)
-    original.train_parallel(flags)
+    original_cli.train_parallel(flags)
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["seconds_per_step"] > 0 and everything(tmp_path) == before
 
 
 def test_the_largest_model_needs_no_memory_to_be_described():
     """Of H-1X, 4 GB of weights, nothing is made; activations grow with the batch as a straight line."""
-    config = dataclasses.replace(ZOO["H-1X"].config, n_layer=2)
+    config = dataclasses.replace(RELEASED_MODELS["H-1X"].config, n_layer=2)
     sample = torch.zeros((1, 256, 256, 3), dtype=torch.uint8)
     with FakeTensorMode():
         autoencoder = Autoencoder(AutoencoderConfig(widths=(32,) * 5, blocks=1))
-        objective = BitDanceObjective(BitDance(config), autoencoder, LossConfig(), 0)
-        one, two, three = (dry_run._step_bytes(objective, n, sample, 2, True) for n in (64, 128, 192))
+        objective = BitDanceLoss(BitDance(config), autoencoder, LossConfig(), 0)
+        one, two, three = (estimate._step_bytes(objective, n, sample, 2, True) for n in (64, 128, 192))
     assert three - two == pytest.approx(two - one, rel=0.01)

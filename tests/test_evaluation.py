@@ -16,10 +16,8 @@ import torch
 from PIL import Image
 
 from bitdance.cli.main import main
-from bitdance.distributed import World
-from bitdance.errors import UserError
-from bitdance.evaluation import inception, reference
-from bitdance.evaluation.feature_sets import (
+from bitdance.metrics import inception, references
+from bitdance.metrics.feature_set import (
     Checks,
     FeatureSet,
     content_digest,
@@ -27,12 +25,14 @@ from bitdance.evaluation.feature_sets import (
     take_features,
     write_feature_set,
 )
-from bitdance.evaluation.features import FeatureNetwork, Features
-from bitdance.evaluation.frechet import frechet_distance
-from bitdance.evaluation.precision_recall import precision_recall
-from bitdance.evaluation.report import figures, spread_of, table, warnings
-from bitdance.evaluation.sources import NpzSource, open_source
-from bitdance.evaluation.statistics import feature_statistics
+from bitdance.metrics.features import FeatureExtractor, Features
+from bitdance.metrics.frechet_distance import frechet_distance
+from bitdance.metrics.image_sources import NpzSource, open_source
+from bitdance.metrics.precision_recall import precision_recall
+from bitdance.metrics.report import figures, mean_and_std, table, warnings
+from bitdance.metrics.statistics import feature_statistics
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZE = 12
@@ -46,13 +46,13 @@ def project(images: torch.Tensor) -> Features:
     return Features(pool, spatial, pool[:, ::4] * 30)
 
 
-SMALL = FeatureNetwork(inception.NAME, SIZE, project, digest=inception.PUBLISHED_DIGEST + "0" * 56)
+SMALL = FeatureExtractor(inception.NAME, SIZE, project, digest=inception.PUBLISHED_DIGEST + "0" * 56)
 
 
 @pytest.fixture(autouse=True)
 def plugged(monkeypatch):
     """The small network in place of the Inception network: the latter has tests of its own."""
-    monkeypatch.setattr(reference.Networks, "__call__", lambda self: (SMALL,))
+    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (SMALL,))
 
 
 def pixels(count: int = 30, side: int = 8, seed: int = 0) -> np.ndarray:
@@ -234,12 +234,12 @@ import sys
 import numpy as np, torch
 sys.path.insert(0, sys.argv[3])
 import test_evaluation
-from bitdance.distributed import connect
-from bitdance.evaluation.feature_sets import take_features, write_feature_set
-from bitdance.evaluation.sources import open_source
+from bitdance.runtime.process_group import init_distributed
+from bitdance.metrics.feature_set import take_features, write_feature_set
+from bitdance.metrics.image_sources import open_source
 import pathlib
 
-with connect("cpu", 1) as world:
+with init_distributed("cpu", 1) as world:
     found = take_features(open_source(sys.argv[1]), [test_evaluation.SMALL], world, batch_size=4)
     assert len(found) == (world.rank == 0)
     for one in found:
@@ -261,7 +261,7 @@ def test_any_number_of_processes_takes_the_same_features(tmp_path, processes):
 
 def test_a_batch_size_changes_no_bit_of_the_statistics(tmp_path, monkeypatch):
     for module in ("feature_sets", "statistics"):
-        monkeypatch.setattr(f"bitdance.evaluation.{module}.BLOCK", 8)
+        monkeypatch.setattr(f"bitdance.metrics.{module}.BLOCK", 8)
     source = open_source(save(tmp_path / "a.npz", pixels(23)))
     found = [take_features(source, [SMALL], ALONE, batch_size=size)[0] for size in (1, 5, 8, 20)]
     for one in found[1:]:
@@ -301,7 +301,7 @@ def test_the_figures_are_what_the_functions_give(tmp_path):
     assert result["fid"] == pytest.approx(expected, rel=1e-9)
     assert (result["precision"], result["recall"]) == tuple(precision_recall(b.pool, a.pool))
     assert set(result) == {
-        "fid", "sfid", "precision", "recall", "kernel_distance", "kernel_distance_std", "inception_score",
+        "fid", "sfid", "precision", "recall", "kid", "kid_std", "inception_score",
         "inception_score_in_order",
     }  # fmt: skip
     assert abs(figures(a, a)["fid"]) < 1e-9
@@ -314,7 +314,7 @@ def test_a_classifier_in_the_plug(tmp_path):
         brightness = images.float().mean((1, 2, 3))
         return Features(brightness[:, None], None, -(brightness[:, None] - torch.tensor([20.0, 120.0, 220.0])).square())
 
-    network = FeatureNetwork("brightness", 1, classify, classifies=True)
+    network = FeatureExtractor("brightness", 1, classify, classifies=True)
     labels = np.array([0, 1, 2, 2])
     images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 130, 255, 0)])
     found = take_features(open_source(save(tmp_path / "a.npz", images, labels)), [network], ALONE)[0]
@@ -395,8 +395,8 @@ def test_the_features_of_a_reference_are_taken_once(tmp_path, monkeypatch):
     samples, real = (save(tmp_path / f"{s}.npz", pixels(10, seed=s)) for s in (1, 2))
     expected = only(run(tmp_path, samples, "--reference", real))["figures"]
     taken = []
-    features_of = reference.features_of
-    monkeypatch.setattr(reference, "features_of", lambda *a, **k: taken.append(a[0].path) or features_of(*a, **k))
+    features_of = references.features_of
+    monkeypatch.setattr(references, "features_of", lambda *a, **k: taken.append(a[0].path) or features_of(*a, **k))
     assert only(run(tmp_path, samples, "--reference", real))["figures"] == expected
     assert taken == [samples]  # and not of the reference
 
@@ -427,8 +427,8 @@ def test_several_samples_with_their_spread(tmp_path, capsys):
 
 
 def test_a_network_of_ones_own_beside_inception(tmp_path, monkeypatch):
-    own = FeatureNetwork("mine", 3, lambda images: images.float().mean((1, 2)))
-    monkeypatch.setattr(reference.Networks, "__call__", lambda self: (SMALL, own))
+    own = FeatureExtractor("mine", 3, lambda images: images.float().mean((1, 2)))
+    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (SMALL, own))
     samples, real = (save(tmp_path / f"{s}.npz", pixels(15, seed=s)) for s in (1, 2))
     row = only(run(tmp_path, samples, "--reference", real))
     assert {"fid", "mine:fid", "mine:precision"} < set(row["figures"]) and len(row["about"]) == 2
@@ -459,9 +459,9 @@ def test_sampling_takes_the_features_that_the_file_has(tmp_path, capsys):
 
 
 def test_sampling_with_features_goes_on_where_it_stopped(tmp_path):
-    from bitdance.engine import SampleSettings
-    from bitdance.generation import job
-    from bitdance.generation.batches import Generator
+    from bitdance.sampling import job
+    from bitdance.sampling.pipeline import Generator
+    from bitdance.sampling.sampler import SampleSettings
 
     generator = Generator(small.model(), small.autoencoder(), SampleSettings(2, 2.0), seed=1)
     plans = [job.Job(tmp_path / name / "made", 7, 3, (), {"seed": 1}, networks=(SMALL,)) for name in ("a", "b")]
@@ -552,7 +552,7 @@ def test_a_published_reference_that_is_not_there(tmp_path, capsys, monkeypatch):
 
 
 def test_spread_and_table():
-    spread = spread_of([{"fid": 1.0, "x": 2.0}, {"fid": 3.0}])
+    spread = mean_and_std([{"fid": 1.0, "x": 2.0}, {"fid": 3.0}])
     assert spread == {"fid": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
     text = table({"a": {"fid": 1.23456, "precision": 0.5}, "b": {"fid": 2.0, "mine:fid": 7.0}})
     assert text.splitlines() == [

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitdance.errors import UserError
-from bitdance.evaluation.accuracy import top_k_accuracy
-from bitdance.evaluation.frechet import frechet_distance, trace_sqrt
-from bitdance.evaluation.inception_score import inception_score, shuffled_inception_score
-from bitdance.evaluation.kernel import kernel_distance, subset_kernel_distance
-from bitdance.evaluation.precision_recall import precision_recall, squared_radii
-from bitdance.evaluation.statistics import Accumulator, Statistics, feature_statistics, read_adm_statistics
+from bitdance.metrics.accuracy import top_k_accuracy
+from bitdance.metrics.frechet_distance import frechet_distance, trace_sqrt
+from bitdance.metrics.inception_score import inception_score, shuffled_inception_score
+from bitdance.metrics.kid import kid, subset_kid
+from bitdance.metrics.precision_recall import precision_recall, squared_radii
+from bitdance.metrics.statistics import Accumulator, Statistics, feature_statistics, read_adm_statistics
+from bitdance.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "evaluator"
@@ -366,36 +366,36 @@ def plain_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize("block", [7, 2048])
 def test_kernel_distance_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("bitdance.evaluation.kernel.BLOCK", block)
+    monkeypatch.setattr("bitdance.metrics.kid.BLOCK", block)
     x, y = rows(0, 60), rows(1, 45, offset=0.3)
-    assert kernel_distance(x, y) == pytest.approx(plain_kernel_distance(x, y), abs=1e-12)
-    assert kernel_distance(x, x) == pytest.approx(plain_kernel_distance(x, x), abs=1e-12)
+    assert kid(x, y) == pytest.approx(plain_kernel_distance(x, y), abs=1e-12)
+    assert kid(x, x) == pytest.approx(plain_kernel_distance(x, x), abs=1e-12)
 
 
 def test_kernel_distance_over_subsets() -> None:
     x, y, same = rows(0, 400), rows(1, 300, offset=0.3), rows(2, 300)
-    mean, std = subset_kernel_distance(x, y, subsets=50, size=60)
-    assert mean == pytest.approx(kernel_distance(x, y), abs=3 * std / np.sqrt(50)) and std > 0
-    assert subset_kernel_distance(x, y, 3, 60) == subset_kernel_distance(x, y, 3, 60)
-    assert subset_kernel_distance(x, y, 3, 60) != subset_kernel_distance(x, y, 3, 60, seed=1)
-    whole = subset_kernel_distance(y, same, subsets=2, size=300)
-    assert whole.mean == pytest.approx(kernel_distance(y, same), abs=1e-12) and whole.std < 1e-12
+    mean, std = subset_kid(x, y, subsets=50, size=60)
+    assert mean == pytest.approx(kid(x, y), abs=3 * std / np.sqrt(50)) and std > 0
+    assert subset_kid(x, y, 3, 60) == subset_kid(x, y, 3, 60)
+    assert subset_kid(x, y, 3, 60) != subset_kid(x, y, 3, 60, seed=1)
+    whole = subset_kid(y, same, subsets=2, size=300)
+    assert whole.mean == pytest.approx(kid(y, same), abs=1e-12) and whole.std < 1e-12
 
 
 def test_kernel_distance_is_unbiased() -> None:
     """Two sets of one law: zero on average, though sets are small."""
-    values = [kernel_distance(rows(2 * seed, 10, 3), rows(2 * seed + 1, 10, 3)) for seed in range(300)]
+    values = [kid(rows(2 * seed, 10, 3), rows(2 * seed + 1, 10, 3)) for seed in range(300)]
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(300)
     assert min(values) < 0
 
 
 def test_kernel_distance_refuses() -> None:
     with pytest.raises(UserError):
-        kernel_distance(rows(0, 1), rows(0, 5))
+        kid(rows(0, 1), rows(0, 5))
     with pytest.raises(UserError):
-        kernel_distance(rows(0, 5), rows(0, 5, 7))
+        kid(rows(0, 5), rows(0, 5, 7))
     with pytest.raises(UserError, match="ask for less"):
-        subset_kernel_distance(rows(0, 5), rows(0, 50), 2, 6)
+        subset_kid(rows(0, 5), rows(0, 50), 2, 6)
 
 
 # Accuracy

@@ -12,9 +12,9 @@ import sys
 import numpy as np
 import pytest
 
-from bitdance.errors import UserError
-from bitdance.files import atomic_write, remove_leftovers
-from bitdance.pictures import grid
+from bitdance.runtime.atomic_files import atomic_write, remove_leftovers
+from bitdance.runtime.errors import UserError
+from bitdance.sampling.image_grid import grid
 
 
 def no_space(*args, **kwargs):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bitdance import flow
+from bitdance.models import flow
 
 
 def close(actual, expected, atol=1e-6):
@@ -68,19 +68,19 @@ def test_time_grid():
 
 def test_training_time():
     normal = torch.tensor([0.0, 1.0, -2.0])
-    close(flow.training_time(normal, -0.8, 0.8), [1 / (1 + math.exp(-a)) for a in (-0.8, 0.0, -2.4)])
-    shifted = flow.training_time(normal, -0.8, 0.8, shift=3.0)
-    close(shifted, flow.time_shift(flow.training_time(normal, -0.8, 0.8), 3.0))
-    draws = flow.training_time(torch.randn(100_001, generator=torch.Generator().manual_seed(0)), -0.8, 0.8)
+    close(flow.logit_normal_timesteps(normal, -0.8, 0.8), [1 / (1 + math.exp(-a)) for a in (-0.8, 0.0, -2.4)])
+    shifted = flow.logit_normal_timesteps(normal, -0.8, 0.8, shift=3.0)
+    close(shifted, flow.time_shift(flow.logit_normal_timesteps(normal, -0.8, 0.8), 3.0))
+    draws = flow.logit_normal_timesteps(torch.randn(100_001, generator=torch.Generator().manual_seed(0)), -0.8, 0.8)
     assert draws.median().item() == pytest.approx(0.310026, abs=0.003)  # sigmoid(-0.8)
     assert draws.min() > 0 and draws.max() < 1
 
 
 def test_guide():
     v_cond, v_null = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
-    close(flow.guide(v_cond, v_null, 3.0), [3.0, -2.0])
-    assert torch.equal(flow.guide(v_cond, v_null, 1.0), v_cond)
-    assert torch.equal(flow.guide(v_cond, v_null, 0.0), v_null)
+    close(flow.apply_cfg(v_cond, v_null, 3.0), [3.0, -2.0])
+    assert torch.equal(flow.apply_cfg(v_cond, v_null, 1.0), v_cond)
+    assert torch.equal(flow.apply_cfg(v_cond, v_null, 0.0), v_null)
 
 
 def test_guidance_schedules():
@@ -150,7 +150,7 @@ def test_solver_splits_noise_between_the_two_signs():
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler-maruyama", 5), ("euler", 5), ("heun", 9)])
 def test_evaluation_times(solver, evaluations):
-    times = flow.evaluation_times(solver, 4, shift=3.0)
+    times = flow.evaluation_timesteps(solver, 4, shift=3.0)
     grid = flow.time_grid(4, 3.0).tolist()
     expected = [grid[0], *(t for t in grid[1:-1] for _ in range(2)), grid[-1]] if solver == "heun" else grid[:-1]
     assert len(times) == evaluations

@@ -7,10 +7,10 @@ import tiny
 import torch
 from tiny import Golden, relative_error
 
-from bitdance import flow
-from bitdance.layers import rotary_table
-from bitdance.quantizer import entropy_loss, group_indices, quantize
-from bitdance.tokens import tokens_from_grid
+from bitdance.models import flow
+from bitdance.models.layers import rotary_table
+from bitdance.models.quantizer import entropy_loss, group_indices, quantize
+from bitdance.models.tokens import tokens_from_grid
 
 ACTIVATIONS = 1e-5
 GRADIENTS = 1e-4
@@ -80,7 +80,7 @@ def check_head_network(golden, model, parallel_num):
 def check_loss_and_gradients(golden, model, parallel_num):
     model.zero_grad()
     tokens = tokens_from_grid(golden["latents"].float(), model.config.patch)
-    t = flow.training_time(golden["loss_t_normal"], mean=-0.8, std=0.8)
+    t = flow.logit_normal_timesteps(golden["loss_t_normal"], mean=-0.8, std=0.8)
     x_0 = golden["loss_noise"].reshape(-1, parallel_num, 32)
     loss = model.loss(tokens, golden["class_id"], t, x_0)
     loss.backward()
@@ -106,7 +106,7 @@ def check_solver(golden, model, parallel_num, case):
     def field(x, t, number):
         if scale is None:
             return head.head.velocity(x, t.expand(len(x)), cond)
-        return flow.guide(*head.head.velocity(torch.cat([x, x]), t.expand(len(cond)), cond).chunk(2), scale)
+        return flow.apply_cfg(*head.head.velocity(torch.cat([x, x]), t.expand(len(cond)), cond).chunk(2), scale)
 
     with torch.no_grad():
         assert torch.equal(flow.euler_maruyama(field, noise, shift), x), "the solver differs from the reference loop"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from inception_inputs import DATA, images, weights
 
-from bitdance.errors import UserError
-from bitdance.evaluation import inception
-from bitdance.evaluation.features import FeatureNetwork, Features, load_feature_network
+from bitdance.metrics import inception
+from bitdance.metrics.features import FeatureExtractor, Features, load_feature_extractor
+from bitdance.runtime.errors import UserError
 
 SEEDS = {32: 15, 64: 11, 256: 12, 299: 13, 512: 14}
 RESIZED = {  # side: seed of the image, SHA-256 of the float32 bytes that TensorFlow gave
@@ -159,7 +159,7 @@ def test_published_layouts_load(state, golden, tmp_path, zipped):
     torch.save(state | counters, path, _use_new_zipfile_serialization=zipped)
     loaded = inception.load_inception(path)
     assert loaded.digest == hashlib.sha256(path.read_bytes()).hexdigest() and not loaded.is_published
-    plug = loaded.feature_network()
+    plug = loaded.feature_extractor()
     assert (plug.name, plug.size, plug.digest) == ("inception-2015-12-05", 2048, loaded.digest)
     path.unlink()  # the network does not need it any more
     batch = images(SEEDS[64], 2, 64)
@@ -279,13 +279,13 @@ def test_mutated_whole_files_load_or_end_in_a_sentence(whole_file, tmp_path):
 
 MINE = """
 import torch
-from bitdance.evaluation.features import FeatureNetwork, Features
+from bitdance.metrics.features import FeatureExtractor, Features
 
 def function(images):
     flat = images.flatten(1)[:, :4].float()
     return Features(flat, logits=-flat)
 
-NETWORK = FeatureNetwork("mine", 4, function, classifies=True)
+NETWORK = FeatureExtractor("mine", 4, function, classifies=True)
 def make(): return NETWORK
 def fails(): raise RuntimeError("no such weights")
 NUMBER = 3
@@ -303,7 +303,7 @@ def mine(tmp_path, monkeypatch):
 def test_a_network_of_ones_own_is_loaded_by_name(mine):
     batch = np.arange(2 * 5 * 5 * 3, dtype=np.uint8).reshape(2, 5, 5, 3)
     for name in (f"{mine}:NETWORK", f"{mine}:make", "mine_for_evaluation:NETWORK"):
-        network = load_feature_network(name)
+        network = load_feature_extractor(name)
         assert (network.name, network.size, network.classifies, network.digest) == ("mine", 4, True, "")
         features = network(batch[:, ::-1])  # any strides
         assert features.pool.tolist() == [[60, 61, 62, 63], [135, 136, 137, 138]] and features.spatial is None
@@ -325,7 +325,7 @@ def test_a_network_of_ones_own_is_loaded_by_name(mine):
 )
 def test_wrong_names_end_in_a_sentence(mine, name, complaint):
     with pytest.raises(UserError, match=complaint):
-        load_feature_network(name)
+        load_feature_extractor(name)
 
 
 @pytest.mark.parametrize(
@@ -340,13 +340,13 @@ def test_wrong_names_end_in_a_sentence(mine, name, complaint):
     ],
 )
 def test_wrong_features_are_named(function, classifies, complaint):
-    network = FeatureNetwork("odd", 4, function, classifies)
+    network = FeatureExtractor("odd", 4, function, classifies)
     with pytest.raises(UserError, match=f"network odd .*{complaint}"):
         network(np.zeros((2, 4, 4, 3), np.uint8))
 
 
 def test_features_become_float32_outside_of_gradients():
     parameter = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    features = FeatureNetwork("double", 4, lambda x: parameter * torch.ones(len(x), 1))(torch.zeros(2, 4, 4, 3))
+    features = FeatureExtractor("double", 4, lambda x: parameter * torch.ones(len(x), 1))(torch.zeros(2, 4, 4, 3))
     assert features.pool.dtype == torch.float32 and not features.pool.requires_grad
     assert features.pool.tolist() == [[1.0] * 4] * 2

@@ -16,10 +16,10 @@ import pytest
 import small
 import torch
 
-from bitdance.distributed import World
-from bitdance.engine import SampleSettings
-from bitdance.generation import job
-from bitdance.generation.batches import Generator
+from bitdance.runtime.process_group import World
+from bitdance.sampling import job
+from bitdance.sampling.pipeline import Generator
+from bitdance.sampling.sampler import SampleSettings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -144,7 +144,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("to_npz", [True, False], ids=["npz", "pngs"])
 def test_a_job_may_die_at_any_of_its_files(tmp_path, to_npz):
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["small", "bitdance.generation.job", "tqdm"])
+    server.set_forkserver_preload(["small", "bitdance.sampling.job", "tqdm"])
 
     def ends(plan: job.Job, before: dict[str, int], after: dict[str, int]) -> bool:
         process = server.Process(target=work, args=(plan, before, after))

@@ -12,16 +12,16 @@ import pytest
 import small
 import torch
 
-from bitdance import checkpoint
-from bitdance.cli import original
-from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
-from bitdance.model import BitDance
+from bitdance.cli import original_cli
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
+from bitdance.models.transformer import BitDance
+from bitdance.weights import weights_file
 
 SCRIPTS = ("sample_ddp.py", "sample_ddp_parallel.py", "train.py", "train_parallel.py")
 NEEDED = {"sample": ["--ckpt", "model.pt"], "train": ["--data-path", "images", "--trained-vae", "ae.pt"]}
 
 # flag, value (None: a switch), field, what it then is. Fields: of the flags when sampling; in training of
-# run (RunConfig), sizes (ModelSizes), loss (LossConfig) or call (other arguments of train_model).
+# run (TrainConfig), sizes (ModelSizes), loss (LossConfig) or call (other arguments of train_model).
 SHARED_SAMPLE = [
     ("--model", "BitDance-B", "model.model", "BitDance-B"),
     ("--image-size", "512", "model.image_size", 512),
@@ -125,8 +125,8 @@ def configured(monkeypatch):
     def train_model(run, sizes, loss, autoencoder_path, **call):
         got.update(run=run, sizes=sizes, loss=loss, call={"autoencoder_path": autoencoder_path, **call})
 
-    monkeypatch.setattr(original, "run_sample", run_sample)
-    monkeypatch.setattr("bitdance.training.jobs.train_model", train_model)
+    monkeypatch.setattr(original_cli, "run_sample", run_sample)
+    monkeypatch.setattr("bitdance.training.setup.train_model", train_model)
 
     def parse(script: str, arguments: list[str]) -> dict[str, Any]:
         got.clear()
@@ -175,7 +175,7 @@ def test_defaults_are_the_originals(configured):
 
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "L-1X", "H-1X"])
 def test_sizes_are_those_of_the_released_models(configured, name):
-    release = ZOO[name]
+    release = RELEASED_MODELS[name]
     arguments = [*NEEDED["train"], "--model", release.family, "--parallel-num", str(release.config.parallel_num)]
     sizes = configured("train_parallel.py", arguments)["sizes"]
     for field in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "parallel_num", "cls_token_num"):
@@ -209,7 +209,7 @@ def test_flags_of_the_parallel_scripts_are_no_flags_of_the_others(configured, sc
 
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
 def test_the_published_sampling_commands(configured, name):
-    release = ZOO[name]
+    release = RELEASED_MODELS[name]
     script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
     got = configured(script, arguments)
     sample, model, parallel = got["sample"], got["model"], got["parallel"]
@@ -223,12 +223,12 @@ def test_the_published_sampling_commands(configured, name):
     # The flags contradict nothing that such a file holds: a network without memory stands for it.
     with torch.device("meta"):
         network = BitDance(release.config)
-    original._check_against_checkpoint(network, model, parallel, 16)
+    original_cli._check_against_checkpoint(network, model, parallel, 16)
 
 
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
 def test_the_published_training_commands(configured, name):
-    release = ZOO[name]
+    release = RELEASED_MODELS[name]
     folder = f"results_bitdance_{name.lower().replace('-', '_')}"
     script, arguments = small.script_and_arguments(small.published_commands("training")[name])
     got = configured(script, arguments)
@@ -250,13 +250,13 @@ def place(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("launchers")
     small.pictures(folder / "images", classes=2, each=4, side=64)
     network = small.autoencoder(config=AutoencoderConfig(widths=(32,) * 5, blocks=1, bits=8))
-    checkpoint.save(folder / "ae.safetensors", network)
+    weights_file.save(folder / "ae.safetensors", network)
     for p in (1, 4):
         config = BitDanceConfig(dim=128, n_layer=3, head_dim=128, head_layers=4, grid=4, bits=8, cls_token_num=4,
                                 num_classes=5, parallel_num=p)  # fmt: skip
         model = BitDance(config)
         small.randomize(model, 1)
-        checkpoint.save(folder / f"model-{p}.safetensors", model)
+        weights_file.save(folder / f"model-{p}.safetensors", model)
     return folder
 
 
@@ -282,7 +282,7 @@ def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp
         facts = json.loads(small.run(script, *arguments).stdout.splitlines()[-1])
         assert (facts["images"], facts["made"], facts["processes"]) == (7, 7, 1) and facts["seconds"] > 0
     else:
-        original.sample_parallel(list(map(str, arguments)))
+        original_cli.sample_parallel(list(map(str, arguments)))
     path, alone = read_npz(tmp_path / "alone")
     assert alone["arr_0"].shape == (7, 64, 64, 3) and alone["arr_0"].dtype == np.uint8
     assert alone["arr_1"].dtype == np.int64 and np.bincount(alone["arr_1"], minlength=5).min() >= 1
@@ -300,11 +300,11 @@ def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
     shutil.copy(place / "model-4.safetensors", tmp_path / "model-4.safetensors")
     shutil.copy(place / "ae.safetensors", tmp_path / "ae.safetensors")
     arguments = [str(a) for a in sample_arguments(tmp_path, tmp_path / "out", 4)]
-    original.sample_parallel(arguments)
-    network = checkpoint.load_model(tmp_path / "model-4.safetensors")
+    original_cli.sample_parallel(arguments)
+    network = weights_file.load_model(tmp_path / "model-4.safetensors")
     small.randomize(network, 2)
-    checkpoint.save(tmp_path / "model-4.safetensors", network)
-    original.sample_parallel(arguments)
+    weights_file.save(tmp_path / "model-4.safetensors", network)
+    original_cli.sample_parallel(arguments)
     first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "out").glob("*.npz")))
     assert not np.array_equal(first, second)
 
@@ -327,7 +327,7 @@ def test_training_scripts_train_and_their_model_samples(place, tmp_path, script,
         "checkpoint-0000003.safetensors", "config.json", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
         "preview-0000003.png",
     ]  # fmt: skip
-    network = checkpoint.load_model(tmp_path / "run" / "model.safetensors")
+    network = weights_file.load_model(tmp_path / "run" / "model.safetensors")
     config = network.config
     assert (config.dim, config.n_layer, config.parallel_num, config.grid, config.bits) == (128, 3, p, 4, 8)
     assert config.class_names == ("class-0", "class-1")

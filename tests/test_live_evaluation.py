@@ -11,21 +11,21 @@ import small
 from PIL import Image
 from test_evaluation import ALONE, SMALL, pixels, save
 
-from bitdance import checkpoint
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, RunConfig
-from bitdance.engine import SampleSettings
-from bitdance.errors import UserError
-from bitdance.evaluation import reference
-from bitdance.evaluation.feature_sets import read_feature_set, take_features, write_feature_set
-from bitdance.evaluation.features import FeatureNetwork
-from bitdance.evaluation.report import figures
-from bitdance.evaluation.sources import open_source
-from bitdance.generation.batches import Generator, make_labels
-from bitdance.training import report
+from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
+from bitdance.metrics import references
+from bitdance.metrics.feature_set import read_feature_set, take_features, write_feature_set
+from bitdance.metrics.features import FeatureExtractor
+from bitdance.metrics.image_sources import open_source
+from bitdance.metrics.report import figures
+from bitdance.runtime.errors import UserError
+from bitdance.sampling.pipeline import Generator, make_labels
+from bitdance.sampling.sampler import SampleSettings
+from bitdance.training import status
 from bitdance.training.evaluation import LOGGED, Evaluation
-from bitdance.training.jobs import train_autoencoder, train_model
-from bitdance.training.objectives import BitDanceObjective
+from bitdance.training.losses import BitDanceLoss
+from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.weights import weights_file
 
 SIZES = ModelSizes(dim=64, n_layer=2, head_dim=64, head_layers=2, head_ada_ln=1, cls_token_num=2, drop_rate=0.1)
 IMAGES = 10
@@ -34,29 +34,29 @@ IMAGES = 10
 @pytest.fixture(autouse=True)
 def plugged(monkeypatch, tmp_path):
     """The small network of tests/test_evaluation.py in place of the Inception network; a cache of the test's own."""
-    monkeypatch.setattr(reference.Networks, "__call__", lambda self: (SMALL,))
+    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (SMALL,))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
-    """A folder with autoencoder.safetensors, pictures/ and reference.npz, stored features."""
+    """A folder with autoencoder.safetensors, pictures/ and references.npz, stored features."""
     folder = tmp_path_factory.mktemp("place")
-    checkpoint.save(folder / "autoencoder.safetensors", small.autoencoder())
+    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
     small.pictures(folder / "pictures")
     source = open_source(save(folder / "real.npz", pixels(20, 16, seed=5)))
     write_feature_set(folder / "reference.npz", take_features(source, [SMALL], ALONE)[0])
     return folder
 
 
-def settings(place: pathlib.Path, results: pathlib.Path, **changes: object) -> RunConfig:
+def settings(place: pathlib.Path, results: pathlib.Path, **changes: object) -> TrainConfig:
     fixed: dict[str, object] = {
         "image_size": 16, "epochs": 4, "global_batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
         "ema": 0.9, "mixed_precision": "none", "num_workers": 2, "log_every": 1, "preview_every": 0,
         "eval_every": 5, "eval_images": IMAGES, "eval_reference": str(place / "reference.npz"), "eval_steps": 3,
         "eval_cfg_scale": 2.0,
     }  # fmt: skip
-    return RunConfig(data_path=place / "pictures", results_dir=results, **{**fixed, **changes})  # type: ignore[arg-type]
+    return TrainConfig(data_path=place / "pictures", results_dir=results, **{**fixed, **changes})  # type: ignore[arg-type]
 
 
 def train(place: pathlib.Path, results: pathlib.Path, **changes: object) -> None:
@@ -69,7 +69,7 @@ def log(folder: pathlib.Path) -> list[dict[str, float]]:
 
 
 def weights(folder: pathlib.Path) -> str:
-    return checkpoint.read(folder / "model.safetensors").metadata["digest"]
+    return weights_file.read(folder / "model.safetensors").metadata["digest"]
 
 
 def test_the_figures_are_those_of_the_averaged_weights(place, tmp_path, capsys):
@@ -81,8 +81,8 @@ def test_the_figures_are_those_of_the_averaged_weights(place, tmp_path, capsys):
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 5: ")]
     assert f"FID {lines[4]['eval_fid']:.4g}, IS " in said and said.endswith(f" of {IMAGES} images")
     # The same images, made of the file that the run ends with.
-    model = checkpoint.load_model(tmp_path / "run" / "model.safetensors")
-    network = checkpoint.load_autoencoder(place / "autoencoder.safetensors")
+    model = weights_file.load_model(tmp_path / "run" / "model.safetensors")
+    network = weights_file.load_autoencoder(place / "autoencoder.safetensors")
     generator = Generator(model, network, SampleSettings(3, 2.0), seed=0)
     labels = make_labels("balanced", IMAGES, 3, seed=0)
     made = [generator.images(range(i, min(i + 4, IMAGES)), labels[i : i + 4].tolist()).pixels for i in (0, 4, 8)]
@@ -113,9 +113,9 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 import test_evaluation
 from bitdance.cli.main import main
-from bitdance.evaluation import reference
+from bitdance.metrics import references
 
-reference.Networks.__call__ = lambda self: (test_evaluation.SMALL,)
+references.FeatureExtractors.__call__ = lambda self: (test_evaluation.SMALL,)
 main()
 """
 
@@ -150,7 +150,7 @@ def test_in_bf16(place, tmp_path):
 
 
 def test_images_are_of_the_classes_that_occur(place, tmp_path):
-    objective = BitDanceObjective(small.model(), small.autoencoder(), LossConfig(), seed=3)
+    objective = BitDanceLoss(small.model(), small.autoencoder(), LossConfig(), seed=3)
     run = settings(place, tmp_path, eval_reference="none", eval_images=7, global_batch_size=400)
     evaluation = Evaluation(objective, run, np.array([2, 2, 0, 2]), ALONE, in_bf16=False)
     labels = evaluation._samples.labels
@@ -164,7 +164,7 @@ def test_a_reference_of_pictures_is_looked_at_once(place, tmp_path, monkeypatch)
     pictures = {"eval_reference": str(place / "pictures"), "max_steps": 1}
     train(place, tmp_path / "a", **pictures)
     assert len(list((tmp_path / "models" / "evaluation" / "features").iterdir())) == 1
-    monkeypatch.setattr(reference, "features_of", None)
+    monkeypatch.setattr(references, "features_of", None)
     train(place, tmp_path / "b", **pictures)
     assert log(tmp_path / "a")[0]["eval_fid"] == log(tmp_path / "b")[0]["eval_fid"]
 
@@ -184,8 +184,8 @@ def test_what_is_wrong_is_said_before_the_first_step(place, tmp_path, monkeypatc
         train_autoencoder(settings(place, tmp_path), small.NETWORK, AutoencoderLossConfig(), "cpu")
     with pytest.raises(UserError, match="no images at"):
         train(place, tmp_path / "run", eval_reference=str(tmp_path / "nothing.npz"))
-    other = FeatureNetwork("another", SMALL.size, SMALL.function, digest="1" * 64)
-    monkeypatch.setattr(reference.Networks, "__call__", lambda self: (other,))
+    other = FeatureExtractor("another", SMALL.size, SMALL.function, digest="1" * 64)
+    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (other,))
     with pytest.raises(UserError, match=r"reference .* was taken with another network"):
         train(place, tmp_path / "run")
     monkeypatch.undo()
@@ -199,7 +199,7 @@ def test_what_is_wrong_is_said_before_the_first_step(place, tmp_path, monkeypatc
 def test_info_shows_the_figures(place, tmp_path, capsys):
     train(place, tmp_path / "run", log_every=4)  # so that some lines tell of an evaluation alone
     last = log(tmp_path / "run")[-1]
-    facts = report.describe(tmp_path / "run")
+    facts = status.describe(tmp_path / "run")
     assert facts["evaluation"] == {name: last[name] for name in ("step", *LOGGED)}
     assert facts["step"] == 12 and facts["loss"] == last["loss"] and facts["seconds_since_last_line"] < 100
     capsys.readouterr()

@@ -10,12 +10,12 @@ import tiny
 import torch
 from torch import nn
 
-from bitdance import flow, noise
-from bitdance.autoencoder import Autoencoder
-from bitdance.config import ZOO, AutoencoderConfig
-from bitdance.engine import SampleSettings, image_noise, sample_tokens
-from bitdance.head import MLPBlock, TransformerHeadBlock
-from bitdance.model import BitDance
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig
+from bitdance.models import flow, philox
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.head import MLPBlock, TransformerHeadBlock
+from bitdance.models.transformer import BitDance
+from bitdance.sampling.sampler import SampleSettings, image_noise, sample_tokens
 
 LABELS = torch.tensor([2, 5, 9])
 
@@ -29,7 +29,9 @@ def released_shapes():
 
 
 def random_tokens(config, batch=3, seed=0):
-    words = noise.words(seed, torch.arange(batch), config.num_tokens * config.bits, stream=noise.TRAIN_FLIP, step=0)[0]
+    words = philox.words(seed, torch.arange(batch), config.num_tokens * config.bits, stream=philox.TRAIN_FLIP, step=0)[
+        0
+    ]
     return ((words & 1) * 2.0 - 1).reshape(batch, config.num_tokens, config.bits)
 
 
@@ -46,12 +48,14 @@ def few_steps(p, **changes):
 # ------------------------------------------------------------ the released files
 
 
-@pytest.mark.parametrize("name", [*ZOO, "autoencoder_d16c32"])
+@pytest.mark.parametrize("name", [*RELEASED_MODELS, "autoencoder_d16c32"])
 def test_released_names_and_shapes(name):
     shapes = released_shapes()
-    assert shapes.keys() == {*ZOO, "autoencoder_d16c32"}
+    assert shapes.keys() == {*RELEASED_MODELS, "autoencoder_d16c32"}
     with torch.device("meta"):
-        network = BitDance(ZOO[name].config) if name in ZOO else Autoencoder(AutoencoderConfig())
+        network = (
+            BitDance(RELEASED_MODELS[name].config) if name in RELEASED_MODELS else Autoencoder(AutoencoderConfig())
+        )
     assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == shapes[name]
     assert all(value.is_meta for value in network.state_dict().values()), "nothing was computed"
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -64,7 +68,7 @@ def test_released_names_and_shapes(name):
         "autoencoder_d16c32": 460.29,
     }
     assert round(millions, 2) == published[name]
-    assert name not in ZOO or ZOO[name].parameters == published[name]
+    assert name not in RELEASED_MODELS or RELEASED_MODELS[name].parameters == published[name]
 
 
 @pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
@@ -271,7 +275,7 @@ def test_the_loss_tiles_conditions_and_targets_by_copy():
     tokens = random_tokens(model.config)
     generator = torch.Generator().manual_seed(0)
     rows = 3 * model.config.ar_steps
-    t = flow.training_time(torch.randn(2, rows, generator=generator), -0.8, 0.8)
+    t = flow.logit_normal_timesteps(torch.randn(2, rows, generator=generator), -0.8, 0.8)
     x_0 = torch.randn(2, rows, 4, 32, generator=generator)
     with torch.no_grad():
         both = model.loss(tokens, LABELS, t.flatten(), x_0.flatten(0, 1))

@@ -18,11 +18,11 @@ import small
 import torch
 from PIL import Image
 
-from bitdance import checkpoint
-from bitdance.autoencoder import Autoencoder
-from bitdance.cli import original
-from bitdance.config import SIZES, ZOO, AutoencoderConfig, BitDanceConfig
-from bitdance.model import BitDance
+from bitdance.cli import original_cli
+from bitdance.config import RELEASED_MODELS, SIZES, AutoencoderConfig, BitDanceConfig
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.weights import weights_file
 
 NAMES = ("B-1X", "B-4X", "B-16X", "L-1X", "H-1X")
 MODELS = pathlib.Path("models/BitDance-ImageNet")
@@ -46,7 +46,7 @@ TINY = AutoencoderConfig(widths=(32,) * 5, blocks=1)  # 32 bits for 16 x 16 pixe
 def check_result(folder: pathlib.Path, name: str, side: int) -> None:
     """One .npz and the logs, of two images that are pictures, under the name of what they were made with."""
     (path,) = (path for path in folder.iterdir() if path.suffix not in (".log", ".json"))
-    release = ZOO[name]
+    release = RELEASED_MODELS[name]
     stem = pathlib.Path(release.file).stem
     begin = f"{stem}-ema-{release.config.parallel_num}x-size-{side}-steps-2-cfg-{release.cfg_scale:g}-seed-99-bf16-n-2-"
     assert path.name.startswith(begin) and path.suffix == ".npz"
@@ -59,19 +59,19 @@ def check_result(folder: pathlib.Path, name: str, side: int) -> None:
 
 @pytest.mark.parametrize("document", ["sampling", "training"])
 def test_docs_show_the_command_of_each_released_model(document):
-    assert tuple(small.published_commands(document)) == tuple(ZOO) == NAMES
+    assert tuple(small.published_commands(document)) == tuple(RELEASED_MODELS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name):
     """The whole job in this process, on small networks that pass for the released ones."""
-    release = ZOO[name]
+    release = RELEASED_MODELS[name]
     network = small.model(bits=32, num_classes=1000, parallel_num=release.config.parallel_num)
     autoencoder = small.autoencoder(config=AutoencoderConfig(widths=(32, 32, 32), blocks=1))
     (tmp_path / MODELS).mkdir(parents=True)
-    checkpoint.save_released(tmp_path / MODELS / release.file, network)
-    checkpoint.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
-    monkeypatch.setitem(original.SIZES, release.family, network.config)
+    weights_file.save_released(tmp_path / MODELS / release.file, network)
+    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
+    monkeypatch.setitem(original_cli.SIZES, release.family, network.config)
     monkeypatch.chdir(tmp_path)
     script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
     small.LAUNCHERS[script]([*arguments, *LESS])
@@ -84,7 +84,7 @@ def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name)
 def released(path: pathlib.Path, network: BitDance | Autoencoder) -> Iterator[None]:
     """A file of the released layout, for as long as it is used: random weights for a network on the meta device."""
     small.randomize(network.to_empty(device="cpu"), seed=1)
-    checkpoint.save_released(path, network)
+    weights_file.save_released(path, network)
     network.to("meta")
     try:
         yield
@@ -121,7 +121,9 @@ def test_sampling_commands_run_word_for_word_on_networks_of_the_released_sizes(t
     """
     (tmp_path / MODELS).mkdir(parents=True)
     with torch.device("meta"):
-        networks: dict[str, BitDance | Autoencoder] = {name: BitDance(release.config) for name, release in ZOO.items()}
+        networks: dict[str, BitDance | Autoencoder] = {
+            name: BitDance(release.config) for name, release in RELEASED_MODELS.items()
+        }
         autoencoder = Autoencoder(AutoencoderConfig())
     with released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder):
         for name, command in small.published_commands("sampling").items():
@@ -129,7 +131,7 @@ def test_sampling_commands_run_word_for_word_on_networks_of_the_released_sizes(t
             command = command.replace("--nproc_per_node=8", "--nproc_per_node=2").replace(
                 "12345", str(small.free_port())
             )
-            with released(tmp_path / MODELS / ZOO[name].file, networks.pop(name)):
+            with released(tmp_path / MODELS / RELEASED_MODELS[name].file, networks.pop(name)):
                 done = run_in_bash(command, LESS, tmp_path)
             assert done.returncode == 0, f"{name}: {done.stderr}"
             facts = json.loads(done.stdout.splitlines()[-1])
@@ -176,22 +178,22 @@ def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes
     settings = json.loads((folder / "config.json").read_text())
     run = settings["run"]
     assert (run["epochs"], run["lr"], run["ema"], run["global_batch_size"]) == (800, 6e-4, 0.9999, 2)
-    assert settings["loss.perturb_rate"] == ZOO[name].perturb_rate
+    assert settings["loss.perturb_rate"] == RELEASED_MODELS[name].perturb_rate
     assert (settings["steps_per_epoch"], settings["total_steps"], settings["last_step"]) == (6, 4800, 2)
     assert settings["processes"] == processes
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["lr"], line["skipped"]) for line in lines] == [(1, 0.0, 0), (2, 6e-4, 0)]
     assert all(0 < line["loss"] < 10 and line["grad_norm"] > 0 for line in lines)
-    state = checkpoint.read(folder / "checkpoint-0000002.safetensors")
+    state = weights_file.read(folder / "checkpoint-0000002.safetensors")
     assert set(state.states) == {"model", "ema", "optimizer"} and state.metadata["step"] == "2"
-    found = checkpoint.describe_model(checkpoint.read(folder / "model.safetensors")).config
+    found = weights_file.describe_model(weights_file.read(folder / "model.safetensors")).config
     assert len(found.class_names) == 1000 and found.class_names[1] == "n01443537"
     assert dataclasses.replace(found, class_names=()) == config
 
 
 def stand_in(name: str) -> BitDanceConfig:
     """What SMALLER makes of a released model."""
-    return dataclasses.replace(SIZES["BitDance-Tiny"], parallel_num=ZOO[name].config.parallel_num, grid=4)
+    return dataclasses.replace(SIZES["BitDance-Tiny"], parallel_num=RELEASED_MODELS[name].config.parallel_num, grid=4)
 
 
 def results(name: str) -> str:
@@ -203,7 +205,7 @@ def test_training_commands_run_on_stand_ins(tmp_path, monkeypatch, name):
     """The whole run in this process, with a tiny model and small images."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
-    checkpoint.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
     monkeypatch.chdir(tmp_path)
     command = filled_in(small.published_commands("training")[name], pathlib.Path("train"), 1)
     script, arguments = small.script_and_arguments(command)
@@ -215,7 +217,7 @@ def test_a_training_command_runs_word_for_word(tmp_path):
     """Under bash and torchrun, with two processes; how the others reach their scripts is the same."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
-    checkpoint.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
     command = filled_in(small.published_commands("training")["B-4X"], tmp_path / "train", 2)
     done = run_in_bash(command, [*SHORTER, *SMALLER], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -247,5 +249,5 @@ def test_training_commands_run_word_for_word_on_networks_of_the_released_sizes(t
     with released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder):
         done = run_in_bash(command, SHORTER, tmp_path)
     assert done.returncode == 0, done.stderr
-    check_run(tmp_path / results(name), name, ZOO[name].config, 1)
+    check_run(tmp_path / results(name), name, RELEASED_MODELS[name].config, 1)
     shutil.rmtree(tmp_path / results(name))

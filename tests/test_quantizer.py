@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitdance.quantizer import entropy_loss, group_indices, pack, quantize, straight_through, unpack
+from bitdance.models.quantizer import entropy_loss, group_indices, pack, quantize, straight_through, unpack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

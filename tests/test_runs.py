@@ -16,20 +16,20 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitdance import checkpoint
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, RunConfig
-from bitdance.distributed import World
-from bitdance.errors import UserError
-from bitdance.pictures import Curve, chart
-from bitdance.training import flops, report
-from bitdance.training.checkpoints import Checkpoints, newest
-from bitdance.training.jobs import train_autoencoder, train_model
-from bitdance.training.loop import Run
-from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
-from bitdance.training.optimizer import EMA, Health, build_optimizer
+from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.sampling.image_grid import Curve, chart
+from bitdance.training import flops, status
+from bitdance.training.checkpointing import Checkpointer, newest
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer
+from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.training.trainer import Run
 from bitdance.training.transfer import parts
 from bitdance.training.validation import Validation
+from bitdance.weights import weights_file
 
 CPU = torch.device("cpu")
 SIZES = ModelSizes(dim=64, n_layer=2, head_dim=64, head_layers=2, head_ada_ln=1, cls_token_num=2)
@@ -39,7 +39,7 @@ SIZES = ModelSizes(dim=64, n_layer=2, head_dim=64, head_layers=2, head_ada_ln=1,
 def place(tmp_path_factory) -> pathlib.Path:
     """A folder with autoencoder.safetensors, pictures/ of 12 images, and held-out/ of two of their classes."""
     folder = tmp_path_factory.mktemp("place")
-    checkpoint.save(folder / "autoencoder.safetensors", small.autoencoder())
+    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
     small.pictures(folder / "pictures")
     small.pictures(folder / "held-out", classes=3, each=3)
     for path in sorted((folder / "held-out").rglob("class-0/*")):
@@ -48,12 +48,12 @@ def place(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def settings(place: pathlib.Path, results: pathlib.Path, **changes: object) -> RunConfig:
+def settings(place: pathlib.Path, results: pathlib.Path, **changes: object) -> TrainConfig:
     fixed: dict[str, object] = {
         "image_size": 16, "epochs": 4, "global_batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
         "ema": 0.9, "mixed_precision": "none", "num_workers": 2, "log_every": 1,
     }  # fmt: skip
-    return RunConfig(data_path=place / "pictures", results_dir=results, **{**fixed, **changes})  # type: ignore[arg-type]
+    return TrainConfig(data_path=place / "pictures", results_dir=results, **{**fixed, **changes})  # type: ignore[arg-type]
 
 
 def train(place: pathlib.Path, results: pathlib.Path, loss: LossConfig | None = None, **changes: object) -> None:
@@ -87,7 +87,7 @@ def test_checkpoints_by_the_clock(place, tmp_path):
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
     """Although it is written later, and training goes on meanwhile."""
     value = torch.arange(1000.0)
-    saved = Checkpoints(tmp_path, 2)
+    saved = Checkpointer(tmp_path, 2)
     for step in (1, 2, 3):
         saved.save(step, {"model/a": value}, {"run": {}}, {"step": str(step)})
         value.add_(1)
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, capsys, damage):
     assert re.search(r"bitdance: \S+checkpoint-0000009.safetensors is .*goes on from checkpoint-0000006", err)
     assert "6/12" in err  # where the progress bar begins
     assert [name for name in names(tmp_path / "run") if name.endswith("damaged")] == [f"{last.name}.damaged"]
-    a, b = (checkpoint.read(tmp_path / name / "model.safetensors").metadata["digest"] for name in ("whole", "run"))
+    a, b = (weights_file.read(tmp_path / name / "model.safetensors").metadata["digest"] for name in ("whole", "run"))
     assert a == b
 
 
@@ -165,8 +165,8 @@ def test_a_long_warm_up_is_said(place, tmp_path, capsys):
 
 def test_a_skipped_step_leaves_everything_as_it_was():
     network = torch.nn.Linear(3, 2)
-    optimizer, ema = build_optimizer(network, RunConfig(pathlib.Path("x"), lr=0.1)), EMA(network, 0.5)
-    health = Health(CPU)
+    optimizer, ema = build_optimizer(network, TrainConfig(pathlib.Path("x"), lr=0.1)), EMA(network, 0.5)
+    health = NonFiniteGuard(CPU)
 
     def step(gradient: float) -> None:
         for parameter in network.parameters():
@@ -186,10 +186,10 @@ def test_a_skipped_step_leaves_everything_as_it_was():
     for gradient in (float("nan"), float("inf")):
         step(gradient)
         assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-    assert (int(health.skipped), int(health.in_a_row)) == (2, 2)
+    assert (int(health.skipped), int(health.consecutive)) == (2, 2)
     step(1.0)
     assert all(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-    assert (int(health.skipped), int(health.in_a_row)) == (2, 0)
+    assert (int(health.skipped), int(health.consecutive)) == (2, 0)
 
 
 def test_steps_do_not_make_the_host_wait(place, tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_steps_on_a_gpu_do_not_make_the_host_wait(place, tmp_path, monkeypatch):
 def test_validation_is_fixed_and_of_the_averaged_weights(place, tmp_path, size):
     """The same number however many processes look, however often; a network as it was comes back."""
     loss = LossConfig(class_dropout=0.5, perturb_rate=0.5)
-    objective = BitDanceObjective(small.model(), small.autoencoder(), loss, seed=3)
+    objective = BitDanceLoss(small.model(), small.autoencoder(), loss, seed=3)
     run = settings(place, tmp_path, val_path=place / "held-out", val_images=6, global_batch_size=2)
     classes = ("class-0", "class-1", "class-2")
     whole = Validation(objective, run, classes, World(0, 1, CPU))
@@ -257,7 +257,7 @@ def test_validation_is_fixed_and_of_the_averaged_weights(place, tmp_path, size):
         assert sum(halves) / 2 == pytest.approx(expected, rel=1e-5) and halves[0] != halves[1]
         return
     # Without dropped classes and flipped bits the loss is that of the tokens themselves.
-    plain = BitDanceObjective(objective.network, objective.autoencoder, LossConfig(class_dropout=0.0), seed=3)
+    plain = BitDanceLoss(objective.network, objective.autoencoder, LossConfig(class_dropout=0.0), seed=3)
     assert Validation(plain, run, classes, World(0, 1, CPU)).loss().item() == expected
     network = objective.network
     before = [parameter.detach().clone() for parameter in network.parameters()]
@@ -277,7 +277,7 @@ def test_validation_changes_nothing_of_the_training(place, tmp_path):
     assert [line["loss"] for line in plain] == [line["loss"] for line in validated]
     seen = [line["step"] for line in validated if "val_loss" in line]
     assert seen == [2, 4, 6, 8, 10, 12] and validated[-1]["val_loss"] < validated[1]["val_loss"]
-    weights = [checkpoint.read(tmp_path / name / "model.safetensors") for name in ("plain", "validated")]
+    weights = [weights_file.read(tmp_path / name / "model.safetensors") for name in ("plain", "validated")]
     assert weights[0].metadata["digest"] == weights[1].metadata["digest"]
 
 
@@ -359,7 +359,7 @@ def test_missing_packages_are_named(place, tmp_path, monkeypatch, flag, module, 
 @pytest.mark.parametrize("encodes", [True, False])
 def test_operations_of_a_step_of_a_model(parallel_num, encodes):
     network = small.model(parallel_num=parallel_num, head_layers=4, head_ada_ln=2)
-    objective = BitDanceObjective(network, small.autoencoder(), LossConfig(diff_batch_mul=3), seed=0).train()
+    objective = BitDanceLoss(network, small.autoencoder(), LossConfig(diff_batch_mul=3), seed=0).train()
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     labels, rows = torch.arange(5) % 3, torch.arange(5)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -373,7 +373,7 @@ def test_operations_of_a_step_of_a_model(parallel_num, encodes):
 
 
 def test_operations_of_a_step_of_an_autoencoder():
-    objective = AutoencoderObjective(small.autoencoder(), AutoencoderLossConfig())
+    objective = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         objective(images, torch.zeros(2), torch.arange(2), 0)[0].backward()
@@ -418,11 +418,11 @@ def test_a_run_that_has_only_begun(place, tmp_path):
     train(place, tmp_path, max_steps=1)
     for path in [*tmp_path.glob("*.safetensors"), tmp_path / "log.jsonl"]:
         path.unlink()
-    facts = report.describe(tmp_path)
+    facts = status.describe(tmp_path)
     assert facts["step"] == 0 and facts["loss"] is None and facts["checkpoints"] == [] and facts["weights"] is None
-    assert "step" in report.text(facts) and report.plot(tmp_path) is None
+    assert "step" in status.text(facts) and status.plot(tmp_path) is None
     with pytest.raises(UserError, match="holds no run"):
-        report.describe(place)
+        status.describe(place)
 
 
 def test_a_chart_shows_its_curves_where_they_are():
@@ -459,7 +459,7 @@ def test_parts_that_do_not_divide_a_batch(place, tmp_path):
 
 
 def test_parts_are_those_of_the_batch_in_order():
-    from bitdance.training.batches import Batch
+    from bitdance.training.loader import Batch
 
     batch = Batch(torch.arange(6).view(6, 1, 1, 1), torch.arange(6), torch.arange(6))
     found = list(parts(batch, 3))

@@ -13,21 +13,22 @@ import small
 import torch
 from PIL import Image
 
-from bitdance import checkpoint, claims
-from bitdance.cli import original
+from bitdance.cli import original_cli
 from bitdance.cli.main import main
-from bitdance.cli.models import load_pair
-from bitdance.config import AutoencoderLossConfig, RunConfig
-from bitdance.distributed import World
-from bitdance.engine import SampleSettings, decode_tokens
-from bitdance.errors import UserError
-from bitdance.evaluation.nearest import nearest
-from bitdance.evaluation.reconstruction import psnr, ssim
-from bitdance.generation import job
-from bitdance.generation.batches import Generator, balanced_labels, cut, make_labels
-from bitdance.generation.npz import write_npz
-from bitdance.quantizer import unpack
-from bitdance.training.jobs import train_autoencoder
+from bitdance.config import AutoencoderLossConfig, TrainConfig
+from bitdance.metrics.nearest_neighbours import nearest
+from bitdance.metrics.psnr_ssim import psnr, ssim
+from bitdance.models.quantizer import unpack
+from bitdance.runtime import run_folder
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.sampling import job
+from bitdance.sampling.pipeline import Generator, balanced_labels, cut, make_labels
+from bitdance.sampling.sampler import SampleSettings, decode_tokens
+from bitdance.sampling.writers import write_npz
+from bitdance.training.setup import train_autoencoder
+from bitdance.weights import weights_file
+from bitdance.weights.resolve import load_pair
 
 NAMES = ("cat", "dog", "sea lion")
 
@@ -178,10 +179,10 @@ def test_raw_weights_on_request(tmp_path):
     tensors = {f"model/{name}": value for name, value in raw.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in averaged.state_dict().items()}
     config = {"model": dataclasses.asdict(raw.config)}
-    checkpoint.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, trains="model")
-    checkpoint.save(tmp_path / "raw.safetensors", raw)
-    checkpoint.save(tmp_path / "averaged.safetensors", averaged)
-    checkpoint.save(tmp_path / "autoencoder.safetensors", small.autoencoder())
+    weights_file.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, trains="model")
+    weights_file.save(tmp_path / "raw.safetensors", raw)
+    weights_file.save(tmp_path / "averaged.safetensors", averaged)
+    weights_file.save(tmp_path / "autoencoder.safetensors", small.autoencoder())
 
     def made(name: str, *arguments: str) -> np.ndarray:
         folder = tmp_path / f"{name}{len(arguments)}"
@@ -252,7 +253,7 @@ class Alone(World):
     def barrier(self) -> None:
         pass
 
-    def from_main(self, value):
+    def broadcast(self, value):
         return value
 
 
@@ -322,14 +323,14 @@ def test_random_labels_and_packed_bits_on_request(model, tmp_path, capsys):
              "--labels", "random", "--save-bits", "--sample-steps", 3, "--batch-size", 3]  # fmt: skip
     main(list(map(str, words)))
     path = pathlib.Path(json.loads(capsys.readouterr().out.splitlines()[-1])["result"])
-    network = checkpoint.load_model(model)
+    network = weights_file.load_model(model)
     with np.load(path) as images, np.load(path.with_name(path.stem + "-bits.npz")) as bits:
         assert "random-labels" in path.name
         assert np.array_equal(images["arr_1"], make_labels("random", 7, 3, 0)) and images["arr_1"].dtype == np.int64
         assert np.array_equal(bits["arr_1"], images["arr_1"])
         assert bits["arr_0"].shape == (7, network.config.num_tokens, network.config.bits // 8)
         tokens = unpack(torch.from_numpy(bits["arr_0"]))
-        autoencoder = checkpoint.load_autoencoder(model.parent / "autoencoder.safetensors")
+        autoencoder = weights_file.load_autoencoder(model.parent / "autoencoder.safetensors")
         assert alike(decode_tokens(network, autoencoder, tokens).numpy(), images["arr_0"])
 
 
@@ -352,8 +353,8 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
     assert "-fp32-" in name.name and 0.85 < float((tokens == exact).float().mean()) < 1
     assert float((made("other", "none", seed=1)[2] == exact).float().mean()) < 0.8
     # The same bits, decoded in float32, are the same pictures but for rounding.
-    autoencoder = checkpoint.load_autoencoder(model.parent / "autoencoder.safetensors")
-    difference = np.abs(decode_tokens(checkpoint.load_model(model), autoencoder, tokens).numpy().astype(int) - pixels)
+    autoencoder = weights_file.load_autoencoder(model.parent / "autoencoder.safetensors")
+    difference = np.abs(decode_tokens(weights_file.load_model(model), autoencoder, tokens).numpy().astype(int) - pixels)
     assert 0 < difference.mean() < 2
 
 
@@ -369,7 +370,7 @@ def test_random_labels():
 @pytest.mark.parametrize("script", ["bitdance sample", "sample_ddp.py"])
 def test_what_the_file_held_is_free_when_a_job_begins(model, tmp_path, monkeypatch, script):
     """A file of both weights and the autoencoder is three times what the job needs."""
-    module = "bitdance.cli.sample" if script == "bitdance sample" else "bitdance.cli.original"
+    module = "bitdance.cli.sample" if script == "bitdance sample" else "bitdance.cli.original_cli"
     held, jobs = [], []
 
     def load(*arguments):
@@ -382,7 +383,7 @@ def test_what_the_file_held_is_free_when_a_job_begins(model, tmp_path, monkeypat
     if script == "bitdance sample":
         main(["sample", "--model", str(model), "--output", str(tmp_path), "--num-images", "1", "--device", "cpu"])
     else:
-        original.sample(["--ckpt", str(model), "--sample-dir", str(tmp_path)])
+        original_cli.sample(["--ckpt", str(model), "--sample-dir", str(tmp_path)])
     assert jobs == [(None, "model-model")]
 
 
@@ -393,7 +394,7 @@ def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys)
     main(list(map(str, words)))
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == facts["made"] == 7
-    original.sample(list(map(str, ["--ckpt", model, "--sample-dir", tmp_path / "b", "--num-fid-samples", 7,
+    original_cli.sample(list(map(str, ["--ckpt", model, "--sample-dir", tmp_path / "b", "--num-fid-samples", 7,
                                    "--per-proc-batch-size", 3, "--to-npz", *common])))  # fmt: skip
     (ours,), (theirs,) = (list((tmp_path / folder).glob("*.npz")) for folder in "ab")
     assert str(ours) == facts["result"] and ours.read_bytes() == theirs.read_bytes()
@@ -411,7 +412,7 @@ def listing(folder: pathlib.Path) -> list[str]:
 def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
     """What one of several processes does up to the point where all wait for each other."""
     plan.folder.mkdir(exist_ok=True)
-    claims.claim(plan.folder / job.MANIFEST, job._manifest(plan, Alone(0, size, CPU)), Alone(0, size, CPU))
+    run_folder.claim(plan.folder / job.MANIFEST, job._manifest(plan, Alone(0, size, CPU)), Alone(0, size, CPU))
     labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
     batches = list(cut(plan.num_images, plan.batch_size))
     missing = list(range(len(batches)))
@@ -492,10 +493,10 @@ def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
 
 
 def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
     plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
     with (
-        claims.alone(plan.folder, plan.lock, World(0, 1, CPU)),
+        run_folder.alone(plan.folder, plan.lock, World(0, 1, CPU)),
         pytest.raises(UserError, match="another process works on"),
     ):
         job.run(plan, generator, World(0, 1, CPU))
@@ -605,7 +606,7 @@ def test_nearest_finds_a_mirrored_copy():
 
 
 def test_nearest_looks_at_all_blocks(monkeypatch):
-    monkeypatch.setattr("bitdance.evaluation.nearest.BLOCK", 7)
+    monkeypatch.setattr("bitdance.metrics.nearest_neighbours.BLOCK", 7)
     references = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
     distance, index, mirrored = nearest(references[::-1], references)
     assert index.tolist() == list(range(39, -1, -1)) and not mirrored.any() and distance.max() < 0.1
@@ -637,7 +638,7 @@ def test_the_command_reconstruct(model, tmp_path, capsys):
     assert (figures["images"], figures["image_size"]) == (9, 16)
     paths = sorted(data.rglob("*.png"))
     original = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
-    network = checkpoint.load_autoencoder(autoencoder)
+    network = weights_file.load_autoencoder(autoencoder)
     x = original.permute(0, 3, 1, 2).float() / 127.5 - 1
     decoded = (127.5 * network.decode(network.encode(x)) + 128).clamp(0, 255).byte().permute(0, 2, 3, 1)
     assert figures["psnr"] == pytest.approx(psnr(original, decoded).mean().item(), abs=0.05)
@@ -654,7 +655,7 @@ def test_the_command_convert(model, tmp_path, capsys):
     target = tmp_path / "small.safetensors"
     main(["convert", str(model), str(target), "--dtype", "bfloat16"])
     assert capsys.readouterr().out.startswith("model in bfloat16, ")
-    original, converted = checkpoint.load_model(model), checkpoint.load_model(target)
+    original, converted = weights_file.load_model(model), weights_file.load_model(target)
     assert converted.config == original.config
     for name, value in original.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value.bfloat16().float())
@@ -675,10 +676,10 @@ def test_convert_goes_both_ways_bit_for_bit(tmp_path):
     ):
         main(list(map(str, words)))
     for name in ("model", "autoencoder"):
-        first, second = (checkpoint.read(tmp_path / f"{name}{i}.safetensors") for i in ("", "2"))
+        first, second = (weights_file.read(tmp_path / f"{name}{i}.safetensors") for i in ("", "2"))
         assert first.metadata["digest"] == second.metadata["digest"]
-    config = checkpoint.load_model(tmp_path / "all.pt").config
-    assert config == checkpoint.load_model(tmp_path / "model.safetensors").config
+    config = weights_file.load_model(tmp_path / "all.pt").config
+    assert config == weights_file.load_model(tmp_path / "model.safetensors").config
     assert {key: getattr(config, key) for key in settings} == settings
     released = torch.load(tmp_path / "all.pt", weights_only=False)
     assert set(released) == {"model", "args"}
@@ -690,7 +691,7 @@ def test_convert_goes_both_ways_bit_for_bit(tmp_path):
 def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, averaged):
     data = small.pictures(tmp_path / "data")
     ema = 0.9 if averaged else 0.0
-    run = RunConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=ema)
+    run = TrainConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=ema)
     finished = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
     main(
         [
@@ -700,5 +701,5 @@ def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, aver
         ]
     )
     assert capsys.readouterr().out.splitlines()[-1].startswith("autoencoder in float32, ")
-    a, b = (checkpoint.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
+    a, b = (weights_file.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

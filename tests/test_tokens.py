@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from bitdance.layers import rotary_table
-from bitdance.model import BitDance
-from bitdance.tokens import block_causal_mask, flip_bits, grid_from_tokens, positions, tokens_from_grid
+from bitdance.models.layers import rotary_table
+from bitdance.models.tokens import block_causal_mask, flip_bits, grid_from_tokens, positions, tokens_from_grid
+from bitdance.models.transformer import BitDance
 
 RASTER = list(range(20))
 

@@ -14,18 +14,18 @@ import small
 import torch
 from PIL import Image
 
-from bitdance import checkpoint
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, RunConfig
+from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.data.images import open_images
-from bitdance.distributed import World
-from bitdance.errors import UserError
-from bitdance.model import BitDance
-from bitdance.training.batches import Batch, Batches
-from bitdance.training.jobs import train_autoencoder, train_model
-from bitdance.training.objectives import BitDanceObjective
+from bitdance.models.transformer import BitDance
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.training.loader import Batch, Loader
+from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA, build_optimizer, parameter_groups
 from bitdance.training.schedule import learning_rate, random_crop_share
+from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.weights import weights_file
 
 CPU = torch.device("cpu")
 
@@ -41,12 +41,12 @@ def pair(tmp_path_factory) -> pathlib.Path:
     return small.save_pair(tmp_path_factory.mktemp("pair")).parent
 
 
-def config(data: pathlib.Path, results: pathlib.Path = pathlib.Path("unused"), **changes: object) -> RunConfig:
+def config(data: pathlib.Path, results: pathlib.Path = pathlib.Path("unused"), **changes: object) -> TrainConfig:
     settings: dict[str, object] = {
         "image_size": 16, "epochs": 4, "global_batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
         "ema": 0.9, "mixed_precision": "none", "num_workers": 2, "log_every": 1,
     }  # fmt: skip
-    return RunConfig(data_path=data, results_dir=results, **{**settings, **changes})  # type: ignore[arg-type]
+    return TrainConfig(data_path=data, results_dir=results, **{**settings, **changes})  # type: ignore[arg-type]
 
 
 SIZES = ModelSizes(dim=64, n_layer=2, head_dim=64, head_layers=2, head_ada_ln=1, cls_token_num=2)
@@ -60,7 +60,7 @@ def log(folder: pathlib.Path) -> list[dict[str, float]]:
 
 
 def test_learning_rate():
-    run = RunConfig(pathlib.Path("x"), lr=6e-4, min_lr=1e-5, warmup_steps=20, decay_start=40)
+    run = TrainConfig(pathlib.Path("x"), lr=6e-4, min_lr=1e-5, warmup_steps=20, decay_start=40)
 
     def rate(step: int) -> float:
         return learning_rate(run, step, 140)
@@ -77,7 +77,7 @@ def test_learning_rate():
 
 
 def test_learning_rate_of_the_published_schedule_decays_right_after_the_warm_up():
-    run = RunConfig(pathlib.Path("x"), lr=6e-4)
+    run = TrainConfig(pathlib.Path("x"), lr=6e-4)
     total = 800 * (1_281_167 // 1024)
     assert learning_rate(run, 19_999, total) == pytest.approx(6e-4 * 19_999 / 20_000)
     assert learning_rate(run, 20_000, total) == pytest.approx(6e-4)
@@ -86,12 +86,12 @@ def test_learning_rate_of_the_published_schedule_decays_right_after_the_warm_up(
 
 @pytest.mark.parametrize("decay_start", [0, 140, 200])
 def test_learning_rate_without_decay_stays(decay_start):
-    run = RunConfig(pathlib.Path("x"), lr=6e-4, warmup_steps=0, decay_start=decay_start)
+    run = TrainConfig(pathlib.Path("x"), lr=6e-4, warmup_steps=0, decay_start=decay_start)
     assert {learning_rate(run, step, 140) for step in (0, 1, 70, 139)} == {6e-4}
 
 
 def test_random_crop_share():
-    run = RunConfig(pathlib.Path("x"))  # falls from epoch 700 to 750
+    run = TrainConfig(pathlib.Path("x"))  # falls from epoch 700 to 750
     assert [random_crop_share(run, epoch) for epoch in (0, 700, 725, 740, 750, 799)] == pytest.approx(
         [1, 1, 0.5, 0.2, 0, 0]
     )
@@ -121,7 +121,7 @@ def test_optimizer_takes_a_step_by_hand():
     network = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(network.weight, 2.0)
     torch.nn.init.constant_(network.bias, 3.0)
-    run = RunConfig(pathlib.Path("x"), lr=0.1, weight_decay=0.05)
+    run = TrainConfig(pathlib.Path("x"), lr=0.1, weight_decay=0.05)
     optimizer = build_optimizer(network, run)
     network.weight.grad, network.bias.grad = torch.tensor([[4.0]]), torch.tensor([-5.0])
     optimizer.step()
@@ -151,8 +151,8 @@ def join(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_global_batch_is_the_same_for_any_number_of_processes(data, size):
     images = open_images(data)
     run = config(data)
-    whole = Batches(images, run, World(0, 1, CPU))
-    parts = [Batches(images, run, World(rank, size, CPU)) for rank in range(size)]
+    whole = Loader(images, run, World(0, 1, CPU))
+    parts = [Loader(images, run, World(rank, size, CPU)) for rank in range(size)]
     for step in (0, 2, 3, 7):
         expected, found = whole.load(step), join([part.load(step) for part in parts])
         assert torch.equal(found[2], torch.arange(4))
@@ -160,17 +160,17 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(data, size):
 
 
 def test_every_image_comes_once_an_epoch_and_epochs_differ(data):
-    batches = Batches(open_images(data), config(data), World(0, 1, CPU))
+    batches = Loader(open_images(data), config(data), World(0, 1, CPU))
     assert batches.steps_per_epoch == 3
     epochs = [torch.cat([batches.indices(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = Batches(open_images(data), config(data, global_seed=1), World(0, 1, CPU))
+    other = Loader(open_images(data), config(data, global_seed=1), World(0, 1, CPU))
     assert torch.cat([other.indices(i) for i in range(3)]).tolist() != epochs[0]
 
 
 def test_images_that_do_not_fill_a_batch_wait_for_another_epoch(data):
-    batches = Batches(open_images(data), config(data, global_batch_size=5), World(0, 1, CPU))
+    batches = Loader(open_images(data), config(data, global_batch_size=5), World(0, 1, CPU))
     assert batches.steps_per_epoch == 2
     seen = [torch.cat([batches.indices(2 * epoch), batches.indices(2 * epoch + 1)]) for epoch in range(8)]
     assert all(len(set(epoch.tolist())) == 10 for epoch in seen)
@@ -179,17 +179,17 @@ def test_images_that_do_not_fill_a_batch_wait_for_another_epoch(data):
 
 def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(data):
     images, run = open_images(data), config(data)
-    whole = list(Batches(images, run, World(0, 1, CPU)).stream(0, 8))
-    rest = list(Batches(images, run, World(0, 1, CPU)).stream(5, 8))
+    whole = list(Loader(images, run, World(0, 1, CPU)).stream(0, 8))
+    rest = list(Loader(images, run, World(0, 1, CPU)).stream(5, 8))
     assert len(whole) == 8 and len(rest) == 3
     for a, b in zip(whole[5:], rest, strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
-    assert list(Batches(images, run, World(0, 1, CPU)).stream(8, 8)) == []
+    assert list(Loader(images, run, World(0, 1, CPU)).stream(8, 8)) == []
 
 
 def test_centre_crops_are_the_images_themselves_half_of_them_mirrored(data):
     images = open_images(data)
-    batches = Batches(images, config(data, random_crop=False), World(0, 1, CPU))
+    batches = Loader(images, config(data, random_crop=False), World(0, 1, CPU))
     mirrored = 0
     for step in range(30):
         batch = batches.load(step)
@@ -203,7 +203,7 @@ def test_centre_crops_are_the_images_themselves_half_of_them_mirrored(data):
 
 
 def test_random_crops_differ_between_epochs(data):
-    batches = Batches(open_images(data), config(data), World(0, 1, CPU))
+    batches = Loader(open_images(data), config(data), World(0, 1, CPU))
     views: dict[int, set[bytes]] = {}
     for step in range(9):
         for index, pixels in zip(batches.indices(step).tolist(), batches.load(step).inputs, strict=True):
@@ -214,8 +214,8 @@ def test_random_crops_differ_between_epochs(data):
 # ------------------------------------------------------------ draws
 
 
-def objective(loss: LossConfig, parallel_num: int = 1, **changes: object) -> BitDanceObjective:
-    return BitDanceObjective(small.model(parallel_num=parallel_num, **changes), small.autoencoder(), loss, seed=3)
+def objective(loss: LossConfig, parallel_num: int = 1, **changes: object) -> BitDanceLoss:
+    return BitDanceLoss(small.model(parallel_num=parallel_num, **changes), small.autoencoder(), loss, seed=3)
 
 
 def random_tokens(batch: int) -> torch.Tensor:
@@ -224,9 +224,7 @@ def random_tokens(batch: int) -> torch.Tensor:
 
 def test_epochs_may_be_asked_for_in_any_order(data):
     """Of a set of one batch an epoch, readers work on more epochs at a time than are kept."""
-    batches, alone = (
-        Batches(open_images(data), config(data, global_batch_size=12), World(0, 1, CPU)) for _ in range(2)
-    )
+    batches, alone = (Loader(open_images(data), config(data, global_batch_size=12), World(0, 1, CPU)) for _ in range(2))
     expected = [alone.indices(step).tolist() for step in range(6)]
     assert len({tuple(order) for order in expected}) == 6
     for step in (3, 2, 1, 0, 5, 0, 4, 3):
@@ -330,9 +328,9 @@ def test_an_autoencoder_learns_and_leaves_its_files(data, tmp_path, capsys):
         "epoch_14.safetensors", "epoch_7.safetensors",
         "log.jsonl", "preview-0000042.png",
     ]  # fmt: skip
-    network = checkpoint.load_autoencoder(path)
+    network = weights_file.load_autoencoder(path)
     assert network.config == small.NETWORK
-    state = checkpoint.read(tmp_path / "run" / "checkpoint-0000042.safetensors").states
+    state = weights_file.read(tmp_path / "run" / "checkpoint-0000042.safetensors").states
     assert all(torch.equal(value, state["ema"][name]) for name, value in network.state_dict().items())
     with Image.open(tmp_path / "run" / "preview-0000042.png") as preview:
         assert preview.size == (4 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2)  # images above reconstructions
@@ -350,10 +348,10 @@ def test_a_model_learns_and_leaves_its_files(data, pair, tmp_path, parallel_num)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "checkpoint-0000060.safetensors", "config.json", "log.jsonl", "model.safetensors", "preview-0000060.png",
     ]  # fmt: skip
-    network = checkpoint.load_model(path)
+    network = weights_file.load_model(path)
     assert network.config.class_names == ("class-0", "class-1", "class-2")
     assert (network.config.num_classes, network.config.grid, network.config.parallel_num) == (3, 4, parallel_num)
-    contents = checkpoint.read(tmp_path / "run" / "checkpoint-0000060.safetensors")
+    contents = weights_file.read(tmp_path / "run" / "checkpoint-0000060.safetensors")
     assert contents.states.keys() == {"ema", "model", "optimizer"}
     assert not any(name.startswith(("encoder", "decoder", "vae")) for name in contents.states["model"])
     raw = contents.states["model"]
@@ -363,9 +361,9 @@ def test_a_model_learns_and_leaves_its_files(data, pair, tmp_path, parallel_num)
 def test_without_ema_the_raw_weights_are_what_is_kept(data, pair, tmp_path):
     run = config(data, tmp_path, ema=-1.0, max_steps=2)
     path = train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    contents = checkpoint.read(tmp_path / "checkpoint-0000002.safetensors")
+    contents = weights_file.read(tmp_path / "checkpoint-0000002.safetensors")
     assert contents.states.keys() == {"model", "optimizer"}
-    kept = checkpoint.load_model(path).state_dict()
+    kept = weights_file.load_model(path).state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in contents.states["model"].items())
 
 
@@ -380,15 +378,15 @@ def test_an_interrupted_run_ends_like_one_that_was_not(data, pair, tmp_path):
     train("parts", max_steps=2)
     train("parts", max_steps=5, num_workers=1, log_every=2)
     train("parts")
-    a, b = (checkpoint.read(tmp_path / folder / "checkpoint-0000009.safetensors") for folder in ("whole", "parts"))
+    a, b = (weights_file.read(tmp_path / folder / "checkpoint-0000009.safetensors") for folder in ("whole", "parts"))
     assert a.metadata["step"] == b.metadata["step"] == "9"
     assert a.metadata["digest"] == b.metadata["digest"]  # of parameters, EMA and optimizer, bit for bit
     assert a.states["optimizer"].keys() == b.states["optimizer"].keys()
-    finished = [checkpoint.read(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
+    finished = [weights_file.read(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
     assert finished[0].metadata["digest"] == finished[1].metadata["digest"]
     train("parts")  # nothing is left to do
     assert (
-        checkpoint.read(tmp_path / "parts" / "checkpoint-0000009.safetensors").metadata["digest"]
+        weights_file.read(tmp_path / "parts" / "checkpoint-0000009.safetensors").metadata["digest"]
         == a.metadata["digest"]
     )
 
@@ -398,7 +396,7 @@ def test_an_interrupted_autoencoder_run_ends_like_one_that_was_not(data, tmp_pat
         for stop in stops:
             run = config(data, tmp_path / folder, max_steps=stop)
             train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
-    a, b = (checkpoint.read(tmp_path / folder / "checkpoint-0000004.safetensors") for folder in ("whole", "parts"))
+    a, b = (weights_file.read(tmp_path / folder / "checkpoint-0000004.safetensors") for folder in ("whole", "parts"))
     assert a.metadata["digest"] == b.metadata["digest"] and a.metadata["step"] == "4"
 
 
@@ -436,7 +434,7 @@ def test_another_set_of_as_many_images_makes_another_run(data, pair, tmp_path):
 def test_another_autoencoder_makes_another_run(data, pair, tmp_path):
     run = config(data, tmp_path / "run", max_steps=1)
     train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    checkpoint.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
+    weights_file.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
     with pytest.raises(UserError, match=r"autoencoder\.digest was "):
         train_model(run, SIZES, LossConfig(), tmp_path / "other.safetensors", "cpu")
 
@@ -445,7 +443,7 @@ def test_bf16_autocast_trains_float32_weights(data, pair, tmp_path):
     run = config(data, tmp_path, mixed_precision="bf16", max_steps=2, grad_checkpointing=True)
     path = train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
     assert all(math.isfinite(line["loss"]) for line in log(tmp_path))
-    assert {value.dtype for value in checkpoint.read(path).states["model"].values()} == {torch.float32}
+    assert {value.dtype for value in weights_file.read(path).states["model"].values()} == {torch.float32}
 
 
 def test_too_many_skipped_steps_stop_the_run_and_leave_the_batch(data, pair, tmp_path, monkeypatch):
@@ -454,8 +452,8 @@ def test_too_many_skipped_steps_stop_the_run_and_leave_the_batch(data, pair, tmp
     with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to step 4: its batch is in .*bad-batch-4"):
         train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
     assert not list(tmp_path.glob("checkpoint*")) and not (tmp_path / "model.safetensors").exists()
-    contents = checkpoint.read(tmp_path / "bad-batch-4.safetensors")
-    expected = Batches(open_images(data), run, World(0, 1, CPU)).load(3)
+    contents = weights_file.read(tmp_path / "bad-batch-4.safetensors")
+    expected = Loader(open_images(data), run, World(0, 1, CPU)).load(3)
     assert contents.metadata["step"] == "4"
     for name in ("inputs", "labels", "rows"):
         assert torch.equal(contents.states["batch"][name], getattr(expected, name))
@@ -469,20 +467,20 @@ def test_a_step_that_is_not_finite_changes_nothing(data, pair, tmp_path, monkeyp
         steps.append(None)
         return right(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
 
-    def train(folder: str, stop: int) -> checkpoint.Contents:
+    def train(folder: str, stop: int) -> weights_file.Contents:
         run = config(data, tmp_path / folder, max_steps=stop, log_every=100)
         train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-        return checkpoint.read(tmp_path / folder / f"checkpoint-{stop:07d}.safetensors")
+        return weights_file.read(tmp_path / folder / f"checkpoint-{stop:07d}.safetensors")
 
     one = train("one", 1)
     monkeypatch.setattr(BitDance, "loss", wrong_at_the_second_step)
     two = train("two", 2)
     assert two.metadata["digest"] == one.metadata["digest"]
-    assert (two.metadata["skipped"], two.metadata["in_a_row"]) == ("1", "1")
+    assert (two.metadata["skipped"], two.metadata["consecutive"]) == ("1", "1")
     first, second = log(tmp_path / "one")[-1], log(tmp_path / "two")[-1]
     assert second["skipped"] == 1 and second["loss"] == first["loss"] and second["grad_norm"] == first["grad_norm"]
     four = train("two", 4)
-    assert (four.metadata["skipped"], four.metadata["in_a_row"]) == ("1", "0")
+    assert (four.metadata["skipped"], four.metadata["consecutive"]) == ("1", "0")
     assert four.metadata["digest"] != one.metadata["digest"]
     assert all(value.isfinite().all() for value in four.states["model"].values())
 
@@ -492,7 +490,7 @@ def test_a_first_step_that_is_not_finite(data, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
     run = config(data, tmp_path, max_steps=1)
     train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    states = checkpoint.read(tmp_path / "checkpoint-0000001.safetensors").states
+    states = weights_file.read(tmp_path / "checkpoint-0000001.safetensors").states
     assert all(torch.equal(value, states["model"][name]) for name, value in states["ema"].items())
     assert not any(value.any() for value in states["optimizer"].values())
     assert log(tmp_path)[0]["loss"] is None and log(tmp_path)[0]["skipped"] == 1
@@ -551,7 +549,7 @@ def test_more_classes_than_the_images_have(data, pair, tmp_path, capsys):
     sizes = dataclasses.replace(SIZES, num_classes=5)
     run = config(data, tmp_path, max_steps=1)
     path = train_model(run, sizes, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    network = checkpoint.load_model(path)
+    network = weights_file.load_model(path)
     assert network.config.num_classes == 5
     assert network.config.class_names == ("class-0", "class-1", "class-2", "class 3", "class 4")
     assert f"warning: {data} has images of 3 classes only, and the model 5" in capsys.readouterr().err
@@ -573,6 +571,6 @@ def test_two_processes_train_like_one(data, pair, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    networks = [checkpoint.load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("1", "2")]
+    networks = [weights_file.load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("1", "2")]
     for name, value in networks[0].items():
         assert (value - networks[1][name]).abs().max() < 1e-3

@@ -16,7 +16,7 @@ import time
 import pytest
 import small
 
-from bitdance import checkpoint
+from bitdance.weights import weights_file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -28,7 +28,7 @@ STEPS = 60
 def place(tmp_path_factory) -> pathlib.Path:
     """A folder with autoencoder.safetensors, pictures/, and train.py that is `bitdance train`."""
     folder = tmp_path_factory.mktemp("place")
-    checkpoint.save(folder / "autoencoder.safetensors", small.autoencoder())
+    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
     small.pictures(folder / "pictures")
     (folder / "train.py").write_text("from bitdance.cli.main import main\nmain()\n")
     return folder
@@ -97,7 +97,7 @@ def test_a_signal_saves_and_ends_a_run(place, tmp_path, name):
     sentence = f"bitdance: interrupted by {name} at step {step} of 3000: run the same command again to go on."
     assert err.splitlines()[-1] == sentence and "Traceback" not in err
     assert steps_done(tmp_path / "run") == step >= 3
-    checkpoint.read(tmp_path / "run" / f"checkpoint-{step:07d}.safetensors")
+    weights_file.read(tmp_path / "run" / f"checkpoint-{step:07d}.safetensors")
 
 
 @pytest.mark.parametrize("target", ["launcher", "one process"])
@@ -154,7 +154,7 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
     assert sorted(path.name for path in results.iterdir()) == names  # nothing half-written is left either
     for name in names:
         if name.endswith(".safetensors"):
-            found, expected = (checkpoint.read(folder / name) for folder in (results, undisturbed))
+            found, expected = (weights_file.read(folder / name) for folder in (results, undisturbed))
             # All with the digest of the tensors; the order of a file's metadata is left to chance.
             assert (found.metadata, found.config) == (expected.metadata, expected.config), name
         elif name.endswith(".png"):
@@ -281,7 +281,7 @@ def test_a_part_that_is_not_finite_is_skipped_by_all_processes(place, tmp_path):
     script.write_text(
         "import os\n"
         "from bitdance.cli.main import main\n"
-        "from bitdance.model import BitDance\n"
+        "from bitdance.models.transformer import BitDance\n"
         "right, steps = BitDance.loss, []\n"
         "def wrong(self, *arguments):\n"
         "    steps.append(None)\n"
@@ -298,6 +298,6 @@ def test_a_part_that_is_not_finite_is_skipped_by_all_processes(place, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 2, 3]  # the line that is not good is not written
     assert [line["loss"] is None for line in lines] == [False, True, False, False, True, True]
-    batches = [checkpoint.read(tmp_path / "run" / f"bad-batch-7-{rank}.safetensors") for rank in (0, 1)]
+    batches = [weights_file.read(tmp_path / "run" / f"bad-batch-7-{rank}.safetensors") for rank in (0, 1)]
     assert [batch.states["batch"]["rows"].tolist() for batch in batches] == [[0, 1], [2, 3]]
     assert newest_step(tmp_path / "run") == 4

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.autoencoder import Autoencoder
 from bitdance.config import AutoencoderConfig, BitDanceConfig
-from bitdance.model import BitDance
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
 
 DATA = pathlib.Path(__file__).parent / "data"
 PARALLEL_NUMS = (1, 4, 16)

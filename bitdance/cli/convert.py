@@ -7,7 +7,7 @@ import pathlib
 from typing import Literal
 
 from bitdance.cli.parsing import Positional, parse
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,29 +43,29 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--autoencoder goes with a .pt, {command.target} holds one network: leave it out.")
     import torch
 
-    from bitdance import checkpoint
-    from bitdance.autoencoder import Autoencoder
-    from bitdance.model import BitDance
+    from bitdance.models.autoencoder import Autoencoder
+    from bitdance.models.transformer import BitDance
+    from bitdance.weights import weights_file
 
-    contents = checkpoint.read(command.source)
+    contents = weights_file.read(command.source)
     part = command.part or ("model" if "model" in contents.parts else "autoencoder")
     kept: dict[str, str] = {
         key: contents.metadata[key] for key in ("step", "autoencoder_digest") if key in contents.metadata
     }
     network: BitDance | Autoencoder
     if part == "model":
-        network = checkpoint.load_model(contents, command.weights)
+        network = weights_file.load_model(contents, command.weights)
     else:
-        network = checkpoint.load_autoencoder(contents)
+        network = weights_file.load_autoencoder(contents)
     dtype = getattr(torch, command.dtype)
     if command.target.suffix == ".pt":
-        source = checkpoint.read(command.autoencoder) if command.autoencoder else contents
-        inside = checkpoint.load_autoencoder(source) if "autoencoder" in source.parts else None
-        name = checkpoint.choose_weights(contents, command.weights) if part == "model" else "ema"
-        checkpoint.save_released(command.target, network, inside, name, dtype)
+        source = weights_file.read(command.autoencoder) if command.autoencoder else contents
+        inside = weights_file.load_autoencoder(source) if "autoencoder" in source.parts else None
+        name = weights_file.choose_weights(contents, command.weights) if part == "model" else "ema"
+        weights_file.save_released(command.target, network, inside, name, dtype)
         said = "released layout" + (", with its autoencoder" if inside and part == "model" else "")
     else:
-        digest = checkpoint.save(command.target, network, dtype=dtype, metadata=kept)
+        digest = weights_file.save(command.target, network, dtype=dtype, metadata=kept)
         said = f"digest {digest[:16]}"
     size = command.target.stat().st_size / 1e6
     print(f"{part} in {command.dtype}, {size:.2f} MB, {said}: {command.target}")

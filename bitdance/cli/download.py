@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from bitdance import hub
 from bitdance.cli.parsing import Positional, parse
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
+from bitdance.weights import hub
 
 
 @dataclasses.dataclass(frozen=True)

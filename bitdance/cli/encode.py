@@ -6,8 +6,8 @@ import dataclasses
 import json
 import pathlib
 
-from bitdance.cli.models import Precision, choose_dtype, find_autoencoder_alone
 from bitdance.cli.parsing import Positional, parse
+from bitdance.weights.resolve import Precision, choose_dtype, find_autoencoder_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Encode:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Encode, arguments, "bitdance encode")
-    from bitdance import checkpoint
+    from bitdance.data.cache_writer import Encoder, write_token_cache
     from bitdance.data.images import open_images
-    from bitdance.distributed import connect
-    from bitdance.training.encoding import Encoder, store_bits
+    from bitdance.runtime.process_group import init_distributed
+    from bitdance.weights import weights_file
 
-    with connect(command.device, command.threads) as world:
-        contents = checkpoint.read(find_autoencoder_alone(command.autoencoder))
-        autoencoder = checkpoint.load_autoencoder(contents, choose_dtype(command.mixed_precision, world.device))
-        digest = checkpoint.digest(contents.states["autoencoder"])
+    with init_distributed(command.device, command.threads) as world:
+        contents = weights_file.read(find_autoencoder_alone(command.autoencoder))
+        autoencoder = weights_file.load_autoencoder(contents, choose_dtype(command.mixed_precision, world.device))
+        digest = weights_file.digest(contents.states["autoencoder"])
         own = ("image_size", "crops", "flips", "seed", "batch_size", "shard_size", "num_workers", "max_broken")
         encoder = Encoder(autoencoder.to(world.device), digest, **{name: getattr(command, name) for name in own})
-        stored = store_bits(open_images(command.data), encoder, command.output, world)
+        stored = write_token_cache(open_images(command.data), encoder, command.output, world)
         if world.is_main:
             print(json.dumps({**dataclasses.asdict(stored), "processes": world.size}, default=str))

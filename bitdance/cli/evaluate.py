@@ -6,16 +6,16 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation import compare, report
+from bitdance.cli.evaluation_report import compare, report
 from bitdance.cli.parsing import Positional, parse
 from bitdance.config import EvaluationConfig
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from bitdance.distributed import World
-    from bitdance.evaluation.feature_sets import FeatureSet
-    from bitdance.evaluation.reference import Networks
-    from bitdance.evaluation.sources import Source
+    from bitdance.metrics.feature_set import FeatureSet
+    from bitdance.metrics.image_sources import Source
+    from bitdance.metrics.references import FeatureExtractors
+    from bitdance.runtime.process_group import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ def main(arguments: list[str]) -> None:
         raise UserError("--spread needs at least two sets of samples.")
     if command.keep < 4:
         raise UserError(f"--keep {command.keep} does not fit: precision and recall need at least 4 images.")
-    from bitdance.distributed import connect
-    from bitdance.evaluation.reference import Networks
+    from bitdance.metrics.references import FeatureExtractors
+    from bitdance.runtime.process_group import init_distributed
 
-    with connect(command.device, command.threads) as world:
-        networks = Networks(command.flags, world)
+    with init_distributed(command.device, command.threads) as world:
+        networks = FeatureExtractors(command.flags, world)
         # All are opened before any is worked on, so that a wrong name is not found out after an hour.
         opened = [_open(path, command) for path in command.samples]
         if command.make_reference:
@@ -73,8 +73,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _open(path: pathlib.Path, command: Evaluate) -> Source | FeatureSet:
-    from bitdance.evaluation.feature_sets import read_feature_set
-    from bitdance.evaluation.sources import open_source
+    from bitdance.metrics.feature_set import read_feature_set
+    from bitdance.metrics.image_sources import open_source
 
     if path.is_file() and path.suffix.lower() == ".npz" and (stored := read_feature_set(path)) is not None:
         if stored.pool is None:
@@ -83,9 +83,9 @@ def _open(path: pathlib.Path, command: Evaluate) -> Source | FeatureSet:
     return open_source(path, command.image_size, command.split, command.limit)
 
 
-def _evaluate(command: Evaluate, opened: list[Source | FeatureSet], networks: Networks, world: World) -> None:
-    from bitdance.evaluation.feature_sets import FeatureSet, write_feature_set
-    from bitdance.evaluation.reference import features_of, find_reference
+def _evaluate(command: Evaluate, opened: list[Source | FeatureSet], networks: FeatureExtractors, world: World) -> None:
+    from bitdance.metrics.feature_set import FeatureSet, write_feature_set
+    from bitdance.metrics.references import features_of, find_reference
 
     sides = {found.about.get("height") if isinstance(found, FeatureSet) else found.shape[1] for found in opened}
     side = max(size or 0 for size in sides)
@@ -105,9 +105,11 @@ def _evaluate(command: Evaluate, opened: list[Source | FeatureSet], networks: Ne
         report(rows, reference, command.flags, command.output, command.spread)
 
 
-def _make_references(command: Evaluate, opened: list[Source | FeatureSet], networks: Networks, world: World) -> None:
-    from bitdance.evaluation.feature_sets import FeatureSet, write_feature_set
-    from bitdance.evaluation.reference import features_of
+def _make_references(
+    command: Evaluate, opened: list[Source | FeatureSet], networks: FeatureExtractors, world: World
+) -> None:
+    from bitdance.metrics.feature_set import FeatureSet, write_feature_set
+    from bitdance.metrics.references import features_of
 
     for path, found in zip(command.samples, opened, strict=True):
         if isinstance(found, FeatureSet):

@@ -8,10 +8,10 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.parsing import Positional, parse
-from bitdance.config import ZOO, AutoencoderConfig, BitDanceConfig
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
 
 if TYPE_CHECKING:
-    from bitdance.checkpoint import Contents
+    from bitdance.weights.weights_file import Contents
 
 SOURCES = {
     "shapes": "from shapes",
@@ -41,21 +41,21 @@ def main(arguments: list[str]) -> None:
     if command.file.is_dir():
         _show_run(command)
         return
-    from bitdance import checkpoint
+    from bitdance.weights import weights_file
 
-    facts = describe(checkpoint.read(command.file))
+    facts = describe(weights_file.read(command.file))
     print(json.dumps(facts, indent=2) if command.json else text(facts))
 
 
 def _show_run(command: Info) -> None:
-    from bitdance.training import report
+    from bitdance.training import status
 
-    facts = report.describe(command.file)
-    plot = report.plot(command.file)
+    facts = status.describe(command.file)
+    plot = status.plot(command.file)
     if command.json:
         print(json.dumps(facts | {"plot": str(plot) if plot else None}, indent=2))
     else:
-        print(report.text(facts) + (f"\n\nloss: {plot}" if plot else ""))
+        print(status.text(facts) + (f"\n\nloss: {plot}" if plot else ""))
 
 
 def describe(contents: Contents) -> dict[str, Any]:
@@ -64,16 +64,16 @@ def describe(contents: Contents) -> dict[str, Any]:
     Raises:
         UserError: a tensor is missing, extra or misshapen, or the file holds no network.
     """
-    from bitdance import checkpoint
+    from bitdance.weights import weights_file
 
     networks = {}
     there = [name for name in ("ema", "model") if contents.states.get(name)]
     if "autoencoder" not in contents.parts or "model" in contents.parts:  # without any, this says what is missing
-        used = checkpoint.choose_weights(contents)
-        facts = _network(contents, used, checkpoint.describe_model(contents))
+        used = weights_file.choose_weights(contents)
+        facts = _network(contents, used, weights_file.describe_model(contents))
         networks["model"] = {"weights": used, "weights_in_file": there, **facts}
     if "autoencoder" in contents.parts:
-        facts = _network(contents, "autoencoder", checkpoint.describe_autoencoder(contents))
+        facts = _network(contents, "autoencoder", weights_file.describe_autoencoder(contents))
         in_training = {"weights": there[0], "weights_in_file": there} if there and "model" not in networks else {}
         networks["autoencoder"] = in_training | facts
     metadata = {key: value for key, value in sorted(contents.metadata.items()) if key not in ("config", "checksum")}
@@ -88,10 +88,10 @@ def describe(contents: Contents) -> dict[str, Any]:
 
 
 def _network(contents: Contents, state_name: str, description: Any) -> dict[str, Any]:
-    from bitdance import checkpoint
+    from bitdance.weights import weights_file
 
     config, state = description.config, contents.states[state_name]
-    checkpoint.check_tensors(contents.path, checkpoint.shapes(config), state)
+    weights_file.check_tensors(contents.path, weights_file.shapes(config), state)
     return {
         "parameters": sum(value.numel() for value in state.values()),
         "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
@@ -108,7 +108,7 @@ def _released(config: BitDanceConfig | AutoencoderConfig) -> str | None:
     if isinstance(config, AutoencoderConfig):
         return "ae_d16c32" if config == AutoencoderConfig() else None
     nameless = dataclasses.replace(config, class_names=())
-    return next((f"BitDance-{name}" for name, release in ZOO.items() if release.config == nameless), None)
+    return next((f"BitDance-{name}" for name, release in RELEASED_MODELS.items() if release.config == nameless), None)
 
 
 def text(facts: dict[str, Any]) -> str:
@@ -145,7 +145,7 @@ def _rows(network: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _value(value: Any) -> str:
     """A value on one line: of long lists only the beginning."""
-    from bitdance.checkpoint import printable
+    from bitdance.weights.weights_file import printable
 
     if isinstance(value, list | tuple):
         items = ", ".join(map(_value, value[:SHOWN])) or "none"

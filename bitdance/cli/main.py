@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None:
     """Calls a command; a `UserError`, or a file that cannot be used, becomes one line on stderr and exit status 2."""
-    from bitdance.errors import Interrupted, UserError
+    from bitdance.runtime.errors import Interrupted, UserError
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()

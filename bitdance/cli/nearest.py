@@ -8,7 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.parsing import Positional, parse
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from bitdance.evaluation.nearest import nearest
-    from bitdance.files import atomic_write
-    from bitdance.pictures import grid
+    from bitdance.metrics.nearest_neighbours import nearest
+    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.sampling.image_grid import grid
 
     held_out = command.held_out
     if held_out and command.held_out_split == "train" and held_out.resolve() == command.data.resolve():

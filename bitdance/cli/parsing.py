@@ -11,7 +11,7 @@ import tyro
 from tyro import MISSING
 from tyro.conf import Positional
 
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
 
 __all__ = ["MISSING", "Positional", "parse"]
 

@@ -7,13 +7,13 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Literal
 
-from bitdance.cli.models import DEMO, find_autoencoder_alone
 from bitdance.cli.parsing import Positional, parse
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
+from bitdance.weights.resolve import DEMO, find_autoencoder_alone
 
 if TYPE_CHECKING:
-    from bitdance.distributed import World
-    from bitdance.evaluation.features import FeatureNetwork
+    from bitdance.metrics.features import FeatureExtractor
+    from bitdance.runtime.process_group import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,9 @@ def main(arguments: list[str]) -> None:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} does not fit: it must be at least 1.")
-    from bitdance.distributed import connect
+    from bitdance.runtime.process_group import init_distributed
 
-    with connect(command.device, command.threads) as world:
+    with init_distributed(command.device, command.threads) as world:
         _reconstruct(command, world)
 
 
@@ -68,15 +68,15 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     import torch
     from tqdm import tqdm
 
-    from bitdance.autoencoder import to_bytes
-    from bitdance.checkpoint import load_autoencoder
     from bitdance.data.crops import center_crop, normalize, to_array
     from bitdance.data.images import open_images, spread
-    from bitdance.evaluation.feature_sets import Collector, arrays_of
-    from bitdance.evaluation.frechet import frechet_distance
-    from bitdance.evaluation.reconstruction import WINDOW, psnr, ssim
-    from bitdance.files import atomic_write
-    from bitdance.pictures import grid
+    from bitdance.metrics.feature_set import Collector, arrays_of
+    from bitdance.metrics.frechet_distance import frechet_distance
+    from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
+    from bitdance.models.autoencoder import to_uint8
+    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.sampling.image_grid import grid
+    from bitdance.weights.weights_file import load_autoencoder
 
     path = find_autoencoder_alone(command.autoencoder)
     autoencoder = load_autoencoder(path).to(world.device)
@@ -98,7 +98,7 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
             part = chosen[start : start + command.batch_size]
             batch = [to_array(center_crop(images.read(int(i)), size)) for i in part]
             original = torch.from_numpy(np.stack(batch)).to(world.device)
-            decoded = to_bytes(autoencoder.decode(autoencoder.encode(normalize(original))))
+            decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original))))
             ratios.append(psnr(original.cpu(), decoded.cpu()))
             similarities.append(ssim(original.cpu(), decoded.cpu()))
             for collector, pixels in zip(collectors, (original, decoded), strict=False):
@@ -130,9 +130,9 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}{rfid}: {picture}")
 
 
-def _inception(command: Reconstruct, world: World) -> FeatureNetwork | None:
+def _inception(command: Reconstruct, world: World) -> FeatureExtractor | None:
     """The Inception network, if it is wanted, or if nobody said that it is not and it is there."""
-    from bitdance.evaluation.inception import find_weights, load_inception
+    from bitdance.metrics.inception import find_weights, load_inception
 
     if command.rfid is False:
         return None
@@ -142,4 +142,4 @@ def _inception(command: Reconstruct, world: World) -> FeatureNetwork | None:
         if command.rfid or command.inception_weights:
             raise
         return None
-    return load_inception(path, world.device).feature_network()
+    return load_inception(path, world.device).feature_extractor()

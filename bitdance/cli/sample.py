@@ -10,17 +10,17 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation import report, row_of
-from bitdance.cli.jobs import run_job
-from bitdance.cli.models import DEMO, Precision, class_names, load_pair
+from bitdance.cli.evaluation_report import report, row_of
 from bitdance.cli.parsing import Positional, parse
+from bitdance.cli.sampling_job import run_job
 from bitdance.config import EvaluationConfig
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
+from bitdance.weights.resolve import DEMO, Precision, class_names, load_pair
 
 if TYPE_CHECKING:
-    from bitdance.classes import ClassNames
-    from bitdance.distributed import World
-    from bitdance.generation.batches import Generator
+    from bitdance.data.class_names import ClassNames
+    from bitdance.runtime.process_group import World
+    from bitdance.sampling.pipeline import Generator
 
 GRID = "grid.png"
 RECORD = "samples.json"
@@ -110,19 +110,19 @@ def main(arguments: list[str]) -> None:
     per_class = 10 if command.per_class is None else command.per_class
     if per_class < 1:
         raise UserError(f"--per-class {per_class} images cannot be made: ask for at least 1.")
-    from bitdance.distributed import connect
+    from bitdance.runtime.process_group import init_distributed
 
-    with connect(command.device, command.threads) as world:
+    with init_distributed(command.device, command.threads) as world:
         _sample(command, per_class, world)
 
 
 def _sample(command: Sample, per_class: int, world: World) -> None:
     import torch
 
-    from bitdance.checkpoint import choose_weights
-    from bitdance.engine import SampleSettings
-    from bitdance.files import make_folder
-    from bitdance.generation.batches import Generator, cut
+    from bitdance.runtime.atomic_files import make_folder
+    from bitdance.sampling.pipeline import Generator, cut
+    from bitdance.sampling.sampler import SampleSettings
+    from bitdance.weights.weights_file import choose_weights
 
     model, autoencoder, contents = load_pair(
         command.model, command.autoencoder, command.weights, world.device, command.mixed_precision
@@ -152,11 +152,11 @@ def _sample(command: Sample, per_class: int, world: World) -> None:
 
 def _run_jobs(command: Sample, generator: Generator, stem: str, world: World) -> None:
     """One job for each seed, and their figures."""
-    from bitdance.evaluation.reference import Networks, find_reference
+    from bitdance.metrics.references import FeatureExtractors, find_reference
 
     assert command.num_images is not None
     images = ("npz",) if command.npz else () if command.evaluate else ("pngs",)
-    networks = Networks(command.evaluation, world)
+    networks = FeatureExtractors(command.evaluation, world)
     side = generator.model.config.grid * generator.autoencoder.config.down_size
     # Before the work is done, since the reference or the networks may be missing.
     reference = find_reference(command.evaluation, side, networks, world) if command.evaluate else None
@@ -181,9 +181,9 @@ def _run_jobs(command: Sample, generator: Generator, stem: str, world: World) ->
 
 def _resolved(command: Sample, path: pathlib.Path) -> dict[str, Any]:
     """Guidance, steps and chunk: as given, else as published for this model, else what suits a small one."""
-    from bitdance.config import ZOO
+    from bitdance.config import RELEASED_MODELS
 
-    release = {release.file.lower(): release for release in ZOO.values()}.get(path.name.lower())
+    release = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(path.name.lower())
     published = {"cfg_scale": release.cfg_scale, "sample_steps": 100, "chunk_size": release.chunk} if release else {}
     small = {"cfg_scale": 3.0, "sample_steps": 50, "chunk_size": 0}
     given = {name: getattr(command, name) for name in small}
@@ -219,9 +219,9 @@ def _clear(folder: pathlib.Path) -> None:
 def _write(
     command: Sample, per_class: int, pictures: Any, labels: list[int], names: ClassNames, resolved: dict[str, Any]
 ) -> pathlib.Path:
-    from bitdance.files import atomic_write
-    from bitdance.generation.pngs import save_png
-    from bitdance.pictures import grid
+    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.sampling.image_grid import grid
+    from bitdance.sampling.pngs import save_png
 
     folder, images = command.output, []
     for number, label in enumerate(labels):

@@ -7,15 +7,15 @@ import itertools
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation import report, row_of
-from bitdance.cli.jobs import run_job
-from bitdance.cli.models import DEMO, Precision, load_pair
+from bitdance.cli.evaluation_report import report, row_of
 from bitdance.cli.parsing import parse
+from bitdance.cli.sampling_job import run_job
 from bitdance.config import EvaluationConfig
-from bitdance.errors import UserError
+from bitdance.runtime.errors import UserError
+from bitdance.weights.resolve import DEMO, Precision, load_pair
 
 if TYPE_CHECKING:
-    from bitdance.distributed import World
+    from bitdance.runtime.process_group import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +66,17 @@ def main(arguments: list[str]) -> None:
     for flag in ("cfg_scales", "sample_steps", "solvers"):
         if not getattr(command, flag):
             raise UserError(f"--{flag.replace('_', '-')} names nothing: give at least one.")
-    from bitdance.distributed import connect
+    from bitdance.runtime.process_group import init_distributed
 
-    with connect(command.device, command.threads) as world:
+    with init_distributed(command.device, command.threads) as world:
         _sweep(command, world)
 
 
 def _sweep(command: Sweep, world: World) -> None:
-    from bitdance.checkpoint import choose_weights
-    from bitdance.engine import SampleSettings
-    from bitdance.evaluation.reference import Networks, find_reference
-    from bitdance.generation.batches import Generator
+    from bitdance.metrics.references import FeatureExtractors, find_reference
+    from bitdance.sampling.pipeline import Generator
+    from bitdance.sampling.sampler import SampleSettings
+    from bitdance.weights.weights_file import choose_weights
 
     model, autoencoder, contents = load_pair(
         command.model, command.autoencoder, command.weights, world.device, command.mixed_precision
@@ -87,7 +87,7 @@ def _sweep(command: Sweep, world: World) -> None:
         SampleSettings(steps, scale, command.cfg_schedule, solver=solver)
         for solver, steps, scale in itertools.product(command.solvers, command.sample_steps, command.cfg_scales)
     ]
-    networks = Networks(command.evaluation, world)
+    networks = FeatureExtractors(command.evaluation, world)
     side = model.config.grid * autoencoder.config.down_size
     reference = find_reference(command.evaluation, side, networks, world)
     rows: dict[str, dict[str, Any]] = {}

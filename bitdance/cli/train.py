@@ -8,9 +8,9 @@ import difflib
 import pathlib
 
 from bitdance.cli.parsing import MISSING, parse
-from bitdance.config import ZOO, LossConfig, ModelSizes, RunConfig, recipe
-from bitdance.errors import UserError
-from bitdance.hub import released_name
+from bitdance.config import RELEASED_MODELS, LossConfig, ModelSizes, TrainConfig, recipe
+from bitdance.runtime.errors import UserError
+from bitdance.weights.hub import released_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Train:
     """
 
     autoencoder: pathlib.Path
-    run: RunConfig
+    run: TrainConfig
     sizes: ModelSizes = dataclasses.field(default_factory=ModelSizes)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     model: str | None = None
@@ -37,7 +37,7 @@ class Train:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Train, arguments, "bitdance train", default=_recipe(arguments))
-    from bitdance.training.jobs import train_model
+    from bitdance.training.setup import train_model
 
     train_model(command.run, command.sizes, command.loss, command.autoencoder, command.device, dry_run=command.dry_run)
 
@@ -51,8 +51,8 @@ def _recipe(arguments: list[str]) -> Train | None:
         return None
     released = released_name(name)
     if released is None:
-        near = difflib.get_close_matches(name.upper().removeprefix("BITDANCE-"), ZOO, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name.upper().removeprefix("BITDANCE-"), RELEASED_MODELS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no recipe {name!r}: {hint}--model takes one of {', '.join(ZOO)}.")
-    run, sizes, loss = recipe(ZOO[released], MISSING)
+        raise UserError(f"there is no recipe {name!r}: {hint}--model takes one of {', '.join(RELEASED_MODELS)}.")
+    run, sizes, loss = recipe(RELEASED_MODELS[released], MISSING)
     return Train(MISSING, run, sizes, loss, name)

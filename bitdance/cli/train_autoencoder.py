@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from bitdance.cli.parsing import parse
-from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, RunConfig
+from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class TrainAutoencoder:
         device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
     """
 
-    run: RunConfig
+    run: TrainConfig
     network: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     loss: AutoencoderLossConfig = dataclasses.field(default_factory=AutoencoderLossConfig)
     device: str | None = None
@@ -25,6 +25,6 @@ class TrainAutoencoder:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder")
-    from bitdance.training.jobs import train_autoencoder
+    from bitdance.training.setup import train_autoencoder
 
     train_autoencoder(command.run, command.network, command.loss, command.device)

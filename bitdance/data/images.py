@@ -1,7 +1,7 @@
 """Labelled images in the places people keep them: class folders, archives of them, parquet files, CIFAR-10's archives.
 
-`open_images` looks at what a path holds, not only at its name, and returns an `ImageSet`: a fixed order of images, each
-with a label and a name, read one at a time. A set can be pickled, and read from several threads and processes at once.
+`open_images` looks at what a path holds, not only at its name, and returns an `ImageDataset`: a fixed order of images,
+each with a label and a name, read one at a time. A set can be pickled, and read from several threads and processes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from bitdance.data.image_set import (
+from bitdance.data.image_dataset import (
     MAX_FILE_BYTES,
-    ImageSet,
+    ImageDataset,
     NamedImages,
     by_class,
     by_class_in_archive,
@@ -30,8 +30,8 @@ from bitdance.data.image_set import (
     is_hidden,
 )
 from bitdance.data.parquet import ParquetImages, find_parquet
-from bitdance.data.tars import TarImages, first_names
-from bitdance.errors import UserError
+from bitdance.data.tar import TarImages, first_names
+from bitdance.runtime.errors import UserError
 
 Split = Literal["train", "test"]
 
@@ -50,7 +50,7 @@ _CIFAR_PIXELS = 3 * 32 * 32
 _CIFAR_MEMBERS = 100  # its archives have nine: there is no need to walk through all of a larger tar
 
 
-def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageSet:
+def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageDataset:
     """Opens labelled images, whatever they are kept in.
 
     Args:
@@ -85,7 +85,7 @@ def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageSe
         ) from error
 
 
-def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageSet] | None:
+def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageDataset] | None:
     """What reads the path; None for CIFAR-10, which says best what is wrong with anything else too."""
     if find_parquet(path):
         return ParquetImages
@@ -172,7 +172,7 @@ class _ZipImages(NamedImages):
         return {**self.__dict__, "_opened": None}
 
 
-class _CifarImages(ImageSet):
+class _CifarImages(ImageDataset):
     """CIFAR-10 as its authors publish it (https://www.cs.toronto.edu/~kriz/cifar.html), held in memory.
 
     Attributes:

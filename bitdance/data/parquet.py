@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bitdance.classes import are_imagenet, imagenet
-from bitdance.data.image_set import MAX_FILE_BYTES, ImageSet, decode_image
-from bitdance.errors import UserError
+from bitdance.data.class_names import are_imagenet, imagenet
+from bitdance.data.image_dataset import MAX_FILE_BYTES, ImageDataset, decode_image
+from bitdance.runtime.errors import UserError
 
 _ROWS_AT_ONCE = 16  # fewer cost calls, more cost bytes that nobody asked for
 _MAX_CLASSES = 1 << 20
 
 
-class ParquetImages(ImageSet):
+class ParquetImages(ImageDataset):
     """Rows of parquet files with the columns `image`, a struct with `bytes`, and `label`, an integer.
 
     Class names are those that the hub's library wrote into the file; those of ImageNet, and 1000 nameless classes,

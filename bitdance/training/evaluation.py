@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bitdance.config import EvaluationConfig, RunConfig
-from bitdance.distributed import World
-from bitdance.engine import SampleSettings
-from bitdance.evaluation.feature_sets import take_features
-from bitdance.evaluation.reference import Networks, find_reference
-from bitdance.evaluation.report import HEADINGS, check_network, figures
-from bitdance.evaluation.sources import Source
-from bitdance.generation.batches import Generator, cut, make_labels
-from bitdance.training.meter import Line, finite
-from bitdance.training.objectives import BitDanceObjective
+from bitdance.config import EvaluationConfig, TrainConfig
+from bitdance.metrics.feature_set import take_features
+from bitdance.metrics.image_sources import Source
+from bitdance.metrics.references import FeatureExtractors, find_reference
+from bitdance.metrics.report import HEADINGS, check_network, figures
+from bitdance.runtime.process_group import World
+from bitdance.sampling.pipeline import Generator, cut, make_labels
+from bitdance.sampling.sampler import SampleSettings
+from bitdance.training.losses import BitDanceLoss
+from bitdance.training.throughput import Line, finite
 
 LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", "precision", "recall")}
 """The figures in a line of the log, and what people call them."""
@@ -65,7 +65,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, objective: BitDanceObjective, config: RunConfig, labels: np.ndarray, world: World, in_bf16: bool
+        self, objective: BitDanceLoss, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
     ) -> None:
         settings = SampleSettings(config.eval_steps, config.eval_cfg_scale)
         generator = Generator(objective.network, objective.autoencoder, settings, SEED)
@@ -75,7 +75,7 @@ class Evaluation:
         self._batch_size = min(config.global_batch_size, LARGEST_BATCH)
         self._world = world
         wanted = EvaluationConfig(reference=config.eval_reference, inception_weights=config.eval_inception)
-        networks = Networks(wanted, world)
+        networks = FeatureExtractors(wanted, world)
         self._network = networks()[0]
         found = find_reference(wanted, config.image_size, networks, world)
         self._reference = next(iter(found.values())) if found else None

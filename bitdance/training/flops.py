@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitdance.autoencoder import Autoencoder
-from bitdance.model import BitDance
-from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 
 # Dense bf16, from the vendor's data sheets; the first name that a device's name contains.
 _PEAKS = {
@@ -42,7 +42,7 @@ def peak_bf16(device_name: str) -> float | None:
     return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
 
 
-def step_flops(objective: AutoencoderObjective | BitDanceObjective, images: int, side: int, encodes: bool) -> float:
+def step_flops(objective: AutoencoderLoss | BitDanceLoss, images: int, side: int, encodes: bool) -> float:
     """Operations of a training step, forward and backward.
 
     Args:
@@ -51,7 +51,7 @@ def step_flops(objective: AutoencoderObjective | BitDanceObjective, images: int,
         side: of the images, in pixels.
         encodes: whether each step makes the tokens of a model from images; else they are stored.
     """
-    if isinstance(objective, AutoencoderObjective):
+    if isinstance(objective, AutoencoderLoss):
         return autoencoder_flops(objective.network, images, side)
     total = model_flops(objective.network, images, objective.config.diff_batch_mul)
     return total + (images * encoder_flops(objective.autoencoder, side) if encodes else 0.0)

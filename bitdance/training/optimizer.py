@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bitdance.config import RunConfig
+from bitdance.config import TrainConfig
 
 NO_DECAY = ("proj_in", "cls_embedding", "query_token")
 """Parameters whose names contain one of these are not decayed, whatever their shape."""
@@ -24,7 +24,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_optimizer(network: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; its learning rate is set before each step."""
     groups = parameter_groups(network, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
@@ -59,22 +59,22 @@ class EMA:
             parameter.data, self.state[name] = self.state[name], parameter.data
 
 
-class Health:
+class NonFiniteGuard:
     """Which steps are skipped, decided and counted on the device: those whose gradients are not finite.
 
     The fused optimizer leaves parameters and its own state alone where `found_inf` is 1, and the moving average does
     too. Gradients have been averaged over all processes by then, so that all decide alike.
 
     Args:
-        skipped, in_a_row: the counts of a run that is resumed.
+        skipped, consecutive: the counts of a run that is resumed.
     """
 
-    def __init__(self, device: torch.device, skipped: int = 0, in_a_row: int = 0) -> None:
-        self.skipped, self.in_a_row = torch.tensor([skipped, in_a_row], device=device).unbind()
+    def __init__(self, device: torch.device, skipped: int = 0, consecutive: int = 0) -> None:
+        self.skipped, self.consecutive = torch.tensor([skipped, consecutive], device=device).unbind()
 
     def judge(self, grad_norm: Tensor) -> Tensor:
         """1 where the step is to be skipped, else 0: a float32 scalar on the device."""
         bad = ~torch.isfinite(grad_norm)
         self.skipped = self.skipped + bad
-        self.in_a_row = (self.in_a_row + 1) * bad
+        self.consecutive = (self.consecutive + 1) * bad
         return bad.float()

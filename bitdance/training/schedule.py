@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from bitdance.config import RunConfig
+from bitdance.config import TrainConfig
 
 
-def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of a step: lr * step / warmup, then lr, then a cosine from `decay_start` to `min_lr` at the end."""
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -17,7 +17,7 @@ def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
     return config.lr
 
 
-def random_crop_share(config: RunConfig, epoch: int) -> float:
+def random_crop_share(config: TrainConfig, epoch: int) -> float:
     """The share of images that are cropped at random in an epoch; the others get a centre crop.
 
     It falls linearly from 1 at `aug_decay_start_epoch` to 0 at `aug_decay_end_epoch`; a negative start, or an end that

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bitdance.training.batches import Batch
+from bitdance.training.loader import Batch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

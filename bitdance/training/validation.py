@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.config import RunConfig
-from bitdance.data.bits import BitSet, is_store, open_bits
-from bitdance.data.images import ImageSet, open_images
-from bitdance.distributed import World
-from bitdance.errors import UserError
-from bitdance.training.batches import Batches
-from bitdance.training.objectives import AutoencoderObjective, BitDanceObjective
+from bitdance.config import TrainConfig
+from bitdance.data.images import ImageDataset, open_images
+from bitdance.data.token_cache import TokenDataset, is_token_cache, open_token_cache
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.training.loader import Loader
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.transfer import to_device
 
 _LAST_STEP = 2**32 - 1
@@ -39,23 +39,23 @@ class Validation:
 
     def __init__(
         self,
-        objective: AutoencoderObjective | BitDanceObjective,
-        config: RunConfig,
+        objective: AutoencoderLoss | BitDanceLoss,
+        config: TrainConfig,
         classes: tuple[str, ...],
         world: World,
         autoencoder: str | None = None,
     ) -> None:
         assert config.val_path is not None
         same = config.val_path.resolve() == config.data_path.resolve()
-        images: ImageSet | BitSet
-        if is_store(config.val_path):
+        images: ImageDataset | TokenDataset
+        if is_token_cache(config.val_path):
             if autoencoder is None:
                 raise UserError(f"--val-path {config.val_path} holds bits: an autoencoder is validated on images.")
-            images = open_bits(config.val_path)
+            images = open_token_cache(config.val_path)
             images.check(autoencoder, config.image_size)
         else:
             images = open_images(config.val_path, "test" if same else "train")
-        if isinstance(objective, BitDanceObjective):
+        if isinstance(objective, BitDanceLoss):
             _renumber(images, classes)
         size = min(config.global_batch_size, len(images) // world.size * world.size)
         if size == 0:
@@ -63,11 +63,11 @@ class Validation:
                 f"{images.path} holds {len(images)} images, fewer than the {world.size} processes: add some."
             )
         settings = dataclasses.replace(config, global_batch_size=size, random_crop=False)
-        self.batches = Batches(images, settings, world)
+        self.batches = Loader(images, settings, world)
         self.count = min(self.batches.steps_per_epoch, -(-config.val_images // size))
         self.world = world
         self._objective = copy.copy(objective)
-        if isinstance(self._objective, BitDanceObjective):
+        if isinstance(self._objective, BitDanceLoss):
             self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class Validation:
         return self.world.mean(torch.stack(losses).float().mean())
 
 
-def _renumber(images: ImageSet | BitSet, classes: tuple[str, ...]) -> None:
+def _renumber(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -> None:
     """Gives the labels of a set the numbers that its classes have in training."""
     if unknown := [name for name in images.classes if name not in classes]:
         raise UserError(

@@ -1,0 +1,194 @@
+"""The names of a model's classes: from an id, a name or a WordNet id to the class, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from bitdance.runtime.errors import UserError
+
+_ID = re.compile(r"-?[0-9]{1,20}")
+_WORDNET_ID = re.compile(r"n[0-9]{8}")
+
+
+def _key(name: str) -> str:
+    """Equal for names that differ only in case, spaces, underscores, dashes, quotes or Unicode form."""
+    name = unicodedata.normalize("NFKC", name).casefold().replace("\u2019", "'")
+    return re.sub(r"[\s_\-\u2010-\u2015]+", " ", name).strip()
+
+
+def _shown(query: str) -> str:
+    return repr(query if len(query) <= 60 else query[:59] + "…")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassNames:
+    """The names of a model's classes, in the order of their ids.
+
+    Attributes:
+        names: for each class its names; the first is the label.
+        wordnet_ids: for each class its WordNet id ("n02099601"), where the classes are WordNet's.
+        definitions: for each class what it is, in a few words; tells classes of one name apart.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    wordnet_ids: tuple[str, ...] | None = None
+    definitions: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise UserError("a model needs at least one class, and this one has none.")
+        assert all(self.names), "every class has a name"
+        assert self.wordnet_ids is None or len(self.wordnet_ids) == len(self.names)
+        assert self.definitions is None or len(self.definitions) == len(self.names)
+
+    @classmethod
+    def from_labels(cls, labels: Sequence[str]) -> ClassNames:
+        """One name a class, such as the folders of a data set; WordNet ids of ImageNet classes get ImageNet's names."""
+        if labels and all(_WORDNET_ID.fullmatch(label) for label in labels):
+            known = imagenet()
+            found = [known._index.get(label, []) for label in labels]
+            if all(found):
+                return known._subset([classes[0] for classes in found])
+        return cls(tuple((label,) for label in labels))
+
+    def _subset(self, classes: Sequence[int]) -> ClassNames:
+        def chosen(values: Sequence[str] | None) -> tuple[str, ...] | None:
+            return None if values is None else tuple(values[i] for i in classes)
+
+        return ClassNames(tuple(self.names[i] for i in classes), chosen(self.wordnet_ids), chosen(self.definitions))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def label(self, index: int) -> str:
+        """The first name of class `index`.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        return self.names[self._checked(index)][0]
+
+    def find(self, query: str | int) -> int:
+        """The class that `query` means: an id (0 to the number of classes - 1), a name or a WordNet id.
+
+        In names, case does not matter, and spaces, "_" and "-" are the same. All the names of one class, joined by
+        ", ", are a name of it too. Digits are always an id, also where a label is a number.
+
+        Raises:
+            UserError: no class, or more than one, is meant; the message names the nearest, or all of them.
+        """
+        if not isinstance(query, str):
+            try:
+                if isinstance(query, bool):
+                    raise TypeError
+                return self._checked(operator.index(query))
+            except TypeError:
+                raise UserError(f"{query!r} is not a class: give an id, a name or a WordNet id.") from None
+        if _ID.fullmatch(query.strip()):
+            return self._checked(int(query.strip()))
+        key = _key(query)
+        if not key:
+            raise UserError(f"{_shown(query)} is not a class: give an id, a name or a WordNet id.")
+        classes = self._index.get(key, [])
+        if len(classes) > 1:
+            listed = "; ".join(self._told_apart(i, key) for i in classes)
+            raise UserError(f"{_shown(query)} means {len(classes)} classes, give the id of one: {listed}.")
+        if not classes:
+            near = self._nearest(key)
+            advice = f"did you mean {', '.join(near)}?" if near else f"give a name or an id, {self._range()}."
+            raise UserError(f"there is no class {_shown(query)}: {advice}")
+        return classes[0]
+
+    def find_all(self, queries: Sequence[str | int]) -> list[int]:
+        """The classes that `queries` mean, in their order, repeats kept.
+
+        Each is what `find` takes, "all", or a comma-separated list of these; a string that is a name as it stands is
+        not split.
+
+        Raises:
+            UserError: as `find`.
+        """
+        classes: list[int] = []
+        for query in [queries] if isinstance(queries, str) else queries:
+            text = query if isinstance(query, str) else ""
+            parts = [part for part in text.split(",") if part.strip()]
+            if _key(text) == "all":
+                classes += range(len(self))
+            elif "," in text and parts and _key(text) not in self._index:
+                classes += self.find_all(parts)
+            else:
+                classes.append(self.find(query))
+        return classes
+
+    @functools.cached_property
+    def _index(self) -> dict[str, list[int]]:
+        """Key of a name, of all names joined, or of a WordNet id -> its classes, in ascending order."""
+        index: dict[str, list[int]] = {}
+        for i, names in enumerate(self.names):
+            wordnet_id = self.wordnet_ids[i : i + 1] if self.wordnet_ids else ()
+            for key in {_key(name) for name in (*names, ", ".join(names), *wordnet_id)}:
+                index.setdefault(key, []).append(i)
+        return index
+
+    def _checked(self, index: int) -> int:
+        if 0 <= index < len(self):
+            return index
+        shown = index if abs(index) < 10**20 else "of so large an id"  # Python refuses to print the largest
+        raise UserError(f"class {shown} does not exist: the model has classes {self._range()}.")
+
+    def _range(self) -> str:
+        return f"0 to {len(self) - 1}"
+
+    def _told_apart(self, index: int, key: str) -> str:
+        others = ", ".join(name for name in self.names[index] if _key(name) != key)
+        if not others and self.definitions is not None:
+            others = self.definitions[index].replace(";", ",")
+        return f"{index} ({others})" if others else str(index)
+
+    def _nearest(self, key: str) -> list[str]:
+        """At most three "name (id)": names that hold the query's words come before names spelled like it."""
+        import difflib
+
+        matcher = difflib.SequenceMatcher(autojunk=False)
+        matcher.set_seq2(key[:100])
+        ranked = []
+        for i, names in enumerate(self.names):
+            best = (False, 0.0, "")
+            for name in names:
+                matcher.set_seq1(_key(name)[:100])
+                best = max(best, (f" {key} " in f" {_key(name)} ", matcher.ratio(), name))
+            if best[0] or best[1] >= 0.6:
+                ranked.append((best, i))
+        ranked.sort(key=lambda found: found[0][:2], reverse=True)
+        return [f"{name} ({i})" for (_, _, name), i in ranked[:3]]
+
+
+@functools.cache
+def imagenet() -> ClassNames:
+    """The 1000 classes of ILSVRC-2012 in their standard order (by WordNet id), with WordNet's names."""
+    import importlib.resources
+
+    file = importlib.resources.files("bitdance") / "assets" / "imagenet_classes.tsv"
+    rows = [line.split("\t") for line in file.read_text("utf-8").splitlines()]
+    wordnet_ids, names, definitions = zip(*rows, strict=True)
+    return ClassNames(tuple(tuple(row.split(", ")) for row in names), wordnet_ids, definitions)
+
+
+def are_imagenet(labels: Sequence[str]) -> bool:
+    """Whether these are ImageNet's 1000 classes in their order: names of any sort, of which 1 % may be unknown."""
+    known = imagenet()
+    if len(labels) != len(known):
+        return False
+    names = ((label, *label.split(",")) for label in labels)
+    found = [any(i in known._index.get(_key(name), ()) for name in group) for i, group in enumerate(names)]
+    return sum(found) >= 0.99 * len(known)
+
+
+def numbered(count: int) -> ClassNames:
+    """Names "class 0", "class 1", ... for a model of `count` classes that come without names."""
+    return ClassNames(tuple((f"class {i}",) for i in range(count)))

@@ -1,0 +1,194 @@
+"""The autoencoder d16c32 and its relatives: image -> bits -> image, fully convolutional, no attention.
+
+Section 2 of the paper's appendix names the tokenizer; the architecture is that of WeTok (arXiv 2508.05599). Parameter
+names are those of the released files.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitdance.config import AutoencoderConfig
+from bitdance.models.quantizer import quantize
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm as everywhere in this network: 32 groups, eps 1e-6."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """GN, swish, 3x3, GN, swish, 3x3, plus the input: (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.norm2 = group_norm(c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+def res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+    """`count` residual blocks, the first of which changes the width."""
+    return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
+
+
+class DownLevel(nn.Module):
+    """Residual blocks, then, but for the last level, a stride-2 convolution."""
+
+    def __init__(self, c_in: int, c_out: int, count: int, downsample: bool) -> None:
+        super().__init__()
+        self.block = res_blocks(c_in, c_out, count)
+        if downsample:
+            self.downsample = nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.downsample(x) if hasattr(self, "downsample") else x
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) in [-1, 1] -> what the sign is taken of, (B, C, h, w)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.down = nn.ModuleList(
+            DownLevel(widths[max(i - 1, 0)], width, config.blocks, downsample=i < len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = res_blocks(widths[-1], widths[-1], config.blocks)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        for block in self.mid_block:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm whose scale and bias follow from the bits: their standard deviation and mean over the grid.
+
+    scale = gamma(sqrt(unbiased variance + 1e-6)), not 1 + that; bias = beta(mean).
+    """
+
+    def __init__(self, bits: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6, affine=False)
+        self.gamma = nn.Linear(bits, channels)
+        self.beta = nn.Linear(bits, channels)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x (B, c, H, W), style (B, C, h, w) -> (B, c, H, W)."""
+        style = style.flatten(2)  # (B, C, h * w)
+        scale = self.gamma((style.var(dim=-1) + 1e-6).sqrt())
+        bias = self.beta(style.mean(dim=-1))
+        return self.norm(x) * scale[..., None, None] + bias[..., None, None]
+
+
+class Upsample(nn.Module):
+    """3x3 convolution from c to 4c, then depth to space: the channel axis splits as (2, 2, c)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        b, c, h, w = x.shape
+        x = x.reshape(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)  # (B, c, h, 2, w, 2)
+        return x.reshape(b, c // 4, 2 * h, 2 * w)
+
+
+class UpLevel(nn.Module):
+    """Residual blocks, then, but for the finest level, an upsampler."""
+
+    def __init__(self, c_in: int, c_out: int, count: int, upsample: bool) -> None:
+        super().__init__()
+        self.block = res_blocks(c_in, c_out, count)
+        if upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class Decoder(nn.Module):
+    """Bits (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        inputs = (*widths[1:], widths[-1])  # level i reads what level i + 1 wrote; the last one reads the middle
+        self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
+        self.mid_block = res_blocks(widths[-1], widths[-1], config.blocks)
+        self.up = nn.ModuleList(
+            UpLevel(inputs[i], width, config.blocks, upsample=i > 0) for i, width in enumerate(widths)
+        )
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(config.bits, width) for width in inputs)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, bits: Tensor) -> Tensor:
+        x = self.conv_in(bits)
+        for block in self.mid_block:
+            x = block(x)
+        for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
+            x = level(adaptive(x, bits))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """Image <-> bits. An image is (B, 3, H, W) in [-1, 1], RGB; bits are (B, C, H / f, W / f) in {-1, +1}.
+
+    f is `config.down_size`; H and W must be multiples of it.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, h, w) +-1; a bit is +1 where the encoder's output is > 0.
+
+        Raises:
+            ValueError: the image's sides are not multiples of `down_size`.
+        """
+        height, width = images.shape[-2:]
+        if height % self.config.down_size or width % self.config.down_size:
+            raise ValueError(
+                f"an image of {width}x{height} pixels does not fit the autoencoder: "
+                f"both sides must be multiples of {self.config.down_size}."
+            )
+        return quantize(self.encoder(images))
+
+    def decode(self, bits: Tensor) -> Tensor:
+        """(B, C, h, w) +-1 -> (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decoder(bits)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) about [-1, 1] -> (B, H, W, 3) uint8: clamp(127.5 x + 128, 0, 255) in float32, truncated.
+
+    Differs from the original: it rounds in bf16, which brightens about 39% of the values by one level.
+    """
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

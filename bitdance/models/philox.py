@@ -1,0 +1,107 @@
+"""Counter-based random numbers: every draw is a function of what it is for, never of what was drawn before.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a key and a counter to four
+random 32-bit words. The key is (seed, row), a row being an image's number in a sampling job or its place in the global
+batch in training; the counter is (element // 4, draw, step, stream). So an image's noise depends neither on the rest of
+its batch nor on the number of processes, and the words are equal on every device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bitdance.runtime.errors import UserError
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+# Streams keep draws for different purposes apart: the last word of the counter.
+SAMPLE = 0
+SAMPLE_NULL = 1
+SAMPLE_ORDER = 2
+SAMPLE_LABEL = 3
+TRAIN_TIME = 16
+TRAIN_NOISE = 17
+TRAIN_FLIP = 18
+TRAIN_LABEL = 19
+TRAIN_CROP = 20
+TRAIN_ORDER = 21
+ENCODE_CROP = 32
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox-4x32 with 10 rounds.
+
+    Args:
+        counter, key: int64 tensors of values in [0, 2**32) that broadcast against each other.
+
+    Returns:
+        Four int64 tensors of values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit products wrap in int64, which leaves their bits right; the mask undoes the sign of the shift.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+    """Random 32-bit words for `draws` draws of `size` elements for each row: (draws, B, 4 * ceil(size / 4)) int64.
+
+    Args:
+        seed: 0 <= seed < 2**32.
+        rows: (B,) int64, 0 <= row < 2**32; the device of the result.
+        size: elements of a draw.
+        stream: what the words are for, one of this module's constants.
+        step: 0 <= step < 2**32, the step of sampling or of training.
+        draws: draw d of the result has the number d in the counter.
+
+    Raises:
+        UserError: the seed or the step is out of range.
+    """
+    for name, value in (("seed", seed), ("step", step)):
+        if not 0 <= value <= _MASK:
+            raise UserError(f"{name} {value} is out of range: it must lie between 0 and {_MASK}.")
+    device = rows.device
+    element = torch.arange((size + 3) // 4, device=device)
+    draw = torch.arange(draws, device=device)[:, None, None]
+    # Filled in by the device: numbers copied to a GPU would have the host wait for it.
+    step_word, stream_word, seed_word = (
+        torch.full((), value, dtype=torch.int64, device=device) for value in (step, stream, seed)
+    )
+    out = philox((element, draw, step_word, stream_word), (seed_word, rows[:, None]))
+    return torch.stack(out, dim=-1).flatten(-2)
+
+
+def uniform(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+    """Uniform numbers on [0, 1), multiples of 2**-24, arguments as in `words`: (draws, B, size) float32."""
+    w = words(seed, rows, size, stream=stream, step=step, draws=draws)[..., :size]
+    return (w >> 8).to(torch.float32) * 2.0**-24
+
+
+def normal(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+    """Standard normal numbers by Box and Muller, arguments as in `words`: (draws, B, size) float32.
+
+    The words are the same on every device; logarithm and cosine are the device's own, so the normals agree to 1e-6.
+    """
+    w = words(seed, rows, size, stream=stream, step=step, draws=draws).unflatten(-1, (-1, 2)) >> 8  # 24 bits
+    radius = torch.sqrt(-2.0 * torch.log((w[..., 0] + 1).to(torch.float32) * 2.0**-24))
+    # The angle is a quarter turn, of 4, and a place in it within an eighth turn of 0: near 0 float32 is finest. All
+    # angles are thereby an eighth turn less than 2 pi u, which is as uniform.
+    quarter, place = w[..., 1] >> 22, (w[..., 1] & 0x3FFFFF).to(torch.float32) * 2.0**-22 - 0.5
+    x, y = radius * torch.cos(place * (math.pi / 2)), radius * torch.sin(place * (math.pi / 2))
+    turned, back = quarter % 2 == 1, quarter >= 2
+    x, y = torch.where(turned, -y, x), torch.where(turned, x, y)
+    return torch.where(back[..., None], -1.0, 1.0).mul(torch.stack([x, y], dim=-1)).flatten(-2)[..., :size]

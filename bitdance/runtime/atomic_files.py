@@ -1,0 +1,174 @@
+"""Writing files so that nobody ever sees half of one, and telling them apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+from bitdance.runtime.errors import UserError
+
+# What the process may not give to others in files that it makes; it can only be read by setting it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a temporary path beside `path`; what was written there is synced and renamed to `path` on success.
+
+    On any error the temporary file is removed and `path` stays as it was. Missing parent folders are made.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    path = pathlib.Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    make_folder(path.parent)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make their files private
+        rename(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary), str(path.parent)):
+            reason = error.strerror or error
+            raise UserError(f"cannot write {path}: {reason}; free some space or choose another place.") from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # an error on the way here says more
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what processes that were killed left in `folder` of files that they were writing.
+
+    `atomic_write` has names of its own for them, and so has safetensors, which writes to a temporary file first too.
+    """
+    for path in folder.glob(".*tmp*"):
+        if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}", path.name):
+            path.unlink(missing_ok=True)
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place.") from error
+
+
+def rename(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a file or a folder, over what is there, and makes that durable."""
+    os.replace(source, target)
+    _sync_folder(target.parent)
+
+
+def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
+    """The digest of a file's bytes, hexadecimal; `algorithm` is a name that hashlib knows."""
+    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings for people and programs, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
+    """Reads settings; `advice` ends the sentence where that fails.
+
+    Raises:
+        UserError: it cannot be read, or holds no settings.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
+    return found
+
+
+def differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What two sets of settings differ in, in words; "" if in nothing."""
+    keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
+    return "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
+
+
+@contextlib.contextmanager
+def open_alone(path: pathlib.Path, patience: float, waiting: str) -> Iterator[BinaryIO]:
+    """Opens a file to append, unbuffered, while no other process has it open so; waits for that.
+
+    Where the system or the file system has no locks, the file is opened all the same.
+
+    Args:
+        patience: seconds to wait, `math.inf` for as long as it takes.
+        waiting: what to say, once, when another process is there; with a finite patience the error's words.
+
+    Raises:
+        UserError: the file cannot be written, or patience ended.
+    """
+    deadline, said = time.monotonic() + patience, patience < math.inf
+    while True:
+        try:
+            file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+        with file:
+            if _try_lock(file):
+                # The other process may have renamed or removed the file: then a lock on it keeps nobody out.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                        yield file
+                        return
+                continue
+        if time.monotonic() > deadline:
+            raise UserError(waiting)
+        if not said:
+            print(f"bitdance: {waiting}", file=sys.stderr)
+            said = True
+        time.sleep(0.1)
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # some network file systems have no locks
+    return True
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename in `folder` durable, where the system allows a folder to be opened at all."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
