@@ -8,7 +8,8 @@ A shard covers a range of the images and has the tensors
 - `checksums` (n, crops, flips) int32, the CRC-32 of each view, begun at the image's label, compared at every reading;
 - `labels` and `indices` (n,) int64: classes, and places in the set of images.
 
-The metadata of each shard say how the whole store was made (`TokenCacheInfo`), which images it covers and which were bad.
+The metadata of each shard say how the whole cache was made (`TokenCacheInfo`), which images it covers and which
+were bad.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class Meter:
 
         Returns:
             The means; `skipped` steps of the whole run, those of them `consecutive` up to now; `images_per_second` of
-            all processes; `waiting`, the share of time spent waiting for images; `tflops` of one process, and `mfu`, their
-            share of what its GPU can do, where that is known.
+            all processes; `waiting`, the share of time spent waiting for images; `tflops` of one process, and `mfu`,
+            their share of what its GPU can do, where that is known.
         """
         counts = torch.stack([self._health.skipped, self._health.consecutive]).float()
         sums = torch.stack([value.float() for value in self._sums.values()])
