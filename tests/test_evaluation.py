@@ -260,7 +260,7 @@ def test_any_number_of_processes_takes_the_same_features(tmp_path, processes):
 
 
 def test_a_batch_size_changes_no_bit_of_the_statistics(tmp_path, monkeypatch):
-    for module in ("feature_sets", "statistics"):
+    for module in ("feature_set", "statistics"):
         monkeypatch.setattr(f"bitdance.metrics.{module}.BLOCK", 8)
     source = open_source(save(tmp_path / "a.npz", pixels(23)))
     found = [take_features(source, [SMALL], ALONE, batch_size=size)[0] for size in (1, 5, 8, 20)]
