@@ -8,8 +8,8 @@ import math
 import pytest
 
 from bitdance.config import (
+    MODEL_SIZES,
     RELEASED_MODELS,
-    SIZES,
     AutoencoderConfig,
     AutoencoderLossConfig,
     BitDanceConfig,
@@ -131,7 +131,7 @@ def test_the_zoo_holds_the_published_table():
     for release in RELEASED_MODELS.values():
         config = release.config
         assert (config.grid, config.bits, config.cls_token_num, config.num_classes) == (16, 32, 64, 1000)
-        assert dataclasses.replace(config, parallel_num=1) == SIZES[release.family]
+        assert dataclasses.replace(config, parallel_num=1) == MODEL_SIZES[release.family]
         assert release.file == f"BitDance_{release.family[-1]}_{config.parallel_num}X.pt"
     published = {
         name: (r.cfg_scale, r.batch, r.chunk, r.fid, r.inception_score, r.precision, r.recall)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from bitdance.cli import original_cli
-from bitdance.config import RELEASED_MODELS, SIZES, AutoencoderConfig, BitDanceConfig
+from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.weights import weights_file
@@ -71,7 +71,7 @@ def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name)
     (tmp_path / MODELS).mkdir(parents=True)
     weights_file.save_released(tmp_path / MODELS / release.file, network)
     weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
-    monkeypatch.setitem(original_cli.SIZES, release.family, network.config)
+    monkeypatch.setitem(original_cli.MODEL_SIZES, release.family, network.config)
     monkeypatch.chdir(tmp_path)
     script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
     small.LAUNCHERS[script]([*arguments, *LESS])
@@ -193,7 +193,7 @@ def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes
 
 def stand_in(name: str) -> BitDanceConfig:
     """What SMALLER makes of a released model."""
-    return dataclasses.replace(SIZES["BitDance-Tiny"], parallel_num=RELEASED_MODELS[name].config.parallel_num, grid=4)
+    return dataclasses.replace(MODEL_SIZES["BitDance-Tiny"], parallel_num=RELEASED_MODELS[name].config.parallel_num, grid=4)
 
 
 def results(name: str) -> str:

@@ -1,10 +1,11 @@
-"""The command `bitdance`: finds the subcommand, runs it, and turns errors into sentences.
+"""The command `bitdance`: finds the subcommand, runs it and prints errors as sentences.
 
 Nothing heavy is imported before a subcommand is chosen, so `bitdance --help` answers at once.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -13,18 +14,32 @@ from collections.abc import Callable
 from typing import Any
 
 COMMANDS = {
-    "sample": "generate images of classes: PNGs and one labelled grid",
-    "download": "fetch released models, the autoencoder, or what an evaluation needs",
-    "info": "show what is inside a file of weights, or how a training run goes",
-    "encode": "store the bits of a set of images, to train from without the encoder",
-    "train": "train a BitDance model on images or on stored bits",
+    "sample": "sample images of classes: PNGs and a labelled grid",
+    "download": "download released models, the autoencoder, or what an evaluation needs",
+    "info": "show what is in a file of weights, or the status of a training run",
+    "encode": "encode a set of images to a token cache, to train from without the encoder",
+    "train": "train a BitDance model on images or on a token cache",
     "train-autoencoder": "train an autoencoder on images",
     "evaluate": "FID, sFID, Inception Score, precision and recall of images",
-    "sweep": "figures of a model over guidance scales, steps and solvers",
+    "sweep": "evaluate a model over guidance scales, steps and solvers",
     "reconstruct": "encode and decode images: pictures, PSNR, SSIM and rFID",
-    "nearest": "find the training image that is nearest to each generated one",
+    "nearest": "find the nearest training image of each sample",
     "convert": "write weights in our format or in the released layout",
 }
+
+EXAMPLES = """
+bitdance sample                                  samples of all classes of the demo model, in samples/
+bitdance sample "golden retriever" 388 --model BitDance-B-16X
+bitdance train --data-path pictures.zip --autoencoder demo --image-size 32 --output runs/model
+bitdance info runs/model
+"""
+
+# Errors of the system that a user can fix: a path, permissions, space.
+_USER_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in "ENOENT EACCES EPERM ENOSPC EDQUOT EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ENOTEMPTY EFBIG ELOOP".split()
+    if hasattr(errno, name)
+)
 
 
 def _help() -> str:
@@ -32,19 +47,26 @@ def _help() -> str:
     lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: bitdance COMMAND [OPTIONS]    (bitdance COMMAND --help shows a command's options)",
+            "usage: bitdance [--debug] COMMAND [OPTIONS]    (bitdance COMMAND --help shows a command's options)",
             "",
-            "Class-conditional images from an autoregressive transformer over binary tokens.",
+            "Class-conditional image generation with an autoregressive transformer over binary tokens.",
             "",
             "commands:",
             *lines,
+            "",
+            "examples:",
+            *(f"  {line}" for line in EXAMPLES.strip().splitlines()),
+            "",
+            "--debug shows the traceback of an error.",
         ]
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `bitdance` with these arguments, by default the process's; exits with status 2 on a user's error."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return
@@ -55,42 +77,56 @@ def main(arguments: list[str] | None = None) -> None:
         return
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        print(f"bitdance: there is no command {name!r}: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        print(f"bitdance: there is no command {name!r}: {advice}", file=sys.stderr)
         raise SystemExit(2)
-    call(importlib.import_module(f"bitdance.cli.{name.replace('-', '_')}").main, rest)
+    call(importlib.import_module(f"bitdance.cli.{name.replace('-', '_')}").main, rest, debug=debug)
 
 
-def call(command: Callable[..., None], *arguments: Any, **settings: Any) -> None:
-    """Calls a command; a `UserError`, or a file that cannot be used, becomes one line on stderr and exit status 2."""
+def call(command: Callable[[list[str]], None], arguments: list[str], debug: bool = False) -> None:
+    """Calls a command and prints errors that a user can fix as one line, with exit status 2.
+
+    Those are a `UserError`, a path that cannot be used, and a lack of memory. Any other exception is an error of this
+    program, and its traceback is shown.
+
+    Args:
+        command: takes the arguments.
+        arguments: of the command.
+        debug: show the traceback of every error.
+    """
     from bitdance.runtime.errors import Interrupted, UserError
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     try:
-        command(*arguments, **settings)
-    except (UserError, OSError) as error:
-        print(f"bitdance: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+        command(arguments)
+    except Exception as error:
+        if debug:
             raise
-        print(
-            "bitdance: there is not enough memory: lower the batch size (--batch-size, --per-proc-batch-size, "
-            "--global-batch-size) or --chunk-size.",
-            file=sys.stderr,
-        )
+        if isinstance(error, Interrupted):
+            if os.environ.get("RANK", "0") == "0":  # all processes stop together
+                print(f"bitdance: {error}", file=sys.stderr)
+            raise SystemExit(128 + error.signal) from None
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
+            message = "there is not enough memory: lower `batch_size` or `chunk_size`."
+        elif isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _USER_ERRORS):
+            message = " ".join(str(error).split())
+        else:
+            raise
+        from bitdance.cli.parsing import with_flags
+
+        print(f"bitdance: {with_flags(message)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":  # all processes stop together
-            print(f"bitdance: {stop}", file=sys.stderr)
-        raise SystemExit(128 + stop.signal) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def _end_with_launcher() -> None:
-    """Has Linux end this process with torchrun, which, when it is killed itself, would leave its processes behind.
+    """Has Linux end this process with torchrun, which leaves its processes running when it is killed.
 
     Called before anything heavy is imported, which takes seconds in which torchrun could end unnoticed.
     """

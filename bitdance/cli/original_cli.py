@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from bitdance.cli.parsing import parse
 from bitdance.cli.sampling_job import run_job
-from bitdance.config import SIZES, LossConfig, ModelSizes, TrainConfig
+from bitdance.config import MODEL_SIZES, LossConfig, ModelSizes, TrainConfig
 from bitdance.runtime.errors import UserError
 from bitdance.weights.resolve import load_pair
 
@@ -261,7 +261,7 @@ def _check_against_checkpoint(model: BitDance, flags: ModelFlags, parallel: Para
         "--parallel-num": (parallel.parallel_num, config.parallel_num),
         "--parallel-mode": (parallel.parallel_mode, config.token_order),
     }
-    own = {name for name, size in SIZES.items() if (size.dim, size.n_layer) == (config.dim, config.n_layer)}
+    own = {name for name, size in MODEL_SIZES.items() if (size.dim, size.n_layer) == (config.dim, config.n_layer)}
     if flags.model not in own:
         there["--model"] = (flags.model, f"a width of {config.dim} and {config.n_layer} layers")
     for flag, (given, found) in there.items():
@@ -284,7 +284,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
             "--trained-vae is missing: training needs the autoencoder that makes the tokens, such as "
             "models/BitDance-ImageNet/ae_d16c32.pt."
         )
-    sizes = SIZES[model_flags.model or "BitDance-L"]
+    sizes = MODEL_SIZES[model_flags.model or "BitDance-L"]
     chosen = ModelSizes(
         dim=sizes.dim,
         n_layer=sizes.n_layer,

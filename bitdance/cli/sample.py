@@ -1,213 +1,220 @@
-"""`bitdance sample`: images of classes, as PNGs and one labelled grid."""
+"""`bitdance sample`: images of classes, as PNGs and a labelled grid; or a job of many images."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation_report import report, row_of
+from bitdance.cli.options import DeviceOptions, ModelOptions, Solver
 from bitdance.cli.parsing import Positional, parse
-from bitdance.cli.sampling_job import run_job
 from bitdance.config import EvaluationConfig
-from bitdance.runtime.errors import UserError
-from bitdance.weights.resolve import DEMO, Precision, class_names, load_pair
+from bitdance.runtime.errors import UserError, check_fields
 
 if TYPE_CHECKING:
-    from bitdance.data.class_names import ClassNames
+    import numpy as np
+
     from bitdance.runtime.process_group import World
-    from bitdance.sampling.pipeline import Generator
+    from bitdance.sampling.pipeline import Pipeline
 
 GRID = "grid.png"
 RECORD = "samples.json"
-SHOWN = 20
+MAX_CLASSES = 20
+"""Classes sampled by default from a model with many."""
+
+EXAMPLES = """
+bitdance sample
+bitdance sample "golden retriever" 388 volcano --model BitDance-B-16X --per-class 4 --output pictures
+bitdance sample --model runs/model --num-images 50000 --npz --output results
+bitdance sample --model runs/model --num-images 10000 --evaluate --reference data.zip --seeds 3
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class What:
+    """What to sample.
+
+    Attributes:
+        classes: ids or names, such as 207 or "golden retriever"; by default all classes, or the first 20 of many.
+        per_class: images of each class, by default 10.
+        num_images: instead of a few images per class, so many of all classes in random order: a job that can be
+            interrupted and run by several processes under torchrun, and ends with a folder of PNGs or one .npz.
+        labels: classes of such a job: balanced, or each drawn at random.
+        seed: the same seed gives the same images.
+    """
+
+    classes: Positional[tuple[str, ...]] = ()
+    per_class: int | None = None
+    num_images: int | None = None
+    labels: Literal["balanced", "random"] = "balanced"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How to sample.
+
+    Attributes:
+        cfg_scale: guidance scale, 1 for none; by default the published one of a released model, else 3.
+        cfg_schedule: linear grows from 1 with the steps; constant.
+        num_steps: solver steps of the diffusion head for each token; by default 100 for a released model, else 50.
+        solver: euler-maruyama as published; euler and heun (second order) are deterministic after the first noise.
+        share_first: share the first tokens with the unconditional rows, which the published samples do not.
+        batch_size: images at once.
+        chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
+        compile: compile the head network first: no, default, or reduce-overhead (CUDA graphs).
+    """
+
+    cfg_scale: float | None = None
+    cfg_schedule: Literal["linear", "constant"] = "linear"
+    num_steps: int | None = None
+    solver: Solver = "euler-maruyama"
+    share_first: bool = False
+    batch_size: int = 100
+    chunk_size: int | None = None
+    compile: Literal["no", "default", "reduce-overhead"] = "no"
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `Pipeline.sampling_config`."""
+        names = ("cfg_scale", "num_steps", "cfg_schedule", "share_first", "solver")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What to write.
+
+    Attributes:
+        output: folder for grid.png, the images and samples.json; images of an earlier call there are replaced.
+        npz: of a job, write one .npz instead of PNGs.
+        save_bits: of a job, also write the packed bits.
+        evaluate: of a job, compute metrics (FID and others): features are extracted from the images as they are
+            sampled, and the images themselves are kept only with --npz.
+        seeds: evaluate so many seeds, starting at --seed, and report mean and standard deviation.
+    """
+
+    output: pathlib.Path = pathlib.Path("samples")
+    npz: bool = False
+    save_bits: bool = False
+    evaluate: bool = False
+    seeds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Generate images of classes: PNGs and one labelled grid.
+    """Sample images of classes: PNGs and a labelled grid."""
 
-    Attributes:
-        classes: ids or names, such as 207 or "golden retriever"; by default all classes, or the first 20 of many.
-        model: `demo`, a released model such as BitDance-B-16X, or a file of weights.
-        autoencoder: file of the autoencoder; by default the one inside or beside the model.
-        output: folder for grid.png, the images and samples.json; images of an earlier call there are replaced.
-        per_class: images of each class, by default 10.
-        num_images: instead of a few of each class so many of all, balanced, in a random order: a job that can be
-            interrupted, run by many processes under torchrun, and ends with a folder of PNGs or one .npz.
-        npz: end such a job with one .npz.
-        labels: classes of such a job: balanced, or each drawn at random.
-        save_bits: write the packed bits of such a job too, beside the result.
-        evaluate: end such a job with figures (FID and more): features are taken as the images are made, and the images
-            themselves are only kept with --npz.
-        seeds: evaluate so many seeds, from --seed on, and give mean and standard deviation.
-        seed: the same seed gives the same images.
-        cfg_scale: guidance, 1 for none; by default the published one of a released model, else 3.
-        cfg_schedule: linear grows with the steps from 1, constant does not.
-        sample_steps: steps of the diffusion head for each token; by default 100 for a released model, else 50.
-        solver: euler-maruyama as published; euler and heun (of second order) draw no noise on the way.
-        share_first: share the first tokens with the unconditional rows, which the published figures did not.
-        weights: ema or model (raw); by default the EMA where there is one.
-        batch_size: images at a time.
-        chunk_size: images that the decoder takes at once, 0 for a whole batch; by default the published number.
-        compile: compile the head network first: no, default, or reduce-overhead (CUDA graphs).
-        mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
-        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
-        threads: CPU threads; by default all cores.
-    """
-
-    classes: Positional[tuple[str, ...]] = ()
-    model: str = DEMO
-    autoencoder: str | None = None
-    output: pathlib.Path = pathlib.Path("samples")
-    per_class: int | None = None
-    num_images: int | None = None
-    npz: bool = False
-    labels: Literal["balanced", "random"] = "balanced"
-    save_bits: bool = False
-    evaluate: bool = False
-    seeds: int = 1
-    seed: int = 0
-    cfg_scale: float | None = None
-    cfg_schedule: Literal["linear", "constant"] = "linear"
-    sample_steps: int | None = None
-    share_first: bool = False
-    solver: Literal["euler-maruyama", "euler", "heun"] = "euler-maruyama"
-    weights: Literal["ema", "model"] | None = None
-    batch_size: int = 100
-    chunk_size: int | None = None
-    compile: Literal["no", "default", "reduce-overhead"] = "no"
-    mixed_precision: Precision = "auto"
-    device: str | None = None
-    threads: int | None = None
+    what: What = dataclasses.field(default_factory=What)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    how: How = dataclasses.field(default_factory=How)
+    results: Results = dataclasses.field(default_factory=Results)
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Sample, arguments, "bitdance sample")
-    if command.num_images is None:
-        for flag, given in (
-            ("--npz", command.npz),
-            ("--save-bits", command.save_bits),
-            ("--evaluate", command.evaluate),
-            ("--labels random", command.labels == "random"),
-        ):
-            if given:
-                raise UserError(f"{flag} goes with --num-images, which says how many images to make: add it.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("many processes need --num-images, which says how many images to make: add it.")
-    if command.num_images is not None and command.classes:
-        raise UserError("--num-images makes images of all classes: leave out either it or the names of classes.")
-    if command.num_images is not None and command.per_class is not None:
-        raise UserError("--num-images says how many images to make: leave out either it or --per-class.")
-    if command.seeds < 1 or (command.seeds > 1 and not command.evaluate):
-        raise UserError(f"--seeds {command.seeds} does not fit: it goes with --evaluate, and must be at least 1.")
-    per_class = 10 if command.per_class is None else command.per_class
-    if per_class < 1:
-        raise UserError(f"--per-class {per_class} images cannot be made: ask for at least 1.")
+    command = parse(Sample, arguments, "bitdance sample", EXAMPLES)
+    _check(command)
     from bitdance.runtime.process_group import init_distributed
 
-    with init_distributed(command.device, command.threads) as world:
-        _sample(command, per_class, world)
+    with init_distributed(command.where.device, command.where.threads) as world:
+        pipeline = command.model.load(world.device, command.where.precision)
+        if command.how.compile != "no":
+            pipeline.compile(command.how.compile)
+        if command.what.num_images is not None:
+            _run_jobs(command, pipeline, world)
+        else:
+            _sample(command, pipeline)
 
 
-def _sample(command: Sample, per_class: int, world: World) -> None:
-    import torch
+def _check(command: Sample) -> None:
+    what, results = command.what, command.results
+    check_fields(what, "per_class", lambda value: value >= 1, "be at least 1")
+    check_fields(results, "seeds", lambda value: value >= 1, "be at least 1")
+    check_fields(command.how, "batch_size", lambda value: value >= 1, "be at least 1")
+    if what.num_images is None:
+        for name, is_given in (
+            ("npz", results.npz),
+            ("save_bits", results.save_bits),
+            ("evaluate", results.evaluate),
+            ("labels", what.labels == "random"),
+        ):
+            if is_given:
+                raise UserError(f"`{name}` goes with `num_images`, the number of images of a job: add it.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("several processes need `num_images`, the number of images of a job: add it.")
+    elif what.classes:
+        raise UserError("`num_images` samples all classes: leave out either it or the classes.")
+    elif what.per_class is not None:
+        raise UserError("`num_images` is the number of all images: leave out either it or `per_class`.")
+    if results.seeds > 1 and not results.evaluate:
+        raise UserError(f"seeds={results.seeds} goes with `evaluate`: add it.")
+
+
+def _sample(command: Sample, pipeline: Pipeline) -> None:
+    from tqdm import tqdm
 
     from bitdance.runtime.atomic_files import make_folder
-    from bitdance.sampling.pipeline import Generator, cut
-    from bitdance.sampling.sampler import SampleSettings
-    from bitdance.weights.weights_file import choose_weights
 
-    model, autoencoder, contents = load_pair(
-        command.model, command.autoencoder, command.weights, world.device, command.mixed_precision
-    )
-    names = class_names(model.config)
-    chosen = names.find_all(command.classes) if command.classes else list(range(min(len(names), SHOWN)))
-    resolved = _resolved(command, contents.path)
-    stem = f"{contents.path.stem}-{choose_weights(contents, command.weights)}"
-    del contents  # all that the file holds, which is in memory where it could not be mapped
-    settings = SampleSettings(
-        resolved["sample_steps"], resolved["cfg_scale"], command.cfg_schedule, command.share_first, command.solver
-    )
-    denoise = None
-    if command.compile != "no":
-        denoise = torch.compile(model.head.net.denoise, mode=command.compile)
-    generator = Generator(model, autoencoder, settings, command.seed, resolved["chunk_size"], denoise=denoise)
-    if command.num_images is not None:
-        _run_jobs(command, generator, stem, world)
-        return
-    labels = [label for label in chosen for _ in range(per_class)]
-    batches = list(cut(len(labels), command.batch_size))
-    make_folder(command.output)
-    pictures = _generate(generator, labels, batches)
-    grid = _write(command, per_class, pictures, labels, names, resolved)
+    what, how, names = command.what, command.how, pipeline.classes
+    chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
+    labels = [label for label in chosen for _ in range(what.per_class or 10)]
+    config = pipeline.sampling_config(**how.sampling())
+    chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
+    make_folder(command.results.output)
+    total = len(labels) * pipeline.model.config.ar_steps
+    with tqdm(total=total, unit="token step", dynamic_ncols=True, desc="sampling") as bar:
+        images = pipeline(
+            labels,
+            seed=what.seed,
+            **dataclasses.asdict(config),
+            batch_size=how.batch_size,
+            chunk_size=chunk_size,
+            output="np",
+            callback=lambda step, steps, tokens: bar.update(len(tokens)),
+        )
+    settings = {name: value for group in ("what", "model", "how", "results", "where", "evaluation")
+                for name, value in dataclasses.asdict(getattr(command, group)).items()}  # fmt: skip
+    resolved = {**dataclasses.asdict(config), "chunk_size": chunk_size, "per_class": what.per_class or 10}
+    grid = _write(command.results.output, images, labels, pipeline, {**settings, **resolved})
     print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
 
 
-def _run_jobs(command: Sample, generator: Generator, stem: str, world: World) -> None:
-    """One job for each seed, and their figures."""
-    from bitdance.metrics.references import FeatureExtractors, find_reference
+def _write(
+    folder: pathlib.Path, images: np.ndarray, labels: list[int], pipeline: Pipeline, settings: dict[str, Any]
+) -> pathlib.Path:
+    """Writes the settings, the images and the grid; images that an earlier call listed there are removed."""
+    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.sampling.image_grid import image_grid
+    from bitdance.sampling.writers import write_png
 
-    assert command.num_images is not None
-    images = ("npz",) if command.npz else () if command.evaluate else ("pngs",)
-    networks = FeatureExtractors(command.evaluation, world)
-    side = generator.model.config.grid * generator.autoencoder.config.down_size
-    # Before the work is done, since the reference or the networks may be missing.
-    reference = find_reference(command.evaluation, side, networks, world) if command.evaluate else None
-    rows: dict[str, dict[str, Any]] = {}
-    for seed in range(command.seed, command.seed + command.seeds):
-        outcome = run_job(
-            dataclasses.replace(generator, seed=seed),
-            world,
-            folder=command.output,
-            stem=stem,
-            num_images=command.num_images,
-            batch_size=command.batch_size,
-            kinds=(*images, *(("bits",) if command.save_bits else ())),
-            labels=command.labels,
-            networks=networks() if command.evaluate else (),
-        )
-        if command.evaluate and world.is_main:
-            rows[f"seed {seed}"] = row_of(outcome, reference, command.evaluation)
-    if rows:
-        report(rows, reference, command.evaluation, outcome.record.with_suffix(".figures.json"), spread=True)
-
-
-def _resolved(command: Sample, path: pathlib.Path) -> dict[str, Any]:
-    """Guidance, steps and chunk: as given, else as published for this model, else what suits a small one."""
-    from bitdance.config import RELEASED_MODELS
-
-    release = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(path.name.lower())
-    published = {"cfg_scale": release.cfg_scale, "sample_steps": 100, "chunk_size": release.chunk} if release else {}
-    small = {"cfg_scale": 3.0, "sample_steps": 50, "chunk_size": 0}
-    given = {name: getattr(command, name) for name in small}
-    return {**small, **published, **{name: value for name, value in given.items() if value is not None}}
-
-
-def _generate(generator: Any, labels: list[int], batches: list[range]) -> Any:
-    import numpy as np
-    from tqdm import tqdm
-
-    made = []
-    steps = generator.model.config.ar_steps
-    with tqdm(total=len(labels) * steps, unit="token step", dynamic_ncols=True, desc="sampling") as bar:
-        for numbers in batches:
-            progress = functools.partial(bar.update, len(numbers))
-            made.append(generator.images(list(numbers), [labels[i] for i in numbers], progress).pixels)
-    return np.concatenate(made)
-
-
-def _clear(folder: pathlib.Path) -> None:
-    """Removes the images that an earlier call listed in its record, its grid and the record, and nothing else."""
-    record = folder / RECORD
+    entries, names = [], [pipeline.classes.label(label) for label in labels]
+    for number, (label, name) in enumerate(zip(labels, names, strict=True)):
+        word = "".join(c if c.isalnum() else "-" for c in name.lower())[:60]
+        entries.append({"file": f"{number:04d}-{word}.png", "class": label, "name": name, "number": number})
+    per_class = settings["per_class"]
+    _remove_images(folder)
     try:
-        files = [image["file"] for image in json.loads(record.read_text())["images"]]
+        with atomic_write(folder / RECORD) as path:
+            path.write_text(json.dumps({**settings, "images": entries}, indent=1, default=str) + "\n")
+        for entry, image in zip(entries, images, strict=True):
+            write_png(folder / str(entry["file"]), image)
+        scale = max(1, 96 // images.shape[1])
+        write_png(folder / GRID, image_grid(images, per_class, names[::per_class], scale))
+    except BaseException:
+        _remove_images(folder)  # an incomplete set would be taken for a complete one
+        raise
+    return folder / GRID
+
+
+def _remove_images(folder: pathlib.Path) -> None:
+    """Removes the images that the record of an earlier call lists, its grid and the record, and nothing else."""
+    try:
+        files = [image["file"] for image in json.loads((folder / RECORD).read_text())["images"]]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in (*files, GRID, RECORD):
@@ -216,30 +223,34 @@ def _clear(folder: pathlib.Path) -> None:
                 (folder / name).unlink()
 
 
-def _write(
-    command: Sample, per_class: int, pictures: Any, labels: list[int], names: ClassNames, resolved: dict[str, Any]
-) -> pathlib.Path:
-    from bitdance.runtime.atomic_files import atomic_write
-    from bitdance.sampling.image_grid import grid
-    from bitdance.sampling.pngs import save_png
+def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
+    """Runs one job per seed, and evaluates them."""
+    from bitdance.cli.evaluation_report import report, row_of
+    from bitdance.metrics.references import FeatureExtractors, find_reference
+    from bitdance.sampling.job import JobConfig, SamplingJob, print_result
 
-    folder, images = command.output, []
-    for number, label in enumerate(labels):
-        word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60]
-        file = f"{number:04d}-{word}.png"
-        images.append({"file": file, "class": label, "name": names.label(label), "number": number})
-    rows = [names.label(label) for label in labels[::per_class]]
-    scale = max(1, 96 // pictures.shape[1])
-    record = {**dataclasses.asdict(command), **resolved, "per_class": per_class, "images": images}
-    _clear(folder)
-    try:
-        with atomic_write(folder / RECORD) as path:
-            path.write_text(json.dumps(record, indent=1, default=str) + "\n")
-        for image, picture in zip(images, pictures, strict=True):
-            save_png(folder / str(image["file"]), picture)
-        with atomic_write(folder / GRID) as path:
-            grid(pictures, columns=per_class, labels=rows, scale=scale).save(path, format="PNG")
-    except BaseException:
-        _clear(folder)  # part of a set would be taken for all of it
-        raise
-    return folder / GRID
+    what, results = command.what, command.results
+    assert what.num_images is not None
+    kinds = ("npz",) if results.npz else () if results.evaluate else ("pngs",)
+    extractors = FeatureExtractors(command.evaluation, world)
+    reference = None
+    if results.evaluate:  # before the work is done, since the reference or the extractors may be missing
+        reference = find_reference(command.evaluation, pipeline.image_size, extractors, world)
+    chunk_size = pipeline.defaults.chunk_size if command.how.chunk_size is None else command.how.chunk_size
+    rows: dict[str, dict[str, Any]] = {}
+    for seed in range(what.seed, what.seed + results.seeds):
+        job = SamplingJob(
+            pipeline,
+            results.output,
+            pipeline.sampling_config(**command.how.sampling()),
+            JobConfig(what.num_images, command.how.batch_size, seed, what.labels, chunk_size),
+            (*kinds, *(("bits",) if results.save_bits else ())),
+            extractors() if results.evaluate else (),
+        )
+        result = job.run(world)
+        if world.is_main:
+            print_result(job, result, world)
+            if results.evaluate:
+                rows[f"seed {seed}"] = row_of(result, reference, command.evaluation)
+    if rows:
+        report(rows, reference, command.evaluation, job.settings_file.with_suffix(".metrics.json"), spread=True)

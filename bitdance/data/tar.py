@@ -26,7 +26,7 @@ from bitdance.data.image_dataset import (
     is_hidden,
     is_image,
 )
-from bitdance.runtime.atomic_files import atomic_write, make_folder, open_alone
+from bitdance.runtime.atomic_files import atomic_write, lock_file, make_folder
 from bitdance.runtime.errors import UserError
 
 _BLOCK = 512
@@ -218,7 +218,7 @@ def _open_index(path: pathlib.Path) -> _Index:
         if not _can_write(place.parent):
             continue
         lock = place.with_name(place.name + ".lock")
-        with open_alone(lock, math.inf, f"another process is indexing {path}: waiting for it."):
+        with lock_file(lock, math.inf, f"another process is indexing {path}: waiting for it."):
             try:
                 if os.path.isfile(place):
                     found = _read_index(place, path)

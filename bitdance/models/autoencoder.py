@@ -1,7 +1,7 @@
-"""The autoencoder d16c32 and its relatives: image -> bits -> image, fully convolutional, no attention.
+"""The autoencoder: a fully convolutional tokenizer that maps images to bits and back.
 
-Section 2 of the paper's appendix names the tokenizer; the architecture is that of WeTok (arXiv 2508.05599). Parameter
-names are those of the released files.
+The architecture is that of WeTok (arXiv 2508.05599); the released model is d16c32. Parameter names are those of the
+released files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from bitdance.models.quantizer import quantize
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm as everywhere in this network: 32 groups, eps 1e-6."""
+    """Returns GroupNorm with 32 groups and eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """GN, swish, 3x3, GN, swish, 3x3, plus the input: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """Residual block of two (GroupNorm, SiLU, 3x3 convolution): (B, c_in, H, W) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class ResBlock(nn.Module):
 
 
 def res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
-    """`count` residual blocks, the first of which changes the width."""
+    """Returns `count` residual blocks; the first changes the width."""
     return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
 
 
 class DownLevel(nn.Module):
-    """Residual blocks, then, but for the last level, a stride-2 convolution."""
+    """Residual blocks, then a stride-2 convolution except in the last level."""
 
     def __init__(self, c_in: int, c_out: int, count: int, downsample: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DownLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) in [-1, 1] -> what the sign is taken of, (B, C, h, w)."""
+    """Maps images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), whose signs are the bits."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ class Encoder(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose scale and bias follow from the bits: their standard deviation and mean over the grid.
+    """GroupNorm with scale and bias predicted from the standard deviation and mean of the bits over the grid.
 
-    scale = gamma(sqrt(unbiased variance + 1e-6)), not 1 + that; bias = beta(mean).
+    scale = gamma(sqrt(unbiased variance + 1e-6)), without adding 1; bias = beta(mean).
     """
 
     def __init__(self, bits: int, channels: int) -> None:
@@ -94,7 +94,7 @@ class AdaptiveGroupNorm(nn.Module):
         self.beta = nn.Linear(bits, channels)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x (B, c, H, W), style (B, C, h, w) -> (B, c, H, W)."""
+        """Normalizes x (B, c, H, W) with the style of the bits (B, C, h, w)."""
         style = style.flatten(2)  # (B, C, h * w)
         scale = self.gamma((style.var(dim=-1) + 1e-6).sqrt())
         bias = self.beta(style.mean(dim=-1))
@@ -102,7 +102,7 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class Upsample(nn.Module):
-    """3x3 convolution from c to 4c, then depth to space: the channel axis splits as (2, 2, c)."""
+    """3x3 convolution from c to 4c channels, then depth-to-space; the channel axis splits as (2, 2, c)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Upsample(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks, then, but for the finest level, an upsampler."""
+    """Residual blocks, then an upsampler except in the finest level."""
 
     def __init__(self, c_in: int, c_out: int, count: int, upsample: bool) -> None:
         super().__init__()
@@ -131,12 +131,12 @@ class UpLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Bits (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
+    """Maps bits (B, C, h, w) to images (B, 3, H, W), approximately in [-1, 1], not clamped."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = config.widths
-        inputs = (*widths[1:], widths[-1])  # level i reads what level i + 1 wrote; the last one reads the middle
+        inputs = (*widths[1:], widths[-1])  # level i reads the output of level i + 1, the last level that of mid_block
         self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
         self.mid_block = res_blocks(widths[-1], widths[-1], config.blocks)
         self.up = nn.ModuleList(
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Image <-> bits. An image is (B, 3, H, W) in [-1, 1], RGB; bits are (B, C, H / f, W / f) in {-1, +1}.
+    """Encodes RGB images (B, 3, H, W) in [-1, 1] to bits (B, C, H / f, W / f) in {-1, +1}, and decodes them.
 
     f is `config.down_size`; H and W must be multiples of it.
     """
@@ -168,10 +168,10 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, h, w) +-1; a bit is +1 where the encoder's output is > 0.
+        """Encodes images: (B, 3, H, W) -> (B, C, h, w) +-1; a bit is +1 where the encoder's output is > 0.
 
         Raises:
-            ValueError: the image's sides are not multiples of `down_size`.
+            ValueError: H or W is not a multiple of `down_size`.
         """
         height, width = images.shape[-2:]
         if height % self.config.down_size or width % self.config.down_size:
@@ -182,13 +182,13 @@ class Autoencoder(nn.Module):
         return quantize(self.encoder(images))
 
     def decode(self, bits: Tensor) -> Tensor:
-        """(B, C, h, w) +-1 -> (B, 3, H, W), about [-1, 1], not clamped."""
+        """Decodes bits: (B, C, h, w) +-1 -> (B, 3, H, W), approximately in [-1, 1], not clamped."""
         return self.decoder(bits)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) about [-1, 1] -> (B, H, W, 3) uint8: clamp(127.5 x + 128, 0, 255) in float32, truncated.
+    """Converts images to bytes: (B, 3, H, W) -> (B, H, W, 3) uint8, clamp(127.5 x + 128, 0, 255) truncated.
 
-    Differs from the original: it rounds in bf16, which brightens about 39% of the values by one level.
+    Differs from the original, which rounds in bf16 and so brightens about 39% of the values by one level.
     """
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

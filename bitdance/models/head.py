@@ -1,7 +1,6 @@
-"""The binary diffusion head: the two networks that predict a token's bits from noise, and the loss that trains them.
+"""The binary diffusion head (section 3.3 of arXiv 2602.14041): its two networks and its loss.
 
-Section 3.3 of arXiv 2602.14041. Rows R are tokens (P = 1) or groups of P tokens; the condition is what the transformer
-puts out.
+A row of a batch is a group of P tokens, R rows in all; the condition is the output of the transformer.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ FREQUENCIES = 128
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of 1000 t, cosines then sines, through a small MLP."""
+    """Sinusoidal embedding of 1000 t, cosines before sines, followed by an MLP."""
 
     frequencies: Tensor
 
@@ -33,8 +32,8 @@ class TimeEmbedding(nn.Module):
     def reset_buffers(self) -> None:
         """Computes exp(-ln(10000) i / 128) for i < 128, in float32, on the device of the parameters.
 
-        The exponent is rounded to float32, then the exponential rounded once: vector libraries differ in the last bit
-        of exp, and 1000 t makes 1e-5 of that in the prediction, so it is taken in float64 on the CPU.
+        The exponents are float32 and the exponential is rounded once, from float64 on the CPU: vector libraries differ
+        in the last bit of a float32 exp, which times 1000 t changes predictions by 1e-5.
         """
         exponents = -math.log(10000) * torch.arange(FREQUENCIES, dtype=torch.float32, device="cpu") / FREQUENCIES
         frequencies = exponents.double().exp().float().to(next(self.mlp.parameters()).device)
@@ -53,7 +52,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class MLPBlock(nn.Module):
-    """A block for P = 1: adaptive LayerNorm, SwiGLU, gated residual."""
+    """Block of the head for P = 1: adaptive LayerNorm, SwiGLU, gated residual."""
 
     modulations = 3
 
@@ -69,7 +68,7 @@ class MLPBlock(nn.Module):
 
 
 class TransformerHeadBlock(nn.Module):
-    """A block for P > 1: full attention among the P tokens of a group, then SwiGLU, both modulated and gated."""
+    """Block of the head for P > 1: full attention over the P tokens of a group, then SwiGLU, modulated and gated."""
 
     modulations = 6
 
@@ -90,7 +89,7 @@ class TransformerHeadBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm without affine, then the projection to bits."""
+    """Modulated LayerNorm without affine parameters, then the projection to bits."""
 
     def __init__(self, dim: int, bits: int) -> None:
         super().__init__()
@@ -104,10 +103,10 @@ class FinalLayer(nn.Module):
 
 
 class HeadNetwork(nn.Module):
-    """Predicts x_1 from x_t: blocks of one of two kinds between an input and an output projection."""
+    """Predicts x_1 from x_t with MLP blocks (P = 1) or transformer blocks (P > 1)."""
 
     grad_checkpointing = False
-    """In training keep only each block's input, and compute the rest again when needed."""
+    """In training, keep only the input of each block and recompute the rest in the backward pass."""
 
     def __init__(self, config: BitDanceConfig) -> None:
         super().__init__()
@@ -123,11 +122,11 @@ class HeadNetwork(nn.Module):
         self.modulations = block.modulations
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """x_t (R, P, C), t (R,) in [0, 1], cond (R, P, D) -> the predicted x_1 (R, P, C)."""
+        """Predicts x_1: x_t (R, P, C), t (R,) in [0, 1], cond (R, P, D) -> (R, P, C)."""
         return self.denoise(x_t, self.time_embed(t)[:, None], self.cond_embed(cond))
 
     def denoise(self, x_t: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        """`forward` after the embeddings: time (R or 1, 1, d) and cond (R, P, d) can serve many calls."""
+        """Predicts x_1 from embedded inputs: x_t (R, P, C), time (R or 1, 1, d), cond (R, P, d) -> (R, P, C)."""
         x = self.input_proj(x_t)  # (R, P, d)
         y = F.silu(time + cond)
         for i, block in enumerate(self.res_blocks):
@@ -141,7 +140,7 @@ class HeadNetwork(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """The head network with its loss."""
+    """The head network and its loss."""
 
     def __init__(self, config: BitDanceConfig) -> None:
         super().__init__()
@@ -149,7 +148,7 @@ class DiffusionHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights and zero biases; all that modulates and the output start at zero."""
+        """Draws Xavier-uniform weights; biases, modulations and the output projection start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -163,20 +162,20 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """The velocity at x_t (R, P, C), one time t (R,) a row: (R, P, C) float32."""
+        """Computes the velocity: x_t (R, P, C), t (R,), cond (R, P, D) -> (R, P, C) float32."""
         x_pred = self.net(x_t.to(cond.dtype), t, cond).float()
         return flow.velocity(x_pred, x_t, t[:, None, None])
 
     def loss(self, target: Tensor, cond: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-        """Mean squared error of the velocity, a scalar in float32.
+        """Computes the mean squared error of the velocity, a float32 scalar.
 
         Args:
-            target: (R, P, C) bits, +-1.
+            target: (R, P, C), +-1.
             cond: (R, P, D).
-            t: (R,) times in [0, 1], one for all P tokens of a group.
+            t: (R,) timesteps in [0, 1], one per group.
             x_0: (R, P, C) standard normal noise, float32.
         """
         target = target.float()
         x_t = flow.interpolate(x_0, target, t[:, None, None])
-        wanted = flow.velocity(target, x_t, t[:, None, None])
-        return F.mse_loss(self.velocity(x_t, t, cond), wanted)
+        target_velocity = flow.velocity(target, x_t, t[:, None, None])
+        return F.mse_loss(self.velocity(x_t, t, cond), target_velocity)

@@ -1,4 +1,4 @@
-"""Layers that the transformer and the head share: rotary embedding, attention with a static cache, SwiGLU."""
+"""Layers shared by the transformer and the head: rotary embedding, attention with a static cache, SwiGLU."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 
 def swiglu_hidden(dim: int) -> int:
-    """Hidden width of the transformer's SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""
+    """Returns the hidden width of the transformer's SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""
     return 256 * -(-int(8 * dim / 3) // 256)
 
 
 def swiglu(x: Tensor, w1: nn.Linear, w2: nn.Linear) -> Tensor:
-    """w2(silu(gate) * value), w1 giving (gate, value) side by side."""
+    """Computes w2(silu(gate) * value), where w1 outputs gate and value concatenated."""
     gate, value = w1(x).chunk(2, dim=-1)
     return w2(F.silu(gate) * value)
 
 
 class SwiGLU(nn.Module):
-    """(..., dim_in) -> (..., dim_out)."""
+    """Gated feed-forward layer with dropout: (..., dim_in) -> (..., dim_out)."""
 
     def __init__(self, dim_in: int, hidden: int, dim_out: int, bias: bool, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class SwiGLU(nn.Module):
 
 
 def rotary_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
-    """Cosines and sines of the 2-D rotary embedding.
+    """Computes cosines and sines of the 2-D rotary embedding.
 
     Args:
         positions: (L, 2) float, (x, y) of each position.
 
     Returns:
-        (L, head_dim / 2, 2) float32: the first half of the angles turns with x, the second with y.
+        (L, head_dim / 2, 2) float32: the first half of the angles depends on x, the second on y.
     """
     half = head_dim // 2
     frequencies = 1.0 / (base ** (torch.arange(0, half, 2).float() / half))  # (head_dim / 4,)
@@ -47,14 +47,14 @@ def rotary_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> Ten
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns channel pairs (2i, 2i + 1) of x (B, H, L, d) by the angles of `table` (L, d / 2, 2), in float32."""
+    """Rotates channel pairs (2i, 2i + 1) of x (B, H, L, d) by the angles of `table` (L, d / 2, 2), in float32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one pair of static tensors (B, H, L, d) a layer."""
+    """Static key/value cache: one pair of tensors (B, H, L, d) per layer, of which `length` positions are filled."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, H, n, d) behind what is there and returns all keys and values up to and with the new ones.
+        """Appends keys and values (B, H, n, d) of a layer and returns all of them, (B, H, length + n, d).
 
-        `length` is moved on by the caller, once all layers have stored theirs.
+        The caller increases `length` once all layers have been extended.
         """
         end = self.length + key.shape[2]
         self.keys[layer][:, :, self.length : end] = key
@@ -83,7 +83,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with fused `wqkv` (q, k, v in that order, heads split inside each)."""
+    """Multi-head attention with a fused projection `wqkv` (q, k, v in that order)."""
 
     def __init__(self, dim: int, n_head: int, bias: bool = False, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -100,12 +100,14 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """(B, n, D) -> (B, n, D).
+        """Applies attention: (B, n, D) -> (B, n, D).
 
         Args:
-            rotary: (n, d / 2, 2) table for these positions, or none.
-            mask: (n, keys) bool [query, key], or none for full attention.
-            cache: where the keys and values of layer `layer` are kept, or none.
+            x: (B, n, D).
+            rotary: (n, d / 2, 2) table for these positions, or None.
+            mask: (n, keys) bool, True where the query attends to the key, or None for full attention.
+            cache: extended with the keys and values of layer `layer`, or None.
+            layer: index in the cache.
         """
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, n, d)
         if rotary is not None:
@@ -117,7 +119,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); RMSNorm with eps 1e-6, no biases."""
+    """Pre-norm transformer block: RMSNorm (eps 1e-6), attention and SwiGLU without biases."""
 
     def __init__(self, dim: int, n_head: int, drop_rate: float = 0.0) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Counter-based random numbers: every draw is a function of what it is for, never of what was drawn before.
+"""Counter-based random numbers: each number is a function of its key and counter, without a generator state.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a key and a counter to four
-random 32-bit words. The key is (seed, row), a row being an image's number in a sampling job or its place in the global
-batch in training; the counter is (element // 4, draw, step, stream). So an image's noise depends neither on the rest of
-its batch nor on the number of processes, and the words are equal on every device.
+random 32-bit words. The key is (seed, id): the id of a sample in a sampling job, or an index into the global batch in
+training. The counter is (element // 4, draw, step, stream). The noise of a sample therefore depends neither on the
+rest of its batch nor on the number of processes, and the words are equal on every device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-# Streams keep draws for different purposes apart: the last word of the counter.
+# Streams, the last word of the counter, separate the uses of random numbers.
 SAMPLE = 0
 SAMPLE_NULL = 1
 SAMPLE_ORDER = 2
@@ -37,7 +37,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     """Philox-4x32 with 10 rounds.
 
     Args:
-        counter, key: int64 tensors of values in [0, 2**32) that broadcast against each other.
+        counter, key: int64 tensors of values in [0, 2**32), broadcastable.
 
     Returns:
         Four int64 tensors of values in [0, 2**32).
@@ -57,51 +57,51 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def words(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
-    """Random 32-bit words for `draws` draws of `size` elements for each row: (draws, B, 4 * ceil(size / 4)) int64.
+def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+    """Generates random 32-bit words, `draws` draws of `size` elements per id: (draws, B, 4 * ceil(size / 4)) int64.
 
     Args:
         seed: 0 <= seed < 2**32.
-        rows: (B,) int64, 0 <= row < 2**32; the device of the result.
-        size: elements of a draw.
-        stream: what the words are for, one of this module's constants.
-        step: 0 <= step < 2**32, the step of sampling or of training.
-        draws: draw d of the result has the number d in the counter.
+        ids: (B,) int64, 0 <= id < 2**32; the result is on the same device.
+        size: elements per draw.
+        stream: one of the stream constants of this module.
+        step: 0 <= step < 2**32, the step of sampling or training.
+        draws: number of draws; the index of a draw is part of the counter.
 
     Raises:
         UserError: the seed or the step is out of range.
     """
     for name, value in (("seed", seed), ("step", step)):
         if not 0 <= value <= _MASK:
-            raise UserError(f"{name} {value} is out of range: it must lie between 0 and {_MASK}.")
-    device = rows.device
+            raise UserError(f"{name}={value} is out of range: it must be between 0 and {_MASK}.")
+    device = ids.device
     element = torch.arange((size + 3) // 4, device=device)
     draw = torch.arange(draws, device=device)[:, None, None]
-    # Filled in by the device: numbers copied to a GPU would have the host wait for it.
+    # Created on the device: copying numbers to a GPU would synchronize with it.
     step_word, stream_word, seed_word = (
         torch.full((), value, dtype=torch.int64, device=device) for value in (step, stream, seed)
     )
-    out = philox((element, draw, step_word, stream_word), (seed_word, rows[:, None]))
+    out = philox((element, draw, step_word, stream_word), (seed_word, ids[:, None]))
     return torch.stack(out, dim=-1).flatten(-2)
 
 
-def uniform(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
-    """Uniform numbers on [0, 1), multiples of 2**-24, arguments as in `words`: (draws, B, size) float32."""
-    w = words(seed, rows, size, stream=stream, step=step, draws=draws)[..., :size]
+def uniform(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+    """Generates uniform numbers on [0, 1), multiples of 2**-24; arguments as in `words`: (draws, B, size) float32."""
+    w = words(seed, ids, size, stream=stream, step=step, draws=draws)[..., :size]
     return (w >> 8).to(torch.float32) * 2.0**-24
 
 
-def normal(seed: int, rows: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
-    """Standard normal numbers by Box and Muller, arguments as in `words`: (draws, B, size) float32.
+def normal(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+    """Generates standard normal numbers (Box-Muller), arguments as in `words`: (draws, B, size) float32.
 
-    The words are the same on every device; logarithm and cosine are the device's own, so the normals agree to 1e-6.
+    Words are equal on every device; logarithm and cosine are not, so normal numbers agree to 1e-6.
     """
-    w = words(seed, rows, size, stream=stream, step=step, draws=draws).unflatten(-1, (-1, 2)) >> 8  # 24 bits
+    w = words(seed, ids, size, stream=stream, step=step, draws=draws).unflatten(-1, (-1, 2)) >> 8  # 24 bits
     radius = torch.sqrt(-2.0 * torch.log((w[..., 0] + 1).to(torch.float32) * 2.0**-24))
-    # The angle is a quarter turn, of 4, and a place in it within an eighth turn of 0: near 0 float32 is finest. All
-    # angles are thereby an eighth turn less than 2 pi u, which is as uniform.
-    quarter, place = w[..., 1] >> 22, (w[..., 1] & 0x3FFFFF).to(torch.float32) * 2.0**-22 - 0.5
-    x, y = radius * torch.cos(place * (math.pi / 2)), radius * torch.sin(place * (math.pi / 2))
+    # The angle is one of four quarter turns plus an offset in [-pi / 4, pi / 4), since float32 is most precise near 0.
+    # This shifts all angles by -pi / 4, which leaves them uniform.
+    quarter, offset = w[..., 1] >> 22, (w[..., 1] & 0x3FFFFF).to(torch.float32) * 2.0**-22 - 0.5
+    x, y = radius * torch.cos(offset * (math.pi / 2)), radius * torch.sin(offset * (math.pi / 2))
     turned, back = quarter % 2 == 1, quarter >= 2
     x, y = torch.where(turned, -y, x), torch.where(turned, x, y)
     return torch.where(back[..., None], -1.0, 1.0).mul(torch.stack([x, y], dim=-1)).flatten(-2)[..., :size]

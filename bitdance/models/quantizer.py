@@ -1,7 +1,6 @@
-"""Signs as tokens: the binary quantizer, its group indices, packed bits, and the entropy loss that spreads the codes.
+"""Binary quantizer: signs, group indices, packed bits and the entropy loss.
 
-The quantizer has no parameters: a token is the sign of the encoder's output (lookup-free quantization in groups of 8
-bits, WeTok, arXiv 2508.05599).
+Lookup-free quantization in groups of 8 bits (WeTok, arXiv 2508.05599): a token is the sign of the encoder's output.
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ import torch
 from torch import Tensor
 
 GROUP = 8
-"""Bits of a group: its 256 sign vectors are the codebook of the entropy loss."""
+"""Bits per group; the 256 sign vectors of a group are the codebook of the entropy loss."""
 
 
 def quantize(x: Tensor) -> Tensor:
-    """+1 where x > 0, else -1, in x's dtype; same shape."""
+    """Returns +1 where x > 0, else -1, with the dtype and shape of x."""
     return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
 
 def straight_through(x: Tensor) -> Tensor:
-    """`quantize` in the forward pass, the identity in the backward pass."""
+    """Quantizes in the forward pass and passes gradients through unchanged."""
     return x + (quantize(x) - x).detach()
 
 
 def group_indices(bits: Tensor) -> Tensor:
-    """The group indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64 in 0..255, in raster order.
+    """Returns codebook indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64 in 0..255.
 
-    Index of group g = sum over j of 2^j where bit 8 g + j is +1.
+    The index of group g is the sum of 2^j over those j for which bit 8 g + j is +1.
     """
     b, c, h, w = bits.shape
     groups = bits.reshape(b, c // GROUP, GROUP, h * w).permute(1, 0, 3, 2).reshape(c // GROUP, b * h * w, GROUP)
@@ -37,21 +36,21 @@ def group_indices(bits: Tensor) -> Tensor:
 
 
 def pack(bits: Tensor) -> Tensor:
-    """(..., C) +-1 -> (..., C / 8) uint8; bit j of byte g is bit 8 g + j of the token, as in `group_indices`."""
+    """Packs bits: (..., C) +-1 -> (..., C / 8) uint8; bit j of byte g is bit 8 g + j of the token."""
     groups = bits.unflatten(-1, (-1, GROUP)) > 0
     weights = 2 ** torch.arange(GROUP, device=bits.device)
     return (groups * weights).sum(dim=-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack`: (..., C / 8) uint8 -> (..., C) +-1 of `dtype`."""
+    """Inverts `pack`: (..., C / 8) uint8 -> (..., C) +-1 of `dtype`."""
     shifts = torch.arange(GROUP, device=packed.device, dtype=torch.uint8)
     ones = (packed[..., None] >> shifts) & 1
     return (ones.to(dtype) * 2 - 1).flatten(-2)
 
 
 class EntropyLoss(NamedTuple):
-    """Parts of the entropy loss, scalars: minimise `total`."""
+    """Terms of the entropy loss, scalars; `total` is minimized."""
 
     total: Tensor
     per_sample: Tensor
@@ -59,13 +58,15 @@ class EntropyLoss(NamedTuple):
 
 
 def entropy_loss(x: Tensor, temperature: float = 0.01, eps: float = 1e-5) -> EntropyLoss:
-    """Confident samples, all codes used: mean entropy of each sample's code minus the entropy of the mean distribution.
+    """Computes the mean entropy per sample minus the entropy of the mean code distribution.
 
-    The distribution of a group is softmax(2 x . codebook / temperature) over its 256 sign vectors; it is averaged over
-    all samples and all groups before the second entropy is taken. The gradient goes straight to x.
+    The code distribution of a group is softmax(2 x . codebook / temperature) over its 256 sign vectors. The mean is
+    taken over all samples and groups.
 
     Args:
-        x: (B, C, h, w) encoder output before the sign, C a multiple of 8.
+        x: (B, C, h, w) encoder output before the sign; C is a multiple of 8.
+        temperature: of the softmax.
+        eps: added inside logarithms.
     """
     b, c, h, w = x.shape
     groups = x.float().reshape(b, c // GROUP, GROUP, h * w).permute(0, 3, 1, 2).reshape(-1, GROUP)

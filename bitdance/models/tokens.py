@@ -1,6 +1,6 @@
-"""The order of the tokens: grid of bits <-> sequence, who may see whom, and flipped bits.
+"""Token order, attention mask and input perturbation.
 
-Symbols as everywhere: B batch, C bits per token, (h, w) token grid, N = h*w tokens, P tokens per step, K class tokens.
+B is the batch size, C bits per token, (h, w) the token grid, N = h * w, P tokens per step, K class tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def tokens_from_grid(bits: Tensor, patch: int = 1) -> Tensor:
-    """Lays a grid of tokens out as a sequence: patches in raster order, tokens in raster order inside a patch.
+    """Flattens a grid of tokens: patches in raster order, and tokens in raster order inside each patch.
 
     Args:
         bits: (B, C, h, w); h and w are multiples of `patch`.
-        patch: side of a patch in tokens, sqrt(P) in the released models with P > 1; 1 is plain raster order.
+        patch: side of a patch in tokens, `BitDanceConfig.patch`; 1 is plain raster order.
 
     Returns:
         (B, N, C), the values of `bits` unchanged.
@@ -25,7 +25,7 @@ def tokens_from_grid(bits: Tensor, patch: int = 1) -> Tensor:
 
 
 def grid_from_tokens(tokens: Tensor, patch: int = 1) -> Tensor:
-    """The inverse of `tokens_from_grid` for a square grid: (B, N, C) -> (B, C, h, w) with h = w = sqrt(N)."""
+    """Inverts `tokens_from_grid` for a square grid: (B, N, C) -> (B, C, h, w) with h = w = sqrt(N)."""
     b, n, c = tokens.shape
     side = round(n**0.5)
     assert side * side == n, f"{n} tokens are not a square grid"
@@ -34,16 +34,16 @@ def grid_from_tokens(tokens: Tensor, patch: int = 1) -> Tensor:
 
 
 def positions(side: int, patch: int = 1) -> Tensor:
-    """Row and column of every token of a side x side grid, in token order: (N, 2) int64."""
+    """Returns row and column of each token of a side x side grid, in token order: (N, 2) int64."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return tokens_from_grid(torch.stack([rows, columns])[None], patch)[0]  # (2, h, w) -> (N, 2)
 
 
 def block_causal_mask(num_causal: int, num_tokens: int, parallel_num: int) -> Tensor:
-    """Which position may see which: (L, L) bool [query, key], L = num_causal + num_tokens.
+    """Builds the attention mask: (L, L) bool, True where the query attends to the key, L = num_causal + num_tokens.
 
-    The first `num_causal` (K - 1) positions are causal; from there on blocks of P positions see each other
-    and everything before them. With P = 1 this is the plain causal mask.
+    The first `num_causal` (K - 1) positions are causal. After them each block of P positions attends to itself and to
+    all positions before it. With P = 1 this is the causal mask.
     """
     causal = torch.arange(num_causal)
     block = num_causal + torch.arange(num_tokens) // parallel_num
@@ -52,13 +52,13 @@ def block_causal_mask(num_causal: int, num_tokens: int, parallel_num: int) -> Te
 
 
 def flip_bits(bits: Tensor, rate: float, r1: Tensor, r2: Tensor) -> Tensor:
-    """Flips each bit where r1 < rate * r2: a share rate/2 of them on average.
+    """Flips each bit where r1 < rate * r2, which is a fraction rate / 2 of the bits on average.
 
-    This perturbs what the transformer reads in training, never the target (the paper's input perturbation).
+    In training this perturbs the input of the transformer, never the target.
 
     Args:
         bits: any shape, +-1.
-        rate: 0 to 1.
-        r1, r2: uniform on [0, 1), shaped like `bits`.
+        rate: in [0, 1].
+        r1, r2: uniform on [0, 1), of the shape of `bits`.
     """
     return torch.where(r1 < rate * r2, -bits, bits)

@@ -1,11 +1,7 @@
-"""BitDance: class and tokens -> conditions for the head; one class for every number of tokens per step.
-
-A short, plain reference sampler is part of the model; what is fast lies elsewhere and is tested against it.
-"""
+"""BitDance: an autoregressive transformer over binary tokens with a diffusion head; one class for any P."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,32 +9,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitdance.config import BitDanceConfig
-from bitdance.models import flow
 from bitdance.models.head import DiffusionHead
 from bitdance.models.layers import KVCache, SwiGLU, TransformerBlock, rotary_table
 from bitdance.models.tokens import block_causal_mask, positions
-
-Noise = Callable[[int, bool], Tensor]
-"""(AR step, null rows?) -> (S + 1, B, P, C) float32: all the normal numbers that one step of sampling takes."""
 
 
 class BitDance(nn.Module):
     """The transformer over binary tokens and its diffusion head (section 3 of arXiv 2602.14041).
 
-    Sequence: K class tokens, P - 1 learned query tokens, then the projected tokens but for the last P; its last N
-    positions are the conditions of the N tokens.
+    The input sequence is K class tokens, P - 1 learned query tokens, then the projected tokens except the last P. The
+    outputs at the last N positions condition the head for the N tokens.
     """
 
     rotary: Tensor
     mask: Tensor
 
     def __init__(self, config: BitDanceConfig, drop_rate: float = 0.0, grad_checkpointing: bool = False) -> None:
-        """Makes a model with fresh weights.
+        """Initializes a model with random weights.
 
         Args:
-            drop_rate: dropout of `proj_in`, of the attention's output and of the feed-forward layers.
-            grad_checkpointing: in training keep only each layer's input, of the head too, and compute the rest again
-                when needed.
+            config: sizes.
+            drop_rate: dropout of `proj_in`, of the attention output and of the feed-forward layers.
+            grad_checkpointing: in training, keep only the input of each layer (also in the head) and recompute the
+                other activations in the backward pass.
         """
         super().__init__()
         self.config = config
@@ -57,11 +50,11 @@ class BitDance(nn.Module):
         self.set_grad_checkpointing(grad_checkpointing)
 
     def set_grad_checkpointing(self, enabled: bool) -> None:
-        """Switches what `grad_checkpointing` says on or off, in the transformer and in the head."""
+        """Switches activation checkpointing on or off, in the transformer and in the head."""
         self.grad_checkpointing = self.head.net.grad_checkpointing = enabled
 
     def reset_parameters(self) -> None:
-        """Linear and Embedding weights and the query tokens N(0, 0.02), biases 0; the head sets its own."""
+        """Draws linear, embedding and query weights from N(0, 0.02) and zeroes biases; the head initializes itself."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -71,39 +64,44 @@ class BitDance(nn.Module):
             nn.init.normal_(self.query_token, std=0.02)
 
     def reset_buffers(self) -> None:
-        """Computes the tables that no file holds, in float32, on the device of the parameters."""
+        """Computes the rotary table and the mask, which no file stores, in float32 on the device of the parameters."""
         config, device = self.config, self.norm.weight.device
         prefix = config.cls_token_num + config.parallel_num - 1
-        # A token's centre, moved on by one, so that (0, 0) is left for class and query tokens; (x, y) = (column, row).
+        # Token centres, shifted by one since (0, 0) is the position of class and query tokens; (x, y) = (column, row).
         centres = positions(config.grid, config.patch).flip(-1).float() + 0.5 + 1
-        places = torch.cat([torch.zeros(prefix, 2), centres])[: config.cls_token_num + config.num_tokens - 1]
+        xy = torch.cat([torch.zeros(prefix, 2), centres])[: config.cls_token_num + config.num_tokens - 1]
         mask = block_causal_mask(config.cls_token_num - 1, config.num_tokens, config.parallel_num)
-        self.register_buffer("rotary", rotary_table(places, config.dim // config.n_head).to(device), persistent=False)
+        self.register_buffer("rotary", rotary_table(xy, config.dim // config.n_head).to(device), persistent=False)
         self.register_buffer("mask", mask.to(device), persistent=False)
         self.head.net.time_embed.reset_buffers()
 
     def _apply(self, *args: Any, **kwargs: Any) -> BitDance:
-        """What `to`, `half` and `to_empty` do; tables stay in float32, and after `to_empty` they are right."""
+        """Implements `to`, `half` and `to_empty`; buffers stay in float32 and are recomputed after `to_empty`."""
         super()._apply(*args, **kwargs)
         self.reset_buffers()
         return self
 
     @property
     def null_class(self) -> int:
-        """The class that stands for no class, for guidance."""
+        """Index of the null class, the unconditional input of classifier-free guidance."""
         return self.config.num_classes
 
     def class_tokens(self, labels: Tensor) -> Tensor:
-        """Class and query tokens: (B,) int64 -> (B, K + P - 1, D)."""
+        """Embeds labels as class tokens, followed by the query tokens: (B,) int64 -> (B, K + P - 1, D)."""
         x = self.cls_embedding(labels).unflatten(-1, (self.config.cls_token_num, self.config.dim))
         if self.config.parallel_num > 1:
             x = torch.cat([x, self.query_token.expand(len(labels), -1, -1)], dim=1)
         return x
 
-    def hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Teacher forcing: tokens (B, n, C) made so far, n = N - P or a smaller multiple of P -> (B, n + P, D).
+    def forward_features(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Computes the normalized hidden states, teacher-forced.
 
-        Row i of the result sees the class and all tokens before the group of token i.
+        Args:
+            tokens: (B, n, C), +-1, the first n tokens; n is a multiple of P, at most N - P.
+            labels: (B,) int64.
+
+        Returns:
+            (B, n + P, D). Row i depends on the class and on all tokens before the group of token i.
         """
         x = torch.cat([self.class_tokens(labels), self.proj_in(tokens.to(self.norm.weight.dtype))], dim=1)
         x = self.emb_norm(x)  # (B, K + P - 1 + n, D)
@@ -116,30 +114,30 @@ class BitDance(nn.Module):
                 x = layer(x, rotary, mask)
         return self.norm(x[:, self.config.cls_token_num - 1 :])
 
-    def trunk(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The conditions of all tokens: (B, N, C) +-1 and (B,) int64 -> (B, N, D)."""
-        return self.hidden(tokens[:, : -self.config.parallel_num], labels) + self.pos_for_diff.weight
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Computes the conditions of all tokens, teacher-forced: (B, N, C) +-1 and (B,) int64 -> (B, N, D)."""
+        return self.forward_features(tokens[:, : -self.config.parallel_num], labels) + self.pos_for_diff.weight
 
     def loss(self, tokens: Tensor, labels: Tensor, t: Tensor, x_0: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """The training loss, a float32 scalar.
+        """Computes the training loss, a float32 scalar.
 
-        The batch is tiled M times, once for each draw of time and noise: rows [copy, image, group].
+        The batch is repeated M times with different timesteps and noise; rows are ordered [copy, image, group].
 
         Args:
-            tokens: (B, N, C) +-1, the target.
-            labels: (B,) int64, dropped classes already replaced by `null_class`.
-            t: (M * B * N / P,) times in [0, 1].
+            tokens: (B, N, C), +-1, the targets.
+            labels: (B,) int64; dropped labels have been replaced by `null_class`.
+            t: (M * B * N / P,) timesteps in [0, 1].
             x_0: (M * B * N / P, P, C) standard normal noise.
-            inputs: what the transformer reads instead of `tokens`, for perturbed inputs.
+            inputs: (B, N, C), tokens that the transformer reads in place of `tokens`, for input perturbation.
         """
-        cond = self.trunk(tokens if inputs is None else inputs, labels)
+        cond = self(tokens if inputs is None else inputs, labels)
         groups = (-1, self.config.parallel_num)
         cond, target = cond.flatten(0, 1).unflatten(0, groups), tokens.flatten(0, 1).unflatten(0, groups)
         copies = len(t) // len(target)
         return self.head.loss(target.repeat(copies, 1, 1), cond.repeat(copies, 1, 1), t, x_0)
 
     def new_cache(self, batch: int) -> KVCache:
-        """An empty key/value cache for `batch` rows, in the parameters' dtype."""
+        """Allocates an empty key/value cache for `batch` rows, in the dtype of the parameters."""
         config, weight = self.config, self.norm.weight
         shape = (batch, config.n_head, config.cls_token_num + config.num_tokens - 1, config.dim // config.n_head)
         return KVCache(config.n_layer, *shape, weight.dtype, weight.device)
@@ -155,66 +153,9 @@ class BitDance(nn.Module):
         return self.norm(x[:, -p:]) + self.pos_for_diff.weight[group * p : (group + 1) * p]
 
     def prefill(self, labels: Tensor, cache: KVCache) -> Tensor:
-        """Fills an empty cache with the class: (B,) int64 -> the conditions of the first P tokens, (B, P, D)."""
+        """Processes the class and query tokens and returns the first conditions: (B,) int64 -> (B, P, D)."""
         return self._advance(self.class_tokens(labels), cache)
 
     def step(self, new: Tensor, cache: KVCache) -> Tensor:
-        """Adds the P tokens just made, (B, P, C) +-1, and returns the conditions of the next P, (B, P, D)."""
+        """Processes the P newest tokens and returns the conditions of the next P: (B, P, C) +-1 -> (B, P, D)."""
         return self._advance(self.proj_in(new.to(self.norm.weight.dtype)), cache)
-
-    @torch.no_grad()
-    def sample_reference(
-        self,
-        labels: Tensor,
-        noise: Noise,
-        cfg_scale: float = 1.0,
-        cfg_schedule: str = "linear",
-        share_first: bool = False,
-    ) -> Tensor:
-        """Samples tokens as slowly and as plainly as possible: (B,) int64 -> (B, N, C) +-1.
-
-        The whole sequence is computed anew for each step. With guidance (cfg_scale > 1) the second half of the rows
-        carries the null class. Where the guidance of a step is exactly 1 (the first, in the linear schedule) both
-        halves are sampled on their own unless `share_first`, so the null rows see first tokens of their own: the
-        published figures were made that way.
-        """
-        config, p, b = self.config, self.config.parallel_num, len(labels)
-        guided = cfg_scale > 1
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
-        tokens = torch.zeros(len(labels), 0, config.bits, device=labels.device)
-        for i in range(config.ar_steps):
-            scale = flow.guidance_scale(cfg_scale, i, config.ar_steps, cfg_schedule) if guided else 1.0
-            cond = self.hidden(tokens, labels)[:, -p:] + self.pos_for_diff.weight[i * p : (i + 1) * p]
-            if scale > 1 or (guided and share_first):
-                new = self._integrate(cond, noise(i, False), scale).repeat(2, 1, 1)
-            elif guided:
-                new = self._integrate(cond, torch.cat([noise(i, False), noise(i, True)], dim=1))
-            else:
-                new = self._integrate(cond, noise(i, False))
-            tokens = torch.cat([tokens, torch.where(new > 0, 1.0, -1.0)], dim=1)
-        return tokens[:b]
-
-    def _integrate(self, cond: Tensor, noise: Tensor, scale: float | None = None) -> Tensor:
-        """x before the sign: cond (R, P, D), noise (S + 1, R, P, C); with guidance R / 2 rows of noise and of x.
-
-        Euler-Maruyama from t = 0 to 0.95, then one Euler step; written out here so that the solvers of `flow` have
-        something to be compared with.
-        """
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            if scale is None:
-                return self.head.velocity(x, t.expand(len(x)), cond)
-            v_cond, v_null = self.head.velocity(torch.cat([x, x]), t.expand(2 * len(x)), cond).chunk(2)
-            return v_null + scale * (v_cond - v_null)
-
-        x, t = noise[0], torch.tensor(0.0, device=noise.device)
-        s = self.config.time_shift
-        grid = torch.linspace(0, 0.95, len(noise), device=noise.device)
-        grid = (1 / s) / ((1 / s) + (1 / grid - 1))
-        for dt, n in zip(grid[1:] - grid[:-1], noise[1:], strict=True):
-            v = velocity(x, t)
-            score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
-            x = x + (v + (1 - t) * score) * dt + (2.0 * (1.0 - t) * dt) ** 0.5 * n
-            t = t + dt
-        return x + velocity(x, torch.tensor(0.95, device=x.device)) * 0.05

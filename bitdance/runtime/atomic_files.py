@@ -108,45 +108,44 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
     return found
 
 
-def differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What two sets of settings differ in, in words; "" if in nothing."""
-    keys = sorted(key for key in found.keys() | ours.keys() if found.get(key) != ours.get(key))
-    return "; ".join(f"{key} was {found.get(key)}, is {ours.get(key)}" for key in keys)
-
-
 @contextlib.contextmanager
-def open_alone(path: pathlib.Path, patience: float, waiting: str) -> Iterator[BinaryIO]:
-    """Opens a file to append, unbuffered, while no other process has it open so; waits for that.
+def lock_file(path: pathlib.Path, patience: float, message: str) -> Iterator[BinaryIO]:
+    """Opens a file for appending, unbuffered, and locks it against other processes.
 
-    Where the system or the file system has no locks, the file is opened all the same.
+    Where the system or the file system has no locks, the file is opened without one.
 
     Args:
-        patience: seconds to wait, `math.inf` for as long as it takes.
-        waiting: what to say, once, when another process is there; with a finite patience the error's words.
+        path: the file; created if it does not exist.
+        patience: seconds to wait for another process, `math.inf` for no limit.
+        message: of the error when patience ends; with infinite patience, printed once on stderr while waiting.
 
     Raises:
-        UserError: the file cannot be written, or patience ended.
+        UserError: the file cannot be written, or another process holds the lock.
     """
-    deadline, said = time.monotonic() + patience, patience < math.inf
-    while True:
-        try:
-            file = open(path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
-        with file:
-            if _try_lock(file):
-                # The other process may have renamed or removed the file: then a lock on it keeps nobody out.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                        yield file
-                        return
-                continue
+    deadline, is_printed = time.monotonic() + patience, patience < math.inf
+    while (file := _open_locked(path)) is None:
         if time.monotonic() > deadline:
-            raise UserError(waiting)
-        if not said:
-            print(f"bitdance: {waiting}", file=sys.stderr)
-            said = True
+            raise UserError(message)
+        if not is_printed:
+            print(f"bitdance: {message}", file=sys.stderr)
+            is_printed = True
         time.sleep(0.1)
+    with file:
+        yield file
+
+
+def _open_locked(path: pathlib.Path) -> BinaryIO | None:
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+    if _try_lock(file):
+        # If the other process has renamed or removed the file meanwhile, a lock on it excludes nobody.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+    file.close()
+    return None
 
 
 def _try_lock(file: BinaryIO) -> bool:

@@ -1,22 +1,44 @@
-"""The exceptions that are meant for a person to read."""
+"""Exceptions that are meant for a person to read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(ValueError):
-    """Something the user can put right: one sentence that says what is wrong, where, and what to do.
+    """An error that the user can fix: one sentence that says what is wrong, where, and what to do.
 
-    The command line prints the sentence and exits with status 2; library callers see an ordinary `ValueError`.
+    Settings are named as fields, ``num_steps=0`` with a value or `` `cfg_scale` `` without; the command line shows
+    them as flags, prints the sentence and exits with status 2. To callers of the library it is a ``ValueError``.
     """
 
 
 class Interrupted(Exception):
-    """A job that was asked to end by a signal, and ended in good order: what it had done is on disk.
+    """A job that was ended by a signal after everything it had done was saved.
 
     The command line prints the sentence and exits with status 128 + `signal`, which tells a scheduler that the job is
-    not done.
+    not finished.
     """
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], rule: str) -> None:
+    """Checks fields of a configuration; a field that is None is valid.
+
+    Args:
+        config: a dataclass instance.
+        names: field names, separated by spaces.
+        is_valid: tells whether a value is allowed.
+        rule: what the value must do, such as "be at least 1".
+
+    Raises:
+        UserError: for the first field whose value is not allowed.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not is_valid(value):
+            raise UserError(f"{name}={value} is invalid: it must {rule}.")

@@ -1,74 +1,200 @@
-"""Work in a folder that can be interrupted: one run at a time, its settings written down once and compared later."""
+"""Run folders: work that can be interrupted and resumed, shared by sampling, training and encoding.
+
+A run folder has an exclusive lock, a file of settings that is compared when the work is resumed, and parts of the
+result. The settings are sections, each of them a dataclass. ``metadata={"resume": ...}`` of a field says whether its
+value may differ on resume:
+
+- (none): it must be equal;
+- ``"free"``: it may differ, the new value is used;
+- ``"stored"``: the stored value is used, for settings on which the last bit depends, such as the number of threads;
+- ``"extend"``: it may be larger once the work is finished.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from bitdance.runtime.atomic_files import differences, make_folder, open_alone, read_json, remove_leftovers, write_json
+from bitdance.runtime.atomic_files import lock_file, make_folder, read_json, remove_leftovers, write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 
+SETTINGS = "settings.json"
+FORMAT_VERSION = 2
 PATIENCE = 5.0
-"""Seconds to wait for another run of the same work to end."""
+"""Seconds to wait for another process to release the lock."""
+MAX_THREADS = 1024
+
+FREE: dict[str, str] = {"resume": "free"}
+STORED: dict[str, str] = {"resume": "stored"}
+EXTEND: dict[str, str] = {"resume": "extend"}
+
+Sections = Mapping[str, Any]
+"""Dataclass instances by section name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What else changes the last bit of a result.
+
+    Attributes:
+        device: type of the device.
+        threads: CPU threads of a process.
+    """
+
+    device: str
+    threads: int = dataclasses.field(metadata=STORED)
+
+    @classmethod
+    def of(cls, world: World) -> Machine:
+        """Returns that of this process."""
+        return cls(world.device.type, torch.get_num_threads())
+
+    @staticmethod
+    def apply(stored: Mapping[str, Any], world: World) -> None:
+        """Computes with the stored number of threads, on a CPU.
+
+        Raises:
+            UserError: it is not a number of threads.
+        """
+        threads = stored["threads"]
+        if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+            raise UserError(f"threads={threads!r} in the settings is invalid: delete the folder to start over.")
+        if world.device.type == "cpu":
+            torch.set_num_threads(threads)
+
+
+class ResumedSettings(NamedTuple):
+    """Result of `check_settings`: the settings in force, by section and field, and the allowed changes in words."""
+
+    settings: dict[str, dict[str, Any]]
+    changes: list[str]
 
 
 @contextlib.contextmanager
-def alone(folder: pathlib.Path, lock: pathlib.Path, world: World) -> Iterator[None]:
-    """Keeps a second run of the work in `folder` out for as long as this one's first process lives.
+def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
+    """Locks a run folder for as long as the first process lives, and removes temporary files of killed processes.
 
-    Temporary files of processes that were killed while they wrote are cleared away.
-
-    Args:
-        lock: a file beside the folder, which could not be removed from some network file systems with an open file
-            inside.
+    The lock is a file beside the folder: some network file systems cannot remove a folder with an open file in it.
 
     Raises:
-        UserError: another process works there.
+        UserError: another process works in the folder, or it cannot be written.
     """
+    folder = folder.resolve()
     make_folder(folder.parent)
     if not world.is_main:
         yield
         return
-    waiting = f"another process works on {folder}: wait for it, or stop it first."
-    with open_alone(lock, PATIENCE, waiting):
+    lock = folder.with_name(folder.name + ".lock")
+    message = f"another process works in {folder}: wait for it to finish, or stop it first."
+    with lock_file(lock, PATIENCE, message):
         remove_leftovers(folder)
         yield
         lock.unlink(missing_ok=True)
 
 
-def with_machine(settings: Mapping[str, Any], world: World) -> dict[str, Any]:
-    """Settings with what else of the machine changes the last bit, the way JSON gives them back."""
-    machine = {"device": world.device.type, "threads": torch.get_num_threads()}
-    read: dict[str, Any] = json.loads(json.dumps({**settings, **machine}))
-    return read
+def to_json(sections: Sections) -> dict[str, dict[str, Any]]:
+    """Converts sections to what JSON would return for them."""
+    plain = {name: dataclasses.asdict(section) for name, section in sections.items()}
+    converted: dict[str, dict[str, Any]] = json.loads(json.dumps(plain, default=str))
+    return converted
 
 
-def claim(path: pathlib.Path, settings: Mapping[str, Any], world: World) -> None:
-    """Writes the settings of new work to `path`, or checks that those that are there say the same; by all processes.
-
-    On a CPU work goes on with the number of threads that it was begun with.
+def check_settings(
+    folder: pathlib.Path,
+    sections: Sections,
+    world: World,
+    is_finished: Callable[[Mapping[str, Any]], bool] = lambda stored: False,
+) -> ResumedSettings:
+    """Writes the settings of new work, or compares them with those the folder was begun with; called by all processes.
 
     Args:
-        settings: from `with_machine`.
+        folder: the run folder; made if it does not exist.
+        sections: the settings.
+        world: the processes; the first one reads and writes.
+        is_finished: tells from the stored settings whether the work is finished, so that it may be extended.
 
     Raises:
-        UserError: the folder holds work of other settings, or cannot be written.
+        UserError: the folder belongs to work with other settings, or cannot be read or written.
     """
-    if world.is_main and not path.exists():
-        write_json(path, settings)
-    world.barrier()
-    found = read_json(path, f"delete {path.parent} to start the job anew")
-    threads = found.get("threads")
-    if world.device.type == "cpu" and isinstance(threads, int) and threads > 0:
-        torch.set_num_threads(threads)
-    if changes := differences(found, {**settings, "threads": threads}):
-        raise UserError(
-            f"{path.parent} holds a job of other settings ({changes}): run it with those, or delete the folder to "
-            "start anew."
-        )
+    error, resumed = None, None
+    if world.is_main:
+        try:
+            resumed = _check(folder, sections, is_finished)
+        except UserError as problem:
+            error = str(problem)
+    error, resumed = world.broadcast((error, resumed))
+    if error is not None or resumed is None:
+        raise UserError(error)
+    return resumed
+
+
+def _check(
+    folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
+) -> ResumedSettings:
+    path, ours = folder / SETTINGS, to_json(sections)
+    changes: list[str] = []
+    stored: dict[str, Any] = {}
+    if path.exists():
+        stored = read_json(path, f"delete {folder} to start over")
+        if differences := compare(stored, sections, extensible=is_finished(stored)):
+            raise UserError(
+                f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
+                "another folder."
+            )
+        for name, field, old, new in _fields(stored, sections):
+            if field.metadata.get("resume") == "stored":
+                ours[name][field.name] = old
+            elif field.metadata.get("resume") == "extend" and old != new:
+                changes.append(f"{name}.{field.name} extended from {old} to {new}")
+    written = {"format_version": FORMAT_VERSION, **ours}
+    if written != stored:
+        write_json(path, written)
+    return ResumedSettings(ours, changes)
+
+
+def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = False) -> list[str]:
+    """Returns the differences that are not allowed, in words, such as "sampling.num_steps was 50, is 100".
+
+    A field that `stored` does not have, since it was added later, has its default value. Sections may have fields of
+    their own in `stored` only if this release knows them.
+
+    Args:
+        stored: settings read from a file.
+        sections: the settings now.
+        extensible: whether fields marked "extend" may be larger.
+    """
+    differences = []
+    for name, field, old, new in _fields(stored, sections):
+        rule = field.metadata.get("resume")
+        if rule in ("free", "stored") or old == new:
+            continue
+        if rule == "extend" and extensible and isinstance(old, int) and isinstance(new, int) and new > old:
+            continue
+        differences.append(f"{name}.{field.name} was {old}, is {new}")
+    for name, section in sections.items():
+        known = {field.name for field in dataclasses.fields(section)}
+        found = stored.get(name)
+        unknown = sorted(set(found) - known) if isinstance(found, dict) else [] if found is None else ["?"]
+        differences += [f"{name}.{other} is unknown to this release" for other in unknown]
+    return differences
+
+
+def _fields(stored: Mapping[str, Any], sections: Sections) -> Iterator[tuple[str, dataclasses.Field[Any], Any, Any]]:
+    """Yields (section, field, stored value, new value); the default where nothing is stored."""
+    ours = to_json(sections)
+    for name, section in sections.items():
+        found = stored.get(name)
+        found = found if isinstance(found, dict) else {}
+        for field in dataclasses.fields(section):
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            default = None if default is dataclasses.MISSING else json.loads(json.dumps(default, default=str))
+            yield name, field, found.get(field.name, default), ours[name][field.name]

@@ -1,8 +1,8 @@
-"""The job behind the FID figures: N images of balanced classes, by any number of processes, into one result.
+"""The sampling job: N images by any number of processes, resumable, into one result.
 
-The job is cut into fixed batches before it starts, and each process takes whole batches; a finished batch is a file of
-its own until all are there. Whatever is killed at whatever moment, the same command goes on where the job stopped, and
-ends with the same bytes.
+The job is split into fixed batches before it starts, and each process samples whole batches. A finished batch is a
+file of its own (a part) until all are there. After a kill at any moment the same command resumes the job and ends with
+the same bytes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -20,252 +21,388 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from bitdance.metrics.feature_set import Checks, Collector, FeatureSet, arrays_of, write_feature_set
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
-from bitdance.runtime.atomic_files import atomic_write, differences, make_folder, read_json, rename, write_json
+from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
-from bitdance.runtime.run_folder import alone, claim, with_machine
-from bitdance.sampling.pipeline import Generator, cut, make_labels
-from bitdance.sampling.writers import write_npz
-
-MANIFEST = "manifest.json"
-"""In the folder of an unfinished job: every setting that changes an image."""
-
-HALVES = "made in halves"
-"""In the record of a finished job: the numbers of the batches that did not fit a GPU's memory as a whole."""
-
+from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
+from bitdance.sampling.labels import make_labels
+from bitdance.sampling.pipeline import Pipeline, split_batches
+from bitdance.sampling.sampler import SamplingConfig
+from bitdance.sampling.writers import write_npz, write_png_folder
+from bitdance.weights.weights_file import digest
 
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
-"""What a job can end with: one `.npz` of images, a folder of PNGs, the packed bits, the features of a network."""
+"""Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
+
+HALVED = "halved_batches"
+"""In the settings beside a result: indices of the batches that did not fit into the memory of a GPU as a whole."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What to make.
+class JobConfig:
+    """Settings of a job that change its images, besides `SamplingConfig`.
 
     Attributes:
-        path: of the results without their endings; until they are done, the folder `<path>.job` holds what is finished.
         num_images: N.
-        batch_size: images of a batch.
-        kinds: what to write, some of `NPZ`, `PNGS` and `BITS`.
-        settings: everything else that changes an image, ready for JSON, for the record and to tell a job from another.
-        labels: how the classes are chosen, one of `bitdance.sampling.pipeline.LABELS`.
-        networks: whose features to take of the images, a file each.
+        batch_size: images per batch.
+        seed: 0 <= seed < 2**32.
+        labels: how the classes are chosen, one of `bitdance.sampling.labels.LABELS`.
+        chunk_size: images decoded at once, 0 for a whole batch.
     """
 
-    path: pathlib.Path
-    num_images: int
-    batch_size: int
-    kinds: tuple[str, ...]
-    settings: dict[str, Any]
+    num_images: int = 50_000
+    batch_size: int = 100
+    seed: int = 0
     labels: str = "balanced"
-    networks: tuple[FeatureExtractor, ...] = ()
+    chunk_size: int = 0
 
-    @property
-    def results(self) -> dict[str, pathlib.Path]:
-        """The files and folders that the job ends with, by kind; of features also by network, `features.<key>`."""
-        names = {NPZ: ".npz", PNGS: "", BITS: "-bits.npz"}
-        names = {kind: names[kind] for kind in self.kinds}
-        names |= {f"{FEATURES}.{network.key}": f"-features-{network.key}.npz" for network in self.networks}
-        return {kind: self.path.with_name(self.path.name + end) for kind, end in names.items()}
 
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where the unfinished job lies."""
-        return self.path.with_name(self.path.name + ".job")
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks of a job: digests of their tensors, precision, and whether the head is compiled."""
 
-    @property
-    def missing(self) -> list[str]:
-        """The kinds of results that are not there yet; each file or folder appears only when it is whole."""
-        return [
-            kind for kind, path in self.results.items() if not (path / LABELS_FILE if kind == PNGS else path).exists()
-        ]
+    model: str
+    autoencoder: str
+    precision: str
+    compiled: bool
 
-    @property
-    def lock(self) -> pathlib.Path:
-        """The file that keeps a second run out."""
-        return self.path.with_name(self.path.name + ".lock")
-
-    @property
-    def record(self) -> pathlib.Path:
-        """Beside the results: the manifest that they were made by, and which batches were made in halves."""
-        return self.path.with_name(self.path.name + ".json")
-
-    def part(self, batch: int) -> pathlib.Path:
-        """The file of a finished batch."""
-        return self.folder / f"{batch:06d}.npz"
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> Networks:
+        """Describes those of a pipeline."""
+        return cls(
+            digest(pipeline.model.state_dict()),
+            digest(pipeline.autoencoder.state_dict()),
+            str(pipeline.dtype).removeprefix("torch."),
+            pipeline.denoise is not None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:
-    """What came of a run of a job.
+    """Result of a job.
 
     Attributes:
         results: the files and folders, by kind.
-        record: of the settings that they were made with.
-        made: images that this process made in this run; the rest was there or is the others'.
-        seconds: that this process took to make them.
+        settings_file: the settings that they were sampled with.
+        sampled: images that this process sampled in this run.
+        seconds: that this process took for them.
         peak_memory: bytes, on the GPU or else of the whole process.
     """
 
     results: dict[str, pathlib.Path]
-    record: pathlib.Path
-    made: int
+    settings_file: pathlib.Path
+    sampled: int
     seconds: float
     peak_memory: int
 
 
-def run(job: Job, generator: Generator, world: World) -> JobResult:
-    """Makes what is missing of a job. Each process keeps a log beside the results, `<path>.rank<r>.log`.
+@dataclasses.dataclass(frozen=True)
+class SamplingJob:
+    """N images of a pipeline.
 
-    Raises:
-        UserError: a setting does not fit, what is there is of other settings, or a file cannot be written.
+    Attributes:
+        pipeline: model and autoencoder.
+        folder: folder of the results; the names of the results tell the settings.
+        sampling: settings of the sampler.
+        config: settings of the job.
+        kinds: results to write, of `NPZ`, `PNGS` and `BITS`.
+        extractors: feature extractors whose features to write, one file each.
     """
-    assert job.results, "a job that writes nothing"
-    batches = list(cut(job.num_images, job.batch_size))
-    labels = make_labels(job.labels, job.num_images, generator.model.config.num_classes, generator.seed)
-    with alone(job.folder, job.lock, world), _log(job, world) as log:
-        # The first process decides for all, who may look at a shared folder a little earlier or later.
-        kinds = world.broadcast(job.missing)
-        there = [str(path) for kind, path in job.results.items() if kind not in kinds]
-        if world.is_main and there:
-            _check_finished(job, world)
-            what = "nothing to do" if not kinds else "all images are made again for the rest"
-            print(f"{', '.join(there)}: there already, {what}.", file=sys.stderr)
-        if not kinds:
+
+    pipeline: Pipeline
+    folder: pathlib.Path
+    sampling: SamplingConfig
+    config: JobConfig
+    kinds: tuple[str, ...] = (NPZ,)
+    extractors: tuple[FeatureExtractor, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.kinds or self.extractors, "a job without results"
+
+    @functools.cached_property
+    def networks(self) -> Networks:
+        """The networks of the pipeline; computed once, since the digests read all tensors."""
+        return Networks.of(self.pipeline)
+
+    @functools.cached_property
+    def path(self) -> pathlib.Path:
+        """Path of the results without their endings; its name tells the settings."""
+        sampling, config, networks = self.sampling, self.config, self.networks
+        others = [] if sampling.solver == "euler-maruyama" else [sampling.solver]
+        others += [] if sampling.cfg_schedule == "linear" else [sampling.cfg_schedule]
+        others += ["shared-first"] if sampling.share_first else []
+        others += [] if config.labels == "balanced" else [f"{config.labels}-labels"]
+        parts = [
+            self.pipeline.name,
+            f"{self.pipeline.model.config.parallel_num}x",
+            f"size-{self.pipeline.image_size}",
+            f"steps-{sampling.num_steps}",
+            f"cfg-{sampling.cfg_scale:g}",
+            *others,
+            f"seed-{config.seed}",
+            {"float32": "fp32", "bfloat16": "bf16"}.get(networks.precision, networks.precision),
+            f"n-{config.num_images}",
+            hashlib.sha256(f"{networks.model}{networks.autoencoder}".encode()).hexdigest()[:8],
+        ]
+        return self.folder / "-".join(parts)
+
+    @property
+    def results(self) -> dict[str, pathlib.Path]:
+        """The files and folders that the job writes, by kind; of features `features.<key of the extractor>`."""
+        names = {NPZ: ".npz", PNGS: "", BITS: "-bits.npz"}
+        names = {kind: names[kind] for kind in self.kinds}
+        names |= {f"{FEATURES}.{extractor.key}": f"-features-{extractor.key}.npz" for extractor in self.extractors}
+        return {kind: self.path.with_name(self.path.name + end) for kind, end in names.items()}
+
+    @property
+    def run_folder(self) -> pathlib.Path:
+        """The folder of the unfinished job."""
+        return self.path.with_name(self.path.name + ".job")
+
+    @property
+    def settings_file(self) -> pathlib.Path:
+        """The settings beside the results of a finished job."""
+        return self.path.with_name(self.path.name + ".json")
+
+    def part(self, batch: int) -> pathlib.Path:
+        """The file of a finished batch."""
+        return self.run_folder / f"{batch:06d}.npz"
+
+    def run(self, world: World) -> JobResult:
+        """Samples what is missing. Each process keeps a log beside the results, `<path>.rank<r>.log`.
+
+        Raises:
+            UserError: a setting is out of range, the results or parts there have other settings, or a file cannot be
+                written.
+        """
+        batches = list(split_batches(self.config.num_images, self.config.batch_size))
+        num_classes = self.pipeline.model.config.num_classes
+        labels = make_labels(self.config.labels, self.config.num_images, num_classes, self.config.seed)
+        sections = {
+            "sampling": self.sampling,
+            "job": self.config,
+            "networks": self.networks,
+            "machine": Machine.of(world),
+        }
+        with exclusive(self.run_folder, world), self._open_log(world) as log:
+            # The first process decides for all, since they may see a shared folder at different times.
+            kinds = world.broadcast(self._missing_results())
+            if world.is_main and len(kinds) < len(self.results):
+                self._check_finished(kinds, sections)
+            if not kinds:
+                if world.is_main:
+                    shutil.rmtree(self.run_folder, ignore_errors=True)  # left by a job killed in its last moment
+                return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
+            settings = check_settings(self.run_folder, sections, world).settings
+            Machine.apply(settings["machine"], world)
+            missing = world.broadcast(self._missing_batches(kinds, batches) if world.is_main else [])
+            start = time.perf_counter()
+            sampled = self._sample_batches(kinds, world, batches, missing, labels, log)
+            seconds = time.perf_counter() - start
+            log(f"{sampled} images in {seconds:.1f} s, peak memory {world.peak_memory() / 1e9:.2f} GB; waiting for all")
+            world.barrier()
             if world.is_main:
-                shutil.rmtree(job.folder, ignore_errors=True)  # of a job that was killed in its last moment
-            return JobResult(job.results, job.record, 0, 0.0, world.peak_memory())
-        claim(job.folder / MANIFEST, _manifest(job, world), world)
-        missing = world.broadcast(_missing_batches(job, kinds, batches) if world.is_main else [])
-        start = time.perf_counter()
-        made = _make_batches(job, kinds, generator, world, batches, missing, labels, log)
-        seconds = time.perf_counter() - start
-        log(f"{made} images made in {seconds:.1f} s, peak memory {world.peak_memory() / 1e9:.2f} GB; waiting for all")
-        world.barrier()
-        if world.is_main:
-            log("writing the results")
-            _assemble(job, kinds, batches, labels, generator)
-            shutil.rmtree(job.folder, ignore_errors=True)
-        world.barrier()
-        log(f"done: {', '.join(map(str, job.results.values()))}")
-    return JobResult(job.results, job.record, made, seconds, world.peak_memory())
+                log("writing the results")
+                self._write_results(kinds, batches, labels, settings)
+                shutil.rmtree(self.run_folder, ignore_errors=True)
+            world.barrier()
+            log(f"finished: {', '.join(map(str, self.results.values()))}")
+        return JobResult(self.results, self.settings_file, sampled, seconds, world.peak_memory())
 
+    # ------------------------------------------------------------ state
 
-@contextlib.contextmanager
-def _log(job: Job, world: World) -> Iterator[Callable[[str], None]]:
-    """A function that writes a line with the time to this process's log."""
-    path = job.path.with_name(f"{job.path.name}.rank{world.rank}.log")
-    make_folder(path.parent)
-    with open(path, "a", buffering=1) as file:
+    def _missing_results(self) -> list[str]:
+        """Kinds of results that are not there; each file or folder appears only when it is complete."""
+        return [
+            kind for kind, path in self.results.items() if not (path / LABELS_FILE if kind == PNGS else path).exists()
+        ]
 
-        def write(line: str) -> None:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    def _check_finished(self, missing: list[str], sections: dict[str, Any]) -> None:
+        """Checks that the results there have these settings; results without their settings are taken as they are."""
+        there = ", ".join(str(path) for kind, path in self.results.items() if kind not in missing)
+        if self.settings_file.exists():
+            stored = read_json(self.settings_file, f"delete it to take {there} as it is")
+            if differences := compare(stored, sections):
+                raise UserError(
+                    f"{there}: sampled with other settings ({'; '.join(differences)}): use those, or another folder."
+                )
+        what = "nothing to do" if not missing else "all images are sampled again for the other results"
+        print(f"{there}: exists, {what}.", file=sys.stderr)
 
-        write(f"process {world.rank} of {world.size} on {world.device}: {job.num_images} images in {job.folder}")
-        try:
-            yield write
-        except BaseException as error:
-            write(f"stopped: {type(error).__name__}: {error}")
-            raise
+    def _missing_batches(self, kinds: list[str], batches: list[range]) -> list[int]:
+        return [index for index, ids in enumerate(batches) if not self._is_complete(kinds, index, len(ids))]
 
+    def _is_complete(self, kinds: list[str], batch: int, count: int) -> bool:
+        path = self.part(batch)
+        if not path.exists() or (halved := _read_array(path, "halved")) is None or halved.shape != ():
+            return False
+        arrays = {NPZ: "images", PNGS: "images", BITS: "bits"}
+        names = {arrays.get(kind, f"{kind.removeprefix(f'{FEATURES}.')}.pool") for kind in kinds}
+        names |= {"digests"} if self.extractors else set()
+        found = [_read_array(path, name) for name in names]
+        return all(array is not None and array.ndim and len(array) == count for array in found)
 
-def _manifest(job: Job, world: World) -> dict[str, Any]:
-    """Every setting that changes an image, as JSON gives it back."""
-    own = {
-        "num_images": job.num_images,
-        "batch_size": job.batch_size,
-        "labels": job.labels,
-    }
-    return with_machine({**job.settings, **own}, world)
+    # ------------------------------------------------------------ parts
 
+    def _sample_batches(
+        self,
+        kinds: list[str],
+        world: World,
+        batches: list[range],
+        missing: list[int],
+        labels: np.ndarray,
+        log: Callable[[str], None],
+    ) -> int:
+        """Samples this process's share of the missing batches and returns the number of images.
 
-def _check_finished(job: Job, world: World) -> None:
-    """Checks that what is there was made with these settings; a result without its record is taken as it is."""
-    if not job.record.exists():
-        return
-    there = ", ".join(str(path) for path in job.results.values() if path.exists())
-    found = read_json(job.record, f"delete it to take {there} as it is")
-    found.pop(HALVES, None)
-    if changes := differences(found, {**_manifest(job, world), "threads": found.get("threads")}):
-        raise UserError(f"{there}: made with other settings ({changes}): run it with those, or choose another folder.")
+        A part is written while the next batch is sampled.
+        """
+        from tqdm import tqdm
 
+        config, start, sampled = self.config, time.perf_counter(), 0
+        halved: list[str] = []
 
-def _make_batches(
-    job: Job,
-    kinds: list[str],
-    generator: Generator,
-    world: World,
-    batches: list[range],
-    missing: list[int],
-    labels: np.ndarray,
-    log: Callable[[str], None],
-) -> int:
-    """Makes this process's share of the missing batches, and returns how many images that were.
+        def report(line: str) -> None:
+            halved.append(line)
+            log(line)
 
-    A batch is written while the next one is made.
-    """
-    from tqdm import tqdm
+        there = config.num_images - sum(len(batches[index]) for index in missing)
+        with (
+            tqdm(total=config.num_images, initial=there, unit="image", disable=not world.is_main, dynamic_ncols=True)
+            as bar,
+            concurrent.futures.ThreadPoolExecutor(1) as writer,
+        ):  # fmt: skip
+            writing: concurrent.futures.Future[None] | None = None
+            for first in range(0, len(missing), world.size):
+                round_ = missing[first : first + world.size]
+                if world.rank < len(round_):
+                    ids = batches[round_[world.rank]]
+                    # The last batch is padded, so that all batches are computed in the same shapes.
+                    padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
+                    classes = [int(labels[min(i, config.num_images - 1)]) for i in padded]
+                    pixels, bits = self.pipeline.generate(
+                        padded, classes, self.sampling, config.seed, config.chunk_size, report=report
+                    )
+                    arrays = self._part_arrays(kinds, pixels[: len(ids)], bits[: len(ids)])
+                    arrays["halved"] = np.array(bool(halved), np.uint8)
+                    halved.clear()
+                    if writing is not None:
+                        writing.result()  # raises what went wrong
+                    writing = writer.submit(_write_part, self.part(round_[world.rank]), arrays)
+                    sampled += len(ids)
+                    rate = sampled / (time.perf_counter() - start)
+                    log(f"batch {round_[world.rank]}: images {ids.start} to {ids.stop - 1}, {rate:.2f} images/s so far")
+                    bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {world.peak_memory() / 1e9:.1f} GB")
+                bar.update(sum(len(batches[index]) for index in round_))
+            if writing is not None:
+                writing.result()
+        return sampled
 
-    start, made = time.perf_counter(), 0
-    halved: list[str] = []
+    def _part_arrays(self, kinds: list[str], pixels: np.ndarray, bits: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the arrays of a part, which has only what the missing results need."""
+        arrays: dict[str, np.ndarray] = {}
+        if NPZ in kinds or PNGS in kinds:
+            arrays["images"] = pixels
+        if BITS in kinds:
+            arrays["bits"] = bits
+        for extractor in self.extractors:
+            if f"{FEATURES}.{extractor.key}" in kinds:
+                features = arrays_of(extractor, pixels)
+                arrays |= {f"{extractor.key}.{name}": array for name, array in features.items()}
+        if self.extractors:
+            checks = Checks.of(pixels)
+            arrays["extremes"] = np.array([checks.minimum, checks.maximum], np.uint8)
+            arrays["digests"] = np.frombuffer(b"".join(checks.digests), np.uint8).reshape(len(pixels), -1)
+        return arrays
 
-    def report(line: str) -> None:
-        halved.append(line)
-        log(line)
+    def _read_part(self, batch: int, name: str, count: int | None) -> np.ndarray:
+        """Reads an array of a part, of `count` rows if given.
 
-    generator = dataclasses.replace(generator, report=report)
-    there = job.num_images - sum(len(batches[number]) for number in missing)
-    with (
-        tqdm(total=job.num_images, initial=there, unit="image", disable=not world.is_main, dynamic_ncols=True) as bar,
-        concurrent.futures.ThreadPoolExecutor(1) as writer,
-    ):
-        writing: concurrent.futures.Future[None] | None = None
-        for first in range(0, len(missing), world.size):
-            everybodys = missing[first : first + world.size]
-            if world.rank < len(everybodys):
-                number = everybodys[world.rank]
-                images = batches[number]
-                # The last batch is filled up, so that every batch is computed in the same shapes.
-                padded = [*images, *range(job.num_images, job.num_images + job.batch_size - len(images))]
-                classes = [int(labels[min(i, job.num_images - 1)]) for i in padded]
-                new = generator.images(padded, classes)
-                arrays = _arrays(job, kinds, new.pixels[: len(images)], new.bits[: len(images)])
-                arrays["halved"] = np.array(bool(halved), np.uint8)
-                halved.clear()
-                if writing is not None:
-                    writing.result()  # an error in writing is raised here
-                writing = writer.submit(_write_part, job.part(number), arrays)
-                made += len(images)
-                rate = made / (time.perf_counter() - start)
-                log(f"batch {number}: images {images.start} to {images.stop - 1}, {rate:.2f} images/s so far")
-                bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {world.peak_memory() / 1e9:.1f} GB")
-            bar.update(sum(len(batches[number]) for number in everybodys))
-        if writing is not None:
-            writing.result()
-    return made
+        Raises:
+            UserError: the part is missing or damaged; it has been removed.
+        """
+        array = _read_array(self.part(batch), name)
+        if array is None or (count is not None and (not array.ndim or len(array) != count)):
+            self.part(batch).unlink(missing_ok=True)
+            raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
+        return array
 
+    # ------------------------------------------------------------ results
 
-def _arrays(job: Job, kinds: list[str], pixels: np.ndarray, bits: np.ndarray) -> dict[str, np.ndarray]:
-    """What a part holds of some images: only what the results that are missing are made of."""
-    arrays: dict[str, np.ndarray] = {}
-    if NPZ in kinds or PNGS in kinds:
-        arrays["images"] = pixels
-    if BITS in kinds:
-        arrays["bits"] = bits
-    for network in job.networks:
-        if f"{FEATURES}.{network.key}" in kinds:
-            found = arrays_of(network, pixels)
-            arrays |= {f"{network.key}.{name}": array for name, array in found.items()}
-    if job.networks:
-        checks = Checks.of(pixels)
-        arrays["extremes"] = np.array([checks.minimum, checks.maximum], np.uint8)
-        arrays["digests"] = np.frombuffer(b"".join(checks.digests), np.uint8).reshape(len(pixels), -1)
-    return arrays
+    def _write_results(
+        self, kinds: list[str], batches: list[range], labels: np.ndarray, settings: dict[str, Any]
+    ) -> None:
+        """Writes the missing results from the parts.
+
+        Everything is written in the run folder first, where leftovers of killed processes are removed.
+        """
+        from tqdm import tqdm
+
+        def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
+            for index in tqdm(range(len(batches)), desc=f"writing {name}", unit="batch", dynamic_ncols=True, delay=2):
+                yield batches[index], self._read_part(index, name, len(batches[index]))
+
+        halved = [index for index in range(len(batches)) if self._read_part(index, "halved", None)]
+        write_json(self.run_folder / "result.json", {"format_version": FORMAT_VERSION, **settings, HALVED: halved})
+        rename(self.run_folder / "result.json", self.settings_file)
+        temporary = self.run_folder / "result.npz"
+        for kind in kinds:
+            result = self.results[kind]
+            if kind == PNGS:
+                folder = self.run_folder / "images"
+                shutil.rmtree(folder, ignore_errors=True)
+                write_png_folder(folder, read_all("images"), labels)
+                try:
+                    rename(folder, result)
+                except OSError as error:
+                    raise UserError(
+                        f"{result} is in the way ({error.strerror}): move it, then run the same command again."
+                    ) from error
+            elif kind in (NPZ, BITS):
+                name = "images" if kind == NPZ else "bits"
+                shape = self._read_part(0, name, len(batches[0])).shape[1:]
+                write_npz(temporary, (array for _, array in read_all(name)), (self.config.num_images, *shape), labels)
+                rename(temporary, result)
+        for extractor in self.extractors:
+            if (kind := f"{FEATURES}.{extractor.key}") in kinds:
+                write_feature_set(temporary, self._collect_features(extractor, batches, labels))
+                rename(temporary, self.results[kind])
+
+    def _collect_features(self, extractor: FeatureExtractor, batches: list[range], labels: np.ndarray) -> FeatureSet:
+        """Returns the features of all parts, as if they had been extracted from the file of the images."""
+        collector, checks = Collector(extractor, self.config.num_images), Checks()
+        for index, ids in enumerate(batches):
+            keys = {name: f"{extractor.key}.{name}" for name in Features._fields}
+            names = [name for name, key in keys.items() if _read_array(self.part(index), key) is not None]
+            collector.add({name: self._read_part(index, keys[name], len(ids)) for name in names})
+            low, high = self._read_part(index, "extremes", 2).tolist()
+            digests = self._read_part(index, "digests", len(ids))
+            checks.merge(Checks(low, high, [row.tobytes() for row in digests]))
+        size = self.pipeline.image_size
+        num_classes = self.pipeline.model.config.num_classes
+        about = {"source": str(self.path), "height": size, "width": size, "num_classes": num_classes}
+        return collector.finish({**about, **checks.report("uint8", labels)}, labels)
+
+    @contextlib.contextmanager
+    def _open_log(self, world: World) -> Iterator[Callable[[str], None]]:
+        """Yields a function that writes a line with the time to this process's log."""
+        path = self.path.with_name(f"{self.path.name}.rank{world.rank}.log")
+        make_folder(path.parent)
+        with open(path, "a", buffering=1) as file:
+
+            def write(line: str) -> None:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+            write(f"process {world.rank} of {world.size} on {world.device}: {self.config.num_images} images")
+            try:
+                yield write
+            except BaseException as error:
+                write(f"stopped: {type(error).__name__}: {error}")
+                raise
 
 
 def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -273,103 +410,22 @@ def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def _read_part(path: pathlib.Path, name: str) -> np.ndarray | None:
-    """An array of a part, or nothing if the part is missing, torn or changed: its zip holds checksums."""
+def _read_array(path: pathlib.Path, name: str) -> np.ndarray | None:
+    """Reads an array of a part; None if the part is missing or damaged, which the checksums of its zip tell."""
     try:
         with np.load(path, allow_pickle=False) as file:
             array: np.ndarray = file[name]
-    except Exception:  # a damaged zip ends in almost any error; whatever it is, the part is not whole
+    except Exception:  # a damaged zip raises almost anything
         return None
     return array if array.dtype in (np.uint8, np.float32) else None
 
 
-def _is_whole(job: Job, kinds: list[str], number: int, count: int) -> bool:
-    path = job.part(number)
-    if not path.exists() or (halved := _read_part(path, "halved")) is None or halved.shape != ():
-        return False
-    needed = {NPZ: "images", PNGS: "images", BITS: "bits"}
-    names = {needed.get(kind, f"{kind.removeprefix(f'{FEATURES}.')}.pool") for kind in kinds}
-    arrays = (_read_part(path, name) for name in names | ({"digests"} if job.networks else set()))
-    return all(array is not None and array.ndim and len(array) == count for array in arrays)
-
-
-def _missing_batches(job: Job, kinds: list[str], batches: list[range]) -> list[int]:
-    return [number for number, images in enumerate(batches) if not _is_whole(job, kinds, number, len(images))]
-
-
-def _assemble(job: Job, kinds: list[str], batches: list[range], labels: np.ndarray, generator: Generator) -> None:
-    """Writes the missing results from the parts, one after the other.
-
-    All is written inside the job's folder first, where whatever a killed process leaves behind is cleared away.
-    """
-    from tqdm import tqdm
-
-    def part(number: int, name: str) -> np.ndarray:
-        array = _read_part(job.part(number), name)
-        if array is None or (array.ndim and name != "extremes" and len(array) != len(batches[number])):
-            job.part(number).unlink(missing_ok=True)
-            raise UserError(f"{job.part(number)} was damaged or lost: run the command again, it is made anew.")
-        return array
-
-    def parts(what: str) -> Iterator[int]:
-        yield from tqdm(range(len(batches)), desc=f"writing {what}", unit="batch", dynamic_ncols=True, delay=2)
-
-    record = json.loads((job.folder / MANIFEST).read_text())
-    record[HALVES] = [number for number in range(len(batches)) if part(number, "halved")]
-    write_json(job.folder / "record.json", record)
-    rename(job.folder / "record.json", job.record)
-    unnamed = job.folder / "result.npz"
-    for kind in kinds:
-        result = job.results[kind]
-        if kind in (NPZ, BITS):
-            name = "images" if kind == NPZ else "bits"
-            arrays = (part(number, name) for number in parts(name))
-            write_npz(unnamed, arrays, (job.num_images, *part(0, name).shape[1:]), labels)
-            rename(unnamed, result)
-        elif kind == PNGS:
-            folder = _write_pngs(
-                job, ((batches[number], part(number, "images")) for number in parts("pictures")), labels
-            )
-            try:
-                rename(folder, result)
-            except OSError as error:
-                raise UserError(
-                    f"{result} is in the way ({error.strerror}): move it, then run the same command again."
-                ) from error
-    for network in job.networks:
-        if (kind := f"{FEATURES}.{network.key}") in kinds:
-            write_feature_set(unnamed, _collect(job, network, parts("features"), part, labels, generator))
-            rename(unnamed, job.results[kind])
-
-
-def _write_pngs(job: Job, pictures: Iterator[tuple[range, np.ndarray]], labels: np.ndarray) -> pathlib.Path:
-    folder = job.folder / "images"
-    shutil.rmtree(folder, ignore_errors=True)
-    make_folder(folder)
-    for images, pixels in pictures:
-        for image, picture in zip(images, pixels, strict=True):
-            Image.fromarray(picture).save(folder / f"{image:06d}.png")
-    (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
-    os.sync()  # once for all of them
-    return folder
-
-
-def _collect(
-    job: Job,
-    network: FeatureExtractor,
-    parts: Iterator[int],
-    part: Callable[[int, str], np.ndarray],
-    labels: np.ndarray,
-    generator: Generator,
-) -> FeatureSet:
-    """The features of all parts, as if they had been taken of the file of the images."""
-    collector, checks = Collector(network, job.num_images), Checks()
-    config = generator.model.config
-    size = config.grid * generator.autoencoder.config.down_size
-    for number in parts:
-        names = [name for name in Features._fields if _read_part(job.part(number), f"{network.key}.{name}") is not None]
-        collector.add({name: part(number, f"{network.key}.{name}") for name in names})
-        low, high = part(number, "extremes").tolist()
-        checks.merge(Checks(low, high, [row.tobytes() for row in part(number, "digests")]))
-    about = {"source": str(job.path), "height": size, "width": size, "num_classes": config.num_classes}
-    return collector.finish({**about, **checks.report("uint8", labels)}, labels)
+def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
+    """Prints a result as one line of JSON."""
+    facts = {
+        "result": next(iter(result.results.values())),
+        **dataclasses.asdict(result),
+        "images": job.config.num_images,
+        "processes": world.size,
+    }
+    print(json.dumps(facts, default=str), flush=True)

@@ -1,144 +1,328 @@
-"""Images in batches: numbers and labels in, bytes out. What all kinds of sampling are made of."""
+"""The pipeline: class names or ids -> images. Commands, jobs, previews and evaluation all sample through it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from bitdance.models import philox
-from bitdance.models.autoencoder import Autoencoder
+from bitdance.config import RELEASED_MODELS, SamplingDefaults
+from bitdance.data.class_names import ClassNames, imagenet, numbered
+from bitdance.data.crops import center_crop, normalize, to_array
+from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.quantizer import pack
+from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
-from bitdance.sampling.sampler import Denoise, SampleSettings, check_fit, decode_tokens, image_noise, sample_tokens
+from bitdance.runtime.process_group import choose_device, computes_bf16
+from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
+from bitdance.weights import weights_file
+from bitdance.weights.resolve import find_autoencoder_of, find_weights
+
+if TYPE_CHECKING:
+    from bitdance.weights.weights_file import Weights
+
+Output = Literal["pil", "np", "pt"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+BATCH_SIZE = 100
+"""Images sampled at once by default."""
 
 
 class SampleBatch(NamedTuple):
-    """A batch of images.
+    """A batch of samples.
 
     Attributes:
         pixels: (B, H, W, 3) uint8.
-        bits: (B, N, C / 8) uint8, the tokens in their order, packed as by `bitdance.models.quantizer.pack`.
+        bits: (B, N, C / 8) uint8, the tokens in their order, packed by `bitdance.models.quantizer.pack`.
     """
 
     pixels: np.ndarray
     bits: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A model and its autoencoder on a device, ready to make images.
+@dataclasses.dataclass
+class Pipeline:
+    """A model and its autoencoder, ready to sample; `load_pipeline` makes one from files.
 
     Attributes:
-        model, autoencoder: on the device, in the dtype to compute in.
-        settings: of the sampler.
-        seed: 0 <= seed < 2**32; with an image's number it determines the image's noise.
-        chunk: images that the decoder takes at once; 0 for a whole batch.
-        denoise: a compiled or captured form of the head network's `denoise`.
-        report: told when a batch is too large for the memory of a GPU and is made in halves.
+        model, autoencoder: in evaluation mode, on one device, in the dtype to compute in.
+        name: used in the names of result files.
+        defaults: sampling settings for those that a call does not give.
+        denoise: a compiled version of the head network's `denoise`, see `compile`.
+
+    Raises:
+        UserError: the autoencoder does not have the model's number of bits per token.
     """
 
     model: BitDance
     autoencoder: Autoencoder
-    settings: SampleSettings
-    seed: int
-    chunk: int = 0
-    report: Callable[[str], None] = print
-    denoise: Denoise | None = None
+    name: str = "model"
+    defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
+    denoise: DenoiseFn | None = None
 
     def __post_init__(self) -> None:
-        check_fit(self.model, self.autoencoder)
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is out of range: it must lie between 0 and {2**32 - 1}.")
-        if self.chunk < 0:
-            raise UserError(f"--chunk-size {self.chunk} does not fit: it must be at least 0 (a whole batch at once).")
+        bits = self.model.config.bits, self.autoencoder.config.bits
+        if bits[0] != bits[1]:
+            raise UserError(
+                f"the model has {bits[0]} bits per token and the autoencoder {bits[1]}: use the autoencoder that the "
+                "model was trained with."
+            )
 
-    def images(
-        self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None] = lambda: None
-    ) -> SampleBatch:
-        """One batch of images.
+    @property
+    def device(self) -> torch.device:
+        """The device that samples."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.model.config.grid * self.autoencoder.config.down_size
+
+    @functools.cached_property
+    def classes(self) -> ClassNames:
+        """Names of the classes: the model's own, ImageNet's for 1000 classes without names, else numbers."""
+        config = self.model.config
+        if config.class_names:
+            return ClassNames.from_labels(config.class_names)
+        return imagenet() if config.num_classes == 1000 else numbered(config.num_classes)
+
+    def __call__(
+        self,
+        classes: str | int | Sequence[str | int],
+        *,
+        seed: int = 0,
+        cfg_scale: float | None = None,
+        num_steps: int | None = None,
+        cfg_schedule: str = "linear",
+        share_first: bool = False,
+        solver: str = "euler-maruyama",
+        batch_size: int = BATCH_SIZE,
+        chunk_size: int | None = None,
+        output: Output = "pil",
+        callback: StepCallback | None = None,
+    ) -> Any:
+        """Samples one image per class given.
 
         Args:
-            numbers: the images' numbers in the job, from which their noise follows.
-            labels: their classes.
-            progress: called after each AR step.
+            classes: names, ids or WordNet ids; repeat one for several images of it.
+            seed: 0 <= seed < 2**32. Image i depends on the seed, i, its class and the settings, not on `batch_size`
+                (except for rounding).
+            cfg_scale, num_steps, chunk_size: guidance scale, solver steps of the diffusion head, and images decoded at
+                once (0 for all); by default `defaults`.
+            cfg_schedule, share_first, solver: see `bitdance.sampling.sampler.SamplingConfig`.
+            batch_size: images sampled at once.
+            output: `pil` for a list of PIL images, `np` for an array, `pt` for a tensor on the pipeline's device,
+                both (B, H, W, 3) uint8.
+            callback: called after each autoregressive step of each batch with (steps done, steps in total, tokens so
+                far (B, n, C)).
+
+        Raises:
+            UserError: an unknown class, or a setting that is out of range.
         """
+        config = self.sampling_config(cfg_scale, num_steps, cfg_schedule, share_first, solver)
+        labels = self.classes.find_all([classes] if isinstance(classes, str | int) else classes)
+        if output not in ("pil", "np", "pt"):
+            raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
+        batches = [
+            self.generate(list(batch), labels[batch.start : batch.stop], config, seed, chunk_size, callback).pixels
+            for batch in split_batches(len(labels), batch_size)
+        ]
+        return self._convert(np.concatenate(batches), output)
+
+    def sampling_config(
+        self,
+        cfg_scale: float | None = None,
+        num_steps: int | None = None,
+        cfg_schedule: str = "linear",
+        share_first: bool = False,
+        solver: str = "euler-maruyama",
+    ) -> SamplingConfig:
+        """Completes sampling settings with the pipeline's defaults.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        return SamplingConfig(
+            self.defaults.num_steps if num_steps is None else num_steps,
+            self.defaults.cfg_scale if cfg_scale is None else cfg_scale,
+            cfg_schedule,
+            share_first,
+            solver,
+        )
+
+    def generate(
+        self,
+        sample_ids: Sequence[int],
+        labels: Sequence[int],
+        config: SamplingConfig,
+        seed: int = 0,
+        chunk_size: int | None = None,
+        callback: StepCallback | None = None,
+        report: Callable[[str], object] = print,
+    ) -> SampleBatch:
+        """Samples one batch.
+
+        A batch that does not fit into the memory of a GPU is sampled in two halves.
+
+        Args:
+            sample_ids: B ids, from which the noise follows.
+            labels: B classes.
+            config: sampling settings.
+            seed: 0 <= seed < 2**32.
+            chunk_size: images decoded at once, 0 for all; by default that of `defaults`.
+            callback: called after each autoregressive step.
+            report: called with a message when the batch is halved.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        chunk_size = self.defaults.chunk_size if chunk_size is None else chunk_size
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed} is out of range: it must be between 0 and {2**32 - 1}.")
+        if chunk_size < 0:
+            raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
         try:
-            return self._images(numbers, labels, progress)
+            ids = torch.tensor(sample_ids, dtype=torch.int64, device=self.device)
+            classes = torch.tensor(labels, dtype=torch.int64, device=self.device)
+            noise_fn = sample_noise(self.model, seed, ids, config.num_draws)
+            tokens = sample_tokens(self.model, classes, noise_fn, config, callback, self.denoise)
+            pixels = self.decode_tokens(tokens, chunk_size)
+            return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
         except torch.OutOfMemoryError:
-            if len(numbers) == 1:
+            if len(sample_ids) == 1:
                 raise
-        # Out here the error is gone, and with it its frames, which hold all tensors of the failed try.
+        # Outside of the except clause, where the exception and with it the frames that hold the tensors are gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        half = len(numbers) // 2
-        self.report(
-            f"not enough memory for {len(numbers)} images at a time: {numbers[0]} to {numbers[-1]} are made in two "
-            "halves, whose images can differ by rounding from those of a whole batch."
+        half = len(sample_ids) // 2
+        report(
+            f"not enough memory for {len(sample_ids)} images at once: images {sample_ids[0]} to {sample_ids[-1]} are "
+            "sampled in two halves, which can differ by rounding from a whole batch."
         )
-        halves = [self.images(numbers[part], labels[part], progress) for part in (slice(half), slice(half, None))]
+        halves = [
+            self.generate(sample_ids[part], labels[part], config, seed, chunk_size, callback, report)
+            for part in (slice(half), slice(half, None))
+        ]
         return SampleBatch(*(np.concatenate(arrays) for arrays in zip(*halves, strict=True)))
 
-    def _images(self, numbers: Sequence[int], labels: Sequence[int], progress: Callable[[], None]) -> SampleBatch:
-        device = self.model.norm.weight.device
-        rows = torch.tensor(numbers, dtype=torch.int64, device=device)
-        classes = torch.tensor(labels, dtype=torch.int64, device=device)
-        draw = image_noise(self.model, self.seed, rows, self.settings.num_draws)
-        tokens = sample_tokens(self.model, classes, draw, self.settings, progress, self.denoise)
-        pixels = decode_tokens(self.model, self.autoencoder, tokens, self.chunk)
-        return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
+    @torch.no_grad()
+    def encode(self, images: Any) -> Tensor:
+        """Encodes images to bits.
+
+        Args:
+            images: a PIL image or a list of them, scaled and cropped to `image_size`; or uint8 pixels as an array or a
+                tensor, (H, W, 3) or (B, H, W, 3), whose sides are multiples of the downsampling factor.
+
+        Returns:
+            (B, C, h, w) +-1, on the pipeline's device.
+
+        Raises:
+            ValueError: pixels of another shape or dtype.
+        """
+        if isinstance(images, Image.Image):
+            images = [images]
+        if not isinstance(images, np.ndarray | Tensor):
+            images = np.stack([to_array(center_crop(image.convert("RGB"), self.image_size)) for image in images])
+        pixels = torch.as_tensor(images, device=self.device)
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        return self.autoencoder.encode(normalize(pixels).to(self.dtype))
+
+    def decode(self, bits: Tensor, output: Output = "pil") -> Any:
+        """Decodes bits (B, C, h, w), +-1, to images; `output` as in a call."""
+        return self._convert(self._decode(bits).cpu().numpy(), output)
+
+    def decode_tokens(self, tokens: Tensor, chunk_size: int = 0) -> Tensor:
+        """Decodes tokens (B, N, C), +-1, to (B, H, W, 3) uint8, `chunk_size` images at once (0: all)."""
+        bits = grid_from_tokens(tokens, self.model.config.patch)  # (B, C, h, w)
+        return torch.cat([self._decode(part) for part in bits.split(chunk_size or len(bits))])
+
+    @torch.no_grad()
+    def _decode(self, bits: Tensor) -> Tensor:
+        parameter = next(self.autoencoder.parameters())
+        return to_uint8(self.autoencoder.decode(bits.to(parameter.device, parameter.dtype)))
+
+    def _convert(self, pixels: np.ndarray, output: Output) -> Any:
+        if output == "pil":
+            return [Image.fromarray(image) for image in pixels]
+        return torch.from_numpy(pixels).to(self.device) if output == "pt" else pixels
+
+    def compile(self, mode: str = "default") -> None:
+        """Compiles the head network with `torch.compile`, which takes effect in the next call."""
+        self.denoise = torch.compile(self.model.head.net.denoise, mode=mode)
 
 
-LABELS = ("balanced", "random")
-"""How a job chooses its classes."""
-
-
-def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
-    """The class of each image of a job, a function of the seed: (N,) int64.
+def load_pipeline(
+    name: str | os.PathLike[str] = "demo",
+    *,
+    autoencoder: str | os.PathLike[str] | None = None,
+    weights: Weights | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | Precision = "auto",
+) -> Pipeline:
+    """Loads a model with its autoencoder.
 
     Args:
-        kind: one of `LABELS`: `balanced_labels`, or each class drawn on its own.
+        name: `demo`, a released model such as `BitDance-B-16X` (downloaded if it is not there), the folder of a
+            training run, or a file of weights.
+        autoencoder: likewise; by default the one inside the model's file, beside it, or of its training run.
+        weights: `ema` or `model` (raw); by default the EMA if the file has one.
+        device: such as `cpu` or `cuda:1`; by default a GPU if there is one.
+        dtype: of the parameters; `auto` is bfloat16 on a GPU that supports it, else float32.
+
+    Raises:
+        UserError: a file is missing or damaged, or model and autoencoder do not belong together.
     """
-    if kind == "balanced":
-        return balanced_labels(num_images, num_classes, seed)
-    if kind != "random":
-        raise UserError(f"labels cannot be {kind!r}: use {' or '.join(LABELS)}.")
-    rows = torch.arange(num_images)
-    drawn = philox.words(seed, rows, 1, stream=philox.SAMPLE_LABEL, step=0)[0, :, 0].numpy()
-    return drawn * num_classes >> 32  # the words are uniform on [0, 2^32)
+    contents = weights_file.read(find_weights(name))
+    place = find_weights(autoencoder, "autoencoder") if autoencoder is not None else find_autoencoder_of(contents)
+    source = place if isinstance(place, weights_file.Contents) else weights_file.read(place)
+    device = device if isinstance(device, torch.device) else choose_device(device)
+    dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    model = weights_file.load_model(contents, weights, dtype)
+    decoder = weights_file.load_autoencoder(source, dtype)
+    trained_with = contents.metadata.get("autoencoder_digest")
+    if trained_with and trained_with != weights_file.digest(source.states["autoencoder"]):
+        print(
+            f"bitdance: warning: {contents.path} was not trained with {source.path}: unless it is the same "
+            "autoencoder in another precision, the images will be noise.",
+            file=sys.stderr,
+        )
+    released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
+    return Pipeline(
+        model.to(device),
+        decoder.to(device),
+        f"{contents.path.stem}-{weights_file.choose_weights(contents, weights)}",
+        released.sampling if released else SamplingDefaults(),
+    )
 
 
-def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
-    """Labels with equal counts, a remainder spread over distinct classes, in a random order fixed by the seed.
-
-    The Inception Score takes splits of consecutive images, so class order would give each split a few classes only.
-
-    Returns:
-        (N,) int64.
-    """
-    rows = torch.arange(num_images)
-    keys = philox.words(seed, rows, 4, stream=philox.SAMPLE_ORDER, step=0)[0].numpy()
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    # A remainder takes classes a whole stride apart rather than the first few.
-    whole, rest = divmod(num_images, num_classes)
-    labels = np.repeat(np.arange(num_classes), whole)
-    extra = np.arange(rest) * num_classes // max(rest, 1)
-    return np.concatenate([labels, extra]).astype(np.int64)[order]
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Returns the dtype to compute in without gradients; `auto` is bfloat16 on GPUs that support it, else float32."""
+    is_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
-def cut(num_images: int, batch_size: int) -> Iterator[range]:
-    """The fixed batches of a job, as ranges of image numbers; the last one may be shorter.
+def split_batches(num_images: int, batch_size: int) -> Iterator[range]:
+    """Splits a job into fixed batches: ranges of sample ids, of which the last may be shorter.
 
     Raises:
         UserError: a count is not positive.
     """
-    if num_images < 1:
-        raise UserError(f"{num_images} images cannot be made: ask for at least 1.")
-    if batch_size < 1:
-        raise UserError(f"a batch of {batch_size} images does not exist: use at least 1.")
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value} is invalid: it must be at least 1.")
     for start in range(0, num_images, batch_size):
         yield range(start, min(start + batch_size, num_images))

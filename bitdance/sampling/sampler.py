@@ -1,6 +1,6 @@
-"""The fast sampler: labels -> tokens -> images, with a key/value cache and embeddings computed once.
+"""The sampler: labels -> tokens, with a key/value cache, guidance and timestep embeddings computed once.
 
-It shares the modules with the reference sampler, nothing else, and is tested against it.
+Tests compare it with a reference sampler that recomputes the whole sequence at every step.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ import torch
 from torch import Tensor
 
 from bitdance.models import flow, philox
-from bitdance.models.autoencoder import Autoencoder, to_uint8
-from bitdance.models.tokens import grid_from_tokens
-from bitdance.models.transformer import BitDance, Noise
-from bitdance.runtime.errors import UserError
+from bitdance.models.transformer import BitDance
+from bitdance.runtime.errors import UserError, check_fields
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t, embedded time, embedded condition) -> predicted x_1, as `HeadNetwork.denoise`."""
+NoiseFn = Callable[[int, bool], Tensor]
+"""(autoregressive step, for the unconditional rows?) -> (draws, B, P, C) float32 standard normal noise."""
+
+DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t, time embedding, condition embedding) -> predicted x_1, as `HeadNetwork.denoise`."""
+
+StepCallback = Callable[[int, int, Tensor], object]
+"""Called after each autoregressive step with (steps done, steps in total, tokens so far (B, n, C))."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleSettings:
-    """Everything about sampling that changes an image, beside the model, the class and the noise.
+class SamplingConfig:
+    """Settings that change the samples of a model, besides labels and noise.
 
     Attributes:
         num_steps: S, steps of the head's solver, without the last Euler step.
-        cfg_scale: guidance; 1 or less switches it off.
-        cfg_schedule: `linear` grows with the AR step from 1; `constant`.
-        share_first: whether conditional and null rows share their first tokens too; the published figures did not.
-        solver: one of `flow.SOLVERS`; the published one is `euler-maruyama`.
+        cfg_scale: guidance scale; 1 or less disables guidance.
+        cfg_schedule: `linear` grows from 1 with the autoregressive step; `constant`.
+        share_first: whether conditional and unconditional rows share their first tokens; the published samples do not.
+        solver: one of `flow.SOLVERS`; `euler-maruyama` is the published one.
     """
 
     num_steps: int = 100
@@ -40,122 +44,109 @@ class SampleSettings:
     solver: str = "euler-maruyama"
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UserError(f"--sample-steps {self.num_steps} does not fit: it must be at least 1.")
-        if not 0 <= self.cfg_scale < float("inf"):
-            raise UserError(f"--cfg-scale {self.cfg_scale} does not fit: it must be a number from 0 on.")
+        check_fields(self, "num_steps", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "cfg_scale", lambda value: 0 <= value < float("inf"), "be a finite number of at least 0")
         if self.solver not in flow.SOLVERS:
-            raise UserError(f"there is no solver {self.solver!r}: use one of {', '.join(flow.SOLVERS)}.")
+            raise UserError(f"solver={self.solver!r} is unknown: use one of {', '.join(flow.SOLVERS)}.")
         flow.guidance_scale(self.cfg_scale, 0, 1, self.cfg_schedule)
 
     @property
     def num_draws(self) -> int:
-        """Draws of normal numbers that the solver takes for a token."""
+        """Normal numbers per bit that the solver needs."""
         return self.num_steps + 1 if self.solver == "euler-maruyama" else 1
 
 
-def image_noise(model: BitDance, seed: int, images: Tensor, draws: int) -> Noise:
-    """The noise of images by their numbers: one call draws all that a step of sampling takes.
+def sample_noise(model: BitDance, seed: int, sample_ids: Tensor, draws: int) -> NoiseFn:
+    """Returns the noise of samples, a function of the seed and their ids alone.
 
     Args:
-        images: (B,) int64 numbers of the images in the job, on the device that samples.
-        draws: of a token, `SampleSettings.num_draws`.
+        model: gives P and C.
+        seed: 0 <= seed < 2**32.
+        sample_ids: (B,) int64, on the device that samples.
+        draws: `SamplingConfig.num_draws`.
     """
     p, c = model.config.parallel_num, model.config.bits
 
-    def draw(step: int, null: bool) -> Tensor:
-        stream = philox.SAMPLE_NULL if null else philox.SAMPLE
-        numbers = philox.normal(seed, images, p * c, stream=stream, step=step, draws=draws)
-        return numbers.unflatten(-1, (p, c))  # (draws, B, P, C)
+    def noise_fn(step: int, unconditional: bool) -> Tensor:
+        stream = philox.SAMPLE_NULL if unconditional else philox.SAMPLE
+        noise = philox.normal(seed, sample_ids, p * c, stream=stream, step=step, draws=draws)
+        return noise.unflatten(-1, (p, c))  # (draws, B, P, C)
 
-    return draw
+    return noise_fn
 
 
 @torch.no_grad()
 def sample_tokens(
     model: BitDance,
     labels: Tensor,
-    draw: Noise,
-    settings: SampleSettings,
-    progress: Callable[[], None] = lambda: None,
-    denoise: Denoise | None = None,
+    noise_fn: NoiseFn,
+    config: SamplingConfig,
+    callback: StepCallback | None = None,
+    denoise: DenoiseFn | None = None,
 ) -> Tensor:
     """Samples tokens: (B,) int64 labels -> (B, N, C) +-1.
 
+    With guidance the batch is doubled: the second half of the rows is unconditional. In a step whose guidance scale is
+    exactly 1 (the first step of the linear schedule) both halves are sampled independently, unless `share_first`.
+
     Args:
-        draw: the noise of each step, see `image_noise`.
-        progress: called after each of the N / P steps.
-        denoise: a compiled or captured form of `model.head.net.denoise`, if the caller has one.
+        model: on the device of the labels.
+        labels: (B,) int64.
+        noise_fn: the noise of each step, from `sample_noise`.
+        config: sampling settings.
+        callback: called after each autoregressive step.
+        denoise: a compiled version of `model.head.net.denoise`.
     """
-    config, b = model.config, len(labels)
-    guided = settings.cfg_scale > 1
+    steps, b = model.config.ar_steps, len(labels)
+    guided = config.cfg_scale > 1
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     cache = model.new_cache(len(labels))
-    head = _Head(model, settings, denoise)
-    made: list[Tensor] = []
-    for i in range(config.ar_steps):
-        cond = model.prefill(labels, cache) if i == 0 else model.step(made[-1], cache)
-        scale = flow.guidance_scale(settings.cfg_scale, i, config.ar_steps, settings.cfg_schedule) if guided else 1.0
-        together = scale > 1 or (guided and settings.share_first)
-        numbers = draw(i, False)
-        if guided and not together:
-            numbers = torch.cat([numbers, draw(i, True)], dim=1)
-        x = head.sample(cond, numbers, scale if together else None)
+    head = _HeadSampler(model, config, denoise)
+    groups: list[Tensor] = []
+    for i in range(steps):
+        cond = model.prefill(labels, cache) if i == 0 else model.step(groups[-1], cache)  # (R, P, D)
+        scale = flow.guidance_scale(config.cfg_scale, i, steps, config.cfg_schedule) if guided else 1.0
+        shared = scale > 1 or (guided and config.share_first)
+        noise = noise_fn(i, False)  # (draws, B, P, C)
+        if guided and not shared:
+            noise = torch.cat([noise, noise_fn(i, True)], dim=1)  # (draws, 2 B, P, C)
+        x = head.sample(cond, noise, scale if shared else None)
         new = torch.where(x > 0, 1.0, -1.0)
-        made.append(torch.cat([new, new]) if together else new)
-        progress()
-    return torch.cat(made, dim=1)[:b]
+        groups.append(torch.cat([new, new]) if shared else new)  # (R, P, C)
+        if callback is not None:
+            callback(i + 1, steps, torch.cat(groups, dim=1)[:b])
+    return torch.cat(groups, dim=1)[:b]
 
 
-class _Head:
-    """The head with what is the same at every step: its times are embedded once for all tokens."""
+class _HeadSampler:
+    """Samples tokens from the head; the embeddings of the solver's timesteps are computed once."""
 
-    def __init__(self, model: BitDance, settings: SampleSettings, denoise: Denoise | None) -> None:
-        self.settings, self.shift = settings, model.config.time_shift
+    def __init__(self, model: BitDance, config: SamplingConfig, denoise: DenoiseFn | None) -> None:
+        self.config, self.shift = config, model.config.time_shift
         self.cond_embed = model.head.net.cond_embed
         self.denoise = denoise or model.head.net.denoise
-        times = flow.evaluation_timesteps(settings.solver, settings.num_steps, self.shift)
-        self.times = model.head.net.time_embed(times.to(model.norm.weight.device))[:, None, None]  # (S + 1, 1, 1, d)
+        timesteps = flow.evaluation_timesteps(config.solver, config.num_steps, self.shift)
+        embedded = model.head.net.time_embed(timesteps.to(model.norm.weight.device))  # (evaluations, d)
+        self.time_embeddings = embedded[:, None, None]  # (evaluations, 1, 1, d)
 
     def sample(self, cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
-        """x before the sign.
+        """Integrates x from noise to data; the signs of the result are the bits.
 
         Args:
-            cond: (R, P, D); with guidance the second half is unconditional.
-            noise: (draws, R, P, C); with guidance R / 2 rows, which both halves share.
-            scale: of the guidance, or none.
+            cond: (R, P, D); with guidance the second half of the rows is unconditional.
+            noise: (draws, R, P, C); with guidance R / 2 rows, shared by both halves.
+            scale: guidance scale, or None without guidance.
         """
         embedded = self.cond_embed(cond)
 
-        def field(x: Tensor, t: Tensor, number: int) -> Tensor:
+        def velocity_fn(x: Tensor, t: Tensor, index: int) -> Tensor:
             rows = x if scale is None else torch.cat([x, x])
-            v = flow.velocity(self.denoise(rows.to(cond.dtype), self.times[number], embedded).float(), rows, t)
+            x_pred = self.denoise(rows.to(cond.dtype), self.time_embeddings[index], embedded).float()
+            v = flow.velocity(x_pred, rows, t)
             if scale is None:
                 return v
             v_cond, v_null = v.chunk(2)
             return flow.apply_cfg(v_cond, v_null, scale)
 
-        return flow.integrate(self.settings.solver, field, noise, self.settings.num_steps, self.shift)
-
-
-@torch.no_grad()
-def decode_tokens(model: BitDance, autoencoder: Autoencoder, tokens: Tensor, chunk: int = 0) -> Tensor:
-    """Decodes tokens (B, N, C) +-1 to bytes (B, H, W, 3) uint8, `chunk` images at a time (0: all)."""
-    bits = grid_from_tokens(tokens, model.config.patch)
-    parameter = next(autoencoder.parameters())
-    parts = bits.to(parameter.dtype).split(chunk or len(bits))
-    return torch.cat([to_uint8(autoencoder.decode(part)) for part in parts])
-
-
-def check_fit(model: BitDance, autoencoder: Autoencoder) -> None:
-    """Checks that an autoencoder reads the bits that a model makes.
-
-    Raises:
-        UserError: they have different numbers of bits a token.
-    """
-    if model.config.bits != autoencoder.config.bits:
-        raise UserError(
-            f"the model makes tokens of {model.config.bits} bits and the autoencoder reads {autoencoder.config.bits}: "
-            "name the autoencoder that the model was trained with."
-        )
+        return flow.integrate(self.config.solver, velocity_fn, noise, self.config.num_steps, self.shift)

@@ -1,15 +1,18 @@
-"""`.npz` files of images that are written as they come, so that 50,000 of them never lie in memory together."""
+"""Files of images: `.npz` written as a stream, and PNGs."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import zipfile
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 
-from bitdance.runtime.atomic_files import atomic_write
+from bitdance.metrics.image_sources import LABELS_FILE
+from bitdance.runtime.atomic_files import atomic_write, make_folder
 
 
 def write_npz(
@@ -17,14 +20,17 @@ def write_npz(
 ) -> None:
     """Writes `arr_0` (images or bits, in the order of the batches) and `arr_1` (labels), atomically.
 
+    Only one batch at a time is in memory.
+
     Args:
-        batches: (B, H, W, 3) uint8 each, N images in all; or any other uint8 arrays of one shape an image.
-        shape: (N, H, W, 3), or (N, ...).
+        path: the file.
+        batches: uint8 arrays, (B, H, W, 3) for images, N rows in total.
+        shape: of `arr_0`, (N, H, W, 3) for images.
         labels: (N,) int64.
 
     Raises:
         UserError: the file cannot be written.
-        ValueError: the batches hold another number of images.
+        ValueError: the batches have another number of rows in total.
     """
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -36,6 +42,32 @@ def write_npz(
                 file.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         if written != shape[0]:
-            raise ValueError(f"{pathlib.Path(path)}: {written} images came where {shape[0]} were announced.")
+            raise ValueError(f"{pathlib.Path(path)}: got {written} images, expected {shape[0]}.")
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels.astype(np.int64))
+
+
+def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> None:
+    """Writes an image, or pixels (H, W, 3) uint8, as a PNG, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(temporary, format="PNG")
+
+
+def write_png_folder(folder: pathlib.Path, batches: Iterable[tuple[range, np.ndarray]], labels: np.ndarray) -> None:
+    """Writes a folder of PNGs, `<sample id>.png`, and the labels beside them.
+
+    Args:
+        folder: made if it does not exist.
+        batches: sample ids and pixels (B, H, W, 3) uint8.
+        labels: (N,) int64.
+    """
+    make_folder(folder)
+    for ids, pixels in batches:
+        for index, image in zip(ids, pixels, strict=True):
+            Image.fromarray(image).save(folder / f"{index:06d}.png")
+    (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
+    os.sync()  # once for all files

@@ -1,9 +1,10 @@
-"""The checkpoints of a run: written in the background, the newest few kept, a damaged one passed over."""
+"""Checkpoints of a run: written in the background, the newest ones kept, damaged ones skipped."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,18 +14,16 @@ from torch import Tensor
 from bitdance.runtime.errors import UserError
 from bitdance.weights import weights_file
 
-PATTERN = "checkpoint-[0-9]*.safetensors"
-
 
 class Checkpointer:
-    """The files `checkpoint-<step>.safetensors` of a run.
+    """Writes the files `checkpoint-<step>.safetensors` of a run.
 
-    `save` copies the tensors to the CPU's memory, so that training can go on, and a thread writes them: for as long as
-    that takes there is one more copy of weights, moving average and optimizer in memory (16 bytes a parameter).
+    `save` copies the tensors to CPU memory, so that training can continue, and a thread writes them. Meanwhile there is
+    one more copy of weights, EMA and optimizer state in memory (16 bytes per parameter).
 
     Args:
-        folder: of the run.
-        keep: how many are kept, the newest.
+        folder: the run folder.
+        keep: number of checkpoints to keep, the newest.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
@@ -36,10 +35,10 @@ class Checkpointer:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
     ) -> None:
-        """Takes a copy of everything that the next step depends on and begins to write it; waits for the one before.
+        """Copies the state of a step and starts to write it; waits for the previous checkpoint.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous one could not be written.
         """
         self.finish()
         if step == self._step:
@@ -53,11 +52,11 @@ class Checkpointer:
     ) -> None:
         path = self.folder / f"checkpoint-{step:07d}.safetensors"
         weights_file.save_tensors(path, tensors, "training", config, **metadata)
-        for old in paths(self.folder)[self.keep :]:
+        for old in list_checkpoints(self.folder)[self.keep :]:
             old.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Waits until everything is on disk.
+        """Waits until everything is written.
 
         Raises:
             UserError: it cannot be written.
@@ -67,30 +66,30 @@ class Checkpointer:
             writing.result()
 
     def close(self) -> None:
-        """Waits for what is being written, whether it succeeds or not."""
+        """Waits for the thread, whether it succeeds or not."""
         self._pool.shutdown()
 
 
-def paths(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The checkpoints in a folder, the newest first."""
-    return sorted(folder.glob(PATTERN), key=step_of, reverse=True)
+def list_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the checkpoints in a folder, newest first; files with other names are ignored."""
+    steps = {
+        path: int(found[1])
+        for path in folder.glob("checkpoint-*.safetensors")
+        if (found := re.fullmatch(r"checkpoint-([0-9]+)\.safetensors", path.name))
+    }
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def step_of(path: pathlib.Path) -> int:
-    """The step after which a checkpoint was taken, by its name."""
-    return int(path.name.split("-")[1].split(".")[0])
+def read_newest(folder: pathlib.Path) -> weights_file.Contents | None:
+    """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
-
-def newest(folder: pathlib.Path) -> weights_file.Contents | None:
-    """Reads the newest checkpoint that is whole, None where there is none; says which ones were damaged.
-
-    Damaged ones are renamed to end in `.damaged`, so that they count no longer.
+    Damaged ones are reported and renamed to end in `.damaged`.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
     """
     damaged: dict[pathlib.Path, str] = {}
-    for path in paths(folder):
+    for path in list_checkpoints(folder):
         try:
             contents = weights_file.read(path)
         except UserError as error:
@@ -98,12 +97,12 @@ def newest(folder: pathlib.Path) -> weights_file.Contents | None:
             continue
         for other, reason in damaged.items():
             other.rename(other.with_name(f"{other.name}.damaged"))
-            print(f"bitdance: {reason} The run goes on from {path.name}.", file=sys.stderr)
+            print(f"bitdance: {reason} The run resumes from {path.name}.", file=sys.stderr)
         return contents
     if damaged:
         first = next(iter(damaged.values()))
         raise UserError(
-            f"none of the {len(damaged)} checkpoints in {folder} can be read: {first} Or choose another folder to "
-            "start anew."
+            f"none of the {len(damaged)} checkpoints in {folder} can be read: {first} Or use another folder to start "
+            "over."
         )
     return None

@@ -30,8 +30,8 @@ from bitdance.runtime.errors import UserError
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch
 from bitdance.training.losses import BitDanceLoss
-from bitdance.training.status import duration
-from bitdance.training.trainer import PREVIEWED, Run
+from bitdance.training.status import format_duration
+from bitdance.training.trainer import PREVIEW_IMAGES, Trainer
 
 LONGEST = 20.0
 """Seconds that a timed step may take; of longer ones a part is timed."""
@@ -83,35 +83,35 @@ class Memory:
         return self.process + self.ahead + self.snapshot
 
 
-def print_estimate(run: Run) -> None:
+def print_estimate(trainer: Trainer) -> None:
     """Prints what the run of a BitDance model will need, the last line as JSON; writes nothing.
 
     Raises:
         UserError: the folder of the run cannot be written to.
     """
-    _check_writable(run.config.results_dir)
-    config, world = run.config, run.world
-    images = len(run.batches.places) // config.accumulate
-    memory = measure_memory(run, images)
+    _check_writable(trainer.config.output)
+    config, world = trainer.config, trainer.world
+    images = len(trainer.loader.indices) // config.accumulate
+    memory = measure_memory(trainer, images)
     # What this process has already taken is no longer free, but will not be needed again.
     free = _free_memory(world.device) + memory.weights + memory.average + memory.autoencoder
     before = _process_bytes()
     seconds = None
-    if timed := measure_time(run, memory, images, free):
+    if timed := measure_time(trainer, memory, images, free):
         seconds, count = timed
-        memory = _corrected(memory, run, before, images, count)
+        memory = _corrected(memory, trainer, before, images, count)
     if world.is_main:
-        _print(run, memory, free, seconds)
+        _print(trainer, memory, free, seconds)
 
 
-def _corrected(memory: Memory, run: Run, before: int, images: int, count: int) -> Memory:
+def _corrected(memory: Memory, trainer: Trainer, before: int, images: int, count: int) -> Memory:
     """The memory with what could be measured in real steps of `count` images.
 
     Args:
         before: what the process held before them, when the simulation had already taken what it takes.
     """
-    peak, share = run.world.peak_memory(), images / count
-    if run.world.device.type == "cuda":
+    peak, share = trainer.world.peak_memory(), images / count
+    if trainer.world.device.type == "cuda":
         activations = int((peak - memory.resident - memory.gradients) * share)
         return dataclasses.replace(memory, activations=max(0, activations))
     # Libraries load their code when they are first called, kernels have memory of their own, and what is freed is not
@@ -128,16 +128,16 @@ def _check_writable(folder: pathlib.Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {there} cannot be written to; choose another place.")
 
 
-def _print(run: Run, memory: Memory, free: int, seconds: float | None) -> None:
-    config, network, world = run.config, run.network, run.world
+def _print(trainer: Trainer, memory: Memory, free: int, seconds: float | None) -> None:
+    config, network, world = trainer.config, trainer.network, trainer.world
     needed = memory.device if world.device.type == "cuda" else memory.device + memory.host
-    encodes = not isinstance(run.batches.images, TokenDataset)
-    flops = step_flops(run.objective, config.global_batch_size, config.image_size, encodes)
+    encodes = not isinstance(trainer.loader.images, TokenDataset)
+    flops = step_flops(trainer.objective, config.batch_size, config.image_size, encodes)
     parameters = sum(value.numel() for value in network.parameters())
-    steps = run.last_step - run.step
+    steps = trainer.last_step - trainer.step
     kept = memory.weights + memory.average
     checkpoint = 3 * memory.weights + memory.average
-    epochs = run.last_step // (config.keep_epochs * run.batches.steps_per_epoch) if config.keep_epochs else 0
+    epochs = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
     disk = config.keep_checkpoints * checkpoint + (epochs + 1) * kept
     total = None if seconds is None else steps * seconds
     where = str(world.device) + (f", one of {world.size} processes" if world.size > 1 else "")
@@ -146,7 +146,7 @@ def _print(run: Run, memory: Memory, free: int, seconds: float | None) -> None:
             "model",
             f"{parameters / 1e6:.2f} M parameters; {memory.autoencoder / 4e6:.2f} M of the autoencoder",
         ),
-        ("computes", f"on {where}, {'bf16 with float32 weights' if run.in_bf16 else 'float32'}"),
+        ("computes", f"on {where}, {'bf16 with float32 weights' if trainer.in_bf16 else 'float32'}"),
         ("", ""),
         *((name, _gigabytes(getattr(memory, name))) for name in ("weights", "gradients", "moments", "average")),
         ("autoencoder", _gigabytes(memory.autoencoder)),
@@ -158,12 +158,12 @@ def _print(run: Run, memory: Memory, free: int, seconds: float | None) -> None:
         ("in all", f"{_gigabytes(needed)} of {_gigabytes(free)} that are free"),
         ("", ""),
         ("disk", f"{_gigabytes(checkpoint)} a checkpoint, {_gigabytes(disk)} at the end"),
-        ("operations", f"{flops / 1e12:.3g} TFLOP a step, {flops / config.global_batch_size / 1e9:.4g} GFLOP an image"),
-        ("steps", f"{steps} of {config.global_batch_size} images"),
+        ("operations", f"{flops / 1e12:.3g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"),
+        ("steps", f"{steps} of {config.batch_size} images"),
     ]
     if seconds is not None and total is not None:
-        rate = config.global_batch_size / seconds
-        rows.append(("time", f"{seconds:.3g} s a step, {rate:.4g} images/s, {duration(total)} in all"))
+        rate = config.batch_size / seconds
+        rows.append(("time", f"{seconds:.3g} s a step, {rate:.4g} images/s, {format_duration(total)} in all"))
     print("\n".join(f"  {name:<13}{value}".rstrip() for name, value in rows))
     facts = {
         "parameters": parameters,
@@ -173,15 +173,15 @@ def _print(run: Run, memory: Memory, free: int, seconds: float | None) -> None:
         "disk_bytes": disk,
         "step_flops": flops,
         "steps": steps,
-        "images": steps * config.global_batch_size,
+        "images": steps * config.batch_size,
         "seconds_per_step": seconds,
-        "images_per_second": None if seconds is None else config.global_batch_size / seconds,
+        "images_per_second": None if seconds is None else config.batch_size / seconds,
         "seconds": total,
         "processes": world.size,
         "device": str(world.device),
     }
     if needed > free:
-        helps = ["a larger --accumulate"] if len(run.batches.places) > config.accumulate else []
+        helps = ["a larger --accumulate"] if len(trainer.loader.indices) > config.accumulate else []
         helps += [] if config.grad_checkpointing else ["--grad-checkpointing"]
         helps += ["stored bits (`bitdance encode`)"] if encodes else []
         helps += ["more processes or a larger machine"]
@@ -189,9 +189,9 @@ def _print(run: Run, memory: Memory, free: int, seconds: float | None) -> None:
             f"This does not fit: {_gigabytes(needed)} are needed, {_gigabytes(free)} are free. What helps: "
             f"{', '.join(helps)}."
         )
-    space = _free_disk(config.results_dir)
+    space = _free_disk(config.output)
     if disk > space:
-        print(f"The disk is too small: {_gigabytes(space)} are free in {config.results_dir}; lower --keep-checkpoints.")
+        print(f"The disk is too small: {_gigabytes(space)} are free in {config.output}; lower --keep-checkpoints.")
     print(json.dumps(facts), flush=True)
 
 
@@ -235,20 +235,20 @@ class _Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def measure_memory(run: Run, images: int) -> Memory:
+def measure_memory(trainer: Trainer, images: int) -> Memory:
     """The memory of one process whose steps take so many images at a time."""
-    network, config = run.network, run.config
+    network, config = trainer.network, trainer.config
     weights = _bytes(network)
-    assert isinstance(run.objective, BitDanceLoss)
-    autoencoder = _bytes(run.objective.autoencoder)
-    average = weights if run.ema is not None else 0
-    process = _process_bytes() - (weights + average + autoencoder if run.world.device.type == "cpu" else 0)
-    sample = run.batches.load(0).inputs[:1]
+    assert isinstance(trainer.objective, BitDanceLoss)
+    autoencoder = _bytes(trainer.objective.autoencoder)
+    average = weights if trainer.ema is not None else 0
+    process = _process_bytes() - (weights + average + autoencoder if trainer.world.device.type == "cpu" else 0)
+    sample = trainer.loader.load(0).inputs[:1]
     # Gradients of before stay where they are, if there are parts to be added up, or buckets to be sent.
-    parts = 2 if config.accumulate > 1 or run.world.size > 1 else 1
+    parts = 2 if config.accumulate > 1 or trainer.world.size > 1 else 1
     with FakeTensorMode():
-        objective = _hollow(run.objective)
-        extra = _step_bytes(objective, images, sample, parts, run.in_bf16)
+        objective = _hollow(trainer.objective)
+        extra = _step_bytes(objective, images, sample, parts, trainer.in_bf16)
         preview = _preview_bytes(objective)
     return Memory(
         weights=weights,
@@ -258,8 +258,8 @@ def measure_memory(run: Run, images: int) -> Memory:
         autoencoder=autoencoder,
         activations=max(0, extra - weights),
         preview=preview,
-        snapshot=3 * weights + average if run.world.is_main else 0,
-        ahead=(PREFETCH + 2) * len(run.batches.places) * sample.nbytes,
+        snapshot=3 * weights + average if trainer.world.is_main else 0,
+        ahead=(PREFETCH + 2) * len(trainer.loader.indices) * sample.nbytes,
         process=process,
     )
 
@@ -294,8 +294,8 @@ def _preview_bytes(objective: BitDanceLoss) -> int:
     """The most that the pictures of a preview need: the cache of the transformer, then the decoder's for one image."""
     network, config = objective.network, objective.network.config
     with _Alive() as alive:
-        cache = network.new_cache(2 * PREVIEWED)  # with guidance
-        network.prefill(torch.zeros(2 * PREVIEWED, dtype=torch.int64), cache)
+        cache = network.new_cache(2 * PREVIEW_IMAGES)  # with guidance
+        network.prefill(torch.zeros(2 * PREVIEW_IMAGES, dtype=torch.int64), cache)
         del cache
         objective.autoencoder.decode(torch.zeros(1, config.bits, config.grid, config.grid))
     return alive.peak
@@ -327,22 +327,22 @@ def _free_memory(device: torch.device) -> int:
 # ------------------------------------------------------------ time
 
 
-def measure_time(run: Run, memory: Memory, images: int, free: int) -> tuple[float, int] | None:
+def measure_time(trainer: Trainer, memory: Memory, images: int, free: int) -> tuple[float, int] | None:
     """Seconds of a step, and of how many images real ones were; None where not even one image fits into the memory.
 
     A step that would take long is timed with fewer images, or in fewer parts, at two sizes, from which a straight line
     leads to the whole.
     """
-    world, local = run.world, len(run.batches.places)
+    world, local = trainer.world, len(trainer.loader.indices)
     room = free - memory.resident - memory.gradients  # for activations
     fitting = images if memory.activations <= room else int(images * room / memory.activations)
     if world.broadcast(fitting) < 1:
         return None
-    run.network.train()
-    stream = run.batches.stream(run.step, run.step + 64)
+    trainer.network.train()
+    stream = trainer.loader.stream(trainer.step, trainer.step + 64)
 
     def timed(count: int, parts: int = 1, repeats: int = 3) -> float:
-        seconds = [_one_step(run, stream, count, parts) for _ in range(1 + repeats)]
+        seconds = [_one_step(trainer, stream, count, parts) for _ in range(1 + repeats)]
         return world.broadcast(statistics.median(seconds[1:]))
 
     size = world.broadcast(min(fitting, 2))
@@ -360,16 +360,16 @@ def measure_time(run: Run, memory: Memory, images: int, free: int) -> tuple[floa
     return seconds + (seconds - timed(half, repeats=2)) / (size - half) * (local - size), size
 
 
-def _one_step(run: Run, stream: Any, images: int, parts: int) -> float:
+def _one_step(trainer: Trainer, stream: Any, images: int, parts: int) -> float:
     """Takes a step with the first images of a batch and returns its seconds."""
     start = time.perf_counter()
     batch: Batch = next(stream)
     if images < len(batch.labels):
-        batch = Batch(batch.inputs[:images], batch.labels[:images], batch.rows[:images])
+        batch = Batch(batch.inputs[:images], batch.labels[:images], batch.indices[:images])
         start = time.perf_counter()
-    config, run.config = run.config, dataclasses.replace(run.config, accumulate=parts)
-    run.one_step(batch)
-    run.config = config
-    if run.world.device.type == "cuda":
-        torch.cuda.synchronize(run.world.device)
+    config, trainer.config = trainer.config, dataclasses.replace(trainer.config, accumulate=parts)
+    trainer.train_step(batch, lr=0.0)
+    trainer.config = config
+    if trainer.world.device.type == "cuda":
+        torch.cuda.synchronize(trainer.world.device)
     return time.perf_counter() - start

@@ -1,101 +1,184 @@
-"""Figures of what a model makes while it is trained: always of the same classes and noise, so they show its weights."""
+"""Evaluation during training: the loss on held-out images, and metrics (FID and others) of samples.
+
+Images, crops, timesteps and noise are always the same, so that the curves show the network.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from bitdance.config import EvaluationConfig, TrainConfig
+from bitdance.config import EvaluationConfig
+from bitdance.data.images import ImageDataset, open_images
+from bitdance.data.token_cache import TokenDataset, is_token_cache, open_token_cache
 from bitdance.metrics.feature_set import take_features
 from bitdance.metrics.image_sources import Source
 from bitdance.metrics.references import FeatureExtractors, find_reference
 from bitdance.metrics.report import HEADINGS, check_network, figures
+from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
-from bitdance.sampling.pipeline import Generator, cut, make_labels
-from bitdance.sampling.sampler import SampleSettings
-from bitdance.training.losses import BitDanceLoss
-from bitdance.training.throughput import Line, finite
+from bitdance.sampling.labels import make_labels
+from bitdance.sampling.pipeline import Pipeline, split_batches
+from bitdance.sampling.sampler import SamplingConfig
+from bitdance.training.loader import Loader
+from bitdance.training.logging import Metrics, finite
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.train_config import TrainConfig
+
+LAST_STEP = 2**32 - 1
+"""Random numbers of validation are those of steps that no training reaches, counted down from here."""
 
 LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", "precision", "recall")}
-"""The figures in a line of the log, and what people call them."""
-LARGEST_BATCH = 32
-"""Images at a time: few enough to fit beside a training; of any number of processes the same, since shapes decide the
-last digits."""
-SEED = 0
+"""Metrics in a line of the log, and their titles."""
+
+MAX_BATCH_SIZE = 32
+"""Samples at once: few enough to fit beside a training, and fixed, since shapes change the last digits."""
 
 
-class Samples(Source):
-    """Images that a model makes when they are asked for.
+class Validation:
+    """The loss on held-out images; constructed by all processes together.
 
-    Args:
-        labels: (N,) int64, the class of each.
-        in_bf16: whether matrix products are.
-    """
-
-    def __init__(self, generator: Generator, labels: np.ndarray, image_size: int, in_bf16: bool) -> None:
-        self.path, self.labels = pathlib.Path("samples"), labels
-        self.shape, self.dtype = (len(labels), image_size, image_size, 3), np.dtype(np.uint8)
-        self._generator, self._in_bf16 = generator, in_bf16
-
-    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        assert self.labels is not None
-        device = self._generator.model.norm.weight.device.type
-        for number, images in enumerate(cut(len(self), size)):
-            if number % ranks == rank:
-                # Here and not around it all: blocks are asked for in a thread, and autocast is a thread's own.
-                with torch.autocast(device, torch.bfloat16, enabled=self._in_bf16):
-                    made = self._generator.images(images, self.labels[images.start : images.stop].tolist())
-                yield number, made.pixels
-
-
-class Evaluation:
-    """A reference and how to compare with it; made by all processes together.
+    Each batch is split over the processes as in training. Images are cropped at the centre, no class is dropped and no
+    bit flipped.
 
     Args:
-        objective: of the run, on its device.
-        labels: of the training images: images are made of the classes that occur, in equal numbers.
-        in_bf16: whether the run computes matrix products in bf16.
+        objective: the loss of the run.
+        config: of the run, with `val_path`.
+        classes: of the training images, which define the labels.
+        world: the processes.
+        autoencoder: digest of the autoencoder of a model, to check a token cache.
 
     Raises:
-        UserError: the reference or the Inception network is not there, or they do not belong together.
+        UserError: the images cannot be read, are fewer than the processes, or have a class that is not trained on.
     """
 
     def __init__(
-        self, objective: BitDanceLoss, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
+        self,
+        objective: AutoencoderLoss | BitDanceLoss,
+        config: TrainConfig,
+        classes: tuple[str, ...],
+        world: World,
+        autoencoder: str | None = None,
     ) -> None:
-        settings = SampleSettings(config.eval_steps, config.eval_cfg_scale)
-        generator = Generator(objective.network, objective.autoencoder, settings, SEED)
+        assert config.val_path is not None
+        same = config.val_path.resolve() == config.data_path.resolve()
+        images: ImageDataset | TokenDataset
+        if is_token_cache(config.val_path):
+            if autoencoder is None:
+                raise UserError(f"val_path={config.val_path} is a token cache: an autoencoder is validated on images.")
+            images = open_token_cache(config.val_path)
+            images.check(autoencoder, config.image_size)
+        else:
+            images = open_images(config.val_path, "test" if same else "train")
+        if isinstance(objective, BitDanceLoss):
+            _map_labels(images, classes)
+        size = min(config.batch_size, len(images) // world.size * world.size)
+        if size == 0:
+            raise UserError(f"{images.path} holds {len(images)} images, fewer than the {world.size} processes.")
+        self.loader = Loader(images, dataclasses.replace(config, batch_size=size, random_crop=False), world)
+        self.steps = min(self.loader.steps_per_epoch, -(-config.val_images // size))
+        self.world = world
+        self._objective = copy.copy(objective)
+        if isinstance(self._objective, BitDanceLoss):
+            self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)
+
+    @torch.no_grad()
+    def loss(self) -> Tensor:
+        """Returns the mean loss with the network's current weights, a scalar, the same in all processes."""
+        losses = []
+        for number, batch in enumerate(self.loader.stream(0, self.steps)):
+            loss, _ = self._objective.forward(*batch.to(self.world.device), LAST_STEP - number)
+            losses.append(loss)
+        return self.world.mean(torch.stack(losses).float().mean())
+
+
+def _map_labels(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -> None:
+    """Replaces labels by those that the same classes have in training."""
+    if unknown := [name for name in images.classes if name not in classes]:
+        raise UserError(
+            f"val_path={images.path} has the class {unknown[0]!r}, which the training images do not have: name the "
+            "class folders as there."
+        )
+    images.labels = np.array([classes.index(name) for name in images.classes], np.int64)[images.labels]
+
+
+class PipelineSource(Source):
+    """Images that a pipeline samples on demand.
+
+    Args:
+        pipeline: samples with its current weights.
+        config: sampling settings.
+        labels: (N,) int64, the class of each image.
+        in_bf16: whether to sample under bf16 autocast.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: SamplingConfig, labels: np.ndarray, in_bf16: bool) -> None:
+        self.path, self.labels = pathlib.Path("samples"), labels
+        self.shape, self.dtype = (len(labels), pipeline.image_size, pipeline.image_size, 3), np.dtype(np.uint8)
+        self._pipeline, self._config, self._in_bf16 = pipeline, config, in_bf16
+
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        assert self.labels is not None
+        for index, ids in enumerate(split_batches(len(self), size)):
+            if index % ranks == rank:
+                # Here, since blocks are requested from another thread and autocast is per thread.
+                with torch.autocast(self._pipeline.device.type, torch.bfloat16, enabled=self._in_bf16):
+                    labels = self.labels[ids.start : ids.stop].tolist()
+                    yield index, self._pipeline.generate(ids, labels, self._config).pixels
+
+
+class SampleEvaluation:
+    """Metrics of samples of the model in training; constructed by all processes together.
+
+    Args:
+        pipeline: of the network in training.
+        config: of the run, with `eval_reference`.
+        labels: of the training images: the classes that occur are sampled in equal numbers.
+        world: the processes.
+        in_bf16: whether the run uses bf16 autocast.
+
+    Raises:
+        UserError: the reference or the Inception weights are not there, or do not belong together.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
+    ) -> None:
         classes = np.unique(labels)
-        chosen = classes[make_labels("balanced", config.eval_images, len(classes), SEED)]
-        self._samples = Samples(generator, chosen, config.image_size, in_bf16)
-        self._batch_size = min(config.global_batch_size, LARGEST_BATCH)
+        chosen = classes[make_labels("balanced", config.eval_images, len(classes), seed=0)]
+        sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale)
+        self._source = PipelineSource(pipeline, sampling, chosen, in_bf16)
+        self._batch_size = min(config.batch_size, MAX_BATCH_SIZE)
         self._world = world
         wanted = EvaluationConfig(reference=config.eval_reference, inception_weights=config.eval_inception)
-        networks = FeatureExtractors(wanted, world)
-        self._network = networks()[0]
-        found = find_reference(wanted, config.image_size, networks, world)
+        extractors = FeatureExtractors(wanted, world)
+        self._extractor = extractors()[0]
+        found = find_reference(wanted, config.image_size, extractors, world)
         self._reference = next(iter(found.values())) if found else None
         if self._reference is not None:
-            about = {"network": self._network.name, "network_digest": self._network.digest}
+            about = {"network": self._extractor.name, "network_digest": self._extractor.digest}
             check_network(about, self._reference)
 
-    def figures(self) -> Line:
-        """Of the network as it is: those that are `LOGGED` and that the reference allows, in the first process."""
-        total = len(self._samples)
+    def metrics(self) -> Metrics:
+        """Returns those of `LOGGED` that the reference allows, in the first process; nothing in the others."""
+        total = len(self._source)
         with tqdm(total=total, unit="image", desc="evaluating", dynamic_ncols=True, leave=False,
                   disable=not self._world.is_main) as bar:  # fmt: skip
-            sets = take_features(self._samples, [self._network], self._world, self._batch_size, progress=bar.update)
+            sets = take_features(self._source, [self._extractor], self._world, self._batch_size, progress=bar.update)
         if not sets:
             return {}
         found = {f"eval_{name}": value for name, value in figures(sets[0], self._reference).items()}
         return {name: finite(found[name]) for name in LOGGED if name in found}
 
 
-def said(line: Mapping[str, float | None]) -> str:
-    """The figures of a line of the log, for people; empty where it has none."""
-    found = {heading: line.get(name) for name, heading in LOGGED.items()}
-    return ", ".join(f"{heading} {value:.4g}" for heading, value in found.items() if value is not None)
+def format_evaluation(metrics: Mapping[str, float | None]) -> str:
+    """Formats the metrics of an evaluation in a line of the log; empty if it has none."""
+    found = {title: metrics.get(name) for name, title in LOGGED.items()}
+    return ", ".join(f"{title} {value:.4g}" for title, value in found.items() if value is not None)

@@ -1,26 +1,117 @@
-"""Where a run's numbers go: a line of JSON always, TensorBoard and Weights & Biases when asked for."""
+"""Logging of a run: means and rates over steps; JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import pathlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.training.flops import peak_bf16
+from bitdance.training.optimizer import NonFiniteGuard
 
-FILE = "log.jsonl"
+LOG_FILE = "log.jsonl"
+
+Metrics = dict[str, float | None]
+"""Metrics of a line of the log; None where there is no finite value."""
+
+
+class MetricsMeter:
+    """Sums the metrics of steps on the device, where they are read only for a line of the log, and measures rates.
+
+    Args:
+        images: per step, over all processes.
+        flops: per step and process.
+        world: the processes.
+        guard: counts skipped steps.
+        in_bf16: whether matrix products are computed in bf16, for the model-FLOP utilization.
+    """
+
+    def __init__(self, images: int, flops: float, world: World, guard: NonFiniteGuard, in_bf16: bool) -> None:
+        self._images, self._flops, self._world, self._guard = images, flops, world, guard
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        self._peak = peak_bf16(name) if in_bf16 else None
+        self._skipped = int(guard.skipped)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._waited, self._start = 0, 0.0, time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor], waited: float) -> None:
+        """Adds the metrics of a step, 0 if it was skipped, and the seconds spent waiting for its batch."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        self._waited += waited
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time in the context from the rates."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def read(self) -> Metrics:
+        """Returns means over the steps that were not skipped and over all processes, counts and rates; restarts.
+
+        Returns:
+            The means; `skipped` steps of the whole run and `consecutive` ones up to now; `images_per_second` of all
+            processes; `waiting`, the fraction of time spent waiting for images; `tflops` per process, and `mfu`, the
+            model-FLOP utilization, if the peak of the GPU is known.
+        """
+        counts = torch.stack([self._guard.skipped, self._guard.consecutive]).float()
+        sums = torch.stack([value.float() for value in self._sums.values()])
+        *values, skipped, consecutive = self._world.mean(torch.cat([sums, counts])).tolist()
+        seconds = time.perf_counter() - self._start
+        counted = self._steps - (skipped - self._skipped)
+        metrics: Metrics = {
+            name: finite(value / counted) if counted else None for name, value in zip(self._sums, values, strict=True)
+        }
+        rate = self._steps * self._flops / seconds
+        metrics |= {
+            "skipped": int(skipped),
+            "consecutive": int(consecutive),
+            "images_per_second": self._steps * self._images / seconds,
+            "waiting": self._waited / seconds,
+            "tflops": rate / 1e12,
+        }
+        if self._peak:
+            metrics["mfu"] = rate / self._peak
+        self._skipped = int(skipped)
+        self._restart()
+        return metrics
+
+
+def format_metrics(metrics: Metrics) -> str:
+    """Formats loss and rates for a progress bar."""
+    loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+    use = f"mfu {metrics['mfu']:.0%}" if "mfu" in metrics else f"{metrics['tflops']:.3g} TFLOP/s"
+    text = f"loss {loss}, {metrics['images_per_second']:.0f} images/s, waiting {metrics['waiting']:.0%}, {use}"
+    return text + (f", {metrics['skipped']} skipped" if metrics["skipped"] else "")
+
+
+def finite(value: float) -> float | None:
+    """Returns the value, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
 
 
 class RunLog:
-    """The log of a run, for the one process that writes it.
+    """The log of a run, written by the first process.
 
     Args:
-        folder: of the run.
-        step: steps that are done already; what an interrupted run logged after them is dropped.
+        folder: the run folder.
+        step: steps that are done; lines that an interrupted run logged after it are removed.
         tensorboard: also write TensorBoard's files, in `tensorboard/`.
         wandb: also log to this project of Weights & Biases.
         settings: of the run, for Weights & Biases.
@@ -37,21 +128,21 @@ class RunLog:
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = folder / FILE
+        self.path = folder / LOG_FILE
         self._tensorboard = _open_tensorboard(folder, step) if tensorboard else None
         self._wandb = _open_wandb(folder, wandb, settings or {}) if wandb else None
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            lines = [line for line in read_log(folder) if line["step"] <= step]
             with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def write(self, step: int, epoch: float, values: Mapping[str, float | None]) -> None:
-        """Adds the numbers of a step; None stands for a number that there is none of.
+    def write(self, step: int, epoch: float, metrics: Mapping[str, float | str | None]) -> None:
+        """Adds a line; None stands for a metric without a value, a string is a note.
 
         Raises:
             UserError: the file cannot be written.
         """
-        entry = {"step": step, "epoch": epoch, **values, "time": time.time()}
+        entry = {"step": step, "epoch": epoch, **metrics, "time": time.time()}
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -60,7 +151,7 @@ class RunLog:
             raise UserError(
                 f"cannot write {self.path}: {reason}; free some space, then run the command again."
             ) from error
-        numbers = {name: value for name, value in values.items() if value is not None}
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -68,27 +159,30 @@ class RunLog:
             self._wandb.log({"epoch": epoch, **numbers}, step=step)
 
     def close(self) -> None:
-        """Hands over what the other writers hold back."""
+        """Flushes the other writers."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none where there is no log. A last line that is being written is left out."""
-    path = folder / FILE
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads the lines of a run's log; lines that are torn or damaged are skipped."""
+    path = folder / LOG_FILE
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("time"), float):
+                lines.append(line)
+    return lines
 
 
 def _open_tensorboard(folder: pathlib.Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "--tensorboard needs a package that is not there: pip install 'bitdance[tensorboard]'."
-        ) from None
+        raise UserError("`tensorboard` needs a package: pip install 'bitdance[tensorboard]'.") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
@@ -96,9 +190,8 @@ def _open_wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any])
     try:
         import wandb
     except ImportError:
-        raise UserError("--wandb needs a package that is not there: pip install 'bitdance[wandb]'.") from None
-    # A run that goes on goes on there as well.
-    name = folder / "wandb-id.txt"
+        raise UserError("`wandb` needs a package: pip install 'bitdance[wandb]'.") from None
+    name = folder / "wandb-id.txt"  # a resumed run continues the same run there
     if not name.exists():
         with atomic_write(name) as temporary:
             temporary.write_text(secrets.token_hex(8))

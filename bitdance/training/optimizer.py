@@ -1,33 +1,44 @@
-"""AdamW with the published parameter groups, the moving average of the weights, and steps that are skipped."""
+"""AdamW with the published parameter groups, learning rate, EMA, and the guard against non-finite gradients."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from bitdance.config import TrainConfig
+from bitdance.training.train_config import TrainConfig
 
 NO_DECAY = ("proj_in", "cls_embedding", "query_token")
-"""Parameters whose names contain one of these are not decayed, whatever their shape."""
+"""Parameters whose names contain one of these have no weight decay, whatever their shape."""
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: tensors with two or more dimensions, decayed but for `NO_DECAY`; and all others."""
+    """Returns two groups: tensors with two or more dimensions, except `NO_DECAY`, with weight decay; all others."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        wanted = parameter.dim() >= 2 and not any(part in name for part in NO_DECAY)
-        (decayed if wanted else others).append(parameter)
+        has_decay = parameter.dim() >= 2 and not any(part in name for part in NO_DECAY)
+        (decayed if has_decay else others).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; its learning rate is set before each step."""
+    """Returns fused AdamW over `parameter_groups`; its learning rate is set before each step."""
     groups = parameter_groups(network, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Returns the learning rate of a step: linear warm-up, constant, cosine from `decay_start` to `min_lr`."""
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if 0 < config.decay_start <= step and config.decay_start < total_steps:
+        progress = (step - config.decay_start) / (total_steps - config.decay_start)
+        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr
 
 
 class EMA:
@@ -39,15 +50,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, skipped: Tensor) -> None:
-        """Moves the average towards the parameters, but where `skipped`, a scalar on their device, is 1 and not 0."""
+        """Updates the average, unless `skipped`, a scalar on the same device, is 1."""
         parameters = dict(network.named_parameters())
-        current: list[Tensor] = [parameters[name].detach() for name in self.state]  # a file's order is its own
+        current: list[Tensor] = [parameters[name].detach() for name in self.state]  # a file may have another order
         weight = (1 - self.decay) * (1 - skipped)
         torch._foreach_lerp_(list(self.state.values()), current, [weight] * len(current))
 
     @contextlib.contextmanager
     def swapped_in(self, network: nn.Module) -> Iterator[None]:
-        """Exchanges the network's parameters for their average, without a copy, for as long as the context lasts."""
+        """Swaps the network's parameters with their average, without a copy, for the duration of the context."""
         self._swap(network)
         try:
             yield
@@ -60,21 +71,22 @@ class EMA:
 
 
 class NonFiniteGuard:
-    """Which steps are skipped, decided and counted on the device: those whose gradients are not finite.
+    """Decides on the device whether a step is skipped, and counts: steps with non-finite gradients are.
 
-    The fused optimizer leaves parameters and its own state alone where `found_inf` is 1, and the moving average does
-    too. Gradients have been averaged over all processes by then, so that all decide alike.
+    The fused optimizer does not change parameters or its state where `found_inf` is 1, and neither does the EMA.
+    Gradients have been averaged over all processes by then, so all decide alike.
 
     Args:
-        skipped, consecutive: the counts of a run that is resumed.
+        device: of the gradients.
+        skipped, consecutive: counts of a resumed run.
     """
 
     def __init__(self, device: torch.device, skipped: int = 0, consecutive: int = 0) -> None:
         self.skipped, self.consecutive = torch.tensor([skipped, consecutive], device=device).unbind()
 
-    def judge(self, grad_norm: Tensor) -> Tensor:
-        """1 where the step is to be skipped, else 0: a float32 scalar on the device."""
-        bad = ~torch.isfinite(grad_norm)
-        self.skipped = self.skipped + bad
-        self.consecutive = (self.consecutive + 1) * bad
-        return bad.float()
+    def check(self, grad_norm: Tensor) -> Tensor:
+        """Returns 1 if the step is to be skipped, else 0: a float32 scalar on the device."""
+        is_bad = ~torch.isfinite(grad_norm)
+        self.skipped = self.skipped + is_bad
+        self.consecutive = (self.consecutive + 1) * is_bad
+        return is_bad.float()

@@ -1,191 +1,142 @@
-"""Whole training jobs, from a configuration to finished weights."""
+"""Training runs from their settings to finished weights."""
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import pathlib
 import sys
-from typing import Any
 
 import numpy as np
 import torch
 
-from bitdance.config import (
-    AutoencoderConfig,
-    AutoencoderLossConfig,
-    BitDanceConfig,
-    LossConfig,
-    ModelSizes,
-    TrainConfig,
-)
+from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.data.class_names import imagenet, numbered
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest, open_token_cache
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import World, init_distributed
+from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
 from bitdance.training.loader import Loader
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
-from bitdance.training.trainer import Run
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
+from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import weights_file
-
-# What may differ between the two halves of an interrupted run without changing its weights.
-_FREE = (
-    "data_path",
-    "results_dir",
-    "max_steps",
-    "num_workers",
-    "max_broken",
-    "log_every",
-    "save_every",
-    "save_minutes",
-    "keep_checkpoints",
-    "keep_epochs",
-    "preview_every",
-    "val_path",
-    "val_every",
-    "val_images",
-    "eval_every",
-    "eval_images",
-    "eval_reference",
-    "eval_inception",
-    "eval_cfg_scale",
-    "eval_steps",
-    "max_skipped",
-    "tensorboard",
-    "wandb",
-    "compile",
-    "grad_checkpointing",
-    "accumulate",
-)
+from bitdance.weights.resolve import find_weights
 
 
 def train_autoencoder(
-    run: TrainConfig, network: AutoencoderConfig, loss: AutoencoderLossConfig, device: str | None = None
+    config: TrainConfig,
+    network: AutoencoderConfig,
+    loss: AutoencoderLossConfig,
+    device: str | None = None,
+    threads: int | None = None,
 ) -> pathlib.Path:
     """Trains an autoencoder and returns the path of its weights.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
-        UserError: a setting does not fit, or a file cannot be read or written.
+        UserError: a setting is out of range, or a file cannot be read or written.
     """
-    _check_image_size(run.image_size, network.down_size)
-    if run.grad_checkpointing:
-        raise UserError("--grad-checkpointing is not there for autoencoders: leave it out.")
-    if run.eval_every:
+    _check_image_size(config.image_size, network.down_size)
+    if config.grad_checkpointing:
+        raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
+    if config.eval_every:
         raise UserError(
-            "--eval-every is not there for autoencoders: leave it out, and let `bitdance reconstruct` take the rFID of "
-            "the weights."
+            "`eval_every` is not available for autoencoders: leave it out, and let `bitdance reconstruct` compute the "
+            "rFID of the weights."
         )
-    if is_token_cache(run.data_path):
-        raise UserError(f"{run.data_path} holds bits: an autoencoder is trained on the images themselves.")
-    with init_distributed(device) as world:
-        images = open_images(run.data_path)
-        torch.manual_seed(run.global_seed)
+    if is_token_cache(config.data_path):
+        raise UserError(f"{config.data_path} is a token cache: an autoencoder is trained on images.")
+    with init_distributed(device, threads) as world:
+        images = open_images(config.data_path)
+        torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss)
-        return _prepare(objective, run, images, world, {"network": network, "loss": loss}).train()
+        data = DataInfo(len(images), names_digest(images))
+        return Trainer(objective, config, Loader(images, config, world), world, data).train()
 
 
 def train_model(
-    run: TrainConfig,
+    config: TrainConfig,
     sizes: ModelSizes,
     loss: LossConfig,
-    autoencoder_path: pathlib.Path,
+    autoencoder: str | os.PathLike[str],
     device: str | None = None,
-    expect_bits: int | None = None,
-    expect_down_size: int | None = None,
+    threads: int | None = None,
+    *,
+    expected_bits: int | None = None,
+    expected_down_size: int | None = None,
     dry_run: bool = False,
 ) -> pathlib.Path | None:
     """Trains a BitDance model on the tokens of an autoencoder and returns the path of its weights.
 
     Args:
-        expect_bits, expect_down_size: what the caller believes of the autoencoder, where it has a belief.
-        dry_run: only print what the run will need (`bitdance.training.estimate`), and return None.
+        config, sizes, loss: settings.
+        autoencoder: name or file of the autoencoder, see `bitdance.weights.resolve.find_weights`.
+        device, threads: by default a GPU if there is one, and all cores.
+        expected_bits, expected_down_size: of the autoencoder, checked if given.
+        dry_run: only print what the run will need, and return None.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
-        UserError: a setting does not fit, or a file cannot be read or written.
+        UserError: a setting is out of range, or a file cannot be read or written.
     """
-    contents = weights_file.read(autoencoder_path)
-    autoencoder = weights_file.load_autoencoder(contents)
-    for flag, expected, found in (
-        ("--latent-dim", expect_bits, autoencoder.config.bits),
-        ("--down-size", expect_down_size, autoencoder.config.down_size),
+    contents = weights_file.read(find_weights(autoencoder, "autoencoder"))
+    tokenizer = weights_file.load_autoencoder(contents)
+    for name, expected, found in (
+        ("latent_dim", expected_bits, tokenizer.config.bits),
+        ("down_size", expected_down_size, tokenizer.config.down_size),
     ):
         if expected not in (None, found):
-            raise UserError(f"{flag} {expected} contradicts {autoencoder_path}, which has {found}: leave the flag out.")
-    _check_image_size(run.image_size, autoencoder.config.down_size)
+            raise UserError(f"{name}={expected} contradicts {contents.path}, which has {found}: leave it out.")
+    _check_image_size(config.image_size, tokenizer.config.down_size)
     digest = weights_file.digest(contents.states["autoencoder"])
-    del contents  # what the file holds, which is in memory a second time
-    with init_distributed(device) as world:
-        images = open_token_cache(run.data_path) if is_token_cache(run.data_path) else open_images(run.data_path)
-        if isinstance(images, TokenDataset):
-            images.check(digest, run.image_size)
-        config = _model_config(sizes, autoencoder.config, run.image_size, images)
+    del contents  # holds the tensors a second time
+    with init_distributed(device, threads) as world:
+        images: ImageDataset | TokenDataset
+        if is_token_cache(config.data_path):
+            images = open_token_cache(config.data_path)
+            images.check(digest, config.image_size)
+        else:
+            images = open_images(config.data_path)
+        model_config = _complete_sizes(sizes, tokenizer.config, config.image_size, images)
         present = len(np.unique(images.labels))
-        if present < config.num_classes and world.is_main:
+        if present < model_config.num_classes and world.is_main:
             print(
-                f"bitdance: warning: {images.path} has images of {present} classes only, and the model "
-                f"{config.num_classes}: it learns nothing about the others.",
+                f"bitdance: warning: {images.path} has images of {present} classes, and the model "
+                f"{model_config.num_classes}: it learns nothing about the others.",
                 file=sys.stderr,
             )
-        torch.manual_seed(run.global_seed)
-        network = BitDance(config, sizes.drop_rate, run.grad_checkpointing)
-        objective = BitDanceLoss(network, autoencoder, loss, run.global_seed)
-        job = _prepare(objective, run, images, world, {"model": config, "loss": loss, "autoencoder": digest})
+        torch.manual_seed(config.seed)
+        network = BitDance(model_config, sizes.drop_rate, config.grad_checkpointing)
+        objective = BitDanceLoss(network, tokenizer, loss, config.seed)
+        identity = images.digest if isinstance(images, TokenDataset) else names_digest(images)
+        data = DataInfo(len(images), identity, digest)
+        trainer = Trainer(objective, config, Loader(images, config, world), world, data, os.fspath(autoencoder))
         if dry_run:
-            print_estimate(job)
+            print_estimate(trainer)
             return None
-        return job.train()
+        return trainer.train()
 
 
-def _model_config(
+def _complete_sizes(
     sizes: ModelSizes, autoencoder: AutoencoderConfig, image_size: int, images: ImageDataset | TokenDataset
 ) -> BitDanceConfig:
-    """The model's configuration: its sizes, and what follows from the autoencoder and the images."""
     num_classes = sizes.num_classes or len(images.classes)
     if len(images.classes) > num_classes:
         reason = ", ImageNet's, whose ids its folders have" if images.classes == imagenet().wordnet_ids else ""
         raise UserError(
-            f"{images.path} has {len(images.classes)} classes{reason}, more than --num-classes {num_classes}: raise it "
-            "to that."
+            f"{images.path} has {len(images.classes)} classes{reason}, more than num_classes={num_classes}: raise it."
         )
-    own = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
-    own = {name: value for name, value in own.items() if name not in ("num_classes", "drop_rate")}
-    return BitDanceConfig(
-        **own,
-        grid=image_size // autoencoder.down_size,
-        bits=autoencoder.bits,
-        num_classes=num_classes,
-        class_names=(*images.classes, *map(numbered(num_classes).label, range(len(images.classes), num_classes))),
+    names = (*images.classes, *map(numbered(num_classes).label, range(len(images.classes), num_classes)))
+    return sizes.complete(
+        grid=image_size // autoencoder.down_size, bits=autoencoder.bits, num_classes=num_classes, class_names=names
     )
 
 
 def _check_image_size(image_size: int, down_size: int) -> None:
     if image_size % down_size:
         raise UserError(
-            f"--image-size {image_size} does not fit the autoencoder: it must be a multiple of {down_size}."
+            f"image_size={image_size} is invalid: it must be a multiple of {down_size}, of the autoencoder."
         )
-
-
-def _prepare(
-    objective: AutoencoderLoss | BitDanceLoss,
-    run: TrainConfig,
-    images: ImageDataset | TokenDataset,
-    world: World,
-    parts: dict[str, Any],
-) -> Run:
-    identity = {
-        f"{name}.{key}": value
-        for name, part in {"run": run, **parts}.items()
-        for key, value in ({"digest": part} if isinstance(part, str) else dataclasses.asdict(part)).items()
-        if not (name == "run" and key in _FREE)
-    }
-    identity["images"] = (
-        f"{len(images)} stored as {images.digest[:16]}"
-        if isinstance(images, TokenDataset)
-        else f"{len(images)} named {names_digest(images)[:16]}"
-    )
-    return Run(objective, run, Loader(images, run, world), world, identity)

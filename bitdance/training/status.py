@@ -1,4 +1,4 @@
-"""The state of a run, from what lies in its folder: how far it is, how it goes, and whether its files are whole."""
+"""Status of a run from the files in its folder: progress, metrics, and whether its files are complete."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ import time
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
-from bitdance.sampling.image_grid import Curve, chart
-from bitdance.training import checkpointing, logging
-from bitdance.training.evaluation import LOGGED, said
-from bitdance.training.trainer import CONFIG
+from bitdance.runtime.run_folder import SETTINGS
+from bitdance.training.checkpointing import list_checkpoints
+from bitdance.training.evaluation import LOGGED, format_evaluation
+from bitdance.training.logging import read_log
 from bitdance.weights import weights_file
 
 PLOT = "loss.png"
 
 
-def describe(folder: pathlib.Path) -> dict[str, Any]:
-    """What is known of a run, ready for JSON; all its checkpoints are read, to see whether they are whole.
+def describe_run(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what is known of a run, for JSON; all its checkpoints are read to check them.
 
     Raises:
         UserError: the folder holds no run.
     """
     try:
-        settings = json.loads((folder / CONFIG).read_text())
-        total, batch = int(settings["last_step"]), int(settings["run"]["global_batch_size"])
+        settings = json.loads((folder / SETTINGS).read_text())
+        info, batch_size = settings["run"], int(settings["train"]["batch_size"])
+        kind, last_step = str(info["kind"]), int(info["last_step"])
+        steps_per_epoch = max(1, int(info["steps_per_epoch"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{folder} holds no run: name a folder that `bitdance train` wrote to, with a {CONFIG}, or a file of "
-            "weights."
+            f"{folder} holds no training run: name a folder that `bitdance train` wrote to, with a {SETTINGS}, or a "
+            "file of weights."
         ) from None
-    lines = logging.read(folder)
-    steps = [line for line in lines if "loss" in line]  # others tell of a validation or an evaluation between them
+    lines = read_log(folder)
+    steps = [line for line in lines if "loss" in line]  # others have validations or evaluations
     last = steps[-1] if steps else {}
-    step = int(lines[-1]["step"]) if lines else 0
+    step = lines[-1]["step"] if lines else 0
     rate = last.get("images_per_second")
-    finished = folder / f"{settings['kind']}.safetensors"
+    finished = folder / f"{kind}.safetensors"
     validated = [line for line in lines if line.get("val_loss") is not None]
-    evaluated = [line for line in lines if said(line)]
+    evaluated = [line for line in lines if format_evaluation(line)]
     return {
         "folder": str(folder),
-        "kind": settings["kind"],
+        "kind": kind,
         "step": step,
-        "last_step": total,
-        "epoch": step / int(settings["steps_per_epoch"]),
+        "last_step": last_step,
+        "epoch": step / steps_per_epoch,
         "loss": last.get("loss"),
         "loss_10_lines_ago": steps[-11]["loss"] if len(steps) > 10 else None,
         "val_loss": validated[-1]["val_loss"] if validated else None,
@@ -58,26 +59,26 @@ def describe(folder: pathlib.Path) -> dict[str, Any]:
         "waiting": last.get("waiting"),
         "tflops": last.get("tflops"),
         "mfu": last.get("mfu"),
-        "seconds_left": (total - step) * batch / rate if rate else None,
+        "seconds_left": (last_step - step) * batch_size / rate if rate else None,
         "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
-        "checkpoints": [{"file": path.name, **_health(path)} for path in checkpointing.paths(folder)],
+        "checkpoints": [{"file": path.name, **_describe_checkpoint(path)} for path in list_checkpoints(folder)],
         "weights": finished.name if finished.exists() else None,
         "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),
     }
 
 
-def _health(path: pathlib.Path) -> dict[str, Any]:
+def _describe_checkpoint(path: pathlib.Path) -> dict[str, Any]:
     size = path.stat().st_size
     try:
         weights_file.read(path)
     except UserError as error:
-        return {"bytes": size, "whole": False, "reason": str(error)}
-    return {"bytes": size, "whole": True}
+        return {"bytes": size, "complete": False, "reason": str(error)}
+    return {"bytes": size, "complete": True}
 
 
-def text(facts: dict[str, Any]) -> str:
-    """The facts as lines for a person."""
-    done = facts["weights"] is not None and facts["step"] >= facts["last_step"]
+def format_run(facts: dict[str, Any]) -> str:
+    """Formats the result of `describe_run` as lines."""
+    is_finished = facts["weights"] is not None and facts["step"] >= facts["last_step"]
     rows = [("step", f"{facts['step']} of {facts['last_step']} (epoch {facts['epoch']:.2f})")]
     if facts["loss"] is not None:
         before = facts["loss_10_lines_ago"]
@@ -85,30 +86,30 @@ def text(facts: dict[str, Any]) -> str:
     if facts["val_loss"] is not None:
         rows.append(("val_loss", f"{facts['val_loss']:.4f}"))
     if facts["evaluation"] is not None:
-        rows.append(("evaluation", f"{said(facts['evaluation'])} at step {facts['evaluation']['step']}"))
+        rows.append(("evaluation", f"{format_evaluation(facts['evaluation'])} at step {facts['evaluation']['step']}"))
     rows.append(("skipped steps", str(facts["skipped"])))
     if facts["images_per_second"]:
-        use = f", model-FLOP utilisation {facts['mfu']:.0%}" if facts["mfu"] else ""
+        use = f", model-FLOP utilization {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting']:.0%}{use}"))
-        left = "none, it is done" if done else f"{duration(facts['seconds_left'])} at this speed"
+        left = "none, finished" if is_finished else f"{format_duration(facts['seconds_left'])} at this speed"
         rows.append(("time left", left))
-        rows.append(("last line of the log", f"{duration(facts['seconds_since_last_line'])} ago"))
+        rows.append(("last line of the log", f"{format_duration(facts['seconds_since_last_line'])} ago"))
     if not facts["checkpoints"]:
         rows.append(("checkpoint", "none yet"))
     for entry in facts["checkpoints"]:
-        state = "whole" if entry["whole"] else "damaged"
+        state = "complete" if entry["complete"] else "damaged"
         rows.append(("checkpoint", f"{entry['file']}, {entry['bytes'] / 1e6:.1f} MB, {state}"))
-    rows.append(("finished weights", facts["weights"] or "not yet"))
+    rows.append(("final weights", facts["weights"] or "not yet"))
     if facts["kept"]:
-        rows.append(("weights kept", ", ".join(facts["kept"])))
+        rows.append(("kept weights", ", ".join(facts["kept"])))
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join([f"{facts['folder']} (training of a {facts['kind']})", ""]) + "".join(
         f"\n  {name:<{width}}{value}" for name, value in rows
     )
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: 90 s, 45 min, 7.5 h, 12.0 days."""
+def format_duration(seconds: float) -> str:
+    """Formats a duration, such as 90 s, 45 min, 7.5 h or 12.0 days."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -117,53 +118,46 @@ def duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes < 2 * 24 * 60 else f"{minutes / 60 / 24:.1f} days"
 
 
-def plot(folder: pathlib.Path) -> pathlib.Path | None:
-    """Draws a run as `loss.png` in its folder and returns the path; None where there is nothing to draw yet.
-
-    Losses, and below them the figures of its evaluations, where there were any.
+def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
+    """Plots losses, and metrics of evaluations, to `loss.png` in the folder; None if there is nothing to plot yet.
 
     Raises:
-        UserError: the picture cannot be written.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
-    lines = logging.read(folder)
-    curves = []
-    for name, color in (("loss", "#a9c4e4"), ("val_loss", "#d1495b")):
-        for curve in _curve(lines, name, name, color):
-            curves.append(curve)
-            if name == "loss" and len(curve.y) >= 20:
-                window = max(2, len(curve.y) // 50)
-                mean = np.convolve(curve.y, np.full(window, 1 / window), "valid")
-                middle = curve.x[window // 2 :][: len(mean)]
-                curves.append(Curve(f"loss, mean of {window} lines", middle, mean, "#1f4e8c"))
+    lines = read_log(folder)
+    charts = {
+        "loss": {"loss": "loss", "val_loss": "val_loss"},
+        "FID": {"eval_fid": ""},
+        "Inception Score": {"eval_inception_score": ""},
+        "precision and recall": {"eval_precision": "precision", "eval_recall": "recall"},
+    }
+    curves = {title: [(key, name) for key, name in keys.items() if _points(lines, key)] for title, keys in charts.items()}
+    curves = {title: found for title, found in curves.items() if found}
     if not curves:
         return None
-    sheet = _with_figures(chart(curves, folder.resolve().name, "step"), lines)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'bitdance[plots]'.") from None
+    figure = Figure(figsize=(9.6, 4.8 * len(curves)), layout="constrained")
+    for axes, (title, found) in zip(np.atleast_1d(figure.subplots(len(curves))), curves.items(), strict=True):
+        for key, name in found:
+            x, y = (np.array(values, float) for values in zip(*_points(lines, key), strict=True))
+            is_noisy = key == "loss" and len(y) >= 20
+            axes.plot(x, y, label=name, marker="." if len(y) < 20 else None, alpha=0.4 if is_noisy else 1.0)
+            if is_noisy:
+                window = max(2, len(y) // 50)
+                mean = np.convolve(y, np.full(window, 1 / window), "valid")
+                axes.plot(x[window // 2 :][: len(mean)], mean, label=f"loss, mean of {window} lines", color="C0")
+                axes.set_ylim(top=np.quantile(y, 0.98) + 0.05 * np.ptp(y))  # the first values would set the scale
+        axes.set(title=f"{folder.resolve().name}: {title}", xlabel="step")
+        axes.grid(alpha=0.3)
+        if any(name for _, name in found):
+            axes.legend()
     with atomic_write(folder / PLOT) as path:
-        sheet.save(path, format="PNG")
+        figure.savefig(path, format="png", dpi=100)
     return folder / PLOT
 
 
-def _with_figures(sheet: Image.Image, lines: list[dict[str, Any]]) -> Image.Image:
-    """The picture with the figures of evaluations in a row of small charts below it, where there were any."""
-    fid = _curve(lines, "eval_fid", "", "#1f4e8c")
-    score = _curve(lines, "eval_inception_score", "", "#1f4e8c")
-    shares = _curve(lines, "eval_precision", "precision", "#1f4e8c") + _curve(lines, "eval_recall", "recall", "#d1495b")
-    figures = [(fid, "FID"), (score, "Inception Score"), (shares, "precision and recall")]
-    figures = [(curves, title) for curves, title in figures if curves]
-    if not figures:
-        return sheet
-    width, height = sheet.width // len(figures), sheet.height // 2
-    page = Image.new("RGB", (sheet.width, sheet.height + height), "white")
-    page.paste(sheet)
-    for number, (curves, title) in enumerate(figures):
-        page.paste(chart(curves, title, "step", width, height), (number * width, sheet.height))
-    return page
-
-
-def _curve(lines: list[dict[str, Any]], key: str, name: str, color: str) -> list[Curve]:
-    """The numbers of the log by their steps; nothing where there are none."""
-    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    if not points:
-        return []
-    x, y = (np.array(values, float) for values in zip(*points, strict=True))
-    return [Curve(name, x, y, color)]
+def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]

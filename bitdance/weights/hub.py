@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from bitdance.config import RELEASED_MODELS
-from bitdance.runtime.atomic_files import file_digest, make_folder, open_alone, rename
+from bitdance.runtime.atomic_files import file_digest, lock_file, make_folder, rename
 from bitdance.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
     from tqdm import tqdm
 
     waiting = f"another process fetches {remote.part.name}: waiting for it."
-    with open_alone(remote.part, math.inf, waiting) as part:
+    with lock_file(remote.part, math.inf, waiting) as part:
         # Another process may have brought the file while this one waited.
         if os.fstat(part.fileno()).st_size == 0 and (there := _present(remote, verify)):
             remote.part.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""Groups of options that commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+from bitdance.runtime.errors import check_fields
+
+Precision = Literal["auto", "fp32", "bf16"]
+Solver = Literal["euler-maruyama", "euler", "heun"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Where to compute.
+
+    Attributes:
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
+        precision: fp32 or bf16; auto is bf16 where the hardware supports it.
+        threads: CPU threads; by default all cores.
+    """
+
+    device: str | None = None
+    precision: Precision = "auto"
+    threads: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model to sample.
+
+    Attributes:
+        model: demo, a released model such as BitDance-B-16X, the folder of a training run, or a file of weights.
+        autoencoder: likewise; by default the one inside the model's file, beside it, or of its training run.
+        weights: ema or model (raw); by default the EMA if there is one.
+    """
+
+    model: str = "demo"
+    autoencoder: str | None = None
+    weights: Literal["ema", "model"] | None = None
+
+    def load(self, device: Any, precision: Precision) -> Any:
+        """Loads the pipeline on a device."""
+        from bitdance.sampling.pipeline import load_pipeline
+
+        return load_pipeline(
+            self.model, autoencoder=self.autoencoder, weights=self.weights, device=device, dtype=precision
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which images.
+
+    Attributes:
+        data_path: a folder, zip or tar of class folders, ImageNet's tar or parquet files, or CIFAR-10's archives.
+        split: train or test, for CIFAR-10's archives.
+        image_size: images are scaled and cropped to squares of this side; by default the shorter side of the first one.
+        limit: use only so many images, evenly spaced over the set.
+    """
+
+    data_path: pathlib.Path
+    split: Literal["train", "test"] = "train"
+    image_size: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "image_size limit", lambda value: value >= 1, "be at least 1")

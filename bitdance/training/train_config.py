@@ -1,0 +1,233 @@
+"""Settings of training: sizes of the network, losses, the run, and the published recipes.
+
+Field metadata says which settings may change when a run is resumed, see `bitdance.runtime.run_folder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from typing import Any, Literal
+
+from bitdance.config import BitDanceConfig, ReleasedModel, SamplingDefaults, TokenOrder
+from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.run_folder import EXTEND, FREE
+
+
+def _free(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata=FREE)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model to train; the others follow from the autoencoder and the images. See `BitDanceConfig`.
+
+    Attributes:
+        num_classes: by default the number of classes of the images; a larger number reserves classes.
+        drop_rate: dropout of the input projection, of the attention output and of the feed-forward layers.
+    """
+
+    dim: int = 768
+    n_layer: int = 24
+    head_dim: int = 768
+    head_layers: int = 6
+    head_ada_ln: int = 2
+    parallel_num: int = 1
+    cls_token_num: int = 64
+    num_classes: int | None = None
+    token_order: TokenOrder = "patch"
+    time_shift: float = 1.0
+    drop_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "num_classes", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "drop_rate", lambda value: 0 <= value < 1, "be at least 0 and below 1")
+
+    def complete(self, **others: Any) -> BitDanceConfig:
+        """Returns the configuration with the sizes that are not chosen: `grid`, `bits`, classes."""
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del chosen["drop_rate"]
+        return BitDanceConfig(**{**chosen, **others})
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Settings of the loss of a model.
+
+    Attributes:
+        diff_batch_mul: M, copies of each group with different timesteps and noise.
+        time_mean, time_std: of the normal distribution under the sigmoid, for `logit_normal`.
+        time_schedule: distribution of the timesteps.
+        class_dropout: fraction of images trained without their class, for guidance.
+        perturb_rate: maximum rate of flipped input bits; the mean rate is half of it.
+    """
+
+    diff_batch_mul: int = 4
+    time_mean: float = -0.8
+    time_std: float = 0.8
+    time_schedule: Literal["logit_normal", "uniform"] = "logit_normal"
+    class_dropout: float = 0.1
+    perturb_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "diff_batch_mul", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "class_dropout perturb_rate", lambda value: 0 <= value <= 1, "be between 0 and 1")
+        check_fields(self, "time_mean", math.isfinite, "be a finite number")
+        check_fields(self, "time_std", lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weights of the terms of an autoencoder's loss besides the mean squared error of images in [-1, 1].
+
+    Attributes:
+        l1_weight: of the mean absolute error.
+        entropy_weight: of the entropy loss.
+        commitment_weight: of the squared distance between the encoder's output and its sign.
+    """
+
+    l1_weight: float = 0.0
+    entropy_weight: float = 0.1
+    commitment_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        weights = "l1_weight entropy_weight commitment_weight"
+        check_fields(self, weights, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run, of a model or an autoencoder. Defaults are those of the original.
+
+    Attributes:
+        data_path: images: a folder, zip or tar of class folders, ImageNet's tar or parquet files, CIFAR-10's archives;
+            for a model also a token cache that `bitdance encode` wrote.
+        output: the run folder, for checkpoints, log and previews.
+        image_size: side of the training images in pixels.
+        epochs: passes over the data; the number of steps is epochs x floor(images / batch size). More epochs extend a
+            finished run.
+        max_steps: ends the run earlier, for a test; the schedule still spans all epochs.
+        batch_size: images per step, over all processes.
+        seed: of all random numbers; each is a function of the seed, the step and the index in the global batch.
+        lr, min_lr: peak and final learning rate.
+        warmup_steps: steps of linear warm-up from 0.
+        decay_start: step at which the cosine decay to `min_lr` begins; 0 for a constant rate.
+        weight_decay: of tensors with two or more dimensions, except a few names.
+        beta1, beta2: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
+        ema: decay of the exponential moving average of the weights; 0 or less disables it.
+        precision: bf16 for autocast with float32 weights, or fp32; `auto` is bf16 where the hardware supports it.
+        num_workers: threads that read images.
+        max_bad_images: unreadable images that are tolerated; others take their places.
+        random_crop: random crops as in ADM, which enlarge images that are not larger than `image_size`; otherwise
+            centre crops. Half of the images are flipped either way.
+        aug_decay_start_epoch, aug_decay_end_epoch: the fraction of random crops decreases to 0 between these epochs.
+        log_every: steps between lines of the log.
+        save_every: steps between checkpoints, 0 for only the last one; they are written in the background.
+        save_minutes: minutes between checkpoints, in addition to `save_every`; 0 for none.
+        keep_checkpoints: number of checkpoints to keep, the newest.
+        keep_epochs: epochs between weights that are kept as `epoch_<n>.safetensors`; 0 for none.
+        preview_every: steps between previews; 0 for only the last one.
+        val_path: held-out images whose loss is logged as `val_loss`; `data_path` itself means the test images of a
+            CIFAR-10 archive.
+        val_every: steps between validations; 0 for only one at the end.
+        val_images: maximum number of held-out images.
+        eval_every: steps between evaluations (FID and others, logged as `eval_fid` etc.) of samples of the EMA weights
+            with fixed classes and noise, and one at the end; 0 for none.
+        eval_images: samples per evaluation. Metrics of few images compare only with one another.
+        eval_reference: what to compare with, as `reference` of `bitdance evaluate`; for a large set of images best a
+            stored reference.
+        eval_inception: file of the Inception network; by default the downloaded one.
+        eval_cfg_scale, eval_num_steps: guidance scale, and solver steps of the diffusion head.
+        max_skipped: consecutive steps with non-finite gradients after which the run stops; such steps are skipped. 0
+            for no limit.
+        tensorboard: also log to TensorBoard, in `tensorboard/` of the run folder.
+        wandb: project of Weights & Biases to log to.
+        compile: compile the network, on a GPU.
+        grad_checkpointing: recompute activations in the backward pass to save memory.
+        accumulate: microbatches per step and process, to save memory; a model's results agree to rounding, while for an
+            autoencoder each microbatch has its own entropy.
+    """
+
+    data_path: pathlib.Path = dataclasses.field(metadata=FREE)
+    output: pathlib.Path = _free(pathlib.Path("results"))
+    image_size: int = 256
+    epochs: int = dataclasses.field(default=400, metadata=EXTEND)
+    max_steps: int | None = _free(None)
+    batch_size: int = 256
+    seed: int = 0
+    lr: float = 3e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 20_000
+    decay_start: int = 20_000
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    ema: float = -1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    num_workers: int = _free(16)
+    max_bad_images: int = _free(100)
+    random_crop: bool = True
+    log_every: int = _free(100)
+    save_every: int = _free(1000)
+    keep_epochs: int = _free(0)
+    preview_every: int = _free(1000)
+    save_minutes: float = _free(0.0)
+    keep_checkpoints: int = _free(2)
+    val_path: pathlib.Path | None = _free(None)
+    val_every: int = _free(1000)
+    val_images: int = _free(1024)
+    eval_every: int = _free(0)
+    eval_images: int = _free(1000)
+    eval_reference: str | None = _free(None)
+    eval_inception: pathlib.Path | None = _free(None)
+    eval_cfg_scale: float = _free(SamplingDefaults().cfg_scale)
+    eval_num_steps: int = _free(SamplingDefaults().num_steps)
+    max_skipped: int = _free(20)
+    tensorboard: bool = _free(False)
+    wandb: str | None = _free(None)
+    compile: bool = _free(False)
+    grad_checkpointing: bool = _free(False)
+    accumulate: int = _free(1)
+    aug_decay_start_epoch: int = 700
+    aug_decay_end_epoch: int = 750
+
+    def __post_init__(self) -> None:
+        counts = (
+            "image_size epochs max_steps batch_size num_workers log_every keep_checkpoints val_images accumulate"
+            " eval_num_steps"
+        )
+        check_fields(self, counts, lambda value: value >= 1, "be at least 1")
+        others = (
+            "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every save_minutes keep_epochs "
+            "preview_every val_every max_skipped max_bad_images eval_every eval_cfg_scale"
+        )
+        check_fields(self, others, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
+        check_fields(self, "beta1 beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1")
+        check_fields(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")
+        check_fields(self, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
+        check_fields(self, "eval_images", lambda value: value >= 4, "be at least 4")  # precision uses 3 neighbours
+        if self.eval_every and self.eval_reference is None:
+            raise UserError(
+                "`eval_every` needs images to compare with: name them with `eval_reference` (a data set, ADM's "
+                "reference batch or a stored reference; none for the Inception Score alone)."
+            )
+
+
+def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig, ModelSizes, LossConfig]:
+    """Returns the settings that a released model was trained with, those of its command in the original's README."""
+    run = TrainConfig(
+        data_path,
+        epochs=800,
+        batch_size=1024,
+        lr=6e-4,
+        ema=0.9999,
+        precision="bf16",
+        keep_epochs=50,
+        compile=True,
+    )
+    names = {field.name for field in dataclasses.fields(ModelSizes)} - {"drop_rate"}
+    sizes = ModelSizes(**{name: getattr(release.config, name) for name in names})
+    return run, sizes, LossConfig(perturb_rate=release.perturb_rate)
