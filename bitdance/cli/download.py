@@ -12,13 +12,13 @@ from bitdance.weights import hub
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """Fetch released files; what was interrupted goes on, what is there already is not fetched again.
+    """Fetch released files; those that are there already are not fetched again.
 
     Attributes:
         names: B-1X, B-4X, B-16X, L-1X, H-1X (or BitDance-B-1X, ...), autoencoder, or all for these six; reference-256
             and reference-512 (ADM's reference batches); inception (the network behind the FID).
         folder: of the models and the autoencoder; the others lie in models/evaluation.
-        verify: compare the digests of files that are there already, not only their sizes.
+        verify: compare the SHA-256 of files that are there already, not only their sizes.
     """
 
     names: Positional[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""`bitdance info`: what is inside a file of weights, and where each part was found; or how a training run goes."""
+"""`bitdance info`: what is in a file of weights and where each part was found, or the status of a training run."""
 
 from __future__ import annotations
 
@@ -19,61 +19,76 @@ SOURCES = {
     "file": "in the file",
     "default": "published default",  # the defaults of the configuration are those of the released models
 }
-SHOWN = 10
+MAX_ITEMS = 10
+
+EXAMPLES = """
+bitdance info runs/model
+bitdance info models/BitDance-ImageNet/BitDance_B_16X.pt
+bitdance info demo --json
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Show what is inside a file of weights, or how a training run goes, with a plot of its loss.
+    """Show what is in a file of weights, or the status of a training run with a plot of its loss.
 
     Attributes:
-        file: file of weights, released (.pt, .safetensors) or our own; or the folder of a run.
-        json: print JSON, for programs.
+        name: a file of weights, released (.pt, .safetensors) or our own; demo; a released model; or the folder of a run.
+        json: print JSON.
     """
 
-    file: Positional[pathlib.Path]
+    name: Positional[str]
     json: bool = False
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Info, arguments, "bitdance info")
-    if command.file.is_dir():
+    command = parse(Info, arguments, "bitdance info", EXAMPLES)
+    if pathlib.Path(command.name).is_dir():
         _show_run(command)
         return
     from bitdance.weights import weights_file
+    from bitdance.weights.resolve import find_weights
 
-    facts = describe(weights_file.read(command.file))
-    print(json.dumps(facts, indent=2) if command.json else text(facts))
+    facts = describe_file(weights_file.read(find_weights(command.name)))
+    print(json.dumps(facts, indent=2) if command.json else format_file(facts))
 
 
 def _show_run(command: Info) -> None:
+    import sys
+
+    from bitdance.runtime.errors import UserError
     from bitdance.training import status
 
-    facts = status.describe(command.file)
-    plot = status.plot(command.file)
+    folder = pathlib.Path(command.name)
+    facts = status.describe_run(folder)
+    plot = None
+    try:
+        plot = status.plot_run(folder)
+    except UserError as error:  # the text is worth printing without the plot
+        print(f"bitdance: {error}", file=sys.stderr)
     if command.json:
         print(json.dumps(facts | {"plot": str(plot) if plot else None}, indent=2))
     else:
-        print(status.text(facts) + (f"\n\nloss: {plot}" if plot else ""))
+        print(status.format_run(facts) + (f"\n\nloss: {plot}" if plot else ""))
 
 
-def describe(contents: Contents) -> dict[str, Any]:
-    """All that a file says, ready for JSON, after its tensors were compared with those of the networks.
+def describe_file(contents: Contents) -> dict[str, Any]:
+    """Returns everything a file says, for JSON, after comparing its tensors with those of the networks.
 
     Raises:
-        UserError: a tensor is missing, extra or misshapen, or the file holds no network.
+        UserError: a tensor is missing, unexpected or has another shape, or the file holds no network.
     """
     from bitdance.weights import weights_file
 
     networks = {}
     there = [name for name in ("ema", "model") if contents.states.get(name)]
-    if "autoencoder" not in contents.parts or "model" in contents.parts:  # without any, this says what is missing
+    if "autoencoder" not in contents.parts or "model" in contents.parts:  # without either, this says what is missing
         used = weights_file.choose_weights(contents)
-        facts = _network(contents, used, weights_file.describe_model(contents))
+        facts = _describe_network(contents, used, weights_file.describe_model(contents))
         networks["model"] = {"weights": used, "weights_in_file": there, **facts}
     if "autoencoder" in contents.parts:
-        facts = _network(contents, "autoencoder", weights_file.describe_autoencoder(contents))
+        facts = _describe_network(contents, "autoencoder", weights_file.describe_autoencoder(contents))
         in_training = {"weights": there[0], "weights_in_file": there} if there and "model" not in networks else {}
         networks["autoencoder"] = in_training | facts
     metadata = {key: value for key, value in sorted(contents.metadata.items()) if key not in ("config", "checksum")}
@@ -83,11 +98,11 @@ def describe(contents: Contents) -> dict[str, Any]:
         "layout": contents.layout,
         "metadata": metadata,
         **networks,
-        "args": contents.args or (contents.config or {}).get("run", {}),
+        "args": contents.args,
     }
 
 
-def _network(contents: Contents, state_name: str, description: Any) -> dict[str, Any]:
+def _describe_network(contents: Contents, state_name: str, description: Any) -> dict[str, Any]:
     from bitdance.weights import weights_file
 
     config, state = description.config, contents.states[state_name]
@@ -95,7 +110,7 @@ def _network(contents: Contents, state_name: str, description: Any) -> dict[str,
     return {
         "parameters": sum(value.numel() for value in state.values()),
         "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
-        "released_as": _released(config),
+        "released_as": _released_as(config),
         "config": {
             name: {"value": value, "source": description.sources[name]}
             for name, value in dataclasses.asdict(config).items()
@@ -103,23 +118,23 @@ def _network(contents: Contents, state_name: str, description: Any) -> dict[str,
     }
 
 
-def _released(config: BitDanceConfig | AutoencoderConfig) -> str | None:
-    """The released network of the same sizes and settings; names of classes do not count."""
+def _released_as(config: BitDanceConfig | AutoencoderConfig) -> str | None:
+    """Returns the released network with the same configuration, except for class names."""
     if isinstance(config, AutoencoderConfig):
         return "ae_d16c32" if config == AutoencoderConfig() else None
     nameless = dataclasses.replace(config, class_names=())
     return next((f"BitDance-{name}" for name, release in RELEASED_MODELS.items() if release.config == nameless), None)
 
 
-def text(facts: dict[str, Any]) -> str:
-    """The facts as lines for a person: (name, value, source) in three columns, one block a network."""
+def format_file(facts: dict[str, Any]) -> str:
+    """Formats the result of `describe_file` as lines of (name, value, source), one block per network."""
     blocks: dict[str, list[tuple[str, str, str]]] = {"": [("layout", facts["layout"], "")]}
-    blocks[""] += [(name, _value(value), "") for name, value in facts["metadata"].items() if name != "format"]
+    blocks[""] += [(_text(name), _text(value), "") for name, value in facts["metadata"].items() if name != "format"]
     for part in ("model", "autoencoder"):
         if part in facts:
             blocks[part] = _rows(facts[part])
     if facts["args"]:
-        blocks["training args"] = [(name, _value(value), "") for name, value in facts["args"].items()]
+        blocks["training args"] = [(_text(name), _text(value), "") for name, value in facts["args"].items()]
     rows = [row for block in blocks.values() for row in block]
     first = max(len(name) for name, _, _ in rows) + 2
     second = max((len(value) for _, value, source in rows if source), default=0) + 2
@@ -139,15 +154,15 @@ def _rows(network: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("parameters", f"{network['parameters'] / 1e6:.2f} million, {', '.join(network['dtypes'])}", ""))
     rows.append(("released model", network["released_as"] or "none of these sizes", ""))
     for name, field in network["config"].items():
-        rows.append((name, _value(field["value"]), SOURCES[field["source"]]))
+        rows.append((name, _text(field["value"]), SOURCES[field["source"]]))
     return rows
 
 
-def _value(value: Any) -> str:
-    """A value on one line: of long lists only the beginning."""
+def _text(value: Any) -> str:
+    """Formats a value on one line; of long lists only the beginning."""
     from bitdance.weights.weights_file import printable
 
     if isinstance(value, list | tuple):
-        items = ", ".join(map(_value, value[:SHOWN])) or "none"
-        return f"{items}, ... ({len(value)})" if len(value) > SHOWN else items
+        items = ", ".join(map(_text, value[:MAX_ITEMS])) or "none"
+        return f"{items}, ... ({len(value)})" if len(value) > MAX_ITEMS else items
     return printable(str(value))

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
     from bitdance.metrics.nearest_neighbours import nearest
     from bitdance.runtime.atomic_files import atomic_write
-    from bitdance.sampling.image_grid import grid
+    from bitdance.sampling.image_grid import image_grid
 
     held_out = command.held_out
     if held_out and command.held_out_split == "train" and held_out.resolve() == command.data.resolve():
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
         path.write_text(json.dumps(figures, indent=1) + "\n")
     with atomic_write(picture) as path:
         pairs = np.concatenate([queries[order], found])
-        sheet: Image.Image = grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side))
+        sheet: Image.Image = image_grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side))
         sheet.save(path, format="PNG")
     text = "{minimum:.1f} at least, {median:.1f} in the median"
     line = f"distance to the nearest training image, in grey levels: generated {text.format(**figures)}"

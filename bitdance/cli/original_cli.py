@@ -11,16 +11,35 @@ import pathlib
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from bitdance.cli.parsing import parse
-from bitdance.cli.sampling_job import run_job
-from bitdance.config import MODEL_SIZES, LossConfig, ModelSizes, TrainConfig
+from bitdance.config import MODEL_SIZES
 from bitdance.runtime.errors import UserError
-from bitdance.weights.resolve import load_pair
 
 if TYPE_CHECKING:
-    from bitdance.models.transformer import BitDance
+    from bitdance.sampling.pipeline import Pipeline
 
 T = TypeVar("T")
 Family = Literal["BitDance-B", "BitDance-L", "BitDance-H", "BitDance-Tiny"]
+
+
+SAMPLE_ALIASES = {
+    "num_steps": "sample_steps",
+    "batch_size": "per_proc_batch_size",
+    "num_images": "num_fid_samples",
+    "output": "sample_dir",
+    "precision": "mixed_precision",
+    "autoencoder": "trained_vae",
+}
+TRAIN_ALIASES = {
+    "batch_size": "global_batch_size",
+    "seed": "global_seed",
+    "output": "results_dir",
+    "precision": "mixed_precision",
+    "keep_epochs": "keep_freq",
+    "autoencoder": "trained_vae",
+    "time_mean": "P_mean",
+    "time_std": "P_std",
+}
+"""Flags of fields of our configurations that the original calls otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,62 +214,55 @@ class ParallelTrainCommand(TrainCommand):
 
 def sample(arguments: list[str]) -> None:
     """`sample_ddp.py`."""
-    command = parse(SampleCommand, arguments, "sample_ddp.py")
+    command = parse(SampleCommand, arguments, "sample_ddp.py", aliases=SAMPLE_ALIASES)
     run_sample(command.sample, command.model, ParallelFlags())
 
 
 def sample_parallel(arguments: list[str]) -> None:
     """`sample_ddp_parallel.py`."""
-    command = parse(ParallelSampleCommand, arguments, "sample_ddp_parallel.py")
+    command = parse(ParallelSampleCommand, arguments, "sample_ddp_parallel.py", aliases=SAMPLE_ALIASES)
     run_sample(command.sample, command.model, command.parallel)
 
 
 def train(arguments: list[str]) -> None:
     """`train.py`."""
-    command = parse(TrainCommand, arguments, "train.py")
+    command = parse(TrainCommand, arguments, "train.py", aliases=TRAIN_ALIASES)
     run_train(command.train, command.model, ParallelFlags(parallel_num=1))
 
 
 def train_parallel(arguments: list[str]) -> None:
     """`train_parallel.py`."""
-    command = parse(ParallelTrainCommand, arguments, "train_parallel.py")
+    command = parse(ParallelTrainCommand, arguments, "train_parallel.py", aliases=TRAIN_ALIASES)
     run_train(command.train, command.model, command.parallel)
 
 
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
     """Runs the sampling job; each process of torchrun calls this."""
     from bitdance.runtime.process_group import init_distributed
-    from bitdance.sampling.pipeline import Generator
-    from bitdance.sampling.sampler import SampleSettings
-    from bitdance.weights.weights_file import choose_weights
+    from bitdance.sampling.job import JobConfig, SamplingJob, print_result
+    from bitdance.sampling.pipeline import load_pipeline
+    from bitdance.sampling.sampler import SamplingConfig
 
-    settings = SampleSettings(flags.sample_steps, flags.cfg_scale)
+    sampling = SamplingConfig(flags.sample_steps, flags.cfg_scale)
+    config = JobConfig(flags.num_fid_samples, flags.per_proc_batch_size, flags.seed, chunk_size=flags.chunk_size)
     with init_distributed(threads=flags.threads) as world:
-        model, autoencoder, contents = load_pair(
+        pipeline = load_pipeline(
             flags.ckpt,
-            model_flags.trained_vae or None,
-            "model" if flags.no_ema else None,
-            world.device,
-            flags.mixed_precision,
+            autoencoder=model_flags.trained_vae or None,
+            weights="model" if flags.no_ema else None,
+            device=world.device,
+            dtype="bf16" if flags.mixed_precision == "bf16" else "fp32",
         )
-        _check_against_checkpoint(model, model_flags, parallel, autoencoder.config.down_size)
-        generator = Generator(model, autoencoder, settings, flags.seed, flags.chunk_size)
-        stem = f"{contents.path.stem}-{choose_weights(contents, 'model' if flags.no_ema else None)}"
-        del contents  # all that the file holds, which is in memory where it could not be mapped
-        run_job(
-            generator,
-            world,
-            folder=flags.sample_dir,
-            stem=stem,
-            num_images=flags.num_fid_samples,
-            batch_size=flags.per_proc_batch_size,
-            kinds=("npz" if flags.to_npz else "pngs",),
-        )
+        _check_against_checkpoint(pipeline, model_flags, parallel)
+        job = SamplingJob(pipeline, flags.sample_dir, sampling, config, ("npz" if flags.to_npz else "pngs",))
+        result = job.run(world)
+        if world.is_main:
+            print_result(job, result, world)
 
 
-def _check_against_checkpoint(model: BitDance, flags: ModelFlags, parallel: ParallelFlags, down_size: int) -> None:
-    """Stops where a flag was given that says something else than the files do."""
-    config = model.config
+def _check_against_checkpoint(pipeline: Pipeline, flags: ModelFlags, parallel: ParallelFlags) -> None:
+    """Checks that the flags that are given do not contradict the files."""
+    config, down_size = pipeline.model.config, pipeline.autoencoder.config.down_size
     there: dict[str, tuple[object, object]] = {
         "--image-size": (flags.image_size, config.grid * down_size),
         "--down-size": (flags.down_size, down_size),
@@ -275,9 +287,10 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
     """Runs the training; each process of torchrun calls this.
 
     Raises:
-        UserError: `--trained-vae` is missing, or a setting does not fit.
+        UserError: `--trained-vae` is missing, or a setting is out of range.
     """
     from bitdance.training.setup import train_model
+    from bitdance.training.train_config import LossConfig, ModelSizes, TrainConfig
 
     if not model_flags.trained_vae:
         raise UserError(
@@ -305,23 +318,26 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         time_schedule=model_flags.time_schedule,
         perturb_rate=model_flags.perturb_rate,
     )
-    shared = {field.name for field in dataclasses.fields(TrainConfig)} & {
-        f.name for f in dataclasses.fields(TrainFlags)
-    }
-    run = TrainConfig(
+    shared = {field.name for field in dataclasses.fields(TrainConfig)}
+    shared &= {field.name for field in dataclasses.fields(TrainFlags)}
+    config = TrainConfig(
         **{name: getattr(flags, name) for name in shared},
+        output=flags.results_dir,
+        batch_size=flags.global_batch_size,
+        seed=flags.global_seed,
+        precision="bf16" if flags.mixed_precision == "bf16" else "fp32",
         image_size=_given(model_flags.image_size, 256),
         keep_epochs=flags.keep_freq,
         compile=not flags.no_compile,
         grad_checkpointing=model_flags.grad_checkpointing,
     )
     train_model(
-        run,
+        config,
         chosen,
         loss,
-        pathlib.Path(model_flags.trained_vae),
-        expect_bits=model_flags.latent_dim,
-        expect_down_size=model_flags.down_size,
+        model_flags.trained_vae,
+        expected_bits=model_flags.latent_dim,
+        expected_down_size=model_flags.down_size,
         dry_run=flags.dry_run,
     )
 

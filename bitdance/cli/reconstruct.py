@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bitdance.cli.parsing import Positional, parse
 from bitdance.runtime.errors import UserError
-from bitdance.weights.resolve import DEMO, find_autoencoder_alone
+from bitdance.weights.resolve import DEMO, find_weights
 
 if TYPE_CHECKING:
     from bitdance.metrics.features import FeatureExtractor
@@ -75,10 +75,10 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
     from bitdance.models.autoencoder import to_uint8
     from bitdance.runtime.atomic_files import atomic_write
-    from bitdance.sampling.image_grid import grid
+    from bitdance.sampling.image_grid import image_grid
     from bitdance.weights.weights_file import load_autoencoder
 
-    path = find_autoencoder_alone(command.autoencoder)
+    path = find_weights(command.autoencoder, "autoencoder")
     autoencoder = load_autoencoder(path).to(world.device)
     images = open_images(command.data, command.split)
     size = command.image_size or min(images.read(0).size)
@@ -124,7 +124,7 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     picture = command.output / "reconstruction.png"
     with atomic_write(picture) as temporary:
-        sheet = grid(np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size))
+        sheet = image_grid(np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size))
         sheet.save(temporary, format="PNG")
     rfid = f", rFID {figures['rfid']:.3f}" if "rfid" in figures else ""
     print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}{rfid}: {picture}")

@@ -1,11 +1,16 @@
-"""`bitdance train-autoencoder`: reconstruction, entropy and straight-through bits on a set of images."""
+"""`bitdance train-autoencoder`: an autoencoder on a set of images."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from bitdance.cli.parsing import parse
-from bitdance.config import AutoencoderConfig, AutoencoderLossConfig, TrainConfig
+from bitdance.config import AutoencoderConfig
+from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
+
+EXAMPLES = """
+bitdance train-autoencoder --data-path pictures.zip --image-size 32 --widths 32 64 64 64 --blocks 1 --bits 64 --output runs/ae
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,18 +18,20 @@ class TrainAutoencoder:
     """Train an autoencoder on images.
 
     Attributes:
-        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
+        threads: CPU threads; by default all cores.
     """
 
     run: TrainConfig
     network: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     loss: AutoencoderLossConfig = dataclasses.field(default_factory=AutoencoderLossConfig)
     device: str | None = None
+    threads: int | None = None
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder")
+    command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder", EXAMPLES)
     from bitdance.training.setup import train_autoencoder
 
-    train_autoencoder(command.run, command.network, command.loss, command.device)
+    train_autoencoder(command.run, command.network, command.loss, command.device, command.threads)

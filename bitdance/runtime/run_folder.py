@@ -17,13 +17,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitdance.runtime.atomic_files import lock_file, make_folder, read_json, remove_leftovers, write_json
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import World
+
+if TYPE_CHECKING:
+    from bitdance.runtime.process_group import World
 
 SETTINGS = "settings.json"
 FORMAT_VERSION = 2
@@ -54,6 +54,8 @@ class Machine:
     @classmethod
     def of(cls, world: World) -> Machine:
         """Returns that of this process."""
+        import torch
+
         return cls(world.device.type, torch.get_num_threads())
 
     @staticmethod
@@ -63,6 +65,8 @@ class Machine:
         Raises:
             UserError: it is not a number of threads.
         """
+        import torch
+
         threads = stored["threads"]
         if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads={threads!r} in the settings is invalid: delete the folder to start over.")

@@ -1,43 +1,32 @@
-"""Fetching what is published: the released weights, ADM's reference batches, the Inception network.
+"""Download of published files: the released weights, ADM's reference batches and the Inception network.
 
-The hub's own client says where the hub is, whose token is sent and whether the network may be used at all. The
-transfer is done here, with the standard library, for the hub and for plain addresses alike: the client (1.31 to 2.4 at
-least) begins an interrupted file anew in the next process and compares sizes, not digests; and its errors, retries and
-HTTP library differ from one major version to the next.
-
-A file arrives in `<name>.<version>.part` beside its place, is checked, synced and renamed. The version is a digest of
-what the server said of the file, so what was begun is continued only while that file is still the same one.
+`huggingface_hub` transfers files of the hub, `torch.hub` other files, into the folder `.<name>.download` beside the
+destination. There a file is compared with the published size and SHA-256, synced and renamed. Within a command the
+client of the hub continues after a broken connection; a plain address is tried three times. Nothing is resumed in the
+next process: the client writes to a file of a random name, which it leaves behind when the process is killed. The next
+command removes such leftovers and starts from the beginning.
 """
 
 from __future__ import annotations
 
-import base64
+import collections
 import contextlib
 import difflib
 import errno
-import hashlib
-import http.client
-import itertools
 import math
-import os
 import pathlib
 import re
 import shutil
 import socket
-import ssl
-import time
-import urllib.error
+import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
-from urllib.parse import urljoin, urlsplit
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from bitdance.config import RELEASED_MODELS
-from bitdance.runtime.atomic_files import file_digest, lock_file, make_folder, rename
+from bitdance.runtime.atomic_files import atomic_write, file_digest, lock_file, make_folder
 from bitdance.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 REPOSITORY = "shallowdream204/BitDance-ImageNet"
 FOLDER = pathlib.Path("models/BitDance-ImageNet")
@@ -55,16 +44,13 @@ PLAIN_FILES = {
 }
 ALL = "all"
 
-TIMEOUT = 15.0
-"""Seconds without a byte after which a connection counts as dead."""
-WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further attempt; a hundredth of the file resets the count."""
-_REDIRECTS = 10
-_CHUNK = 2**20
+_TOKEN_ADVICE = "it may require a token in HF_TOKEN, or the one that is set may be wrong"
+_ADVICE = {401: _TOKEN_ADVICE, 403: _TOKEN_ADVICE, 404: "it was moved or renamed; fetch it by hand"}
+_NO_FILE = "the answer is not the file; does the network ask for a login?"
 
 
 class DownloadResult(NamedTuple):
-    """A file that is in its place: its path, its size in bytes, and what was done and compared."""
+    """A file at its destination: its path, its size in bytes, and what was done and compared."""
 
     path: pathlib.Path
     size: int
@@ -72,33 +58,17 @@ class DownloadResult(NamedTuple):
 
 
 class _Remote(NamedTuple):
-    """A published file: its address, place, size in bytes, what tells its versions apart, and its digest if known."""
+    """A published file: its address, destination, size in bytes, and SHA-256 ("" if none is published)."""
 
     url: str
     target: pathlib.Path
     size: int
-    version: str  # empty: nothing tells, so nothing begun is continued
-    if_range: str | None  # the version, where the server that it came from is the one that sends the bytes
-    algorithm: str | None
-    digest: str  # hexadecimal, or the beginning of it
-
-    @property
-    def part(self) -> pathlib.Path:
-        """Where the file arrives."""
-        key = hashlib.sha256(f"{self.version} {self.size}".encode()).hexdigest()[:12]
-        return self.target.with_name(f"{self.target.name}.{key}.part")
-
-
-class _PassingFault(UserError):
-    """A fault that may be gone a moment later."""
-
-
-class _NoConnection(_PassingFault):
-    """No connection came about: worth another attempt only where there was one before."""
+    sha256: str  # hexadecimal, or the first digits of it
+    revision: str = ""  # the commit of the hub's repository, "" for a file from elsewhere
 
 
 def released_name(name: str) -> str | None:
-    """The name in the zoo of a released model that is written as B-16X or BitDance-B-16X, in any case."""
+    """The key in `RELEASED_MODELS` of a name such as B-16X or BitDance-B-16X, in any case; None if there is none."""
     short = name.upper().removeprefix("BITDANCE-")
     return short if short in RELEASED_MODELS else None
 
@@ -107,7 +77,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     """The file at `path`, or the one beside it in the other spelling: the hub's page writes B_1X as B_1x."""
     old, new = ("X.pt", "x.pt") if path.name.endswith("X.pt") else ("x.pt", "X.pt")
     other = path.with_name(path.name.removesuffix(old) + new) if path.name.endswith(old) else path
-    return next((place for place in (path, other) if place.exists()), None)
+    return next((candidate for candidate in (path, other) if candidate.exists()), None)
 
 
 def download(
@@ -116,39 +86,46 @@ def download(
     evaluation_folder: pathlib.Path = EVALUATION_FOLDER,
     verify: bool = False,
 ) -> Iterator[DownloadResult]:
-    """Fetches published files, unless they are there; yields each as soon as it is in its place.
+    """Downloads published files that are not there yet; yields each as soon as it is at its destination.
 
-    All are looked up, and the free space is compared with what they need, before the first is fetched. A call that is
-    interrupted leaves a `.part`, from which the next one goes on. When several
-    processes ask for one file, one fetches it.
+    Before the first transfer all files are looked up on their servers, and the free disk space is compared with what
+    they need. When several processes ask for the same file, one downloads it and the others wait. With HF_HUB_OFFLINE
+    set, files that are there are used as they are.
 
     Args:
         names: released models such as B-16X or BitDance-B-16X, autoencoder, reference-256, reference-512, inception;
-            all stands for the models and the autoencoder.
+            all means the models and the autoencoder.
         folder: of the models and the autoencoder.
-        evaluation_folder: of the others.
-        verify: compare the digests of files that are there already, not only their sizes.
+        evaluation_folder: of the other files.
+        verify: compare the SHA-256 of files that are there already, not only their sizes.
 
     Raises:
-        UserError: a name is unknown, a file cannot be fetched or is damaged, or the disk is too small.
+        UserError: a name is unknown, a file cannot be downloaded or is damaged, or the disk is too small.
     """
     from huggingface_hub import constants
 
-    chosen = _resolve(names)
-    targets = {name: _target(name, folder, evaluation_folder) for name in chosen}
+    places = {name: find(folder / file) or folder / file for name, file in HUB_FILES.items()}
+    places |= {name: evaluation_folder / url.rpartition("/")[2] for name, url in PLAIN_FILES.items()}
+    targets = {name: places[name] for name in _resolve(names)}
     if constants.HF_HUB_OFFLINE:
         for target in targets.values():
-            yield _without_network(target)
+            if not target.exists():
+                raise UserError(
+                    f"{target} is not there: downloading is switched off by HF_HUB_OFFLINE; unset it, or copy the file "
+                    "there."
+                )
+            note = "was there already, not compared because HF_HUB_OFFLINE is set"
+            yield DownloadResult(target, target.stat().st_size, note)
         return
-    remotes = [_locate(name, target) for name, target in targets.items()]
-    there = {remote.target: _present(remote, verify) for remote in remotes}
-    _check_space([remote for remote in remotes if there[remote.target] is None])
+    remotes = [_look_up(name, target) for name, target in targets.items()]
+    present = {remote: _find_present(remote, verify) for remote in remotes}
+    _check_space([remote for remote in remotes if not present[remote]])
     for remote in remotes:
-        yield there[remote.target] or _fetch(remote, verify)
+        yield present[remote] or _fetch(remote, verify)
 
 
 def _resolve(names: Iterable[str]) -> list[str]:
-    """The names as they are written here, each once, with `all` spelled out."""
+    """The keys of `HUB_FILES` and `PLAIN_FILES` that are meant, each once, with `all` expanded."""
     known = [*HUB_FILES, *PLAIN_FILES]
     chosen: list[str] = []
     for name in names:
@@ -162,333 +139,137 @@ def _resolve(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _target(name: str, folder: pathlib.Path, evaluation_folder: pathlib.Path) -> pathlib.Path:
-    if name in HUB_FILES:
-        return find(folder / HUB_FILES[name]) or folder / HUB_FILES[name]
-    return evaluation_folder / PLAIN_FILES[name].rpartition("/")[2]
+def _look_up(name: str, target: pathlib.Path) -> _Remote:
+    """Asks the server for the size and the digest of a file."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
 
-
-def _without_network(target: pathlib.Path) -> DownloadResult:
-    if not target.exists():
-        raise UserError(
-            f"{target} is not there: downloading is switched off by HF_HUB_OFFLINE; unset it, or copy the file there."
-        )
-    return DownloadResult(
-        target, target.stat().st_size, "was there already, not compared because HF_HUB_OFFLINE is set"
-    )
-
-
-def _locate(name: str, target: pathlib.Path) -> _Remote:
-    """Asks the server what it has under a name.
-
-    Raises:
-        UserError: it has nothing, or does not answer.
-    """
-    from huggingface_hub import constants
-
-    if name in PLAIN_FILES:
-        urls = [PLAIN_FILES[name]]
-    else:
-        spellings = dict.fromkeys((HUB_FILES[name], HUB_FILES[name].replace("X.pt", "x.pt")))
-        urls = [f"{constants.ENDPOINT}/{REPOSITORY}/resolve/main/{spelling}" for spelling in spellings]
-    for url in urls:
-        with contextlib.suppress(FileNotFoundError):
-            return _ask(url, target)
-    raise UserError(f"there is no file at {urls[0]} (HTTP 404): it was moved or renamed; fetch it by hand.")
-
-
-def _ask(url: str, target: pathlib.Path) -> _Remote:
-    """Size, version and digest of the file at an address, from the headers alone.
-
-    Raises:
-        FileNotFoundError: there is none.
-        UserError: the server does not answer, or not with a file.
-    """
-    for wait in itertools.chain(WAITS, [None]):
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    if url := PLAIN_FILES.get(name):
+        # The headers of a GET: the address that a server redirects to may be signed for that method only.
+        with _one_sentence(url, target), urllib.request.urlopen(url, timeout=timeout) as response:
+            size = int(response.headers.get("Content-Length", 0))
+            if not size or response.headers.get_content_type() == "text/html":
+                raise OSError(_NO_FILE)
+        prefix = re.search(r"-([0-9a-f]{8})\.pth$", url)  # PyTorch's convention for the names of weights
+        return _Remote(url, target, size, prefix[1] if prefix else "")
+    url = hf_hub_url(REPOSITORY, HUB_FILES[name])
+    with _one_sentence(url, target):
+        # Without a network this fails at once, whereas hf_hub_download would retry for 23 seconds.
         try:
-            with _request("HEAD", url) as response:
-                headers = response.headers
-            break
-        except _NoConnection:
-            raise
-        except _PassingFault:
-            if wait is None:
-                raise
-            time.sleep(wait)
-    # The hub answers for the storage that it sends one on to: the file's digest and size stand in headers of its own,
-    # and the storage's ETag is another one.
-    linked = headers.get("X-Linked-Size")
-    size = linked or headers.get("Content-Length") or ""
-    if not size.isdecimal():
-        raise UserError(f"{urlsplit(url).hostname} does not say how large {target.name} is: try again later.")
-    etag = (headers.get("X-Linked-ETag") if linked else headers.get("ETag")) or ""
-    weak = not etag or etag.startswith("W/")  # equal ones do not promise equal bytes
-    version = etag if linked or not weak else headers.get("Last-Modified") or ""
-    algorithm, digest = None, ""
-    if published := re.search(r"-([0-9a-f]{8})\.pth$", url):  # PyTorch's custom: the beginning of the SHA-256
-        algorithm, digest = "sha256", published[1]
-    elif linked and (sha := re.fullmatch('"?([0-9a-f]{64})"?', etag)):
-        algorithm, digest = "sha256", sha[1]
-    elif not linked and re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("Content-MD5") or ""):
-        algorithm, digest = "md5", base64.b64decode(headers["Content-MD5"]).hex()
-    return _Remote(url, target, int(size), version, None if linked else version, algorithm, digest)
+            metadata = get_hf_file_metadata(url, timeout=timeout)
+        except EntryNotFoundError:
+            url = url.replace("X.pt", "x.pt")
+            metadata = get_hf_file_metadata(url, timeout=timeout)
+        if metadata.size is None or metadata.commit_hash is None:
+            raise OSError(_NO_FILE)
+    sha256 = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
+    return _Remote(url, target, metadata.size, sha256 or "", metadata.commit_hash)
 
 
-def _present(remote: _Remote, verify: bool) -> DownloadResult | None:
-    """The file, if it is there and whole: of the right size, and to be sure of the right digest."""
-    try:
-        size = remote.target.stat().st_size
-    except OSError:
-        return None
-    if size != remote.size:
-        return None
-    if not verify or not remote.algorithm:
-        return DownloadResult(remote.target, size, "was there already, size as on the server")
-    if not file_digest(remote.target, remote.algorithm).startswith(remote.digest):
-        return None
-    return DownloadResult(remote.target, size, f"was there already, {_title(remote.algorithm)} as published")
+def _find_present(remote: _Remote, verify: bool) -> DownloadResult | None:
+    """The file at its destination, if it has the published size and, with `verify`, the published SHA-256."""
+    with contextlib.suppress(OSError, UserError):
+        note = f"was there already, {_compare(remote.target, remote, verify)}"
+        return DownloadResult(remote.target, remote.size, note)
+    return None
+
+
+def _compare(path: pathlib.Path, remote: _Remote, verify: bool) -> str:
+    """Compares a file with the published one; returns what was compared.
+
+    Raises:
+        UserError: they differ.
+    """
+    sha256 = remote.sha256 if verify else ""
+    if path.stat().st_size != remote.size or (sha256 and not file_digest(path).startswith(sha256)):
+        expected = f"{remote.size} bytes" + f" with SHA-256 {sha256}" * bool(sha256)
+        raise UserError(f"the downloaded {remote.target.name} is damaged: expected {expected}; run the command again.")
+    return "SHA-256 as published" if sha256 else "size as on the server"
 
 
 def _check_space(remotes: list[_Remote]) -> None:
-    """Compares what is still to come with what is free, over all files of each file system.
-
-    Raises:
-        UserError: it does not fit.
-    """
-    needed: dict[int, int] = {}
+    """Compares the sizes of the files with the free space of each file system; creates their folders."""
+    needed: collections.Counter[int] = collections.Counter()
     for remote in remotes:
         folder = remote.target.parent
         make_folder(folder)
-        device = folder.stat().st_dev
-        begun = remote.part.stat().st_size if remote.part.exists() else 0
-        needed[device] = needed.get(device, 0) + max(0, remote.size - begun)
-        free = shutil.disk_usage(folder).free
+        device, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        needed[device] += remote.size
         if needed[device] > free:
             raise UserError(
-                f"there is no space for {remote.target}: {needed[device] / 1e9:.2f} GB are to come and "
+                f"there is no space for {remote.target}: {needed[device] / 1e9:.2f} GB are needed and "
                 f"{free / 1e9:.2f} GB are free; free some or choose another folder."
             )
 
 
 def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
-    """Fetches a file into its `.part`, checks it and moves it to its place.
+    """Downloads a file, compares it and moves it to its destination, unless another process does so meanwhile."""
+    from huggingface_hub import hf_hub_download
 
-    Raises:
-        UserError: it cannot be fetched or written, or is not what was published.
-    """
-    from tqdm import tqdm
-
-    waiting = f"another process fetches {remote.part.name}: waiting for it."
-    with lock_file(remote.part, math.inf, waiting) as part:
-        # Another process may have brought the file while this one waited.
-        if os.fstat(part.fileno()).st_size == 0 and (there := _present(remote, verify)):
-            remote.part.unlink(missing_ok=True)
-            return there
+    target, name = remote.target, remote.url.rpartition("/")[2]
+    lock, staging = (target.with_name(f".{target.name}.{suffix}") for suffix in ("lock", "download"))
+    with lock_file(lock, math.inf, f"another process is downloading {target}: waiting for it."):
         try:
-            bar_settings = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5}
-            with tqdm(total=remote.size, desc=remote.target.name, **bar_settings) as bar:
-                _receive(remote, part, bar)
-            if remote.algorithm and not file_digest(remote.part, remote.algorithm).startswith(remote.digest):
-                part.truncate(0)
-                raise UserError(
-                    f"what came for {remote.target} is damaged: its {_title(remote.algorithm)} is not the published "
-                    f"{remote.digest}; run the command again."
-                )
-            os.fsync(part.fileno())
-            # In one go: between two renames another process would find neither, and fetch it all again.
-            rename(remote.part, remote.target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"the disk is full while {remote.target} is fetched: free some space and run the command again; "
-                    "it goes on from what has come."
-                ) from error
-            raise UserError(f"cannot write {remote.target}: {error.strerror or error}.") from error
+            if present := _find_present(remote, verify):
+                return present
+            shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+            make_folder(staging)
+            with _one_sentence(remote.url, target):
+                if remote.revision:
+                    # force_download: neither a copy from the client's cache, nor retries of its own look-up
+                    hf_hub_download(REPOSITORY, name, revision=remote.revision, local_dir=staging, force_download=True)
+                else:
+                    _download_url(remote, staging / name)
+            compared = _compare(staging / name, remote, verify=True)
+            with atomic_write(target) as temporary:
+                (staging / name).rename(temporary)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                if remote.part.stat().st_size == 0:
-                    remote.part.unlink()
-    for stale in remote.target.parent.glob(f"{remote.target.name}.*.part"):  # of versions that are no longer published
-        if stale != remote.part:  # which is by now that of another process
-            stale.unlink(missing_ok=True)
-    compared = f"{_title(remote.algorithm)} as published" if remote.algorithm else "size as on the server"
-    return DownloadResult(remote.target, remote.size, f"fetched, {compared}")
+            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()
+    return DownloadResult(target, remote.size, f"fetched, {compared}")
 
 
-def _receive(remote: _Remote, part: BinaryIO, bar: tqdm) -> None:
-    """Fills a `.part`, in as many connections as it takes.
+def _download_url(remote: _Remote, path: pathlib.Path, attempts: int = 3) -> None:
+    """Downloads a file from a plain address; a connection that breaks off is tried again."""
+    import torch.hub
+    from huggingface_hub import constants
 
-    Raises:
-        UserError: attempt after attempt failed, or what the server sends is not the file.
-    """
-    waits, mark = iter(WAITS), 0
-    while True:
-        have = part.seek(0, os.SEEK_END)
-        if have == remote.size:
-            return
-        if have > remote.size:  # where locks do not work, two processes may have written
-            have = part.truncate(0)
-        if have > mark + remote.size // 100:
-            waits, mark = iter(WAITS), have
-        try:
-            _receive_some(remote, part, bar)
-            if part.seek(0, os.SEEK_END) < remote.size:
-                raise _PassingFault(f"{urlsplit(remote.url).hostname} ended the connection before the file was whole")
-        except _PassingFault as fault:
-            wait = next(waits, None)
-            if wait is None:
-                raise UserError(
-                    f"{remote.target.name} could not be fetched, after {len(WAITS) + 1} attempts: {fault}; what has "
-                    "come is kept: run the command again to go on."
-                ) from fault
-            time.sleep(wait)
-
-
-def _receive_some(remote: _Remote, part: BinaryIO, bar: tqdm) -> None:
-    """Appends what one connection brings.
-
-    Raises:
-        _PassingFault: it broke.
-        UserError: what the server sends is not the file.
-    """
-    have = part.seek(0, os.SEEK_END) if remote.version else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    if have and remote.if_range:
-        headers["If-Range"] = remote.if_range
-    host = urlsplit(remote.url).hostname
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(constants.HF_HUB_DOWNLOAD_TIMEOUT)  # `torch.hub` sets none
     try:
-        response = _request("GET", remote.url, headers)
-    except FileNotFoundError:
-        raise UserError(f"{host} no longer has {remote.target.name}: run the command again.") from None
-    with response:
-        if response.status != 206:
-            part.truncate(0)  # the whole file comes: the server knows no ranges, or has another version now
-            have = 0
-        length, span = response.headers.get("Content-Length"), response.headers.get("Content-Range")
-        if (length and length != str(remote.size - have)) or (
-            response.status == 206 and span != f"bytes {have}-{remote.size - 1}/{remote.size}"
-        ):
-            raise UserError(f"{remote.target.name} has changed at {host} just now: run the command again.")
-        bar.n = bar.initial = have  # what was there before is no part of the speed
-        while have < remote.size:
-            try:
-                chunk = response.read1(min(_CHUNK, remote.size - have))
-            except (OSError, http.client.HTTPException) as error:
-                raise _fault(remote.url, error) from error
-            if not chunk:
+        for left in reversed(range(attempts)):
+            torch.hub.download_url_to_file(remote.url, str(path), progress=sys.stderr.isatty())
+            if path.stat().st_size == remote.size or not left:  # it does not notice a truncated body
                 return
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[part.write(rest) :]
-            have += len(chunk)
-            bar.update(len(chunk))
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
-class _AsItIs(urllib.request.HTTPErrorProcessor):
-    """Hands over every answer, redirections and errors too: urllib's own way turns a redirected HEAD into a GET."""
-
-    def http_response(
-        self, request: urllib.request.Request, response: http.client.HTTPResponse
-    ) -> http.client.HTTPResponse:
-        return response
-
-    https_response = http_response
-
-
-def _request(method: str, url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
-    """Sends a request and follows redirections; a HEAD stops where the hub describes what it sends one on to.
-
-    Raises:
-        FileNotFoundError: the server has no such file.
-        _PassingFault: no connection, or the server is in trouble.
-        UserError: the server refuses, or answers with something else than a file.
-    """
-    from bitdance import __version__
-
-    opener = urllib.request.build_opener(_AsItIs)
-    start = url
-    for _ in range(_REDIRECTS):
-        _check_address(url, start)
-        request = urllib.request.Request(url, method=method, headers={**(headers or {}), **_authorization(url)})
-        request.add_header("User-Agent", f"bitdance/{__version__}")
-        try:
-            response: http.client.HTTPResponse = opener.open(request, timeout=TIMEOUT)
-        except (OSError, http.client.HTTPException) as error:
-            raise _fault(url, error) from error
-        except ValueError:  # the message of which may hold the token
-            raise UserError(f"{url}, or the token in HF_TOKEN, has characters that it cannot have.") from None
-        moved = response.status in (301, 302, 303, 307, 308) and response.headers.get("Location")
-        if not moved or (method == "HEAD" and response.headers.get("X-Linked-Size")):
-            if not moved:
-                _check_answer(url, response)
-            return response
-        response.close()
-        url = urljoin(url, moved)
-    raise UserError(f"{urlsplit(start).hostname} sends one round in circles for {start}: try again later.")
-
-
-def _check_address(url: str, start: str) -> None:
-    """Only https; plain http only from a loopback address to a loopback address, as in tests."""
-    loopback = re.compile(r"http://(127\.0\.0\.1|\[::1\])[:/]")
-    if not url.startswith("https://") and not (loopback.match(url) and loopback.match(start)):
+@contextlib.contextmanager
+def _one_sentence(url: str, target: pathlib.Path) -> Iterator[None]:
+    """Turns any error of a client into a `UserError`: the HTTP libraries behind huggingface_hub differ by version."""
+    try:
+        yield
+    except Exception as error:
+        host = urlsplit(url).hostname or url
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+            causes.append(cause)
+        for cause in causes:
+            status = getattr(getattr(cause, "response", cause), "status_code", getattr(cause, "code", None))
+            if isinstance(status, int):
+                advice = _ADVICE.get(status, "try again later")
+                raise UserError(f"{host} answers {url} with HTTP {status}: {advice}.") from error
+            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                message = f"the disk is full while {target} is downloaded: free some space and run the command again."
+                raise UserError(message) from error
+        root = causes[-1]
+        # The text of other errors, and what is in brackets, may show the token or a signed address.
+        text = re.split(r"[(\n]", str(root))[0].strip() if type(root) in (OSError, TimeoutError) else ""
+        reason = getattr(root, "strerror", None) or text or type(root).__name__
         raise UserError(
-            f"{url.partition('?')[0]} is not fetched, only https is: is HF_ENDPOINT right, or does the network ask for "
-            "a login?"
-        )
-
-
-def _authorization(url: str) -> dict[str, str]:
-    """The user's token, for the hub alone and not for where it sends one on to."""
-    from huggingface_hub import constants, get_token
-
-    if urlsplit(url)[:2] != urlsplit(constants.ENDPOINT)[:2]:
-        return {}
-    token = get_token()
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _check_answer(url: str, response: http.client.HTTPResponse) -> None:
-    """Closes an answer that is no file, and says why.
-
-    Raises:
-        FileNotFoundError, _PassingFault, UserError: see `_request`.
-    """
-    host, status = urlsplit(url).hostname, response.status
-    if status in (200, 206) and response.headers.get_content_type() != "text/html":
-        return
-    response.close()
-    if status in (404, 410):
-        raise FileNotFoundError(url)
-    if status in (401, 403):
-        raise UserError(
-            f"{host} refuses {url.partition('?')[0]} (HTTP {status}): it may ask for a token, in HF_TOKEN, or the one "
-            "that is set may be wrong."
-        )
-    if status in (408, 429) or status >= 500:
-        raise _PassingFault(f"{host} is in trouble or busy (HTTP {status}): try again later.")
-    if status in (200, 206):
-        raise UserError(f"{host} answers with a web page instead of the file: does the network ask for a login?")
-    raise UserError(f"{host} answers {url.partition('?')[0]} with HTTP {status}: try again later.")
-
-
-def _fault(url: str, error: Exception) -> UserError:
-    """What went wrong with a connection, as a sentence."""
-    host = urlsplit(url).hostname
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, socket.gaierror):
-        return _NoConnection(f"the address of {host} cannot be found: is there a network?")
-    if isinstance(reason, ConnectionRefusedError):
-        return _NoConnection(f"{host} refuses the connection: is the network or a proxy set up?")
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return _NoConnection(f"the certificate of {host} cannot be verified ({reason.verify_message}).")
-    if isinstance(reason, TimeoutError):
-        # urllib wraps what happens before the request is out: that a firewall swallows it all is likelier then.
-        kind = _NoConnection if isinstance(error, urllib.error.URLError) else _PassingFault
-        return kind(f"{host} did not answer for {TIMEOUT:g} seconds: is there a network?")
-    if isinstance(reason, ConnectionError | http.client.HTTPException):
-        return _PassingFault(f"the connection to {host} broke off ({type(reason).__name__}): try again later.")
-    return _NoConnection(f"cannot connect to {host}: {reason}.")
-
-
-def _title(algorithm: str) -> str:
-    return {"sha256": "SHA-256", "md5": "MD5"}[algorithm]
+            f"cannot download {target.name} from {host} ({reason}): check the network, the proxy, and for the hub "
+            "HF_ENDPOINT and HF_TOKEN, then run the command again."
+        ) from error
