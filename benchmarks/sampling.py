@@ -23,7 +23,7 @@ from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.process_group import choose_device
-from bitdance.sampling.sampler import SampleSettings, decode_tokens, image_noise, sample_tokens
+from bitdance.sampling.sampler import SamplingConfig, decode_tokens, sample_noise, sample_tokens
 
 
 def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -54,9 +54,9 @@ def main() -> None:
     release = RELEASED_MODELS[options.model]
     model = BitDance(release.config).eval().to(device, dtype)
     autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device, dtype)
-    settings = SampleSettings(options.steps, release.cfg_scale)
+    settings = SamplingConfig(options.steps, release.cfg_scale)
     labels = torch.arange(options.batch_size, device=device)
-    draw = image_noise(model, 0, labels, settings.num_draws)
+    draw = sample_noise(model, 0, labels, settings.num_draws)
     variants: dict[str, Callable[[], Tensor]] = {"engine": lambda: sample_tokens(model, labels, draw, settings)}
     if options.compile:
         for mode in ("default", "reduce-overhead"):
@@ -65,7 +65,7 @@ def main() -> None:
                 model, labels, draw, settings, denoise=head
             )
     if options.reference:
-        variants["reference"] = lambda: model.sample_reference(labels, draw, release.cfg_scale)
+        variants["reference"] = lambda: sample_reference(model, labels, draw, release.cfg_scale)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens = torch.empty(0)
     for round_ in range(-1, options.rounds):  # the first round, which compiles, is not counted

@@ -1,4 +1,4 @@
-"""FeatureExtractors, pictures and command lines that are small enough for tests of whole commands."""
+"""Networks, pictures and command lines that are small enough for tests of whole commands."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -19,6 +21,7 @@ from bitdance.cli import original_cli
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
+from bitdance.sampling import pipeline, sampler
 from bitdance.weights import weights_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -124,3 +127,14 @@ def run(*command: object, processes: int = 1, check: bool = True) -> subprocess.
     )
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Sequence[int]], bool]) -> None:
+    """Has sampling run out of memory for batches of certain sample ids."""
+
+    def sample_noise(model: BitDance, seed: int, ids: torch.Tensor, draws: int) -> sampler.NoiseFn:
+        if fails(ids.tolist()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sampler.sample_noise(model, seed, ids, draws)
+
+    monkeypatch.setattr(pipeline, "sample_noise", sample_noise)

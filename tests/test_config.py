@@ -18,7 +18,7 @@ from bitdance.config import (
     TrainConfig,
 )
 from bitdance.runtime.errors import UserError
-from bitdance.sampling.sampler import SampleSettings
+from bitdance.sampling.sampler import SamplingConfig
 
 WRONG = [
     # Sizes of a model. P must be a square whose side divides the grid's, or divide the tokens in raster order.
@@ -76,10 +76,10 @@ WRONG = [
     (TrainConfig, {"global_seed": -1}, "--global-seed -1", "between 0 and 4294967295"),
     (TrainConfig, {"global_seed": 2**32}, "--global-seed 4294967296", "between 0 and 4294967295"),
     # Sampling.
-    (SampleSettings, {"num_steps": 0}, "--sample-steps 0", "at least 1"),
-    (SampleSettings, {"cfg_scale": -1.0}, "--cfg-scale -1.0", "number from 0 on"),
-    (SampleSettings, {"cfg_scale": math.nan}, "--cfg-scale nan", "number from 0 on"),
-    (SampleSettings, {"cfg_schedule": "cosine"}, "'cosine'", "linear or constant"),
+    (SamplingConfig, {"num_steps": 0}, "--sample-steps 0", "at least 1"),
+    (SamplingConfig, {"cfg_scale": -1.0}, "--cfg-scale -1.0", "number from 0 on"),
+    (SamplingConfig, {"cfg_scale": math.nan}, "--cfg-scale nan", "number from 0 on"),
+    (SamplingConfig, {"cfg_schedule": "cosine"}, "'cosine'", "linear or constant"),
 ]
 
 

@@ -32,12 +32,12 @@ def test_it_is_small_and_knows_its_classes_and_its_autoencoder(files):
 def test_it_tells_its_classes_apart(files):
     """On its own samples the loss under the class that was asked for is lower than under another one."""
     from bitdance.models.philox import normal
-    from bitdance.sampling.sampler import SampleSettings, image_noise, sample_tokens
+    from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 
     model = weights_file.load_model(str(files[0]))
     labels = torch.arange(10).repeat(2)
-    draw = image_noise(model, 0, torch.arange(20), 20)
-    tokens = sample_tokens(model, labels, draw, SampleSettings(20, cfg_scale=3.0))
+    draw = sample_noise(model, 0, torch.arange(20), 20)
+    tokens = sample_tokens(model, labels, draw, SamplingConfig(20, cfg_scale=3.0))
     steps, bits = model.config.ar_steps, model.config.bits
     x_0 = normal(1, torch.arange(20 * steps), bits, stream=99, step=0)[0][:, None]
     t = torch.linspace(0.05, 0.9, steps).repeat(20)
@@ -47,15 +47,15 @@ def test_it_tells_its_classes_apart(files):
 
 
 def test_across_batch_sizes_nearly_all_bits_are_equal(files):
-    from bitdance.sampling.sampler import SampleSettings, image_noise, sample_tokens
+    from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 
     model = weights_file.load_model(str(files[0]))
-    settings, labels, numbers = SampleSettings(20, cfg_scale=3.0), torch.arange(10).repeat(3), torch.arange(30)
+    settings, labels, numbers = SamplingConfig(20, cfg_scale=3.0), torch.arange(10).repeat(3), torch.arange(30)
 
     def sample(size):
         made = []
         for part, rows in zip(labels.split(size), numbers.split(size), strict=True):
-            made.append(sample_tokens(model, part, image_noise(model, 7, rows, settings.num_draws), settings))
+            made.append(sample_tokens(model, part, sample_noise(model, 7, rows, settings.num_draws), settings))
         return torch.cat(made)
 
     whole = sample(30)

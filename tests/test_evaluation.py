@@ -461,9 +461,9 @@ def test_sampling_takes_the_features_that_the_file_has(tmp_path, capsys):
 def test_sampling_with_features_goes_on_where_it_stopped(tmp_path):
     from bitdance.sampling import job
     from bitdance.sampling.pipeline import Generator
-    from bitdance.sampling.sampler import SampleSettings
+    from bitdance.sampling.sampler import SamplingConfig
 
-    generator = Generator(small.model(), small.autoencoder(), SampleSettings(2, 2.0), seed=1)
+    generator = Generator(small.model(), small.autoencoder(), SamplingConfig(2, 2.0), seed=1)
     plans = [job.Job(tmp_path / name / "made", 7, 3, (), {"seed": 1}, networks=(SMALL,)) for name in ("a", "b")]
     job.run(plans[0], generator, ALONE)
     real, calls = Generator.images, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from reference_sampler import integrate, sample_reference
 from tiny import Golden, relative_error
 
 from bitdance.models import flow
@@ -42,8 +43,8 @@ def check_entropy_loss(golden, model, parallel_num):
 def check_trunk(golden, model, parallel_num):
     tokens = tokens_from_grid(golden["latents"].float(), model.config.patch)
     with torch.no_grad():
-        hidden = model.hidden(tokens[:, :-parallel_num], golden["class_id"])
-        cond = model.trunk(tokens, golden["class_id"])
+        hidden = model.forward_features(tokens[:, :-parallel_num], golden["class_id"])
+        cond = model(tokens, golden["class_id"])
     assert relative_error(hidden, golden["hidden"]) <= ACTIVATIONS
     copies = 2
     rows = golden["head_cond"].reshape(copies, *cond.shape)
@@ -55,7 +56,7 @@ def check_standard_order(golden, model, parallel_num):
     model = tiny.model(4, token_order="standard")
     tokens = tokens_from_grid(golden["latents"].float(), model.config.patch)
     with torch.no_grad():
-        hidden = model.hidden(tokens[:, :-4], golden["class_id"])
+        hidden = model.forward_features(tokens[:, :-4], golden["class_id"])
     assert relative_error(hidden, golden["standard_hidden"]) <= ACTIVATIONS
     assert torch.equal(tokens.repeat(2, 1, 1).reshape(-1, 4, 32), golden["standard_head_target"].float())
 
@@ -99,7 +100,7 @@ def check_solver(golden, model, parallel_num, case):
     cond, noise, out = (golden[case.format(part)] for part in ("cond", "noise", "out"))
     cond, noise = cond.reshape(len(cond), parallel_num, -1), noise.reshape(*noise.shape[:2], parallel_num, 32)
     with torch.no_grad():
-        x = head._integrate(cond, noise, scale)
+        x = integrate(head, cond, noise, scale)
     both = x if scale is None else torch.cat([x, x])
     assert relative_error(both.reshape(out.shape), out) <= ACTIVATIONS
 
@@ -133,13 +134,13 @@ def check_sampling_step_by_step(golden, model, parallel_num, schedule, scale):
         if null_first is not None:
             tokens[3:, :p] = quantize(null_first)
     with torch.no_grad():
-        cond = model.trunk(tokens, labels)
+        cond = model(tokens, labels)
         for i in range(model.config.ar_steps):
             group = slice(i * p, (i + 1) * p)
             g = flow.guidance_scale(scale, i, model.config.ar_steps, schedule)
             alone = not guided or g == 1
             noise = torch.zeros(NUM_STEPS + 1, len(labels) if alone else 3, p, 32)
-            x = model._integrate(cond[:, group], noise, None if alone else g)
+            x = integrate(model, cond[:, group], noise, None if alone else g)
             expected = pre_sign[i] if not (alone and guided) else torch.cat([pre_sign[i], null_first])
             assert relative_error(x, expected) <= 5e-3, f"step {i}"
             sure = expected.abs() > 0.05
@@ -156,7 +157,7 @@ def check_sampling_free_running(golden, model, parallel_num, schedule, scale):
     def no_noise(step, null):
         return torch.zeros(NUM_STEPS + 1, 3, p, 32)
 
-    tokens = model.sample_reference(torch.tensor([2, 5, 9]), no_noise, scale, schedule)
+    tokens = sample_reference(model, torch.tensor([2, 5, 9]), no_noise, scale, schedule)
     for i in range(model.config.ar_steps):
         different = tokens[:, i * p : (i + 1) * p] != expected[:, i * p : (i + 1) * p]
         if different.any():

@@ -18,8 +18,9 @@ import torch
 
 from bitdance.runtime.process_group import World
 from bitdance.sampling import job
-from bitdance.sampling.pipeline import Generator
-from bitdance.sampling.sampler import SampleSettings
+from bitdance.sampling.job import JobConfig, SamplingJob
+from bitdance.sampling.pipeline import Pipeline
+from bitdance.sampling.sampler import SamplingConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -117,18 +118,23 @@ def dying(before: dict[str, int], after: dict[str, int]) -> Iterator[None]:
         setattr(owner, name, call)
 
     deadly(os, "replace")  # every file and folder that appears
-    deadly(job, "_read_part")  # also while a result is being written
+    deadly(job, "_read_array")  # also while a result is being written
     deadly(os, "unlink")  # also while the job's folder is being removed
     deadly(os, "sync")
     yield
 
 
-def work(plan: job.Job, before: dict[str, int], after: dict[str, int]) -> None:
+def make_job(folder: pathlib.Path, kinds: tuple[str, ...]) -> SamplingJob:
+    pipeline = Pipeline(small.model(), small.autoencoder(), "made")
+    return SamplingJob(pipeline, folder, SamplingConfig(1, 2.0), JobConfig(4, 2, seed=1), kinds)
+
+
+def work(folder: pathlib.Path, kinds: tuple[str, ...], before: dict[str, int], after: dict[str, int]) -> None:
     """What a process of its own does: the whole job, if it lives."""
     torch.set_num_threads(1)
-    generator = Generator(small.model(), small.autoencoder(), SampleSettings(1, 2.0), seed=1)
+    made = make_job(folder, kinds)
     with dying(before, after):
-        job.run(plan, generator, World(0, 1, torch.device("cpu")))
+        made.run(World(0, 1, torch.device("cpu")))
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
@@ -146,32 +152,33 @@ def test_a_job_may_die_at_any_of_its_files(tmp_path, to_npz):
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["small", "bitdance.sampling.job", "tqdm"])
 
-    def ends(plan: job.Job, before: dict[str, int], after: dict[str, int]) -> bool:
-        process = server.Process(target=work, args=(plan, before, after))
+    kinds = ("npz", "bits") if to_npz else ("pngs",)
+
+    def ends(name: str, before: dict[str, int], after: dict[str, int]) -> bool:
+        process = server.Process(target=work, args=(tmp_path / name, kinds, before, after))
         process.start()
         process.join(100)
         assert process.exitcode in (0, -signal.SIGKILL)
         return process.exitcode == 0
 
-    def plan(name: str) -> job.Job:
-        return job.Job(tmp_path / name / "made", 4, 2, ("npz", "bits") if to_npz else ("pngs",), {"seed": 1})
-
-    assert ends(plan("undisturbed"), {}, {})
+    assert ends("undisturbed", {}, {})
     expected, deaths = files(tmp_path / "undisturbed"), 0
-    assert set(expected) >= ({"made.npz", "made-bits.npz", "made.json"} if to_npz else {"made/000003.png", "made.json"})
+    name = make_job(tmp_path, kinds).path.name
+    assert set(expected) >= ({f"{name}.npz", f"{name}-bits.npz"} if to_npz else {f"{name}/000003.png"}) | {
+        f"{name}.json"
+    }
     for function, calls in (
         ("replace", range(1, 10)),
-        ("_read_part", range(2, 8)),
+        ("_read_array", range(2, 8)),
         ("unlink", range(1, 4)),
         ("sync", [1]),
     ):
         for number in calls:
             for place in ("before", "after"):
-                deadly = plan(f"{function}-{number}-{place}")
-                once = {function: number}
-                if ends(deadly, once if place == "before" else {}, once if place == "after" else {}):
+                folder, once = f"{function}-{number}-{place}", {function: number}
+                if ends(folder, once if place == "before" else {}, once if place == "after" else {}):
                     continue  # there are not so many calls
                 deaths += 1
-                assert ends(deadly, {}, {})
-                assert files(deadly.path.parent) == expected, f"killed {place} {function} number {number}"
+                assert ends(folder, {}, {})
+                assert files(tmp_path / folder) == expected, f"killed {place} {function} number {number}"
     assert deaths >= 20

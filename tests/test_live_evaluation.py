@@ -20,7 +20,7 @@ from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.report import figures
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.pipeline import Generator, make_labels
-from bitdance.sampling.sampler import SampleSettings
+from bitdance.sampling.sampler import SamplingConfig
 from bitdance.training import status
 from bitdance.training.evaluation import LOGGED, Evaluation
 from bitdance.training.losses import BitDanceLoss
@@ -83,7 +83,7 @@ def test_the_figures_are_those_of_the_averaged_weights(place, tmp_path, capsys):
     # The same images, made of the file that the run ends with.
     model = weights_file.load_model(tmp_path / "run" / "model.safetensors")
     network = weights_file.load_autoencoder(place / "autoencoder.safetensors")
-    generator = Generator(model, network, SampleSettings(3, 2.0), seed=0)
+    generator = Generator(model, network, SamplingConfig(3, 2.0), seed=0)
     labels = make_labels("balanced", IMAGES, 3, seed=0)
     made = [generator.images(range(i, min(i + 4, IMAGES)), labels[i : i + 4].tolist()).pixels for i in (0, 4, 8)]
     source = open_source(save(tmp_path / "made.npz", np.concatenate(made), labels))

@@ -8,6 +8,7 @@ import math
 import pytest
 import tiny
 import torch
+from reference_sampler import sample_reference
 from torch import nn
 
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
@@ -15,7 +16,7 @@ from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.head import MLPBlock, TransformerHeadBlock
 from bitdance.models.transformer import BitDance
-from bitdance.sampling.sampler import SampleSettings, image_noise, sample_tokens
+from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 
 LABELS = torch.tensor([2, 5, 9])
 
@@ -94,7 +95,7 @@ def test_prefill_and_steps_equal_teacher_forcing(p, order):
     model = tiny.model(p, token_order=order)
     tokens = random_tokens(model.config)
     with torch.no_grad():
-        expected = model.trunk(tokens, LABELS)
+        expected = model(tokens, LABELS)
         cache = model.new_cache(len(LABELS))
         made = [model.prefill(LABELS, cache)]
         for i in range(model.config.ar_steps - 1):
@@ -111,21 +112,21 @@ def test_a_condition_sees_all_groups_before_its_own_and_nothing_else(p):
     changed = tokens.clone()
     changed[:, group * p : (group + 1) * p] *= -1
     with torch.no_grad():
-        before, after = (model.trunk(t, LABELS[:1]) for t in (tokens, changed))
+        before, after = (model(t, LABELS[:1]) for t in (tokens, changed))
     different = (before - after).abs().amax(dim=-1)[0] > 1e-6
     assert different.tolist() == [place >= (group + 1) * p for place in range(model.config.num_tokens)]
 
 
 def settings_of(case):
     scale, schedule, share_first = case
-    return SampleSettings(num_steps=3, cfg_scale=scale, cfg_schedule=schedule, share_first=share_first)
+    return SamplingConfig(num_steps=3, cfg_scale=scale, cfg_schedule=schedule, share_first=share_first)
 
 
 CASES = [(1.0, "linear", False), (3.2, "linear", False), (3.2, "linear", True), (1.5, "constant", False)]
 
 
 def real_noise(model, images=(7, 0, 4_000_000_000)):
-    return image_noise(model, 99, torch.tensor(images), draws=4)
+    return sample_noise(model, 99, torch.tensor(images), draws=4)
 
 
 def fast_sampler(model, case, images=(7, 0, 4_000_000_000)):
@@ -133,7 +134,7 @@ def fast_sampler(model, case, images=(7, 0, 4_000_000_000)):
 
 
 def both_samplers(model, case):
-    return fast_sampler(model, case), model.sample_reference(LABELS, real_noise(model), *case)
+    return fast_sampler(model, case), sample_reference(model, LABELS, real_noise(model), *case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -155,7 +156,7 @@ def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order()
 def test_the_engine_embeds_times_once_and_takes_another_denoise(solver, evaluations):
     model = few_steps(4)
     settings = dataclasses.replace(settings_of(CASES[1]), solver=solver)
-    draw = image_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
+    draw = sample_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
     expected = sample_tokens(model, LABELS, draw, settings)
     calls, embeddings = [], []
     handle = model.head.net.time_embed.register_forward_hook(lambda *_: embeddings.append(None))
@@ -177,10 +178,10 @@ def test_a_gpu_samples_what_a_cpu_does(p):
     """In float32 nearly all bits are those of the CPU; in bf16 the sampler runs and makes bits."""
     model, settings = few_steps(p), settings_of(CASES[1])
     images = torch.tensor([10, 11, 12])
-    expected = sample_tokens(model, LABELS, image_noise(model, 1, images, settings.num_draws), settings)
+    expected = sample_tokens(model, LABELS, sample_noise(model, 1, images, settings.num_draws), settings)
     for dtype, least in ((torch.float32, 0.99), (torch.bfloat16, 0.6)):
         model = model.to("cuda", dtype)
-        draw = image_noise(model, 1, images.to("cuda"), settings.num_draws)
+        draw = sample_noise(model, 1, images.to("cuda"), settings.num_draws)
         tokens = sample_tokens(model, LABELS.to("cuda"), draw, settings)
         assert (tokens.cpu() == expected).float().mean() > least
         assert torch.equal(tokens.abs(), torch.ones_like(tokens))
@@ -202,17 +203,19 @@ def test_what_changes_an_image_and_what_does_not():
 
 def test_an_image_does_not_depend_on_its_batch():
     model, settings = tiny.model(16), settings_of(CASES[1])
-    together = sample_tokens(model, LABELS, image_noise(model, 1, torch.tensor([10, 11, 12]), 4), settings)
-    alone = sample_tokens(model, LABELS[1:2], image_noise(model, 1, torch.tensor([11]), 4), settings)
+    together = sample_tokens(model, LABELS, sample_noise(model, 1, torch.tensor([10, 11, 12]), 4), settings)
+    alone = sample_tokens(model, LABELS[1:2], sample_noise(model, 1, torch.tensor([11]), 4), settings)
     # Another number of rows may change the last bit of a product, so all but a very few signs must be equal.
     assert (alone[0] != together[1]).float().mean() < 0.01
 
 
-def test_progress_is_told_once_a_step():
-    model, told = tiny.model(16), []
-    draw = image_noise(model, 0, torch.arange(3), 4)
-    sample_tokens(model, LABELS, draw, SampleSettings(num_steps=3), lambda: told.append(None))
-    assert len(told) == 4
+def test_the_callback_gets_the_tokens_of_each_step():
+    model, calls = tiny.model(16), []
+    noise = sample_noise(model, 0, torch.arange(3), 4)
+    config = SamplingConfig(num_steps=3, cfg_scale=2.0)
+    tokens = sample_tokens(model, LABELS, noise, config, lambda *call: calls.append(call))
+    assert [call[:2] for call in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(torch.equal(so_far, tokens[:, : 16 * step]) for step, _, so_far in calls)
 
 
 # ------------------------------------------------------------ the first weights
@@ -297,9 +300,9 @@ def test_dropout_acts_in_training_only(p):
     model.load_state_dict(tiny.model_state(p))
     tokens = random_tokens(model.config)
     with torch.no_grad():
-        assert not torch.equal(model.trunk(tokens, LABELS), model.trunk(tokens, LABELS))
+        assert not torch.equal(model(tokens, LABELS), model(tokens, LABELS))
         model.eval()
-        assert torch.equal(model.trunk(tokens, LABELS), tiny.model(p).trunk(tokens, LABELS))
+        assert torch.equal(model(tokens, LABELS), tiny.model(p)(tokens, LABELS))
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert rates.count(0.3) == 1 + 2 * model.config.n_layer, "proj_in, attention and feed-forward of every layer"
     assert set(rates) <= {0.0, 0.3}, "the head has none"
@@ -311,7 +314,7 @@ def test_recomputing_layers_changes_no_gradient(p):
     for recompute in (False, True):
         model = BitDance(tiny.config(p), grad_checkpointing=recompute)
         model.load_state_dict(tiny.model_state(p))
-        model.trunk(random_tokens(model.config), LABELS).square().mean().backward()
+        model(random_tokens(model.config), LABELS).square().mean().backward()
         gradients.append({name: value.grad for name, value in model.named_parameters() if not name.startswith("head.")})
     plain, recomputed = gradients
     different = [name for name, gradient in plain.items() if not torch.equal(gradient, recomputed[name])]
@@ -328,9 +331,9 @@ def test_other_precisions(p, dtype, tolerance):
     t = torch.linspace(0.05, 0.9, 3 * model.config.ar_steps)
     x_0 = torch.randn(len(t), p, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cond = model.trunk(tokens, LABELS)
+        cond = model(tokens, LABELS)
         loss = model.loss(tokens, LABELS, t, x_0)
-        assert tiny.relative_error(cond, exact.trunk(tokens, LABELS)) < tolerance
+        assert tiny.relative_error(cond, exact(tokens, LABELS)) < tolerance
         assert tiny.relative_error(loss, exact.loss(tokens, LABELS, t, x_0)) < tolerance
     assert cond.dtype == dtype
     assert loss.dtype == torch.float32

@@ -193,7 +193,9 @@ def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes
 
 def stand_in(name: str) -> BitDanceConfig:
     """What SMALLER makes of a released model."""
-    return dataclasses.replace(MODEL_SIZES["BitDance-Tiny"], parallel_num=RELEASED_MODELS[name].config.parallel_num, grid=4)
+    return dataclasses.replace(
+        MODEL_SIZES["BitDance-Tiny"], parallel_num=RELEASED_MODELS[name].config.parallel_num, grid=4
+    )
 
 
 def results(name: str) -> str:

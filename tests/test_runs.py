@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import small
 import torch
+from bitdance.training.transfer import parts
+from bitdance.training.validation import Validation
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,8 +29,6 @@ from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.trainer import Run
-from bitdance.training.transfer import parts
-from bitdance.training.validation import Validation
 from bitdance.weights import weights_file
 
 CPU = torch.device("cpu")
@@ -495,7 +495,7 @@ def test_grad_checkpointing_keeps_less_of_every_part(parallel_num):
     for again in (False, True):
         network.set_grad_checkpointing(again)
         whole[again] = (
-            kept(lambda: network.trunk(tokens, torch.zeros(8, dtype=torch.int64))),
+            kept(lambda: network(tokens, torch.zeros(8, dtype=torch.int64))),
             kept(lambda: network.head.loss(target, cond, t, x_0)),
         )
     for plain, less in zip(whole[False], whole[True], strict=True):

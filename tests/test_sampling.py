@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import weakref
 
 import numpy as np
 import pytest
@@ -13,22 +12,21 @@ import small
 import torch
 from PIL import Image
 
+import bitdance
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, TrainConfig
 from bitdance.metrics.nearest_neighbours import nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
+from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
-from bitdance.runtime import run_folder
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import World
-from bitdance.sampling import job
-from bitdance.sampling.pipeline import Generator, balanced_labels, cut, make_labels
-from bitdance.sampling.sampler import SampleSettings, decode_tokens
+from bitdance.sampling.labels import balanced_labels, make_labels
+from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
+from bitdance.sampling.sampler import SamplingConfig
 from bitdance.sampling.writers import write_npz
 from bitdance.training.setup import train_autoencoder
+from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
 from bitdance.weights import weights_file
-from bitdance.weights.resolve import load_pair
 
 NAMES = ("cat", "dog", "sea lion")
 
@@ -40,7 +38,7 @@ def model(tmp_path_factory) -> pathlib.Path:
 
 
 def sample(model: pathlib.Path, folder: pathlib.Path, *arguments: object) -> pathlib.Path:
-    fixed = ["--model", model, "--output", folder, "--sample-steps", 4, "--cfg-scale", 3, "--device", "cpu"]
+    fixed = ["--model", model, "--output", folder, "--num-steps", 4, "--cfg-scale", 3, "--device", "cpu"]
     main(["sample", *map(str, (*arguments, *fixed))])
     return folder
 
@@ -76,7 +74,7 @@ def test_the_files_of_a_call(model, tmp_path, capsys):
     assert len({picture.tobytes() for picture in images(folder)}) == 6
     record = json.loads((folder / "samples.json").read_text())
     assert record["images"][4] == {"file": "0004-sea-lion.png", "class": 2, "name": "sea lion", "number": 4}
-    assert (record["seed"], record["cfg_scale"], record["sample_steps"]) == (0, 3.0, 4)
+    assert (record["seed"], record["cfg_scale"], record["num_steps"]) == (0, 3.0, 4)
     with Image.open(folder / "grid.png") as grid:
         side = 96 + 2  # small pictures are enlarged to 96 pixels
         assert grid.height == 3 * side + 2
@@ -170,7 +168,7 @@ def test_guidance_and_steps_are_published_ones_for_a_released_file(model, tmp_pa
     folder = tmp_path / "out"
     main(["sample", "cat", "--per-class", "1", "--model", str(released), "--output", str(folder), "--device", "cpu"])
     record = json.loads((folder / "samples.json").read_text())
-    assert (record["cfg_scale"], record["sample_steps"]) == (6.1, 100)
+    assert (record["cfg_scale"], record["num_steps"]) == (6.1, 100)
 
 
 def test_raw_weights_on_request(tmp_path):
@@ -179,7 +177,7 @@ def test_raw_weights_on_request(tmp_path):
     tensors = {f"model/{name}": value for name, value in raw.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in averaged.state_dict().items()}
     config = {"model": dataclasses.asdict(raw.config)}
-    weights_file.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, trains="model")
+    weights_file.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, network="model")
     weights_file.save(tmp_path / "raw.safetensors", raw)
     weights_file.save(tmp_path / "averaged.safetensors", averaged)
     weights_file.save(tmp_path / "autoencoder.safetensors", small.autoencoder())
@@ -190,6 +188,107 @@ def test_raw_weights_on_request(tmp_path):
 
     assert np.array_equal(made("checkpoint"), made("averaged"))
     assert np.array_equal(made("checkpoint", "--weights", "model"), made("raw"))
+
+
+# ------------------------------------------------------------ the pipeline
+
+
+def test_the_pipeline_gives_what_the_command_writes(model, tmp_path):
+    written = images(sample(model, tmp_path / "out", "dog", "cat", "--per-class", 1, "--seed", 5))
+    pipe, calls = load_pipeline(model, device="cpu"), []
+    settings = {"seed": 5, "cfg_scale": 3.0, "num_steps": 4}
+    found = pipe(["dog", 0], **settings, callback=lambda *call: calls.append(call))
+    assert [image.size for image in found] == [(16, 16)] * 2
+    assert np.array_equal(np.stack([np.asarray(image) for image in found]), written)
+    assert [call[:2] for call in calls] == [(step, 16) for step in range(1, 17)]
+    assert calls[2][2].shape == (2, 3, 8) and set(calls[2][2].unique().tolist()) == {-1.0, 1.0}
+    assert np.array_equal(pipe(["dog", 0], **settings, output="np"), written)
+    tensor = pipe(["dog", 0], **settings, output="pt")
+    assert tensor.dtype == torch.uint8 and np.array_equal(tensor.numpy(), written)
+    assert alike(np.concatenate([pipe("dog", **settings, output="np"), written[1:]]), written)
+    assert alike(pipe(["dog", 0], **settings, output="np", batch_size=1, chunk_size=1), written)
+
+
+def test_the_pipeline_encodes_and_decodes(model, tmp_path):
+    pipe = load_pipeline(model, device="cpu")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    bits = pipe.encode([Image.fromarray(image) for image in pixels])
+    assert bits.shape == (2, 8, 4, 4) and set(bits.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(bits, pipe.encode(pixels)) and torch.equal(bits, pipe.encode(torch.from_numpy(pixels)))
+    assert torch.equal(bits[:1], pipe.encode(Image.fromarray(pixels[0])))
+    assert torch.equal(bits[:1], pipe.encode(pixels[0]))
+    large = Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    assert pipe.encode(large.convert("L")).shape == (1, 8, 4, 4)
+    decoded = pipe.decode(bits, output="np")
+    assert decoded.shape == (2, 16, 16, 3) and np.array_equal(np.asarray(pipe.decode(bits)[1]), decoded[1])
+    with pytest.raises(ValueError, match="uint8"):
+        pipe.encode(np.zeros((2, 16, 16, 3)))
+
+
+def test_settings_of_the_pipeline_are_checked(model):
+    pipe = load_pipeline(model, device="cpu")
+    assert len(pipe.classes) == 3 and pipe.classes.label(2) == "sea lion"
+    for classes, settings, words in (
+        ("bird", {}, "no class 'bird'"),
+        (3, {}, "class 3 does not exist"),
+        ("cat", {"seed": -1}, "seed=-1"),
+        ("cat", {"num_steps": 0}, "num_steps=0"),
+        ("cat", {"batch_size": 0}, "batch_size=0"),
+        ("cat", {"chunk_size": -1}, "chunk_size=-1"),
+        ("cat", {"solver": "x"}, "solver='x'"),
+        ("cat", {"output": "jpeg"}, "output='jpeg'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pipe(classes, **settings)
+    with pytest.raises(UserError, match="8 bits per token and the autoencoder 16"):
+        Pipeline(small.model(), Autoencoder(dataclasses.replace(small.NETWORK, bits=16)))
+
+
+def test_names_work_wherever_a_file_does(model, tmp_path, monkeypatch):
+    """A file, the folder of a run, the demo; a run's autoencoder is found by its settings."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(model.read_bytes())
+    settings = {"run": {"autoencoder": str(model.parent / "autoencoder.safetensors")}}
+    (run / "settings.json").write_text(json.dumps(settings))
+    expected = load_pipeline(model, device="cpu")(0, num_steps=2, output="np")
+    assert np.array_equal(load_pipeline(run, device="cpu")(0, num_steps=2, output="np"), expected)
+    assert np.array_equal(load_pipeline(str(run), device="cpu")(0, num_steps=2, output="np"), expected)
+    assert bitdance.load_model(run).config == bitdance.load_model(model).config
+    assert bitdance.load_model("demo").config.grid == bitdance.load_pipeline("demo", device="cpu").model.config.grid
+    assert bitdance.load_autoencoder("demo").config.bits == bitdance.load_model("demo").config.bits
+    (run / "model.safetensors").rename(run / "checkpoint-0000012.safetensors")
+    (run / "checkpoint-0000002.safetensors").write_bytes(b"old")
+    (run / "checkpoint-0000040 (copy).safetensors").write_bytes(b"not a checkpoint")
+    assert bitdance.load_model(run).config == bitdance.load_model(model).config
+    with pytest.raises(UserError, match="holds no weights"):
+        load_pipeline(tmp_path)
+    with pytest.raises(UserError, match="there is no model 'nothing'"):
+        bitdance.load_model("nothing")
+    with pytest.raises(UserError, match="there is no autoencoder 'nothing'"):
+        load_pipeline(model, autoencoder="nothing")
+
+
+def test_bf16_on_request(model):
+    pipe = load_pipeline(model, device="cpu", dtype="bf16")
+    assert pipe.dtype == torch.bfloat16 == next(pipe.autoencoder.parameters()).dtype
+    assert load_pipeline(model, device="cpu").dtype == torch.float32
+    assert load_pipeline(model, device="cpu", dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(model, monkeypatch):
+    pipe, config, messages = load_pipeline(model, device="cpu"), SamplingConfig(3, 2.0), []
+    whole = pipe.generate(range(5), [0, 1, 2, 0, 1], config, seed=1).pixels
+    small.limit_memory(monkeypatch, lambda ids: len(ids) > 2)
+    halves = pipe.generate(range(5), [0, 1, 2, 0, 1], config, seed=1, report=messages.append).pixels
+    assert alike(whole, halves)
+    assert [line.split(":")[0] for line in messages] == [
+        "not enough memory for 5 images at once", "not enough memory for 3 images at once",
+    ]  # fmt: skip
+    small.limit_memory(monkeypatch, lambda ids: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.generate([0], [0], config)
 
 
 # ------------------------------------------------------------ labels, npz, jobs
@@ -214,12 +313,12 @@ def test_every_split_of_balanced_labels_has_most_classes():
     assert all(np.bincount(split).max() < 30 for split in splits)
 
 
-def test_cut():
-    assert list(cut(10, 4)) == [range(0, 4), range(4, 8), range(8, 10)]
-    assert list(cut(4, 100)) == [range(0, 4)]
+def test_split_batches():
+    assert list(split_batches(10, 4)) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert list(split_batches(4, 100)) == [range(0, 4)]
     for count, size in ((0, 1), (-3, 1), (1, 0), (1, -2)):
         with pytest.raises(UserError):
-            list(cut(count, size))
+            list(split_batches(count, size))
 
 
 def test_write_npz(tmp_path):
@@ -232,95 +331,14 @@ def test_write_npz(tmp_path):
         assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == list(range(7))
     before = path.read_bytes()
     for count in (6, 8):
-        with pytest.raises(ValueError, match=f"{count} images came where 7 were announced"):
+        with pytest.raises(ValueError, match=f"got {count} images, expected 7"):
             write_npz(path, [np.zeros((count, 4, 6, 3), np.uint8)], pixels.shape, np.arange(7))
     assert [p.name for p in path.parent.iterdir()] == ["images.npz"] and path.read_bytes() == before
 
 
-@pytest.fixture(scope="module")
-def generator() -> Generator:
-    return Generator(small.model(), small.autoencoder(), SampleSettings(3, 2.0), seed=1)
-
-
-def run(plan: job.Job, generator: Generator) -> pathlib.Path:
-    """The first result of a job that is run by one process."""
-    return next(iter(job.run(plan, generator, World(0, 1, CPU)).results.values()))
-
-
-class Alone(World):
-    """One of several processes that run one after the other here, so it waits for nobody."""
-
-    def barrier(self) -> None:
-        pass
-
-    def broadcast(self, value):
-        return value
-
-
-CPU = torch.device("cpu")
-SETTINGS: dict[str, object] = {"seed": 1}
-
-
-def test_a_job_writes_an_npz_and_does_not_repeat_itself(generator, tmp_path, monkeypatch):
-    plan = job.Job(tmp_path / "made", 7, 3, ("npz",), SETTINGS)
-    path = run(plan, generator)
-    assert path == tmp_path / "made.npz" and listing(tmp_path) == ["made.json", "made.npz"]
-    with np.load(path) as file:
-        assert file["arr_0"].shape == (7, 16, 16, 3)
-        assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
-        expected = generator.images([3, 4, 5], file["arr_1"][3:6].tolist()).pixels
-        assert np.array_equal(file["arr_0"][3:6], expected)
-    before = path.read_bytes()
-    monkeypatch.setattr(Generator, "images", None)  # would fail if it were called
-    assert run(plan, generator) == path and path.read_bytes() == before
-
-
-def test_an_interrupted_job_goes_on_where_it_stopped(generator, tmp_path, monkeypatch):
-    plan = job.Job(tmp_path / "made", 7, 3, ("npz",), SETTINGS)
-    job.run(job.Job(tmp_path / "other", 7, 3, ("npz",), SETTINGS), generator, World(0, 1, CPU))
-    real, calls = Generator.images, []
-
-    def stops(self, numbers, classes):
-        calls.append(list(numbers))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(self, numbers, classes)
-
-    monkeypatch.setattr(Generator, "images", stops)
-    with pytest.raises(KeyboardInterrupt):
-        job.run(plan, generator, World(0, 1, CPU))
-    assert not plan.path.with_name("made.npz").exists()
-    path = run(plan, generator)
-    assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not made again
-    assert path.read_bytes() == (tmp_path / "other.npz").read_bytes()
-    assert listing(tmp_path) == ["made.json", "made.npz", "other.json", "other.npz"]
-    assert (tmp_path / "made.json").read_text() == (tmp_path / "other.json").read_text()
-
-
-def test_a_batch_too_large_for_the_memory_is_made_in_halves(generator, monkeypatch):
-    whole, told = generator.images(range(5), [0, 1, 2, 0, 1]).pixels, []
-    made = Generator._images
-
-    def small_memory(self, numbers, labels, progress):
-        if len(numbers) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return made(self, numbers, labels, progress)
-
-    monkeypatch.setattr(Generator, "_images", small_memory)
-    generator = dataclasses.replace(generator, report=told.append)
-    halves = generator.images(range(5), [0, 1, 2, 0, 1]).pixels
-    assert alike(whole, halves)
-    assert [line.split(":")[0] for line in told] == [
-        "not enough memory for 5 images at a time", "not enough memory for 3 images at a time",
-    ]  # fmt: skip
-    monkeypatch.setattr(Generator, "_images", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    with pytest.raises(torch.OutOfMemoryError):
-        generator.images([0], [0])
-
-
 def test_random_labels_and_packed_bits_on_request(model, tmp_path, capsys):
     words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path, "--num-images", 7, "--npz",
-             "--labels", "random", "--save-bits", "--sample-steps", 3, "--batch-size", 3]  # fmt: skip
+             "--labels", "random", "--save-bits", "--num-steps", 3, "--batch-size", 3]  # fmt: skip
     main(list(map(str, words)))
     path = pathlib.Path(json.loads(capsys.readouterr().out.splitlines()[-1])["result"])
     network = weights_file.load_model(model)
@@ -330,15 +348,14 @@ def test_random_labels_and_packed_bits_on_request(model, tmp_path, capsys):
         assert np.array_equal(bits["arr_1"], images["arr_1"])
         assert bits["arr_0"].shape == (7, network.config.num_tokens, network.config.bits // 8)
         tokens = unpack(torch.from_numpy(bits["arr_0"]))
-        autoencoder = weights_file.load_autoencoder(model.parent / "autoencoder.safetensors")
-        assert alike(decode_tokens(network, autoencoder, tokens).numpy(), images["arr_0"])
+        assert alike(load_pipeline(model, device="cpu").decode_tokens(tokens).numpy(), images["arr_0"])
 
 
 def test_a_job_in_bf16(model, tmp_path, capsys):
     def made(folder: str, precision: str, seed: int = 0) -> tuple[pathlib.Path, np.ndarray, torch.Tensor]:
         words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path / folder, "--num-images", 12,
-                 "--npz", "--save-bits", "--sample-steps", 4, "--cfg-scale", 2, "--batch-size", 4, "--seed", seed,
-                 "--mixed-precision", precision]  # fmt: skip
+                 "--npz", "--save-bits", "--num-steps", 4, "--cfg-scale", 2, "--batch-size", 4, "--seed", seed,
+                 "--precision", precision]  # fmt: skip
         main(list(map(str, words)))
         path = pathlib.Path(json.loads(capsys.readouterr().out.splitlines()[-1])["result"])
         with np.load(path) as images, np.load(path.with_name(path.stem + "-bits.npz")) as bits:
@@ -349,12 +366,11 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
     assert "-bf16-" in path.name and path.name == again.name and path.read_bytes() == again.read_bytes()
     assert pixels.shape == (12, 16, 16, 3) and pixels.dtype == np.uint8
     # Bits that rounding flips change what follows, but most stay as they are; of another seed 0.7 are equal.
-    name, _, exact = made("exact", "none")
+    name, _, exact = made("exact", "fp32")
     assert "-fp32-" in name.name and 0.85 < float((tokens == exact).float().mean()) < 1
-    assert float((made("other", "none", seed=1)[2] == exact).float().mean()) < 0.8
+    assert float((made("other", "fp32", seed=1)[2] == exact).float().mean()) < 0.8
     # The same bits, decoded in float32, are the same pictures but for rounding.
-    autoencoder = weights_file.load_autoencoder(model.parent / "autoencoder.safetensors")
-    difference = np.abs(decode_tokens(weights_file.load_model(model), autoencoder, tokens).numpy().astype(int) - pixels)
+    difference = np.abs(load_pipeline(model, device="cpu").decode_tokens(tokens).numpy().astype(int) - pixels)
     assert 0 < difference.mean() < 2
 
 
@@ -367,35 +383,16 @@ def test_random_labels():
     assert np.array_equal(make_labels("balanced", 30, 10, 4), balanced_labels(30, 10, 4))
 
 
-@pytest.mark.parametrize("script", ["bitdance sample", "sample_ddp.py"])
-def test_what_the_file_held_is_free_when_a_job_begins(model, tmp_path, monkeypatch, script):
-    """A file of both weights and the autoencoder is three times what the job needs."""
-    module = "bitdance.cli.sample" if script == "bitdance sample" else "bitdance.cli.original_cli"
-    held, jobs = [], []
-
-    def load(*arguments):
-        made = load_pair(*arguments)
-        held.append(weakref.ref(made[-1]))
-        return made
-
-    monkeypatch.setattr(f"{module}.load_pair", load)
-    monkeypatch.setattr(f"{module}.run_job", lambda *_, **facts: jobs.append((held[0](), facts["stem"])))
-    if script == "bitdance sample":
-        main(["sample", "--model", str(model), "--output", str(tmp_path), "--num-images", "1", "--device", "cpu"])
-    else:
-        original_cli.sample(["--ckpt", str(model), "--sample-dir", str(tmp_path)])
-    assert jobs == [(None, "model-model")]
-
-
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):
-    common = ["--sample-steps", 3, "--cfg-scale", 2, "--seed", 5, "--mixed-precision", "none"]
+    common = ["--cfg-scale", 2, "--seed", 5]
     words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path / "a", "--num-images", 7, "--npz",
-             "--batch-size", 3, *common]  # fmt: skip
+             "--batch-size", 3, "--num-steps", 3, "--precision", "fp32", *common]  # fmt: skip
     main(list(map(str, words)))
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert facts["images"] == facts["made"] == 7
+    assert facts["images"] == facts["sampled"] == 7
     original_cli.sample(list(map(str, ["--ckpt", model, "--sample-dir", tmp_path / "b", "--num-fid-samples", 7,
-                                   "--per-proc-batch-size", 3, "--to-npz", *common])))  # fmt: skip
+                                   "--per-proc-batch-size", 3, "--to-npz", "--sample-steps", 3,
+                                   "--mixed-precision", "none", *common])))  # fmt: skip
     (ours,), (theirs,) = (list((tmp_path / folder).glob("*.npz")) for folder in "ab")
     assert str(ours) == facts["result"] and ours.read_bytes() == theirs.read_bytes()
     assert ours.name == theirs.name
@@ -403,153 +400,6 @@ def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys)
         with pytest.raises(SystemExit):
             main(["sample", "--model", str(model), *wrong])
         assert "--num-images" in capsys.readouterr().err
-
-
-def listing(folder: pathlib.Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".log")
-
-
-def share(plan: job.Job, generator: Generator, rank: int, size: int) -> None:
-    """What one of several processes does up to the point where all wait for each other."""
-    plan.folder.mkdir(exist_ok=True)
-    run_folder.claim(plan.folder / job.MANIFEST, job._manifest(plan, Alone(0, size, CPU)), Alone(0, size, CPU))
-    labels = balanced_labels(plan.num_images, generator.model.config.num_classes, generator.seed)
-    batches = list(cut(plan.num_images, plan.batch_size))
-    missing = list(range(len(batches)))
-    job._make_batches(plan, plan.missing, generator, Alone(rank, size, CPU), batches, missing, labels, print)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_processes_makes_the_same_npz(generator, tmp_path, size):
-    one = run(job.Job(tmp_path / "one", 8, 3, ("npz",), SETTINGS), generator)
-    plan = job.Job(tmp_path / "many", 8, 3, ("npz",), SETTINGS)
-    for rank in range(size):
-        share(plan, generator, rank, size)
-        assert plan.missing and len(list(plan.folder.glob("*.npz"))) == {2: [2, 3], 3: [1, 2, 3]}[size][rank]
-    assert run(plan, generator).read_bytes() == one.read_bytes()
-    assert not plan.folder.exists()
-
-
-def test_a_job_of_other_settings_is_refused_with_the_differences(generator, tmp_path):
-    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
-    share(plan, generator, 1, 2)
-    for changed, said in (
-        (dataclasses.replace(plan, settings={"seed": 2}), "seed was 1, is 2"),
-        (dataclasses.replace(plan, batch_size=4), "batch_size was 2, is 4"),
-        (dataclasses.replace(plan, settings={}), "seed was 1, is None"),
-    ):
-        with pytest.raises(UserError, match=said):
-            job.run(changed, generator, World(0, 1, CPU))
-    (plan.folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json cannot be read .* delete"):
-        job.run(plan, generator, World(0, 1, CPU))
-    assert plan.missing
-
-
-def test_a_finished_job_of_other_settings_is_refused_with_the_differences(generator, tmp_path):
-    plan = job.Job(tmp_path / "made", 4, 2, ("npz", "bits"), SETTINGS)
-    job.run(plan, generator, World(0, 1, CPU))
-    before = plan.results["npz"].read_bytes()
-    for changed, said in (
-        (dataclasses.replace(plan, settings={"seed": 2}), "seed was 1, is 2"),
-        (dataclasses.replace(plan, batch_size=4), "batch_size was 2, is 4"),
-    ):
-        with pytest.raises(UserError, match=rf"made\.npz, .*made-bits\.npz: made with other settings \({said}\)"):
-            job.run(changed, generator, World(0, 1, CPU))
-    assert job.run(dataclasses.replace(plan, kinds=("npz",)), generator, World(0, 1, CPU)).made == 0
-    for broken in ("{", "[1]"):
-        plan.record.write_text(broken)
-        with pytest.raises(UserError, match=r"made\.json cannot be read"):
-            job.run(plan, generator, World(0, 1, CPU))
-    plan.record.unlink()
-    assert job.run(plan, generator, World(0, 1, CPU)).made == 0
-    assert plan.results["npz"].read_bytes() == before
-
-
-def test_what_is_asked_for_later_is_made_of_the_same_images(generator, tmp_path, capsys):
-    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
-    before = run(plan, generator).read_bytes()
-    both, whole = dataclasses.replace(plan, kinds=("npz", "bits")), tmp_path / "whole" / "made"
-    assert job.run(both, generator, World(0, 1, CPU)).made == 4
-    assert "made.npz: there already, all images are made again for the rest." in capsys.readouterr().err
-    run(dataclasses.replace(both, path=whole), generator)
-    assert both.results["bits"].read_bytes() == whole.with_name("made-bits.npz").read_bytes()
-    assert both.results["npz"].read_bytes() == before
-
-
-def test_batches_made_in_halves_are_recorded(generator, tmp_path, monkeypatch):
-    made = Generator._images
-
-    def small_memory(self, numbers, labels, progress):
-        if len(numbers) > 2 and numbers[0] == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return made(self, numbers, labels, progress)
-
-    monkeypatch.setattr(Generator, "_images", small_memory)
-    plan = job.Job(tmp_path / "made", 8, 3, ("npz",), SETTINGS)
-    job.run(plan, generator, World(0, 1, CPU))
-    assert json.loads(plan.record.read_text())["made in halves"] == [1]
-    assert "3 to 5 are made in two halves" in (tmp_path / "made.rank0.log").read_text()
-
-
-def test_a_second_run_of_a_job_is_kept_out(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
-    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
-    with (
-        run_folder.alone(plan.folder, plan.lock, World(0, 1, CPU)),
-        pytest.raises(UserError, match="another process works on"),
-    ):
-        job.run(plan, generator, World(0, 1, CPU))
-    assert run(plan, generator).exists()
-
-
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "not a zip"])
-def test_a_damaged_part_is_made_again(generator, tmp_path, damage):
-    expected = run(job.Job(tmp_path / "expected", 4, 2, ("npz",), SETTINGS), generator)
-    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
-    share(plan, generator, 1, 2)
-    data = bytearray(plan.part(1).read_bytes())
-    if damage == "torn":
-        data = data[:-100]
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-    elif damage == "empty":
-        data = bytearray()
-    elif damage == "not a zip":
-        data = bytearray(b"\x93NUMPY" * 100)
-    plan.part(1).write_bytes(data)
-    if damage == "another":
-        np.savez(plan.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
-    assert run(plan, generator).read_bytes() == expected.read_bytes()
-
-
-def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_said(generator, tmp_path, monkeypatch):
-    plan = job.Job(tmp_path / "made", 4, 2, ("npz",), SETTINGS)
-    made = job._make_batches
-
-    def then_damage(*arguments):
-        count = made(*arguments)
-        plan.part(1).write_bytes(b"")
-        return count
-
-    monkeypatch.setattr(job, "_make_batches", then_damage)
-    with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
-        job.run(plan, generator, World(0, 1, CPU))
-    assert plan.missing and plan.part(0).exists() and not plan.part(1).exists()
-
-
-def test_a_job_writes_a_folder_of_pngs(generator, tmp_path, monkeypatch):
-    path = run(job.Job(tmp_path / "made", 4, 3, ("pngs",), SETTINGS), generator)
-    assert sorted(p.name for p in path.iterdir()) == [*(f"{i:06d}.png" for i in range(4)), "labels.json"]
-    job.run(job.Job(tmp_path / "made", 4, 3, ("npz",), SETTINGS), generator, World(0, 1, CPU))
-    with np.load(tmp_path / "made.npz") as file:
-        assert json.loads((path / "labels.json").read_text()) == file["arr_1"].tolist()
-        for i, pixels in enumerate(file["arr_0"]):
-            assert np.array_equal(np.asarray(Image.open(path / f"{i:06d}.png")), pixels)
-    assert listing(tmp_path) == ["made", "made.json", "made.npz"]
-    # A finished folder is not made again.
-    monkeypatch.setattr(type(generator), "images", lambda *_: pytest.fail("images were made again"))
-    assert run(job.Job(tmp_path / "made", 4, 3, ("pngs",), SETTINGS), generator) == path
 
 
 # ------------------------------------------------------------ figures
@@ -691,7 +541,7 @@ def test_convert_goes_both_ways_bit_for_bit(tmp_path):
 def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, averaged):
     data = small.pictures(tmp_path / "data")
     ema = 0.9 if averaged else 0.0
-    run = TrainConfig(data, tmp_path / "run", 16, max_steps=1, global_batch_size=4, num_workers=1, ema=ema)
+    run = TrainConfig(data, tmp_path / "run", 16, max_steps=1, batch_size=4, num_workers=1, ema=ema)
     finished = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
     main(
         [

@@ -31,9 +31,10 @@ from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
+from bitdance.weights.resolve import find_weights
 
 FORMAT = "bitdance"
-VERSION = "1"
+VERSION = "2"
 
 State = dict[str, Tensor]
 Weights = Literal["ema", "model"]
@@ -80,7 +81,7 @@ class Contents:
     def parts(self) -> tuple[str, ...]:
         """Which networks can be loaded: `model`, `autoencoder` or both."""
         # Of the training of an autoencoder, `ema` and `model` are autoencoders.
-        model = self.metadata.get("trains") != "autoencoder" and (self.states.get("ema") or self.states.get("model"))
+        model = self.metadata.get("network") != "autoencoder" and (self.states.get("ema") or self.states.get("model"))
         found = {"model": model, "autoencoder": self.states.get("autoencoder")}
         return tuple(name for name, state in found.items() if state)
 
@@ -349,7 +350,7 @@ def _read_safetensors(path: pathlib.Path, verify: bool) -> Contents:
             if not slash:
                 _damaged(path)
             states.setdefault(part, {})[rest] = value
-        if metadata.get("trains") == "autoencoder":
+        if metadata.get("network") == "autoencoder":
             states["autoencoder"] = states.get("ema") or states.get("model", {})
     return Contents(path, f"safetensors of bitdance, {kind}", states, {}, config, metadata)
 
@@ -514,7 +515,7 @@ def choose_weights(contents: Contents, weights: Weights | None = None) -> Weight
 
 
 def _there(contents: Contents) -> str:
-    if contents.metadata.get("trains") == "autoencoder":
+    if contents.metadata.get("network") == "autoencoder":
         return "the training of an autoencoder"
     return printable(", ".join(name for name, state in contents.states.items() if state)) or "nothing"
 
@@ -528,27 +529,41 @@ def load_model(
     """Loads a BitDance model, released or our own, in evaluation mode on the CPU.
 
     Args:
-        path: a `.pt` or `.safetensors` file, or what `read` made of one.
+        path: a name or file as `find_weights` takes it (`demo`, a released model, a run folder, a `.pt` or
+            `.safetensors` file), or what `read` returned.
         weights: `ema` or `model` (raw); by default the EMA where there is one.
         dtype: of the parameters.
 
     Raises:
         UserError: the file is missing, damaged, no model, or carries code; a tensor is missing, extra or misshapen.
     """
-    contents = path if isinstance(path, Contents) else read(path)
+    contents = path if isinstance(path, Contents) else read(find_weights(path))
     config = describe_model(contents, weights).config
     return _load(BitDance, config, contents.path, contents.states[choose_weights(contents, weights)], dtype)
 
 
-def load_autoencoder(path: str | os.PathLike[str] | Contents, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_autoencoder(
+    path: str | os.PathLike[str] | Contents, dtype: torch.dtype = torch.float32, weights: Weights | None = None
+) -> Autoencoder:
     """Loads an autoencoder from its own file or from inside a model's, in evaluation mode on the CPU.
+
+    Args:
+        path: a name or file as `find_weights` takes it, or what `read` returned.
+        dtype: of the parameters.
+        weights: of a checkpoint of an autoencoder's training, `ema` or `model` (raw); by default the EMA if there is
+            one.
 
     Raises:
         UserError: as for `load_model`.
     """
-    contents = path if isinstance(path, Contents) else read(path)
+    contents = path if isinstance(path, Contents) else read(find_weights(path, "autoencoder"))
     config = describe_autoencoder(contents).config
-    return _load(Autoencoder, config, contents.path, contents.states["autoencoder"], dtype)
+    state = contents.states["autoencoder"]
+    if weights is not None and contents.metadata.get("network") == "autoencoder":
+        if weights not in contents.states:
+            raise UserError(f"{contents.path} has no {weights} weights, only {_there(contents)}.")
+        state = contents.states[weights]
+    return _load(Autoencoder, config, contents.path, state, dtype)
 
 
 def _load(cls: type[Network], config: Any, path: pathlib.Path, state: State, dtype: torch.dtype) -> Network:

@@ -1,0 +1,247 @@
+"""The sampling job: results, resuming, damaged parts, other settings, several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+
+from bitdance.runtime import run_folder
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.sampling.job import JobConfig, SamplingJob
+from bitdance.sampling.labels import balanced_labels
+from bitdance.sampling.pipeline import Pipeline, split_batches
+from bitdance.sampling.sampler import SamplingConfig
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+class Independent(World):
+    """One of several processes that run one after the other here, so none waits for another."""
+
+    def barrier(self) -> None:
+        pass
+
+    def broadcast(self, value):
+        return value
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline(small.model(), small.autoencoder(), "made")
+
+
+def make(pipeline: Pipeline, folder: pathlib.Path, num_images=7, batch_size=3, kinds=("npz",), **config) -> SamplingJob:
+    settings = JobConfig(num_images, batch_size, **{"seed": 1, **config})
+    return SamplingJob(pipeline, folder, SamplingConfig(3, 2.0), settings, kinds)
+
+
+def run(job: SamplingJob) -> pathlib.Path:
+    """The first result of a job that is run by one process."""
+    return next(iter(job.run(ALONE).results.values()))
+
+
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".log")
+
+
+def run_share(job: SamplingJob, rank: int, size: int) -> None:
+    """What one of several processes does up to the point where all wait for each other."""
+    world = Independent(rank, size, CPU)
+    sections = {"sampling": job.sampling, "job": job.config, "networks": job.networks,
+                "machine": run_folder.Machine.of(world)}  # fmt: skip
+    run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU))
+    batches = list(split_batches(job.config.num_images, job.config.batch_size))
+    labels = balanced_labels(job.config.num_images, job.pipeline.model.config.num_classes, job.config.seed)
+    job._sample_batches(job._missing_results(), world, batches, list(range(len(batches))), labels, print)
+
+
+def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monkeypatch):
+    job = make(pipeline, tmp_path)
+    path = run(job)
+    assert path.name.startswith("made-1x-size-16-steps-3-cfg-2-seed-1-fp32-n-7-")
+    assert names(tmp_path) == [f"{path.stem}.json", f"{path.stem}.npz"]
+    with np.load(path) as file:
+        assert file["arr_0"].shape == (7, 16, 16, 3)
+        assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
+        expected = pipeline.generate([3, 4, 5], file["arr_1"][3:6].tolist(), job.sampling, seed=1).pixels
+        assert np.array_equal(file["arr_0"][3:6], expected)
+    settings = json.loads(job.settings_file.read_text())
+    assert settings["sampling"]["num_steps"] == 3 and settings["job"]["num_images"] == 7
+    assert settings["format_version"] == 2 and settings["halved_batches"] == []
+    before = path.read_bytes()
+    monkeypatch.setattr(Pipeline, "generate", None)  # would fail if it were called
+    assert run(job) == path and path.read_bytes() == before
+
+
+def test_an_interrupted_job_resumes_where_it_stopped(pipeline, tmp_path, monkeypatch):
+    expected = run(make(pipeline, tmp_path / "other"))
+    job, real, calls = make(pipeline, tmp_path / "made"), Pipeline.generate, []
+
+    def stop(self, ids, *arguments, **keywords):
+        calls.append(list(ids))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, ids, *arguments, **keywords)
+
+    monkeypatch.setattr(Pipeline, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(ALONE)
+    assert not job.results["npz"].exists()
+    path = run(job)
+    assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not sampled again
+    assert path.read_bytes() == expected.read_bytes()
+    assert names(tmp_path / "made") == names(tmp_path / "other")
+    assert job.settings_file.read_text() == expected.with_suffix(".json").read_text()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_writes_the_same_npz(pipeline, tmp_path, size):
+    expected = run(make(pipeline, tmp_path / "one", 8))
+    job = make(pipeline, tmp_path / "many", 8)
+    for rank in range(size):
+        run_share(job, rank, size)
+        assert (
+            job._missing_results() and len(list(job.run_folder.glob("*.npz"))) == {2: [2, 3], 3: [1, 2, 3]}[size][rank]
+        )
+    assert run(job).read_bytes() == expected.read_bytes()
+    assert not job.run_folder.exists()
+
+
+def test_an_unfinished_job_with_other_settings_is_refused(pipeline, tmp_path):
+    job = make(pipeline, tmp_path, 4, 2)
+    run_share(job, 1, 2)
+    other = make(pipeline, tmp_path, 4, 4)
+    assert other.run_folder == job.run_folder  # the name does not tell the batch size
+    with pytest.raises(UserError, match=r"job.batch_size was 2, is 4"):
+        other.run(ALONE)
+    settings = job.run_folder / "settings.json"
+    stored = json.loads(settings.read_text())
+    del stored["job"]["chunk_size"]  # as if a later release had added it: it has its default
+    stored["machine"]["threads"] = 2
+    settings.write_text(json.dumps(stored))
+    before = torch.get_num_threads()
+    run(job)
+    assert torch.get_num_threads() == 2 != before  # goes on as it began, since the last bit depends on it
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"machine": 3}', '{"machine": {"device": "cpu", "threads": 100000}}'])
+def test_damaged_settings_are_named(pipeline, tmp_path, damage):
+    job = make(pipeline, tmp_path, 4, 2)
+    run_share(job, 1, 2)
+    settings = job.run_folder / "settings.json"
+    stored = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**stored, **json.loads(damage)}) if damage.startswith('{"') else damage)
+    with pytest.raises(UserError, match="delete|belongs to a run with other settings"):
+        job.run(ALONE)
+    assert job._missing_results()
+
+
+def test_a_finished_job_with_other_settings_is_refused(pipeline, tmp_path):
+    job = make(pipeline, tmp_path, 4, 2, ("npz", "bits"))
+    job.run(ALONE)
+    before = job.results["npz"].read_bytes()
+    with pytest.raises(
+        UserError, match=r"\.npz, .*-bits\.npz: sampled with other settings \(job.batch_size was 2, is 4"
+    ):
+        make(pipeline, tmp_path, 4, 4, ("npz", "bits")).run(ALONE)
+    assert dataclasses.replace(job, kinds=("npz",)).run(ALONE).sampled == 0
+    for damaged in ("{", "[1]"):
+        job.settings_file.write_text(damaged)
+        with pytest.raises(UserError, match=r"\.json cannot be read"):
+            job.run(ALONE)
+    job.settings_file.unlink()
+    assert job.run(ALONE).sampled == 0
+    assert job.results["npz"].read_bytes() == before
+
+
+def test_a_result_that_is_requested_later_is_of_the_same_images(pipeline, tmp_path, capsys):
+    job = make(pipeline, tmp_path / "made", 4, 2)
+    before = run(job).read_bytes()
+    both = dataclasses.replace(job, kinds=("npz", "bits"))
+    assert both.run(ALONE).sampled == 4
+    assert ".npz: exists, all images are sampled again for the other results." in capsys.readouterr().err
+    whole = make(pipeline, tmp_path / "whole", 4, 2, ("npz", "bits"))
+    run(whole)
+    assert both.results["bits"].read_bytes() == whole.results["bits"].read_bytes()
+    assert both.results["npz"].read_bytes() == before
+
+
+def test_halved_batches_are_recorded(pipeline, tmp_path, monkeypatch):
+    small.limit_memory(monkeypatch, lambda ids: len(ids) > 2 and ids[0] == 3)
+    job = make(pipeline, tmp_path, 8)
+    job.run(ALONE)
+    assert json.loads(job.settings_file.read_text())["halved_batches"] == [1]
+    assert "images 3 to 5 are sampled in two halves" in job.path.with_name(f"{job.path.name}.rank0.log").read_text()
+
+
+def test_a_second_run_of_a_job_is_locked_out(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    job = make(pipeline, tmp_path, 4, 2)
+    with run_folder.exclusive(job.run_folder, ALONE), pytest.raises(UserError, match="another process works in"):
+        job.run(ALONE)
+    assert run(job).exists()
+
+
+def test_a_missing_file_inside_of_a_job_is_not_taken_for_a_lock(pipeline, tmp_path, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise FileNotFoundError("something else")
+
+    monkeypatch.setattr(Pipeline, "generate", fail)
+    with pytest.raises(FileNotFoundError, match="something else"):
+        make(pipeline, tmp_path).run(ALONE)
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "not a zip"])
+def test_a_damaged_part_is_sampled_again(pipeline, tmp_path, damage):
+    expected = run(make(pipeline, tmp_path / "expected", 4, 2))
+    job = make(pipeline, tmp_path / "made", 4, 2)
+    run_share(job, 1, 2)
+    data = bytearray(job.part(1).read_bytes())
+    if damage == "torn":
+        data = data[:-100]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+    elif damage == "empty":
+        data = bytearray()
+    elif damage == "not a zip":
+        data = bytearray(b"\x93NUMPY" * 100)
+    job.part(1).write_bytes(data)
+    if damage == "another":
+        np.savez(job.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
+    assert run(job).read_bytes() == expected.read_bytes()
+
+
+def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_named(pipeline, tmp_path, monkeypatch):
+    job, real = make(pipeline, tmp_path, 4, 2), SamplingJob._sample_batches
+
+    def then_damage(self, *arguments):
+        count = real(self, *arguments)
+        job.part(1).write_bytes(b"")
+        return count
+
+    monkeypatch.setattr(SamplingJob, "_sample_batches", then_damage)
+    with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
+        job.run(ALONE)
+    assert job._missing_results() and job.part(0).exists() and not job.part(1).exists()
+
+
+def test_a_job_writes_a_folder_of_pngs(pipeline, tmp_path, monkeypatch):
+    job = make(pipeline, tmp_path, 4, 3, ("pngs",))
+    path = run(job)
+    assert sorted(p.name for p in path.iterdir()) == [*(f"{i:06d}.png" for i in range(4)), "labels.json"]
+    with np.load(run(make(pipeline, tmp_path, 4, 3))) as file:
+        assert json.loads((path / "labels.json").read_text()) == file["arr_1"].tolist()
+        for i, pixels in enumerate(file["arr_0"]):
+            assert np.array_equal(np.asarray(Image.open(path / f"{i:06d}.png")), pixels)
+    assert names(tmp_path) == [path.name, f"{path.name}.json", f"{path.name}.npz"]
+    monkeypatch.setattr(Pipeline, "generate", lambda *_: pytest.fail("images were sampled again"))
+    assert run(job) == path  # a finished folder is not written again
