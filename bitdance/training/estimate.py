@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import format_duration
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch
 from bitdance.training.losses import BitDanceLoss
-from bitdance.training.status import duration
 from bitdance.training.trainer import PREVIEWED, Run
 
 LONGEST = 20.0
@@ -163,7 +163,7 @@ def _print(run: Run, memory: Memory, free: int, seconds: float | None) -> None:
     ]
     if seconds is not None and total is not None:
         rate = config.global_batch_size / seconds
-        rows.append(("time", f"{seconds:.3g} s a step, {rate:.4g} images/s, {duration(total)} in all"))
+        rows.append(("time", f"{seconds:.3g} s a step, {rate:.4g} images/s, {format_duration(total)} in all"))
     print("\n".join(f"  {name:<13}{value}".rstrip() for name, value in rows))
     facts = {
         "parameters": parameters,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import format_duration
 from bitdance.sampling.image_grid import Curve, chart
 from bitdance.training import checkpointing, logging
 from bitdance.training.evaluation import LOGGED, said
@@ -90,9 +91,9 @@ def text(facts: dict[str, Any]) -> str:
     if facts["images_per_second"]:
         use = f", model-FLOP utilisation {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting']:.0%}{use}"))
-        left = "none, it is done" if done else f"{duration(facts['seconds_left'])} at this speed"
+        left = "none, it is done" if done else f"{format_duration(facts['seconds_left'])} at this speed"
         rows.append(("time left", left))
-        rows.append(("last line of the log", f"{duration(facts['seconds_since_last_line'])} ago"))
+        rows.append(("last line of the log", f"{format_duration(facts['seconds_since_last_line'])} ago"))
     if not facts["checkpoints"]:
         rows.append(("checkpoint", "none yet"))
     for entry in facts["checkpoints"]:
@@ -105,16 +106,6 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join([f"{facts['folder']} (training of a {facts['kind']})", ""]) + "".join(
         f"\n  {name:<{width}}{value}" for name, value in rows
     )
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: 90 s, 45 min, 7.5 h, 12.0 days."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes / 60:.1f} h" if minutes < 2 * 24 * 60 else f"{minutes / 60 / 24:.1f} days"
 
 
 def plot(folder: pathlib.Path) -> pathlib.Path | None:
