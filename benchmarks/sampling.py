@@ -22,7 +22,7 @@ from torch import Tensor
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.process_group import choose_device
+from bitdance.runtime.devices import choose_device
 from bitdance.sampling.sampler import SampleSettings, decode_tokens, image_noise, sample_tokens
 
 

@@ -105,7 +105,7 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype to compute in without gradients; `auto` is bf16 on GPUs that compute with it, else float32."""
     import torch
 
-    from bitdance.runtime.process_group import computes_bf16
+    from bitdance.runtime.devices import computes_bf16
 
     is_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
     return torch.bfloat16 if is_bf16 else torch.float32
