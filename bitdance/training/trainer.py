@@ -21,8 +21,9 @@ from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.atomic_files import atomic_write, make_folder, remove_leftovers
+from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError
-from bitdance.runtime.process_group import World, computes_bf16
+from bitdance.runtime.process_group import World
 from bitdance.sampling.image_grid import grid
 from bitdance.training import checkpointing
 from bitdance.training.checkpointing import Checkpointer
@@ -113,7 +114,7 @@ class Run:
         """
         self._open_log()
         try:
-            with PreemptionHandler(self.world).watched() as interrupts:
+            with PreemptionHandler(self.world).installed() as interrupts:
                 self._steps(interrupts)
                 interrupts.close()
                 return self._finish()
@@ -170,7 +171,7 @@ class Run:
                     if self._due(config.save_every) or 0 < config.save_minutes <= minutes:
                         self.save()
                         saved = time.monotonic()
-                    if (number := interrupts.agreed()) and self.step < self.last_step:
+                    if (number := interrupts.received()) and self.step < self.last_step:
                         interrupts.close()
                         self._stop(number)
 
