@@ -3,16 +3,18 @@
     python benchmarks/sampling.py --model B-16X --batch-size 4 --steps 10 --device cpu
     python benchmarks/sampling.py --model B-16X --batch-size 384 --steps 100 --precision bf16 --compile --device cuda
 
-Variants: the engine, the same with a compiled head and with CUDA graphs (--compile), and with --reference the sampler
-that defines the results, which computes the whole sequence and all embeddings anew at each step. Seconds are of tokens
-alone; the decoder is timed apart.
+Variants: the sampler, the same with a compiled head and with CUDA graphs (--compile), and with --reference the
+reference sampler of the tests, which recomputes the whole sequence and all embeddings at each step. Seconds are of
+tokens alone; the decoder is timed separately.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -22,8 +24,9 @@ from torch import Tensor
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.process_group import choose_device
-from bitdance.sampling.sampler import SamplingConfig, decode_tokens, sample_noise, sample_tokens
+from bitdance.runtime.devices import choose_device
+from bitdance.sampling.pipeline import Pipeline
+from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 
 
 def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of the head's solver")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--chunk", type=int, default=0, help="images that the decoder takes at once")
+    parser.add_argument("--chunk", type=int, default=0, help="images decoded at once")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--device")
@@ -54,18 +57,22 @@ def main() -> None:
     release = RELEASED_MODELS[options.model]
     model = BitDance(release.config).eval().to(device, dtype)
     autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device, dtype)
-    settings = SamplingConfig(options.steps, release.cfg_scale)
+    pipeline = Pipeline(model, autoencoder)
+    config = SamplingConfig(options.steps, release.sampling.cfg_scale)
     labels = torch.arange(options.batch_size, device=device)
-    draw = sample_noise(model, 0, labels, settings.num_draws)
-    variants: dict[str, Callable[[], Tensor]] = {"engine": lambda: sample_tokens(model, labels, draw, settings)}
+    noise_fn = sample_noise(model, 0, labels, config.num_draws)
+    variants: dict[str, Callable[[], Tensor]] = {"sampler": lambda: sample_tokens(model, labels, noise_fn, config)}
     if options.compile:
         for mode in ("default", "reduce-overhead"):
             head = torch.compile(model.head.net.denoise, mode=mode)
             variants[f"compiled, {mode}"] = lambda head=head: sample_tokens(  # type: ignore[misc]
-                model, labels, draw, settings, denoise=head
+                model, labels, noise_fn, config, denoise=head
             )
     if options.reference:
-        variants["reference"] = lambda: sample_reference(model, labels, draw, release.cfg_scale)
+        sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+        from reference_sampler import sample_reference
+
+        variants["reference"] = lambda: sample_reference(model, labels, noise_fn, release.sampling.cfg_scale)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens = torch.empty(0)
     for round_ in range(-1, options.rounds):  # the first round, which compiles, is not counted
@@ -74,7 +81,7 @@ def main() -> None:
             print(f"{name}: {taken:.2f} s{'' if round_ >= 0 else ' (not counted)'}", flush=True)
             if round_ >= 0:
                 seconds[name].append(taken)
-    decoding, _ = timed(lambda: decode_tokens(model, autoencoder, tokens, options.chunk), device)
+    decoding, _ = timed(lambda: pipeline.decode_tokens(tokens, options.chunk), device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     facts = {
         "settings": vars(options),
@@ -83,7 +90,7 @@ def main() -> None:
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "seconds": median,
-        "times_as_fast_as_engine": {name: median["engine"] / value for name, value in median.items()},
+        "speedup_over_sampler": {name: median["sampler"] / value for name, value in median.items()},
         "decoding": decoding,
         "images_per_second": {name: options.batch_size / (value + decoding) for name, value in median.items()},
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,

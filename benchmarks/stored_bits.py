@@ -31,7 +31,8 @@ from bitdance.data.images import open_images
 from bitdance.data.token_cache import open_token_cache
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.process_group import World, choose_device, computes_bf16
+from bitdance.runtime.devices import choose_device, computes_bf16
+from bitdance.runtime.process_group import World
 from bitdance.training.loader import Batch, Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer

@@ -1,7 +1,10 @@
-"""Processes that find each other, or say who is missing, and end together wherever they run."""
+"""Processes that join each other or name those that are missing, and that end together wherever they run."""
 
 from __future__ import annotations
 
+import datetime
+import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -9,102 +12,323 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import small
+import torch
+import torch.distributed as dist
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-SCRIPT = """
-import sys, time, datetime
-from bitdance.runtime import process_group
-process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=float(sys.argv[1]))
 from bitdance.cli.main import call
+from bitdance.runtime import peer_monitor, process_group
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import NonBlockingMax, World, init_distributed
 
-def body(arguments):
-    with process_group.init_distributed("cpu", 1) as world:
-        print("joined", flush=True)
-        assert world.broadcast(world.rank) == 0
-        if sys.argv[2] == "error" and world.rank == 1:
-            raise process_group.UserError("one went wrong.")
-        time.sleep(100 if sys.argv[2] != "leave" else world.rank)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "bitdance.cli.main", "bitdance.runtime.process_group"])  # torch only once
 
-call(body, [])
+
+def environment(rank: int, size: int, port: int, agent: bool) -> dict[str, str]:
+    """The variables of a process on a machine of its own, where no torchrun stops it when others end."""
+    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": agent}  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
+
+
+def run(variables: dict[str, str], folder: pathlib.Path, body: Callable[[World], None], timeout: float = 60) -> None:
+    """What a process does: `body`, as a command of the package, with its output in files and with shorter intervals."""
+    os.environ.update(variables)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{variables['RANK']}", os.O_CREAT | os.O_WRONLY), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    peer_monitor.HEARTBEAT_INTERVAL, peer_monitor.HEARTBEAT_TIMEOUT, peer_monitor.GRACE = 0.1, timeout, 0.2
+    process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=min(timeout, 10))
+
+    def command() -> None:
+        with init_distributed("cpu", 1) as world:
+            assert world.broadcast(world.rank) == 0
+            print("joined")
+            body(world)
+
+    call(command)
+
+
+class Job:
+    """Processes on machines of their own, whose store is kept by the first process or by torchrun."""
+
+    def __init__(self, folder: pathlib.Path, size: int, agent: bool = False) -> None:
+        self.folder, self.size = folder, size
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
+        self.port = self.store.port if self.store else small.free_port()
+        self.processes: dict[int, multiprocessing.process.BaseProcess] = {}
+
+    def start(self, body: Callable[[World], None], *ranks: int, **settings: float) -> Job:
+        for rank in ranks or range(self.size):
+            variables = environment(rank, self.size, self.port, self.store is not None)
+            process = SERVER.Process(target=run, args=(variables, self.folder, body), kwargs=settings)
+            process.start()
+            self.processes[rank] = process
+        return self
+
+    def send_signal(self, name: str, *ranks: int) -> None:
+        for rank in ranks or self.processes:
+            os.kill(self.processes[rank].pid or 0, getattr(signal, name))
+
+    def wait_until_joined(self) -> None:
+        deadline = time.monotonic() + 60
+        while not all(self.output(rank, "out") == "joined\n" for rank in self.processes):
+            assert time.monotonic() < deadline and all(process.exitcode is None for process in self.processes.values())
+            time.sleep(0.02)
+
+    def output(self, rank: int, stream: str = "err") -> str:
+        path = self.folder / f"{stream}{rank}"
+        return path.read_text() if path.exists() else ""
+
+    def end(self, rank: int) -> tuple[int | None, str]:
+        """Waits for a process and returns its exit status and the last line of its messages."""
+        self.processes[rank].join(60)
+        return self.processes[rank].exitcode, (self.output(rank).splitlines() or [""])[-1]
+
+
+@pytest.fixture
+def job(tmp_path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def make(size: int, agent: bool = False) -> Job:
+        folder = tmp_path / str(len(jobs))
+        folder.mkdir()
+        jobs.append(Job(folder, size, agent))
+        return jobs[-1]
+
+    yield make
+    for process in (process for made in jobs for process in made.processes.values()):
+        process.kill()
+        process.join()
+
+
+def ends(rank: int, reason: str) -> tuple[int, str]:
+    sentence = f"process {rank} ends because {reason}: see its messages, then run the same command again."
+    return 1, f"bitdance: {sentence}"
+
+
+# ------------------------------------------------------------ processes that end
+
+
+def sleep(world: World) -> None:
+    time.sleep(100)
+
+
+def test_when_a_process_dies_the_others_end_and_name_it(job):
+    # SIGSTOP is like a machine that is gone: no connection is closed. All cases run at once, since they mostly wait.
+    cases = [(job(3), lost, name) for lost in range(3) for name in ("SIGKILL", "SIGSTOP")]
+    for running, _, _ in cases:
+        running.start(sleep, timeout=2)
+    for running, lost, name in cases:
+        running.wait_until_joined()
+        running.send_signal(name, lost)
+    for running, lost, name in cases:
+        address = f"127.0.0.1:{running.port}"
+        reason = f"process {lost} has not responded for 2 s"
+        if lost == 0 and name == "SIGKILL":
+            reason = f"the connection to the store at {address} was lost (process 0 or its torchrun has ended)"
+        elif lost == 0:
+            reason = f"the store at {address} has not responded for 2 s"
+        for rank in {0, 1, 2} - {lost}:
+            assert running.end(rank) == ends(rank, reason), (lost, name)
+
+
+def test_processes_end_with_the_store_of_torchrun(job):
+    running = job(2, agent=True).start(sleep)
+    running.wait_until_joined()
+    running.store = None
+    for rank in range(2):
+        status, line = running.end(rank)
+        assert status == 1 and "was lost (process 0 or its torchrun has ended)" in line
+
+
+def fail_first(world: World) -> None:
+    if world.rank == 0:
+        raise UserError("an image cannot be read: remove it.")
+    time.sleep(100)
+
+
+def fail_second(world: World) -> None:
+    if world.rank == 1:
+        raise UserError("an image cannot be read: remove it.")
+    time.sleep(100)
+
+
+def test_an_error_of_one_process_ends_the_others(job):
+    cases = [
+        (job(3, agent).start(body), failed)
+        for agent in (False, True)
+        for body, failed in ((fail_first, 0), (fail_second, 1))
+    ]
+    for running, failed in cases:
+        assert running.end(failed) == (2, "bitdance: an image cannot be read: remove it.")
+        for rank in {0, 1, 2} - {failed}:
+            assert running.end(rank) == ends(rank, f"process {failed} failed (an image cannot be read: remove it)")
+
+
+def leave_in_order(world: World) -> None:
+    time.sleep(0.5 * world.rank)
+
+
+def leave_in_reverse(world: World) -> None:
+    time.sleep(0.5 * (2 - world.rank))
+
+
+def test_a_process_may_leave_before_the_others(job):
+    bodies = (leave_in_order, leave_in_reverse)
+    for running in [job(3, agent).start(body) for agent in (False, True) for body in bodies]:
+        for rank in range(3):
+            assert running.end(rank) == (0, "") and running.output(rank) == ""
+
+
+def work(world: World) -> None:
+    time.sleep(2)
+
+
+def test_a_job_that_is_suspended_continues(job):
+    running = job(3).start(work, timeout=1)
+    running.wait_until_joined()
+    running.send_signal("SIGSTOP")
+    time.sleep(1.2)
+    running.send_signal("SIGCONT", 0)
+    time.sleep(0.3)
+    running.send_signal("SIGCONT", 1, 2)
+    for rank in range(3):
+        assert running.end(rank) == (0, "")
+
+
+REAL_END = """
+import json, os, pathlib, sys
+import test_distributed as tests
+port, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+rank = 0 if (child := os.fork()) else 1
+tests.run(tests.environment(rank, 2, port, False), folder, tests.leave_in_order)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def start(rank: int, size: int, port: int, *arguments: object) -> subprocess.Popen[str]:
-    """A process as on a machine of its own: no torchrun stops it when others die."""
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
-        env={**os.environ, **{key: str(value) for key, value in place.items()}, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def test_interpreters_end_without_a_word(tmp_path):
+    """The threads of the monitor do not disturb the end of an interpreter, which the other tests do not reach."""
+    done = subprocess.run(
+        [sys.executable, "-c", REAL_END, str(small.free_port()), str(tmp_path)],
+        env=small.environment() | {"PYTHONPATH": f"{small.ROOT}:{small.ROOT / 'tests'}"},
+        timeout=100,
+    )
+    assert done.returncode == 0
+    for rank in range(2):
+        assert [(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] == ["joined\n", ""]
+
+
+def collectives_after_a_death(world: World) -> None:
+    maxima = NonBlockingMax(world)
+    assert maxima.all_reduce_max(world.rank) == 0 and maxima.all_reduce_max(0) == 1
+    assert world.gather(world.rank) == ([0, 1] if world.rank == 0 else [])
+    assert world.mean(torch.tensor([float(world.rank)])).item() == 0.5
+    if world.rank == 1:
+        os._exit(0)
+    calls = (world.barrier, lambda: world.broadcast(1), lambda: world.gather(1), lambda: world.mean(torch.ones(1)))
+    messages = []
+    for collective in (*calls, lambda: [maxima.all_reduce_max(0) for _ in range(2)]):
+        with pytest.raises(UserError) as caught:
+            collective()
+        messages.append(str(caught.value))
+    print(json.dumps(messages), flush=True)
+    os._exit(0)
+
+
+def test_collectives_say_that_a_process_has_ended(job):
+    running = job(2).start(collectives_after_a_death)
+    assert running.end(0) == (0, "")
+    messages = json.loads(running.output(0, "out").splitlines()[1])
+    assert len(messages) == 5
+    for message in messages:
+        assert message.startswith("process 0 lost the connection to another process (")
+        assert message.endswith("): see the messages of the others, then run the same command again.")
+
+
+# ------------------------------------------------------------ the start
+
+
+def test_a_process_that_does_not_join_is_named(job):
+    running = job(2).start(sleep, 0, timeout=1)
+    status, line = running.end(0)
+    assert status == 2
+    assert line == (
+        "bitdance: process 0 waited 1 s for 1 of 2 processes: node 1 did not join (ranks 1): start it, or check that "
+        f"it reaches 127.0.0.1:{running.port}."
     )
 
 
-def last_line(process: subprocess.Popen[str]) -> str:
-    return process.communicate(timeout=100)[1].splitlines()[-1]
+def test_a_first_process_that_does_not_join(job):
+    status, line = job(2).start(sleep, 1, timeout=1).end(1)
+    assert status == 2 and line.startswith("bitdance: process 1 of 2 cannot join the others (")
+    assert line.endswith("check the address, the port and the number of processes that torchrun was given.")
 
 
-@pytest.mark.parametrize("killed", [0, 1, 2])
-def test_when_one_dies_the_others_end_and_say_why(killed):
-    port = small.free_port()
-    processes = [start(rank, 3, port, 60, "sleep") for rank in range(3)]
-    try:
-        for process in processes:
-            assert process.stdout is not None and process.stdout.readline() == "joined\n"
-        time.sleep(0.5)  # all are through the broadcast
-        processes[killed].send_signal(signal.SIGKILL)
-        for rank, process in enumerate(processes):
-            if rank == killed:
-                assert process.wait() == -signal.SIGKILL
-                continue
-            said = last_line(process)
-            assert process.returncode == 1
-            assert said.startswith(f"bitdance: process {rank} stops, since ") and said.endswith(
-                "run the same command again."
-            )
-            if rank == 0:
-                assert f"process {killed} has ended" in said
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def test_an_error_of_one_ends_the_others_too():
-    port = small.free_port()
-    processes = [start(rank, 2, port, 60, "error") for rank in range(2)]
-    assert last_line(processes[1]) == "bitdance: one went wrong." and processes[1].returncode == 2
-    assert "process 1 has ended" in last_line(processes[0]) and processes[0].returncode == 1
-
-
-def test_who_is_done_may_leave_before_the_others():
-    port = small.free_port()
-    processes = [start(rank, 2, port, 60, "leave") for rank in range(2)]
-    for process in processes:
-        assert process.communicate(timeout=100) == ("joined\n", "") and process.returncode == 0
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_does_not_join_is_named(rank):
-    process = start(rank, 2, small.free_port(), 3, "sleep")
-    said = last_line(process)
-    assert process.returncode == 2
-    if rank == 0:
-        assert said.startswith(
-            "bitdance: process 0 waited 3 s for 1 of 2 processes: node 1 did not join (ranks 1): start it"
-        )
-    else:
-        assert said.startswith("bitdance: process 1 of 2 cannot join the others (")
-        assert said.endswith("check the address, the port and the number of processes that torchrun was given.")
-
-
-def test_a_port_that_is_in_use_is_said():
+def test_a_port_that_is_in_use(job):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        process = start(0, 2, taken.getsockname()[1], 3, "sleep")
-        said = last_line(process)
-    assert process.returncode == 2 and "process 0 of 2 cannot join the others (" in said
+        started = job(2)
+        started.port = taken.getsockname()[1]
+        status, line = started.start(sleep, 0, timeout=1).end(0)
+    assert status == 2 and "process 0 of 2 cannot join the others (" in line
+
+
+TWO = environment(0, 2, 12345, False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment must be an integer of at least 1: start the"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE= in the environment must be an integer of at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment must be an integer of at least 1"),
+        ({**TWO, "RANK": "x"}, "RANK=x in the environment must be an integer from 0 to 1"),
+        ({**TWO, "RANK": "2"}, "RANK=2 in the environment must be an integer from 0 to 1"),
+        ({**TWO, "RANK": "-1"}, "RANK=-1 in the environment must be an integer from 0 to 1"),
+        ({**TWO, "LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0 in the environment must be an integer of at least 0"),
+        ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment must be an integer of at least 1"),
+        ({**TWO, "LOCAL_WORLD_SIZE": "?"}, "LOCAL_WORLD_SIZE=? in the environment must be an integer of at least 1"),
+        ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be an integer from 1 to 65535"),
+        ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 in the environment must be an integer from 1 to 65535"),
+        (
+            {"RANK": "1"},
+            "the environment sets RANK but not WORLD_SIZE: start the processes with torchrun",
+        ),
+        ({"WORLD_SIZE": "2"}, "sets WORLD_SIZE but not RANK, MASTER_ADDR, MASTER_PORT: start the processes with"),
+        ({**TWO, "MASTER_PORT": ""}, "sets WORLD_SIZE but not MASTER_PORT: start the processes with torchrun"),
+        ({**TWO, "MASTER_ADDR": "node"}, "MASTER_ADDR=node in the environment cannot be resolved (Name or service not"),
+    ],
+)
+def test_environments_that_do_not_fit(monkeypatch, variables, message):
+    def fails(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+    for name in TWO:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught, init_distributed("cpu"):
+        pass
+    assert message in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_one_process_needs_no_environment(monkeypatch):
+    for name in TWO:
+        monkeypatch.delenv(name, raising=False)
+    for variables in ({}, {"WORLD_SIZE": "1"}, {"RANK": "0"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with init_distributed("cpu") as world:
+            assert (world.rank, world.size) == (0, 1)
+            assert world.broadcast(5) == 5 and world.gather(5) == [5]
+
+
+def test_a_number_of_threads_that_does_not_fit():
+    with pytest.raises(UserError, match=r"threads=0 does not fit: it must be at least 1\."), init_distributed("cpu", 0):
+        pass

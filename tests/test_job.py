@@ -140,7 +140,7 @@ def test_damaged_settings_are_named(pipeline, tmp_path, damage):
     settings = job.run_folder / "settings.json"
     stored = json.loads(settings.read_text())
     settings.write_text(json.dumps({**stored, **json.loads(damage)}) if damage.startswith('{"') else damage)
-    with pytest.raises(UserError, match="delete|belongs to a run with other settings"):
+    with pytest.raises(UserError, match=r"delete|belongs to a run with other settings"):
         job.run(ALONE)
     assert job._missing_results()
 

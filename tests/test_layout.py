@@ -31,7 +31,10 @@ RANKS = {
     "__main__": 9,
 }
 
-NOT_IN_MODELS = ("argparse", "tyro", "logging", "torch.distributed", "bitdance.runtime.process_group")
+NOT_IN_MODELS = (
+    *("argparse", "tyro", "logging", "torch.distributed"),
+    *("bitdance.runtime.devices", "bitdance.runtime.process_group"),
+)
 OPTIONAL = ("pyarrow", "tensorboard", "wandb", "matplotlib", "gradio")
 
 MODULES = {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from bitdance.training.schedule import learning_rate, random_crop_share
 from PIL import Image
 
 from bitdance.cli.main import main
@@ -23,7 +24,6 @@ from bitdance.runtime.process_group import World
 from bitdance.training.loader import Batch, Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA, build_optimizer, parameter_groups
-from bitdance.training.schedule import learning_rate, random_crop_share
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.weights import weights_file
 

@@ -112,7 +112,7 @@ def test_a_signal_through_torchrun_ends_all_processes_at_one_step(place, tmp_pat
     assert process.returncode != 0 and all(map(gone, workers))
     step = newest_step(tmp_path / "run")
     assert err.count(f"bitdance: interrupted by SIGTERM at step {step} of 3000: run the same command again") == 1
-    assert "stops, since" not in err  # nobody was torn away
+    assert "ends because" not in err  # nobody was torn away
     assert steps_done(tmp_path / "run") == step >= 3
 
 
@@ -271,7 +271,7 @@ def test_the_recipe_for_slurm_on_several_machines(place, tmp_path):
     step = newest_step(tmp_path / "run")
     assert process.returncode != 0
     assert err.count(f"bitdance: interrupted by SIGTERM at step {step} of 3000: run the same command again") == 1
-    assert "stops, since" not in err and (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert "ends because" not in err and (tmp_path / "asked").read_text() == "requeue 77\n"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
 
 

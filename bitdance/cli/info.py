@@ -33,7 +33,7 @@ class Info:
     """Show what is in a file of weights, or the status of a training run with a plot of its loss.
 
     Attributes:
-        name: a file of weights, released (.pt, .safetensors) or our own; demo; a released model; or the folder of a run.
+        name: a file of weights, released (.pt, .safetensors) or ours; demo; a released model; or the folder of a run.
         json: print JSON.
     """
 

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 COMMANDS = {
     "sample": "sample images of classes: PNGs and a labelled grid",
@@ -35,11 +34,21 @@ bitdance info runs/model
 """
 
 # Errors of the system that a user can fix: a path, permissions, space.
-_USER_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in "ENOENT EACCES EPERM ENOSPC EDQUOT EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ENOTEMPTY EFBIG ELOOP".split()
-    if hasattr(errno, name)
-)
+_USER_ERRORS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOTEMPTY,
+    errno.EFBIG,
+    errno.ELOOP,
+    getattr(errno, "EDQUOT", errno.ENOSPC),  # not on Windows
+}
 
 
 def _help() -> str:

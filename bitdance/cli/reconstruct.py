@@ -124,7 +124,9 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     picture = command.output / "reconstruction.png"
     with atomic_write(picture) as temporary:
-        sheet = image_grid(np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size))
+        sheet = image_grid(
+            np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size)
+        )
         sheet.save(temporary, format="PNG")
     rfid = f", rFID {figures['rfid']:.3f}" if "rfid" in figures else ""
     print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}{rfid}: {picture}")

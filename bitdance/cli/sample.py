@@ -156,9 +156,8 @@ def _check(command: Sample) -> None:
 
 
 def _sample(command: Sample, pipeline: Pipeline) -> None:
-    from tqdm import tqdm
-
     from bitdance.runtime.atomic_files import make_folder
+    from bitdance.runtime.progress import progress_bar
 
     what, how, names = command.what, command.how, pipeline.classes
     chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
@@ -167,7 +166,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
     make_folder(command.results.output)
     total = len(labels) * pipeline.model.config.ar_steps
-    with tqdm(total=total, unit="token step", dynamic_ncols=True, desc="sampling") as bar:
+    with progress_bar(total, "sampling", "token steps") as bar:
         images = pipeline(
             labels,
             seed=what.seed,

@@ -9,7 +9,7 @@ from bitdance.config import AutoencoderConfig
 from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
 
 EXAMPLES = """
-bitdance train-autoencoder --data-path pictures.zip --image-size 32 --widths 32 64 64 64 --blocks 1 --bits 64 --output runs/ae
+bitdance train-autoencoder --data-path pictures.zip --image-size 32 --widths 32 64 64 64 --blocks 1 --output runs/ae
 """
 
 

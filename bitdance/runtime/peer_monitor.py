@@ -1,113 +1,157 @@
-"""Processes on many machines end together: connections that break when a process dies, and a thread that notices.
+"""Ends this process when another process of the same job fails, dies or can no longer be reached.
 
-torchrun stops the processes of its own machine when one of them dies; those of other machines would go on, and wait for
-hours at the next point where all meet.
+torchrun only stops the processes of its own machine when one of them ends. Those of other machines would wait in the
+next collective until its time-out, which is hours.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import selectors
-import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-PORT_KEY = "lifeline"
-GOODBYE = b"."
+HEARTBEAT_INTERVAL = 1.0
+"""Seconds between two heartbeats of a process, and between its checks of the others."""
+
+HEARTBEAT_TIMEOUT = 60.0
+"""Seconds without a heartbeat, or without an answer of the store, after which a process counts as dead."""
+
 GRACE = 1.0
-"""Seconds that a process has to end by itself, with a better sentence, once another one has ended."""
+"""Seconds in which the main thread may end by itself, with a more specific message."""
+
+VERDICT = "verdict"
+LEFT = "left"
 
 
-class Lifeline:
-    """Ends this process within seconds after another one of the same job has died.
+def state_key(rank: int) -> str:
+    """Returns the key of a process in the store: a growing number, or `LEFT` once it no longer needs the store."""
+    return f"peer/{rank}"
 
-    The first process listens, the others hold a connection to it, on which nothing is ever said but a goodbye: the
-    system closes it when a process ends in whatever way, and keep-alive packets find machines that are gone.
+
+class PeerMonitor:
+    """Watches the other processes of a job over a store that they share.
+
+    Each process increments the number at its key. Rank 0 reads the keys of all others, which read only that of rank 0
+    and the verdict: why the job has to end, set once by the first process that knows it. So the store serves O(size)
+    keys per interval.
 
     Args:
-        store: of the process group, through which the first process says at which port it listens.
-        host: where the first process runs.
-        rank, size: of this process, and the number of all.
+        store: a connection that nobody else uses, since a blocking call holds it.
+        rank, size: of this process, and the number of processes.
+        hosts_store: whether the store ends with this process.
     """
 
-    def __init__(self, store: Store, host: str, rank: int, size: int) -> None:
-        self._rank = rank
-        self._peers: dict[socket.socket, int] = {}
-        self._leaving = threading.Event()
-        if rank == 0:
-            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-            with socket.create_server(
-                ("", 0), family=family, backlog=size, dualstack_ipv6=family != socket.AF_INET
-            ) as server:
-                server.settimeout(60.0)
-                store.set(PORT_KEY, str(server.getsockname()[1]))
-                while len(self._peers) < size - 1:
-                    peer, _ = server.accept()
-                    peer.settimeout(60.0)
-                    self._peers[peer] = int.from_bytes(_receive(peer, 4), "big")
-        else:
-            port = int(store.get(PORT_KEY).decode())
-            peer = socket.create_connection((host, port), timeout=60.0)
-            peer.sendall(rank.to_bytes(4, "big"))
-            self._peers[peer] = 0
-        for peer in self._peers:
-            peer.settimeout(None)
-            _keep_alive(peer)
-        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+    def __init__(self, store: Store, rank: int, size: int, hosts_store: bool) -> None:
+        self._store, self._rank, self._size, self._hosts_store = store, rank, size, hosts_store
+        self._left = threading.Event()
+        self._connected = True
+        self._intervals_without_answer = 0
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in (self._watch_peers, self._watch_store)
+        ]
+        # Before any process reads them: reading a key that does not exist waits for it.
+        store.compare_set(VERDICT, "", "")
+        store.set(state_key(rank), "0")
 
-    def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for peer in self._peers:
-                selector.register(peer, selectors.EVENT_READ, data=peer)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    peer = key.data
-                    try:
-                        said = peer.recv(1)
-                    except OSError:
-                        said = b""
-                    selector.unregister(peer)
-                    if said != GOODBYE:
-                        self._end(self._peers[peer])
+    def start(self) -> None:
+        """Starts to watch; called when the keys of all processes exist."""
+        for thread in self._threads:
+            thread.start()
 
-    def _end(self, other: int) -> None:
-        if self._leaving.wait(GRACE):
+    def leave(self) -> None:
+        """Ends the monitoring of this process, which has done its work; the others may continue without it."""
+        self._stop(patience=HEARTBEAT_TIMEOUT)
+
+    def fail(self, reason: str) -> None:
+        """Ends the monitoring and has all other processes end.
+
+        Args:
+            reason: why this process has failed, in a few words.
+        """
+        self._stop(patience=3 * HEARTBEAT_INTERVAL, verdict=f"process {self._rank} failed ({reason})")
+
+    def _watch_peers(self) -> None:
+        others = range(1, self._size) if self._rank == 0 else range(1)
+        last: dict[int, str] = {}
+        # Intervals are counted, not seconds: a job that is suspended as a whole continues afterwards.
+        unchanged = dict.fromkeys(others, 0)
+        try:
+            for beat in itertools.count(1):
+                if self._left.wait(HEARTBEAT_INTERVAL):
+                    return
+                self._store.set(state_key(self._rank), str(beat))
+                verdict, *values = self._read(VERDICT, *map(state_key, others))
+                self._intervals_without_answer = 0
+                states = dict(zip(others, values, strict=True))
+                if not verdict and states.get(0) == LEFT:  # and may take the store with it
+                    self._connected = False
+                    self._store.set(state_key(self._rank), LEFT)
+                    return
+                for rank, state in states.items():
+                    unchanged[rank] = unchanged[rank] + 1 if state == last.get(rank) != LEFT else 0
+                    if not verdict and unchanged[rank] * HEARTBEAT_INTERVAL > HEARTBEAT_TIMEOUT:
+                        silent = f"process {rank} has not responded for {HEARTBEAT_TIMEOUT:.0f} s"
+                        verdict = self._store.compare_set(VERDICT, "", silent).decode()
+                last = states
+                if verdict:
+                    self._store.set(state_key(self._rank), LEFT)
+                    self._end(verdict)
+                    return
+        except RuntimeError:
+            self._connected = False
+            self._end(f"the connection to the store at {_address()} was lost (process 0 or its torchrun has ended)")
+
+    def _watch_store(self) -> None:
+        """Notices a machine that is gone without closing its connections, where a call would block for long."""
+        while self._connected and not self._left.wait(HEARTBEAT_INTERVAL):
+            self._intervals_without_answer += 1
+            if self._intervals_without_answer * HEARTBEAT_INTERVAL > HEARTBEAT_TIMEOUT:
+                self._end(f"the store at {_address()} has not responded for {HEARTBEAT_TIMEOUT:.0f} s")
+
+    def _end(self, reason: str) -> None:
+        """Ends the process unless the main thread does so itself."""
+        if self._left.wait(GRACE):
             return
-        # The first process is the hub: where it ends, some process that it watched may have been the one that died.
-        who = "the first process or one that it watched" if other == 0 else f"process {other}"
         print(
-            f"bitdance: process {self._rank} stops, since {who} has ended: see its messages, then run the same command "
-            "again.",
+            f"bitdance: process {self._rank} ends because {reason}: see its messages, then run the same command again.",
             file=sys.stderr,
             flush=True,
         )
+        if self._hosts_store:
+            self._await_others(3 * HEARTBEAT_INTERVAL)
         os._exit(1)
 
-    def leave(self) -> None:
-        """Says goodbye: from now on the others may go on without this process, and it without them."""
-        self._leaving.set()
-        for peer in self._peers:
-            with contextlib.suppress(OSError):
-                peer.sendall(GOODBYE)
+    def _stop(self, patience: float, verdict: str = "") -> None:
+        self._left.set()
+        for thread in self._threads:
+            thread.join(HEARTBEAT_TIMEOUT)
+        if not self._connected or self._threads[0].is_alive():  # the latter if the store does not respond
+            return
+        with contextlib.suppress(RuntimeError):
+            if verdict:
+                self._store.compare_set(VERDICT, "", verdict)
+            self._store.set(state_key(self._rank), LEFT)
+            if self._hosts_store:
+                self._await_others(patience)
+
+    def _await_others(self, seconds: float) -> None:
+        """Keeps the store until the others no longer need it."""
+        deadline = time.monotonic() + seconds
+        keys = [state_key(rank) for rank in range(1, self._size)]
+        while time.monotonic() < deadline and any(state != LEFT for state in self._read(*keys)):
+            time.sleep(0.05)
+
+    def _read(self, *keys: str) -> list[str]:
+        return [value.decode() for value in self._store.multi_get(list(keys))]
 
 
-def _receive(peer: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        if not (more := peer.recv(count - len(data))):
-            raise OSError("the connection broke")
-        data += more
-    return data
-
-
-def _keep_alive(peer: socket.socket) -> None:
-    """Has the system ask every few seconds whether the other machine is still there, where it can."""
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, seconds in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+def _address() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -1,4 +1,4 @@
-"""One process or many: the process group of torchrun, or none, behind one small object."""
+"""The processes of a job, started by torchrun, or a single process, and the collectives that the package needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import sys
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -15,21 +15,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bitdance.runtime import devices
 from bitdance.runtime.errors import Interrupted, UserError
-from bitdance.runtime.peer_monitor import Lifeline
+from bitdance.runtime.peer_monitor import PeerMonitor, state_key
 
 T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(hours=2)
-"""How long processes wait for each other: all wait while the first one writes a file of 10 GB."""
+"""Time-out of collectives. All processes wait in one while rank 0 writes a file of 10 GB."""
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
-"""How long the processes that are there wait at the start for those that are not."""
+"""How long a process waits for the others at the start."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process and the number of all processes.
+
+    The collectives have to be called by all processes. They raise a `UserError` if another process has ended.
 
     Attributes:
         rank: 0 <= rank < size.
@@ -47,222 +50,245 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes have called this."""
         if self.size > 1:
-            try:
+            with _peer_errors(self.rank):
                 dist.barrier()
-            except RuntimeError as error:
-                raise UserError(
-                    f"process {self.rank}: another process has ended or cannot be reached: see its log, then run the "
-                    "same command again."
-                ) from error
 
     def broadcast(self, value: T) -> T:
-        """What the first process says, in each of them; plain Python data."""
+        """Returns the value of rank 0, which has to be picklable."""
         if self.size > 1:
             box = [value]
-            dist.broadcast_object_list(box, src=0)
+            with _peer_errors(self.rank):
+                dist.broadcast_object_list(box, src=0)
             value = box[0]
         return value
 
     def gather(self, value: T) -> list[T]:
-        """What each process says, in the order of their ranks, in the first one; plain data. Nothing in the others."""
+        """Returns the picklable values of all processes, ordered by rank, on rank 0 and an empty list on the others."""
         if self.size == 1:
             return [value]
-        said: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, said, dst=0)
-        return said or []
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with _peer_errors(self.rank):
+            dist.gather_object(value, values, dst=0)
+        return values or []
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of a float tensor over all processes, in each of them."""
+        """Returns the mean of a float tensor over all processes; computed in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with _peer_errors(self.rank):
+                dist.all_reduce(values)
             values /= self.size
         return values
 
     def peak_memory(self) -> int:
-        """Bytes: the most that PyTorch held on the GPU, or else the most that the process held."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource
-        except ImportError:  # not on Windows
-            return 0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        """Returns the peak memory of this process in bytes, see `devices.peak_memory`."""
+        return devices.peak_memory(self.device)
 
 
 class NonBlockingMax:
-    """A number that the processes tell each other without waiting: what one says, all learn at the next call.
+    """Maximum of an integer over all processes without waiting for them: each call returns the result of the last one.
 
-    It travels over connections of its own, on the CPU, so a GPU's queue is left alone. Made by all processes together.
+    A gloo group of its own on the CPU carries it, so that no GPU has to synchronize. All processes create it together.
+
+    Raises:
+        UserError: the processes cannot connect to each other.
     """
 
     def __init__(self, world: World) -> None:
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._rank = world.rank
         self._pending: tuple[dist.Work, Tensor] | None = None
+        self._group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            with _user_errors(
+                f"process {world.rank} cannot connect to the others over gloo",
+                "let the host name of each machine resolve to an address that the others reach, or set "
+                "GLOO_SOCKET_IFNAME to its network interface",
+            ):
+                self._group = dist.new_group(backend="gloo")
 
-    def highest(self, value: int) -> int:
-        """The highest number that any process said at the call before this one; of one process, `value` itself.
+    def all_reduce_max(self, value: int) -> int:
+        """Returns the maximum of the values of the previous call, 0 at first; of a single process, `value` itself.
 
         Raises:
             UserError: another process has ended.
         """
         if self._group is None:
             return value
-        highest = self._received()
-        box = torch.tensor([value])
-        work = dist.all_reduce(box, dist.ReduceOp.MAX, self._group, async_op=True)
+        maximum = self._wait()
+        tensor = torch.tensor([value])
+        with _peer_errors(self._rank):
+            work = dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group, async_op=True)
         assert work is not None
-        self._pending = (work, box)
-        return highest
+        self._pending = (work, tensor)
+        return maximum
 
-    def _received(self) -> int:
+    def _wait(self) -> int:
         if self._pending is None:
             return 0
-        (work, box), self._pending = self._pending, None
-        try:
+        (work, tensor), self._pending = self._pending, None
+        with _peer_errors(self._rank):
             work.wait()
-        except RuntimeError as error:
-            raise UserError("another process has ended: see its log, then run the same command again.") from error
-        return int(box)
+        return int(tensor)
 
     def close(self) -> None:
-        """Waits for what the last call began."""
-        self._received()
-
-
-def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
-    """The device of that name, by default a GPU where there is one.
-
-    Raises:
-        UserError: the device is not there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("of another kind")
-        if name == "cuda":
-            device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"device {name!r} cannot be used ({reason}): choose cpu, cuda, cuda:N or mps.") from None
-    return device
+        """Waits for the last reduction; called by all processes."""
+        self._wait()
 
 
 @contextlib.contextmanager
 def init_distributed(device: str | None = None, threads: int | None = None) -> Iterator[World]:
-    """Joins the processes that torchrun started, or stands alone, for as long as the context lasts.
+    """Joins the processes that torchrun started, if it did, for the duration of the context.
 
-    NCCL on GPUs, gloo elsewhere. On a CPU the threads of the machine are shared out evenly among its processes, since
-    torchrun would leave one thread to each. When a process dies, or leaves the context by an error, the others end.
+    NCCL on GPUs, gloo elsewhere. On a CPU the cores of the machine are divided evenly among its processes, for which
+    torchrun would set one thread each. If a process dies, or leaves the context by an error, the others end too.
+
+    Args:
+        device: see `devices.choose_device`.
+        threads: number of CPU threads of this process; None chooses it.
 
     Raises:
-        UserError: the device is not there, the number of threads is not positive, or the others cannot be joined.
+        UserError: the device cannot be used, `threads` is not positive, the variables of the environment that torchrun
+            sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
     if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads} does not fit: it must be at least 1.")
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    if size > 1 and "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set but RANK is not: start the processes with torchrun, or unset WORLD_SIZE.")
-    place = choose_device(device, local)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+        raise UserError(f"threads={threads} does not fit: it must be at least 1.")
+    rank, size, local_rank, local_size = _read_environment()
+    world = World(rank, size, devices.choose_device(device, local_rank))
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(world.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as it does in matrix products
     elif threads or size > 1:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-        torch.set_num_threads(threads or max(1, _num_cores() // local_size))
-    world = World(int(os.environ.get("RANK", "0")), size, place)
+        torch.set_num_threads(threads or max(1, devices.num_cores() // local_size))
     if size == 1:
         yield world
         return
-    lifeline = _join(world)
+    cannot_join = (
+        f"process {rank} of {size} cannot join the others",
+        "check the address, the port and the number of processes that torchrun was given",
+    )
+    hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    with _user_errors(*cannot_join):
+        store = _open_store(hosts_store)
+        monitor = PeerMonitor(_open_store(False), rank, size, hosts_store)
+        _await_all(store, rank, size, local_size)
+    monitor.start()
     try:
+        with _user_errors(*cannot_join):
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=TIMEOUT,
+                device_id=world.device if on_gpu else None,
+            )
         yield world
-        lifeline.leave()  # an error closes the connection instead, without a goodbye
-    except Interrupted:  # all processes are, at the same step
-        lifeline.leave()
+    except Interrupted:  # raised by all processes after the same step
+        _leave(monitor)
         raise
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        monitor.fail(_first_line(error))
+        raise  # without destroy_process_group, which with NCCL could wait for processes that have ended
+    _leave(monitor)
 
 
-def _join(world: World) -> Lifeline:
-    cuda = world.device.type == "cuda"
-    try:
-        store = _open_store(world.rank)
-        store.set(f"joined/{world.rank}", "")
-        _await_all(store, world.rank, world.size)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=TIMEOUT,
-            device_id=world.device if cuda else None,
-        )
-        return Lifeline(store, os.environ["MASTER_ADDR"], world.rank, world.size)
-    except UserError:
-        raise
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
+def _leave(monitor: PeerMonitor) -> None:
+    monitor.leave()
+    dist.destroy_process_group()
+
+
+def _read_environment() -> tuple[int, int, int, int]:
+    """Returns rank, number of processes, rank on this machine and number of processes on it, as torchrun sets them."""
+    size = _read_integer("WORLD_SIZE", 1, 1)
+    needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] if size > 1 else []
+    if "RANK" in os.environ:
+        needed.append("WORLD_SIZE")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        present = "WORLD_SIZE" if size > 1 else "RANK"
         raise UserError(
-            f"process {world.rank} of {world.size} cannot join the others ({reason}): check the address, the port and "
-            "the number of processes that torchrun was given."
-        ) from error
+            f"the environment sets {present} but not {', '.join(missing)}: start the processes with torchrun, or unset "
+            f"{present}."
+        )
+    rank = _read_integer("RANK", 0, 0, size - 1)
+    local_rank, local_size = _read_integer("LOCAL_RANK", 0, 0), _read_integer("LOCAL_WORLD_SIZE", size, 1)
+    if size > 1:
+        address, port = os.environ["MASTER_ADDR"], _read_integer("MASTER_PORT", 0, 1, 65535)
+        try:
+            socket.getaddrinfo(address, port)  # TCPStore would retry silently for minutes
+        except OSError as error:
+            raise UserError(
+                f"MASTER_ADDR={address} in the environment cannot be resolved ({error.strerror}): set it to the host "
+                "name or the address of the machine of process 0."
+            ) from None
+    return rank, size, local_rank, local_size
 
 
-def _open_store(rank: int) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT, which torchrun keeps, or else the first process.
+def _read_integer(name: str, default: int, lowest: int, highest: int | None = None) -> int:
+    text = os.environ.get(name, str(default))
+    with contextlib.suppress(ValueError):
+        value = int(text)
+        if lowest <= value and (highest is None or value <= highest):
+            return value
+    limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+    raise UserError(
+        f"{name}={text} in the environment must be an integer {limits}: start the processes with torchrun, or unset it."
+    )
 
-    PyTorch's own rendezvous would do the same, but where the first process keeps it, it waits there for all others
-    and then cannot say which are missing.
+
+def _open_store(hosts_store: bool) -> dist.Store:
+    """Opens the store at MASTER_ADDR:MASTER_PORT, which torchrun or process 0 hosts.
+
+    PyTorch's own rendezvous would do the same, but where process 0 hosts the store, it waits there for all others and
+    cannot tell which are missing.
     """
-    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not torchruns,
+        is_master=hosts_store,
         timeout=JOIN_TIMEOUT,
         wait_for_workers=False,
     )
-    # After a restart by torchrun the store still holds what the earlier processes said.
+    # After a restart by torchrun the store still holds the keys of the earlier processes.
     return dist.PrefixStore(f"bitdance/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _await_all(store: dist.Store, rank: int, size: int) -> None:
-    """Waits until all processes have said that they are there.
+def _await_all(store: dist.Store, rank: int, size: int, local_size: int) -> None:
+    """Waits until all processes have written their keys.
 
     Raises:
-        UserError: some did not come in time; it names them and their machines.
+        UserError: some did not in time; it names them and their machines.
     """
     deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     absent = list(range(size))
-    while absent := [other for other in absent if not store.check([f"joined/{other}"])]:
+    while absent := [other for other in absent if not store.check([state_key(other)])]:
         if time.monotonic() > deadline:
-            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-            nodes = sorted({other // per_node for other in absent})
+            nodes = sorted({other // local_size for other in absent})
             raise UserError(
                 f"process {rank} waited {JOIN_TIMEOUT.total_seconds():.0f} s for {len(absent)} of {size} processes: "
                 f"node {', '.join(map(str, nodes))} did not join (ranks {', '.join(map(str, absent[:8]))}"
                 f"{', ...' if len(absent) > 8 else ''}): start it, or check that it reaches "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}."
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
             )
         time.sleep(0.2)
 
 
-def _num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextlib.contextmanager
+def _user_errors(problem: str, advice: str) -> Iterator[None]:
+    """Raises errors of torch.distributed as a `UserError` with this problem and advice."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{problem} ({_first_line(error)}): {advice}.") from error
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than float32 there: on GPUs, and on CPUs that have instructions for it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
+    return _user_errors(
+        f"process {rank} lost the connection to another process",
+        "see the messages of the others, then run the same command again",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(". ")

@@ -28,6 +28,7 @@ from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
+from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
@@ -261,8 +262,6 @@ class SamplingJob:
 
         A part is written while the next batch is sampled.
         """
-        from tqdm import tqdm
-
         config, start, sampled = self.config, time.perf_counter(), 0
         halved: list[str] = []
 
@@ -272,8 +271,7 @@ class SamplingJob:
 
         there = config.num_images - sum(len(batches[index]) for index in missing)
         with (
-            tqdm(total=config.num_images, initial=there, unit="image", disable=not world.is_main, dynamic_ncols=True)
-            as bar,
+            progress_bar(config.num_images, "sampling", "images", there, disable=not world.is_main) as bar,
             concurrent.futures.ThreadPoolExecutor(1) as writer,
         ):  # fmt: skip
             writing: concurrent.futures.Future[None] | None = None
@@ -340,11 +338,12 @@ class SamplingJob:
 
         Everything is written in the run folder first, where leftovers of killed processes are removed.
         """
-        from tqdm import tqdm
 
         def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
-            for index in tqdm(range(len(batches)), desc=f"writing {name}", unit="batch", dynamic_ncols=True, delay=2):
-                yield batches[index], self._read_part(index, name, len(batches[index]))
+            with progress_bar(len(batches), f"writing {name}", "batches") as bar:
+                for index, ids in enumerate(batches):
+                    yield ids, self._read_part(index, name, len(ids))
+                    bar.update()
 
         halved = [index for index in range(len(batches)) if self._read_part(index, "halved", None)]
         write_json(self.run_folder / "result.json", {"format_version": FORMAT_VERSION, **settings, HALVED: halved})

@@ -21,8 +21,8 @@ from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
+from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import choose_device, computes_bf16
 from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_autoencoder_of, find_weights

@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import format_duration
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch
 from bitdance.training.losses import BitDanceLoss
-from bitdance.training.status import format_duration
 from bitdance.training.trainer import PREVIEW_IMAGES, Trainer
 
 LONGEST = 20.0

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bitdance.config import EvaluationConfig
 from bitdance.data.images import ImageDataset, open_images
@@ -24,6 +23,7 @@ from bitdance.metrics.references import FeatureExtractors, find_reference
 from bitdance.metrics.report import HEADINGS, check_network, figures
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
+from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
@@ -169,8 +169,7 @@ class SampleEvaluation:
     def metrics(self) -> Metrics:
         """Returns those of `LOGGED` that the reference allows, in the first process; nothing in the others."""
         total = len(self._source)
-        with tqdm(total=total, unit="image", desc="evaluating", dynamic_ncols=True, leave=False,
-                  disable=not self._world.is_main) as bar:  # fmt: skip
+        with progress_bar(total, "evaluating", "images", disable=not self._world.is_main, leave=False) as bar:
             sets = take_features(self._source, [self._extractor], self._world, self._batch_size, progress=bar.update)
         if not sets:
             return {}

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noticed by all processes at the same step."""
+"""Signals that ask a run to end, handled by all processes after the same step."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from collections.abc import Iterator
 from bitdance.runtime.process_group import NonBlockingMax, World
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""What torchrun sends to its processes when it is stopped, and what Slurm is usually told to send before the end."""
+"""SIGTERM is what torchrun sends to its processes when it is stopped; Slurm is usually told to send SIGUSR1."""
 
 
 class PreemptionHandler:
-    """Signals that have arrived, in whichever process.
+    """Records signals, whichever process receives them.
 
-    Torchrun hands a signal to each of its processes, but at moments of their own, and a scheduler may send it to one
-    machine only. So each step the processes tell each other what has arrived, and all of them learn it one step later.
+    torchrun forwards a signal to its processes one after the other, and a scheduler may signal a single machine. So
+    the processes exchange in each step which signal they have received, and read the result one step later.
     """
 
     def __init__(self, world: World) -> None:
-        self._arrived = 0
-        self._agreement = NonBlockingMax(world)
+        self._signal = 0
+        self._max = NonBlockingMax(world)
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[PreemptionHandler]:
-        """Notes signals, instead of dying of them, for as long as the context lasts; in the main thread only."""
+    def installed(self) -> Iterator[PreemptionHandler]:
+        """Handles the signals for the duration of the context; does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
-        self._arrived = number
+    def _record(self, number: int, frame: object) -> None:
+        self._signal = number
 
-    def agreed(self) -> int:
-        """The signal to end by, 0 for none, the same in all processes; each calls this once a step."""
-        return self._agreement.highest(self._arrived)
+    def received(self) -> int:
+        """Returns the signal to end by, the same in all processes, or 0; called once per step.
+
+        Raises:
+            UserError: another process has ended.
+        """
+        return self._max.all_reduce_max(self._signal)
 
     def close(self) -> None:
-        """Waits for what the last step began; called by all processes, before they part."""
-        self._agreement.close()
+        """Waits for the exchange of the last step; called by all processes."""
+        self._max.close()

@@ -11,6 +11,7 @@ import numpy as np
 
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import format_duration
 from bitdance.runtime.run_folder import SETTINGS
 from bitdance.training.checkpointing import list_checkpoints
 from bitdance.training.evaluation import LOGGED, format_evaluation
@@ -108,16 +109,6 @@ def format_run(facts: dict[str, Any]) -> str:
     )
 
 
-def format_duration(seconds: float) -> str:
-    """Formats a duration, such as 90 s, 45 min, 7.5 h or 12.0 days."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes / 60:.1f} h" if minutes < 2 * 24 * 60 else f"{minutes / 60 / 24:.1f} days"
-
-
 def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
     """Plots losses, and metrics of evaluations, to `loss.png` in the folder; None if there is nothing to plot yet.
 
@@ -131,8 +122,11 @@ def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
         "Inception Score": {"eval_inception_score": ""},
         "precision and recall": {"eval_precision": "precision", "eval_recall": "recall"},
     }
-    curves = {title: [(key, name) for key, name in keys.items() if _points(lines, key)] for title, keys in charts.items()}
-    curves = {title: found for title, found in curves.items() if found}
+    curves = {
+        title: found
+        for title, keys in charts.items()
+        if (found := [(key, name) for key, name in keys.items() if _points(lines, key)])
+    }
     if not curves:
         return None
     try:

@@ -21,8 +21,10 @@ from bitdance.data.crops import normalize
 from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.transformer import BitDance
+from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError
-from bitdance.runtime.process_group import World, computes_bf16
+from bitdance.runtime.process_group import World
+from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FREE, check_settings, exclusive
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
@@ -163,7 +165,7 @@ class Trainer:
         with exclusive(self.config.output, self.world):
             try:
                 self._open_run()
-                with PreemptionHandler(self.world).watched() as preemption:
+                with PreemptionHandler(self.world).installed() as preemption:
                     self._train_steps(preemption)
                     preemption.close()
                     return self._finish()
@@ -173,21 +175,19 @@ class Trainer:
                     self.log.close()
 
     def _train_steps(self, preemption: PreemptionHandler) -> None:
-        from tqdm import tqdm
-
         config = self.config
         if self.world.is_main and self.step == 0 and config.warmup_steps > self.last_step:
             print(
-                f"the warm-up (warmup_steps={config.warmup_steps}) is longer than the run ({self.last_step} steps): the "
-                "learning rate stays below `lr`."
+                f"the warm-up (warmup_steps={config.warmup_steps}) is longer than the run ({self.last_step} steps): "
+                "the learning rate stays below `lr`."
             )
         self.network.train()
         encodes = not isinstance(self.loader.images, TokenDataset)
         flops = step_flops(self.objective, config.batch_size, config.image_size, encodes) / self.world.size
         meter = MetricsMeter(config.batch_size, flops, self.world, self.guard, self.in_bf16)
         saved = time.monotonic()
-        with tqdm(
-            total=self.last_step, initial=self.step, disable=not self.world.is_main, unit="step", dynamic_ncols=True
+        with progress_bar(
+            self.last_step, "training", "steps", initial=self.step, disable=not self.world.is_main
         ) as bar:
             for batch, waited in _with_waiting_time(self.loader.stream(self.step, self.last_step)):
                 lr = learning_rate(config, self.step, self.total_steps)
@@ -219,7 +219,7 @@ class Trainer:
                     if self._is_due(config.save_every) or 0 < config.save_minutes <= minutes:
                         self.save()
                         saved = time.monotonic()
-                    if (number := preemption.agreed()) and self.step < self.last_step:
+                    if (number := preemption.received()) and self.step < self.last_step:
                         preemption.close()
                         self._stop(number)
 

@@ -1,0 +1,61 @@
+"""What this process computes on: its device, the CPU cores it may use, the memory it has used."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from bitdance.runtime.errors import UserError
+
+
+def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
+    """Returns the device of that name, by default a GPU if there is one.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:N` or `mps`. With `cuda`, each process of a machine gets a GPU of its own.
+        local_rank: index of this process on its machine.
+
+    Raises:
+        UserError: the device does not exist or cannot be used.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"{device.type} is not supported")
+        if name == "cuda":
+            device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"device {name!r} cannot be used ({reason}): choose cpu, cuda, cuda:N or mps.") from None
+    return device
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Returns whether bf16 is faster than float32: on GPUs, and on CPUs that have instructions for it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def num_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the peak memory in bytes: that of PyTorch on a GPU, otherwise that of the process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
