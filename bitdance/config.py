@@ -272,7 +272,7 @@ class TrainConfig:
         ema: decay of the exponential moving average; 0 or less switches it off.
         mixed_precision: bf16 autocast or none; `auto` is bf16 where the hardware computes with it.
         num_workers: threads that read images.
-        max_broken: images that may be unreadable; others take their places.
+        max_bad_images: images that may be unreadable; others take their places.
         random_crop: random crops as in ADM, which enlarge images that are no larger than `image_size`; without it
             centre crops. Either way half of the images are mirrored.
         aug_decay_start_epoch, aug_decay_end_epoch: between these epochs the share of random crops falls to 0.
@@ -321,7 +321,7 @@ class TrainConfig:
     ema: float = -1.0
     mixed_precision: Literal["auto", "none", "bf16"] = "auto"
     num_workers: int = 16
-    max_broken: int = 100
+    max_bad_images: int = 100
     random_crop: bool = True
     log_every: int = 100
     save_every: int = 1000
@@ -355,7 +355,7 @@ class TrainConfig:
         _check(self, counts, lambda value: value >= 1, "be at least 1")
         others = (
             "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every save_minutes keep_epochs "
-            "preview_every val_every max_skipped max_broken eval_every eval_cfg_scale"
+            "preview_every val_every max_skipped max_bad_images eval_every eval_cfg_scale"
         )
         _check(self, others, lambda value: 0 <= value < math.inf, "be a number from 0 on")
         _check(self, "beta1 beta2", lambda value: 0 <= value < 1, "lie between 0 and 1, 1 excluded")

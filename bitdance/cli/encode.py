@@ -26,7 +26,7 @@ class Encode:
         seed: of the random crops.
         batch_size: views that the encoder takes at once.
         shard_size: images of a file, the least that is made anew after an interruption.
-        max_broken: images that may be unreadable; they are named and skipped.
+        max_bad_images: images that may be unreadable; they are named and skipped.
         num_workers: threads that read images.
         mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
         device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
@@ -42,7 +42,7 @@ class Encode:
     seed: int = 0
     batch_size: int = 32
     shard_size: int = 512
-    max_broken: int = 100
+    max_bad_images: int = 100
     num_workers: int = 16
     mixed_precision: Precision = "auto"
     device: str | None = None
@@ -52,7 +52,7 @@ class Encode:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Encode, arguments, "bitdance encode")
-    from bitdance.data.cache_writer import Encoder, write_token_cache
+    from bitdance.data.cache_writer import CacheWriter
     from bitdance.data.images import open_images
     from bitdance.runtime.process_group import init_distributed
     from bitdance.weights import weights_file
@@ -61,8 +61,9 @@ def main(arguments: list[str]) -> None:
         contents = weights_file.read(find_autoencoder_alone(command.autoencoder))
         autoencoder = weights_file.load_autoencoder(contents, choose_dtype(command.mixed_precision, world.device))
         digest = weights_file.digest(contents.states["autoencoder"])
-        own = ("image_size", "crops", "flips", "seed", "batch_size", "shard_size", "num_workers", "max_broken")
-        encoder = Encoder(autoencoder.to(world.device), digest, **{name: getattr(command, name) for name in own})
-        stored = write_token_cache(open_images(command.data), encoder, command.output, world)
+        own = ("image_size", "crops", "flips", "seed", "batch_size", "shard_size", "num_workers", "max_bad_images")
+        settings = {name: getattr(command, name) for name in own}
+        images = open_images(command.data)
+        result = CacheWriter(images, autoencoder.to(world.device), digest, command.output, **settings).run(world)
         if world.is_main:
-            print(json.dumps({**dataclasses.asdict(stored), "processes": world.size}, default=str))
+            print(json.dumps({**dataclasses.asdict(result), "processes": world.size}, default=str))

@@ -73,10 +73,10 @@ class Loader:
         self._cache: dict[int, np.ndarray] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
-        self.broken = BadImages(config.max_broken)
+        self.bad_images = BadImages(config.max_bad_images)
 
     def indices(self, step: int) -> Tensor:
-        """Which images this process sees in a step, if none of them is broken: (B,) int64."""
+        """Which images this process sees in a step, if none of them is bad: (B,) int64."""
         order, _ = self._draws(step // self.steps_per_epoch)
         start = (step % self.steps_per_epoch) * self.config.global_batch_size
         return torch.from_numpy(order[start + self.places.numpy()])
@@ -114,17 +114,17 @@ class Loader:
         return np.stack(inputs), np.array(labels)
 
     def _first_whole(self, position: int, order: np.ndarray, draws: np.ndarray, share: float) -> tuple[int, np.ndarray]:
-        """The image at a position of an epoch's order, or else the next that is not broken, and its view."""
+        """The image at a position of an epoch's order, or else the next that is readable, and its view."""
         for offset in range(len(order)):
             index = int(order[(position + offset) % len(order)])
             if isinstance(self.images, TokenDataset):
                 return index, self._stored(self.images, index, draws[index], share)
-            if index in self.broken:
+            if index in self.bad_images:
                 continue
             try:
                 return index, self._crop(self.images, index, draws[index], share)
             except UserError as error:
-                self.broken.add(index, error)
+                self.bad_images.add(index, error)
         raise UserError(f"not one image of {self.images.path} can be read: repair them.")
 
     def _batch(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
@@ -133,9 +133,9 @@ class Loader:
 
     def _stored(self, bits: TokenDataset, index: int, draws: np.ndarray, share: float) -> np.ndarray:
         """A view of the store: a random crop where training on images would make one, as far as there are any."""
-        others = bits.encoding.crops - 1
+        others = bits.info.crops - 1
         crop = 1 + int(float(draws[1]) * others) if others and draws[0] < share else 0
-        return bits.read(index, crop, int(bits.encoding.flips and draws[4] < 0.5))
+        return bits.read(index, crop, int(bits.info.flips and draws[4] < 0.5))
 
     def _crop(self, images: ImageDataset, index: int, draws: np.ndarray, share: float) -> np.ndarray:
         size = self.config.image_size

@@ -20,7 +20,7 @@ from bitdance.config import (
 )
 from bitdance.data.class_names import imagenet, numbered
 from bitdance.data.images import ImageDataset, open_images
-from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest, open_token_cache
+from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -37,7 +37,7 @@ _FREE = (
     "results_dir",
     "max_steps",
     "num_workers",
-    "max_broken",
+    "max_bad_images",
     "log_every",
     "save_every",
     "save_minutes",
@@ -120,7 +120,7 @@ def train_model(
     digest = weights_file.digest(contents.states["autoencoder"])
     del contents  # what the file holds, which is in memory a second time
     with init_distributed(device) as world:
-        images = open_token_cache(run.data_path) if is_token_cache(run.data_path) else open_images(run.data_path)
+        images = TokenDataset(run.data_path) if is_token_cache(run.data_path) else open_images(run.data_path)
         if isinstance(images, TokenDataset):
             images.check(digest, run.image_size)
         config = _model_config(sizes, autoencoder.config, run.image_size, images)

@@ -148,7 +148,7 @@ class Run:
                 bar.update()
                 line: Line = {}
                 if self._due(config.log_every):
-                    line = meter.read() | {"lr": rate, "broken_images": len(self.batches.broken)}
+                    line = meter.read() | {"lr": rate, "bad_images": len(self.batches.bad_images)}
                     bar.set_postfix_str(shown(line))
                     self._check_health(batch, int(line.pop("consecutive") or 0))
                 with meter.paused():

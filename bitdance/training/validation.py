@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitdance.config import TrainConfig
 from bitdance.data.images import ImageDataset, open_images
-from bitdance.data.token_cache import TokenDataset, is_token_cache, open_token_cache
+from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.training.loader import Loader
@@ -51,7 +51,7 @@ class Validation:
         if is_token_cache(config.val_path):
             if autoencoder is None:
                 raise UserError(f"--val-path {config.val_path} holds bits: an autoencoder is validated on images.")
-            images = open_token_cache(config.val_path)
+            images = TokenDataset(config.val_path)
             images.check(autoencoder, config.image_size)
         else:
             images = open_images(config.val_path, "test" if same else "train")
