@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from test_training import CPU, SIZES, config, log
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
 from bitdance.config import AutoencoderLossConfig, LossConfig
-from bitdance.data.cache_writer import Encoder, write_token_cache
+from bitdance.data.cache_writer import CacheWriter, EncodeResult
 from bitdance.data.crops import center_crop, normalize, random_crop, to_array
 from bitdance.data.images import open_images
-from bitdance.data.token_cache import TokenDataset, open_token_cache
+from bitdance.data.token_cache import TokenDataset
 from bitdance.models.quantizer import pack, unpack
 from bitdance.models.tokens import tokens_from_grid
 from bitdance.runtime.errors import UserError
@@ -54,16 +55,16 @@ def weights(tmp_path_factory) -> pathlib.Path:
     return small.save_pair(tmp_path_factory.mktemp("pair")).parent / "autoencoder.safetensors"
 
 
-def encoder(weights: pathlib.Path, **changes: object) -> Encoder:
-    contents = weights_file.read(weights)
-    settings: dict[str, object] = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2}
-    digest = weights_file.digest(contents.states["autoencoder"])
-    return Encoder(weights_file.load_autoencoder(contents), digest, **{**settings, **changes})  # type: ignore[arg-type]
+def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
+    file = weights_file.read(weights)
+    settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
+    digest = weights_file.digest(file.states["autoencoder"])
+    return CacheWriter(open_images(data), weights_file.load_autoencoder(file), digest, folder, **settings).run(ALONE)
 
 
 def store(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> TokenDataset:
-    write_token_cache(open_images(data), encoder(weights, **changes), folder, ALONE)
-    return open_token_cache(folder)
+    encode(data, weights, folder, **changes)
+    return TokenDataset(folder)
 
 
 def arguments(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, *others: object) -> list[str]:
@@ -117,18 +118,18 @@ def views_by_hand(image: Image.Image, seed: int, index: int, crops: int) -> list
 def test_the_metadata_say_how_a_store_was_made(data, weights, tmp_path):
     store(data, weights, tmp_path / "bits", crops=2, flips=False, seed=3)
     shard = weights_file.read(tmp_path / "bits" / "000002.safetensors")
-    assert shard.metadata["kind"] == "bits" and shard.metadata["format_version"] == "1"
-    assert shard.config["covered"] == [10, 12] and shard.config["broken"] == []
-    encoding = shard.config["encoding"]
+    assert shard.metadata["kind"] == "tokens" and shard.metadata["format_version"] == "1"
+    assert shard.config["covered"] == [10, 12] and shard.config["bad_images"] == []
+    encoding = shard.config["info"]
     assert encoding["autoencoder"] == weights_file.read(weights).metadata["digest"]
     assert encoding["classes"] == ["class-0", "class-1", "class-2"]
     assert {name: encoding[name] for name in ("image_size", "grid", "bits", "crops", "flips", "seed", "precision")} == {
         "image_size": 16, "grid": 4, "bits": 8, "crops": 2, "flips": False, "seed": 3, "precision": "float32",
     }  # fmt: skip
-    state = shard.states["bits"]
+    state = shard.states["tokens"]
     assert state["indices"].tolist() == [10, 11] and state["labels"].tolist() == [2, 2]
     assert tuple(state["bits"].shape) == (2, 2, 1, 16, 1)
-    manifest = json.loads((tmp_path / "bits" / "bits.json").read_text())
+    manifest = json.loads((tmp_path / "bits" / "token_cache.json").read_text())
     assert [entry["images"] for entry in manifest["shards"]] == [5, 5, 2]
 
 
@@ -137,17 +138,23 @@ def test_one_process_and_two_write_the_same_bytes(data, weights, tmp_path, capsy
     script.write_text("from bitdance.cli.main import main\nmain()\n")
     main(arguments(data, weights, tmp_path / "1", "--crops", 2))
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (said["images"], said["broken"], said["shards"], said["made"], said["processes"]) == (12, 0, 3, 12, 1)
+    assert (said["images"], said["bad_images"], said["shards"], said["made"], said["processes"]) == (12, 0, 3, 12, 1)
     run = small.run(script, *arguments(data, weights, tmp_path / "2", "--crops", 2), processes=2)
     assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
-    assert sorted(one) == ["000000.safetensors", "000001.safetensors", "000002.safetensors", "bits.json", "job.json"]
+    assert sorted(one) == [
+        "000000.safetensors",
+        "000001.safetensors",
+        "000002.safetensors",
+        "token_cache.json",
+        "job.json",
+    ]
     assert one == two
 
 
 def test_an_interrupted_job_goes_on_and_ends_with_the_same_bytes(data, weights, tmp_path, monkeypatch):
     store(data, weights, tmp_path / "whole")
-    right, calls = Encoder.encode, []
+    right, calls = CacheWriter._encode, []
 
     def killed(self, pixels):
         calls.append(None)
@@ -155,18 +162,18 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_bytes(data, weights, 
             raise KeyboardInterrupt
         return right(self, pixels)
 
-    monkeypatch.setattr(Encoder, "encode", killed)
+    monkeypatch.setattr(CacheWriter, "_encode", killed)
     with pytest.raises(KeyboardInterrupt):
         store(data, weights, tmp_path / "bits")
     assert sorted(contents(tmp_path / "bits")) == ["000000.safetensors", "job.json"]
     with pytest.raises(UserError, match="is not finished: run the `bitdance encode`"):
-        open_token_cache(tmp_path / "bits")
+        TokenDataset(tmp_path / "bits")
     first = (tmp_path / "bits" / "000000.safetensors").stat().st_mtime_ns
-    outcome = write_token_cache(open_images(data), encoder(weights), tmp_path / "bits", ALONE)
+    outcome = encode(data, weights, tmp_path / "bits")
     assert outcome.made == 7 and outcome.images == 12
     assert (tmp_path / "bits" / "000000.safetensors").stat().st_mtime_ns == first  # kept, not made again
     assert contents(tmp_path / "bits") == contents(tmp_path / "whole")
-    assert write_token_cache(open_images(data), encoder(weights), tmp_path / "bits", ALONE).made == 0
+    assert encode(data, weights, tmp_path / "bits").made == 0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "torn", "gone", "another"])
@@ -174,12 +181,12 @@ def test_a_damaged_shard_is_seen_and_made_again(data, weights, tmp_path, damage)
     store(data, weights, tmp_path / "bits")
     before = contents(tmp_path / "bits")
     path = tmp_path / "bits" / "000001.safetensors"
-    place = before[path.name].index(weights_file.read(path).states["bits"]["bits"].numpy().tobytes())
+    place = before[path.name].index(weights_file.read(path).states["tokens"]["bits"].numpy().tobytes())
     if damage == "flipped":
         changed = bytearray(before[path.name])
         changed[place + 3] ^= 4
         path.write_bytes(bytes(changed))
-        bits = open_token_cache(tmp_path / "bits")
+        bits = TokenDataset(tmp_path / "bits")
         with pytest.raises(UserError, match=r"000001\.safetensors is damaged \(image 0, crop 0\): run the `bitdance"):
             bits.read(5, 0, 0)
         assert bits.read(0, 0, 0) is not None
@@ -191,8 +198,8 @@ def test_a_damaged_shard_is_seen_and_made_again(data, weights, tmp_path, damage)
         shutil.copy(tmp_path / "bits" / "000000.safetensors", path)
     if damage != "flipped":
         with pytest.raises(UserError, match=r"000001\.safetensors.*: run the `bitdance encode` that made it again"):
-            open_token_cache(tmp_path / "bits")
-    assert write_token_cache(open_images(data), encoder(weights), tmp_path / "bits", ALONE).made == 5
+            TokenDataset(tmp_path / "bits")
+    assert encode(data, weights, tmp_path / "bits").made == 5
     assert contents(tmp_path / "bits") == before
 
 
@@ -209,7 +216,7 @@ def test_a_store_of_other_settings_is_not_mixed(data, weights, tmp_path, changes
 
 def test_a_damaged_manifest_is_a_sentence(data, weights, tmp_path):
     store(data, weights, tmp_path / "bits")
-    path = tmp_path / "bits" / "bits.json"
+    path = tmp_path / "bits" / "token_cache.json"
     text = path.read_text()
     shorter = json.loads(text)
     del shorter["shards"][1]
@@ -223,7 +230,7 @@ def test_a_damaged_manifest_is_a_sentence(data, weights, tmp_path):
     ):
         path.write_text(wrong)
         with pytest.raises(UserError, match="bitdance encode"):
-            open_token_cache(tmp_path / "bits")
+            TokenDataset(tmp_path / "bits")
 
 
 # ------------------------------------------------------------ training
@@ -275,10 +282,10 @@ def views_seen(batches: Loader, bits: TokenDataset, steps: range) -> list[tuple[
     names = {
         bits.read(index, crop, flip).tobytes(): (index, crop, flip)
         for index in range(len(bits))
-        for crop in range(bits.encoding.crops)
-        for flip in range(1 + bits.encoding.flips)
+        for crop in range(bits.info.crops)
+        for flip in range(1 + bits.info.flips)
     }
-    assert len(names) == len(bits) * bits.encoding.crops * (1 + bits.encoding.flips)
+    assert len(names) == len(bits) * bits.info.crops * (1 + bits.info.flips)
     return [names[view.numpy().tobytes()] for step in steps for view in batches.load(step).inputs]
 
 
@@ -381,7 +388,7 @@ def test_broken_images_are_named_once_and_replaced(damaged, capsys):
     whole = Loader(images, config(damaged), ALONE)
     batches = [whole.load(step) for step in range(9)]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and len(whole.broken) == 3
+    assert len(lines) == 3 and len(whole.bad_images) == 3
     for number, line in enumerate(sorted(lines, key=lambda line: line.split()[2])):
         assert line.startswith(f"bitdance: skipped, {number + 1} so far: cannot read the image {damaged}")
     for place in ("class-0/1.png", "class-1/2.png", "class-1/3.png"):
@@ -405,14 +412,14 @@ def test_broken_images_are_named_once_and_replaced(damaged, capsys):
 
 def test_a_run_with_broken_images_resumes_bit_for_bit(damaged, weights, tmp_path):
     whole = train(damaged, weights, tmp_path / "whole")
-    assert log(tmp_path / "whole")[-1]["broken_images"] == 3
+    assert log(tmp_path / "whole")[-1]["bad_images"] == 3
     train(damaged, weights, tmp_path / "parts", max_steps=4)
-    assert train(damaged, weights, tmp_path / "parts", max_broken=3).metadata["digest"] == whole.metadata["digest"]
+    assert train(damaged, weights, tmp_path / "parts", max_bad_images=3).metadata["digest"] == whole.metadata["digest"]
 
 
 def test_too_many_broken_images_stop_a_run(damaged, weights, tmp_path):
     with pytest.raises(UserError, match=r"broken than --max-broken 2 allows, the last one: cannot read"):
-        train(damaged, weights, tmp_path / "run", max_broken=2)
+        train(damaged, weights, tmp_path / "run", max_bad_images=2)
 
 
 def test_a_set_without_one_whole_image_is_a_sentence(damaged):
@@ -427,18 +434,22 @@ def test_broken_images_are_left_out_of_a_store(damaged, weights, tmp_path, capsy
     assert capsys.readouterr().err.count("bitdance: skipped, ") == 3
     assert bits.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     shards = [weights_file.read(tmp_path / "bits" / f"00000{number}.safetensors") for number in range(3)]
-    assert [shard.config["broken"] for shard in shards] == [["class-0/1.png"], ["class-1/2.png", "class-1/3.png"], []]
-    assert [shard.states["bits"]["indices"].tolist() for shard in shards] == [[0, 2, 3, 4], [5, 8, 9], [10, 11]]
-    undamaged = store(damaged, weights, tmp_path / "again", max_broken=3)
+    assert [shard.config["bad_images"] for shard in shards] == [
+        ["class-0/1.png"],
+        ["class-1/2.png", "class-1/3.png"],
+        [],
+    ]
+    assert [shard.states["tokens"]["indices"].tolist() for shard in shards] == [[0, 2, 3, 4], [5, 8, 9], [10, 11]]
+    undamaged = store(damaged, weights, tmp_path / "again", max_bad_images=3)
     assert np.array_equal(undamaged.read(8, 0, 1), bits.read(8, 0, 1))
 
 
 def test_too_many_broken_images_stop_an_encoding_also_when_it_is_run_again(damaged, weights, tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="--max-broken 2 allows, the last one"):
-            store(damaged, weights, tmp_path / "bits", max_broken=2)
-    assert not (tmp_path / "bits" / "bits.json").exists()
-    assert len(store(damaged, weights, tmp_path / "bits", max_broken=3)) == 9
+            store(damaged, weights, tmp_path / "bits", max_bad_images=2)
+    assert not (tmp_path / "bits" / "token_cache.json").exists()
+    assert len(store(damaged, weights, tmp_path / "bits", max_bad_images=3)) == 9
 
 
 @pytest.mark.parametrize("flag", ["--crops", "--batch-size", "--shard-size", "--image-size", "--num-workers"])

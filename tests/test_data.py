@@ -1,8 +1,8 @@
-"""Reading labelled images, and ADM's crops."""
+"""Decoding images, class folders and zips of them, CIFAR-10, and ADM's crops."""
 
 from __future__ import annotations
 
-import concurrent.futures
+import gzip
 import io
 import multiprocessing
 import os
@@ -10,13 +10,19 @@ import pathlib
 import pickle
 import struct
 import tarfile
+import time
+import tracemalloc
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance.data import crops, images
+from bitdance.data import crops, decoding
+from bitdance.data.folders import ZipImages
+from bitdance.data.image_dataset import ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
 from bitdance.runtime.errors import UserError
 
@@ -36,207 +42,153 @@ def encoded(pixels: np.ndarray, file_format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def write_folder(root: pathlib.Path, names: list[str] = NAMES) -> pathlib.Path:
-    for seed, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(encoded(picture(seed)))
-    return root
+FILES = {name: encoded(picture(seed)) for seed, name in enumerate(NAMES)}
 
 
-def write_zip(path: pathlib.Path, prefix: str = "", names: list[str] = NAMES) -> pathlib.Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for seed, name in reversed(list(enumerate(names))):
-            archive.writestr(prefix + name, encoded(picture(seed)))
+def write(path: pathlib.Path, data: bytes) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
     return path
 
 
-def add_tar(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
+def write_folder(path: pathlib.Path, files: dict[str, bytes] = FILES) -> pathlib.Path:
+    for name, data in files.items():
+        write(path / name, data)
+    return path
 
 
-def assert_named_set(found: images.ImageDataset) -> None:
-    assert found.classes == ("cat", "dog", "dog-2")
-    assert len(found) == len(NAMES)
-    assert found.labels.dtype == np.int64 and found.labels.tolist() == LABELS
-    assert [found.name(index) for index in range(len(found))] == NAMES
-    for index in range(len(found)):
-        image = found.read(index)
-        assert image.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(image), picture(index))
+def write_zip(path: pathlib.Path, files: dict[str, bytes] = FILES) -> pathlib.Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in reversed(files.items()):
+            archive.writestr(name, data)
+    return path
 
 
-# Folders and zips
+def tar(files: dict[str, bytes], file_format: int = tarfile.GNU_FORMAT, mode: Any = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode, format=file_format) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
 
 
-def test_folder_of_class_folders(tmp_path: pathlib.Path) -> None:
-    write_folder(tmp_path)
-    for name in IGNORED:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"not an image")
-    found = open_images(str(tmp_path))
-    assert_named_set(found)
-    assert found.path == tmp_path
-    assert_named_set(pickle.loads(pickle.dumps(found)))
-    with pytest.raises(IndexError):
-        found.read(len(NAMES))
+def fails(path: pathlib.Path, *words: str, split: Any = "train") -> None:
+    """Opening the path must fail with one line that holds the path and the words."""
+    with pytest.raises(UserError) as caught:
+        open_images(path, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in (str(path), *words)), message
 
 
-@pytest.mark.parametrize("prefix", ["", "train/"])
-@pytest.mark.parametrize("file_name", ["pictures.zip", "no-extension"])
-def test_zip_of_class_folders(tmp_path: pathlib.Path, prefix: str, file_name: str) -> None:
-    path = write_zip(tmp_path / file_name, prefix)
-    with zipfile.ZipFile(path, "a") as archive:
-        for name in IGNORED:
-            archive.writestr(name if name.startswith("__MACOSX") else prefix + name, b"not an image")
-        archive.writestr(f"{prefix}cat/", b"")
-    found = open_images(path)
-    assert_named_set(found)
-    assert_named_set(pickle.loads(pickle.dumps(found)))
+def mutations(good: bytes, count: int, flips: int, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """Copies of a file with some random bytes between `start` and `stop`."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        data = np.frombuffer(good, np.uint8).copy()
+        data[rng.integers(start, min(stop or len(data), len(data)), flips)] = rng.integers(0, 256, flips)
+        yield data.tobytes()
+
+
+def pixels(found: ImageDataset) -> list[bytes]:
+    return [found.read(index).tobytes() for index in range(len(found))]
+
+
+def is_refused(path: pathlib.Path, split: Any = "train") -> bool:
+    """Whether a path or an image in it is refused; anything but a `UserError` fails the test."""
+    try:
+        found = open_images(path, split)
+        _ = [found.name(index) for index in range(len(found))], pixels(found)
+    except UserError:
+        return True
+    return False
+
+
+# ------------------------------------------------------------ folders and zips
+
+
+@pytest.mark.parametrize("route", ["folder", "pictures.zip", "no-extension", "wrapped.zip", "pictures.tar", "wrapped"])
+def test_every_route_gives_the_same_images(tmp_path: pathlib.Path, route: str) -> None:
+    prefix = "train/" if "wrapped" in route else ""
+    others = {name if "__" in name else prefix + name: b"not an image" for name in IGNORED}
+    files = {**others, **{prefix + name: data for name, data in FILES.items()}}
+    if route == "folder":
+        path = write_folder(tmp_path / route, files)
+    elif route in ("pictures.tar", "wrapped"):
+        path = write(tmp_path / route, tar({f"./{name}": data for name, data in {"": b"", **files}.items()}))
+    else:
+        path = write_zip(tmp_path / route, {f"{prefix}cat/": b"", **files})
+    opened = open_images(str(path))
+    for found in (opened, pickle.loads(pickle.dumps(opened)), open_images(path)):  # a tar, the third time by its index
+        assert found.path == path and found.classes == ("cat", "dog", "dog-2")
+        assert found.labels.dtype == np.int64 and found.labels.tolist() == LABELS
+        assert [found.name(index) for index in range(len(found))] == NAMES
+        for index in range(len(found)):
+            image = found.read(index)
+            assert image.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(image), picture(index))
+        with pytest.raises(IndexError):
+            found.read(len(NAMES))
 
 
 def test_zip_of_one_class_is_not_taken_for_a_wrapper(tmp_path: pathlib.Path) -> None:
-    found = open_images(write_zip(tmp_path / "one.zip", names=["cat/a.png", "cat/b.png"]))
+    found = open_images(write_zip(tmp_path / "one.zip", {"cat/a.png": b"", "cat/b.png": b""}))
     assert found.classes == ("cat",) and [found.name(0), found.name(1)] == ["cat/a.png", "cat/b.png"]
-
-
-def _read_all(found: images.ImageDataset) -> list[bytes]:
-    return [found.read(index).tobytes() for _ in range(20) for index in range(len(found))]
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_zip_in_several_processes(tmp_path: pathlib.Path, method: str) -> None:
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system cannot {method}")
-    found = open_images(write_zip(tmp_path / "a.zip"))
-    context = multiprocessing.get_context(method)
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        jobs = [pool.submit(_read_all, found) for _ in range(2)]
-        here = _read_all(found)
-        assert all(job.result(timeout=60) == here for job in jobs)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_opens_the_zip_anew_even_under_a_held_lock(tmp_path: pathlib.Path) -> None:
     found = open_images(write_zip(tmp_path / "a.zip"))
-    assert isinstance(found, images._ZipImages)
+    assert isinstance(found, ZipImages)
     mine, lock = found._open()
     with lock:  # as if another thread were reading at the moment of the fork
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
         child = context.Process(target=lambda: queue.put((found._open()[0] is mine, found.read(3).tobytes())))
         child.start()
-        shared, pixels = queue.get(timeout=120)
+        shared, data = queue.get(timeout=120)
         child.join(30)
-    assert not shared and pixels == picture(3).tobytes()
-
-
-def test_zip_in_several_threads(tmp_path: pathlib.Path) -> None:
-    found = open_images(write_zip(tmp_path / "a.zip"))
-    here = _read_all(found)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert all(result == here for result in pool.map(_read_all, [found] * 4))
-
-
-@pytest.mark.parametrize(
-    "kind", ["grey", "palette", "transparent", "alpha", "cmyk", "one-bit", "deep-grey", "deep-tiff"]
-)
-def test_every_mode_becomes_rgb(tmp_path: pathlib.Path, kind: str) -> None:
-    rgb = picture(0)
-    grey = rgb[..., 0]
-    expected = np.repeat(grey[..., None], 3, axis=2)
-    path = tmp_path / "c" / ("x.tif" if kind in ("cmyk", "deep-tiff") else "x.png")
-    path.parent.mkdir()
-    if kind == "grey":
-        Image.fromarray(grey).save(path)
-    elif kind in ("palette", "transparent"):
-        image = Image.frombytes("P", (6, 5), bytes(range(30)))
-        image.putpalette(rgb.tobytes())
-        if kind == "transparent":
-            image.save(path, transparency=bytes([0] * 15 + [255] * 15))
-        else:
-            image.save(path)
-        expected = rgb
-    elif kind == "alpha":
-        Image.fromarray(np.dstack([rgb, grey])).save(path)
-        expected = rgb
-    elif kind == "cmyk":
-        Image.frombytes("CMYK", (6, 5), np.dstack([255 - rgb, np.zeros_like(grey)]).tobytes()).save(path)
-        expected = rgb
-    elif kind == "one-bit":
-        Image.fromarray(grey > 127).save(path)
-        expected = np.where(expected > 127, 255, 0)
-    else:  # the byte v is 257 * v in 16 bits; the offset is below half a step, so it rounds away
-        Image.fromarray(np.minimum(grey.astype(np.uint16) * 257 + 100, 65535).astype(np.uint16)).save(path)
-    image = open_images(tmp_path).read(0)
-    assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), expected)
-
-
-def _user_error(path: pathlib.Path, *parts: str, **options: str) -> None:
-    with pytest.raises(UserError) as caught:
-        open_images(path, **options)  # type: ignore[arg-type]
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (str(path), *parts):
-        assert part in message, message
+    assert not shared and data == picture(3).tobytes()
 
 
 def test_errors_of_folders(tmp_path: pathlib.Path) -> None:
-    _user_error(tmp_path / "nowhere", "no such file or folder")
-    _user_error(tmp_path, "no images", "<class>/<image>.jpg")
-    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
-    _user_error(tmp_path, "no class folders", "<class>/<image>.jpg")
+    fails(tmp_path / "nowhere", "no such file or folder")
+    fails(tmp_path, "no images", "<class>/<image>.jpg")
+    write(tmp_path / "a.png", FILES[NAMES[0]])
+    fails(tmp_path, "no class folders", "<class>/<image>.jpg")
     write_folder(tmp_path)
     (tmp_path / "empty").mkdir()
-    _user_error(tmp_path, "'empty'", "holds no images")
+    fails(tmp_path, "'empty'", "holds no images")
     (tmp_path / "empty").rmdir()
-    _user_error(tmp_path, "no split 'test'", split="test")
+    fails(tmp_path, "no split 'test'", split="test")
     with pytest.raises(UserError, match="must be 'train' or 'test'"):
         open_images(tmp_path, split="val")  # type: ignore[arg-type]
 
 
 def test_errors_of_zips(tmp_path: pathlib.Path) -> None:
-    good = write_zip(tmp_path / "good.zip").read_bytes()
-    bad = tmp_path / "bad.zip"
-    for data, part in [
+    path = write_zip(tmp_path / "x.zip")
+    fails(path, "no split", split="test")
+    good = path.read_bytes()
+    for data, words in (
         (b"<html>Not found</html>" * 100, "not a zip"),
         (b"", "not a zip"),
         (good[: len(good) // 2], "truncated"),
         (good[:-30], "truncated"),
-    ]:
-        bad.write_bytes(data)
-        _user_error(bad, part)
-    bad.unlink()
-    _user_error(write_zip(bad, names=[]), "no images")
-    bad.unlink()
-    _user_error(write_zip(bad, names=["a.png"]), "no class folders")
-    _user_error(tmp_path / "good.zip", "no split", split="test")
+    ):
+        fails(write(path, data), words)
+    fails(write_zip(path, {}), "no images")
+    fails(write_zip(path, {"a.png": b""}), "no class folders")
+    assert sum(is_refused(write(path, data)) for data in mutations(good, 150, 8)) > 100
 
 
-def test_mutated_zips_never_raise_anything_else(tmp_path: pathlib.Path) -> None:
-    good = np.frombuffer(write_zip(tmp_path / "good.zip").read_bytes(), np.uint8)
-    rng = np.random.default_rng(0)
-    path = tmp_path / "bad.zip"
-    refused = 0
-    for _ in range(150):
-        data = good.copy()
-        data[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
-        path.write_bytes(data.tobytes())
-        try:
-            found = open_images(path)
-            for index in range(len(found)):
-                found.read(index)
-        except UserError:
-            refused += 1
-    assert refused > 100
-
-
-@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "bomb", "float"])
-@pytest.mark.parametrize("place", ["folder", "zip"])
+@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "bomb", "float", "large"])
+@pytest.mark.parametrize("archive", [False, True])
 def test_unreadable_image_is_named(
-    tmp_path: pathlib.Path, kind: str, place: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, kind: str, archive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {
         "text": b"<html></html>",
@@ -244,18 +196,16 @@ def test_unreadable_image_is_named(
         "empty": b"",
         "bomb": encoded(np.zeros((100, 100, 3), np.uint8)),
         "float": encoded(np.zeros((4, 4), np.float32), file_format="TIFF"),
+        "large": bytes(2000),
     }[kind]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4500)
-    if place == "folder":
-        path = tmp_path / "set"
-        (path / "cat").mkdir(parents=True)
-        (path / "cat" / "bad.jpg").write_bytes(data)
-    else:
-        path = tmp_path / "set.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("train/cat/bad.jpg", data)
+    for module in ("decoding", "folders"):
+        monkeypatch.setattr(f"bitdance.data.{module}.MAX_FILE_BYTES", 1900)
+    files = {"train/cat/bad.jpg" if archive else "cat/bad.jpg": data}
+    path = write_zip(tmp_path / "x.zip", files) if archive else write_folder(tmp_path / "x", files)
     found = open_images(path)
-    with pytest.raises(UserError, match="too many pixels" if kind == "bomb" else "cannot read the image") as caught:
+    words = {"bomb": "too many pixels", "large": "more than 1900 bytes"}.get(kind, "cannot read the image")
+    with pytest.raises(UserError, match=words) as caught:
         found.read(0)
     assert "cat/bad.jpg" in str(caught.value) and str(path) in str(caught.value)
 
@@ -270,14 +220,49 @@ def test_files_that_vanish_are_named(tmp_path: pathlib.Path) -> None:
             found.read(0)
 
 
+def test_evenly_spaced() -> None:
+    assert evenly_spaced(10, 3).tolist() == [0, 4, 9] and evenly_spaced(10, 3).dtype == np.int64
+    assert evenly_spaced(3, None).tolist() == evenly_spaced(3, 7).tolist() == [0, 1, 2]
+
+
+# ------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize(
+    "kind", ["grey", "palette", "transparent", "alpha", "cmyk", "one-bit", "deep-grey", "deep-tiff"]
+)
+def test_every_mode_becomes_rgb(tmp_path: pathlib.Path, kind: str) -> None:
+    rgb = picture(0)
+    grey = rgb[..., 0]
+    expected, options = np.repeat(grey[..., None], 3, axis=2), {}
+    if kind == "grey":
+        image = Image.fromarray(grey)
+    elif kind in ("palette", "transparent"):
+        image, expected = Image.frombytes("P", (6, 5), bytes(range(30))), rgb
+        image.putpalette(rgb.tobytes())
+        options = {"transparency": bytes([0] * 15 + [255] * 15)} if kind == "transparent" else {}
+    elif kind == "alpha":
+        image, expected = Image.fromarray(np.dstack([rgb, grey])), rgb
+    elif kind == "cmyk":
+        image = Image.frombytes("CMYK", (6, 5), np.dstack([255 - rgb, np.zeros_like(grey)]).tobytes())
+        expected = rgb
+    elif kind == "one-bit":
+        image, expected = Image.fromarray(grey > 127), np.where(expected > 127, 255, 0)
+    else:  # the byte v is 257 * v in 16 bits; the offset is below half a step, so it rounds away
+        image = Image.fromarray(np.minimum(grey.astype(np.uint16) * 257 + 100, 65535).astype(np.uint16))
+    path = tmp_path / ("x.tif" if kind in ("cmyk", "deep-tiff") else "x.png")
+    image.save(path, **options)
+    found = decoding.read_image(path)
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
 def test_only_image_decoders_are_used() -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(picture(0)).save(buffer, "EPS")  # Pillow would start Ghostscript for it
-    with pytest.raises(UserError, match="no known image format"):
-        images.decode_image(buffer.getvalue(), "x.jpg")
+    with pytest.raises(UserError, match="no known image format"):  # Pillow would start Ghostscript for EPS
+        decoding.decode_image(encoded(picture(0), "EPS"), "x.jpg")
 
 
-# CIFAR-10
+# ------------------------------------------------------------ CIFAR-10
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird")
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -289,20 +274,14 @@ def cifar_batch(number: int) -> tuple[np.ndarray, list[int]]:
     return rng.integers(0, 256, (4, 3072), dtype=np.uint8), [int(label) for label in rng.integers(0, 3, 4)]
 
 
-def python2_string(data: bytes) -> bytes:
-    return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
-
-
 def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
     """A batch in the very opcodes of the official files, which Python 2 and an early numpy wrote."""
-    text = python2_string
-    dtype = (
-        b"cnumpy\ndtype\n"
-        + text(b"u1")
-        + b"K\x00K\x01\x87R(K\x03"
-        + text(b"|")
-        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    )
+
+    def text(data: bytes) -> bytes:
+        return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
+
+    state = text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + state
     shape = b"".join(b"M" + struct.pack("<H", side) for side in pixels.shape) + b"\x86"
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
     array += b"(K\x01" + shape + dtype + b"\x89" + text(pixels.tobytes()) + b"tb"
@@ -329,35 +308,26 @@ def cifar_files(layout: str) -> dict[str, bytes]:
     return files
 
 
-def write_cifar(tmp_path: pathlib.Path, files: dict[str, bytes], packed: bool) -> pathlib.Path:
-    if packed:
-        with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
-            for name, data in files.items():
-                add_tar(archive, f"cifar-10-batches-xy/{name}", data)
-        return tmp_path / "cifar.tar.gz"
-    folder = tmp_path / "cifar-10-batches"
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("mode", ["w:gz", "w", "folder"])
 @pytest.mark.parametrize("layout", ["python2", "python3", "binary"])
-def test_cifar10(tmp_path: pathlib.Path, layout: str, packed: bool) -> None:
-    path = write_cifar(tmp_path, cifar_files(layout), packed)
+def test_cifar10(tmp_path: pathlib.Path, layout: str, mode: str) -> None:
+    files = {f"cifar-10-batches-xy/{name}": data for name, data in cifar_files(layout).items()}
+    if mode == "folder":
+        path = write_folder(tmp_path, files) / "cifar-10-batches-xy"
+    else:
+        path = write(tmp_path / "cifar.tar", tar(files, mode=mode))
     for split, numbers in (("train", range(5)), ("test", range(5, 6))):
         found = open_images(path, split=split)  # type: ignore[arg-type]
         assert found.classes == CIFAR_CLASSES
         assert found.labels.dtype == np.int64
         assert found.labels.tolist() == [label for number in numbers for label in cifar_batch(number)[1]]
-        pixels = np.concatenate([cifar_batch(number)[0] for number in numbers])
-        assert len(found) == len(pixels)
+        planes = np.concatenate([cifar_batch(number)[0] for number in numbers])
+        assert len(found) == len(planes)
         for index in (0, 3, len(found) - 1):
             image = np.asarray(found.read(index))
             assert image.shape == (32, 32, 3) and image.dtype == np.uint8
             for row, column, channel in [(0, 0, 0), (0, 31, 1), (31, 0, 2), (17, 5, 1)]:
-                assert image[row, column, channel] == pixels[index, 1024 * channel + 32 * row + column]
+                assert image[row, column, channel] == planes[index, 1024 * channel + 32 * row + column]
             assert found.name(index) == f"{CIFAR_CLASSES[found.labels[index]]}/{index:05d}.png"
         assert len({found.name(index) for index in range(len(found))}) == len(found)
     assert len(open_images(path)) == 20
@@ -372,85 +342,95 @@ class _Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("victim", ["batches.meta", "data_batch_3"])
-def test_cifar10_pickle_with_code_is_refused(tmp_path: pathlib.Path, victim: str) -> None:
-    files = cifar_files("python2")
-    files[victim] = pickle.dumps({"labels": [0], "data": _Malicious(tmp_path / "executed")}, protocol=2)
-    _user_error(write_cifar(tmp_path, files, packed=False), victim, "carries code", "mkdir")
-    assert not (tmp_path / "executed").exists()
+def test_hostile_pickles_of_cifar10(tmp_path: pathlib.Path) -> None:
+    files, marker = cifar_files("python2"), tmp_path / "executed"
+    code = pickle.dumps({"labels": [0], "data": _Malicious(marker)}, protocol=2)
+    doubled = b"2\x86" * 60  # a tuple of itself twice, 60 times: hashing it as a key would take forever
+    nested = b"](" * 50 + b"e" * 50
+    batch = python2_batch(*cifar_batch(0))
+    for name, data, *words in (
+        ("batches.meta", code, "carries code", "mkdir"),
+        ("data_batch_3", code, "carries code", "mkdir"),
+        ("data_batch_1", batch.replace(b"U\x02u1", b"U\x02O8"), "'O8'"),  # numpy would take bytes for object pointers
+        ("batches.meta", files["batches.meta"][:-1] + b"r\xff\xff\xff\x7f.", "memo index"),  # would cost gigabytes
+        ("batches.meta", files["batches.meta"][:-1] + b"p2147483647\n.", "memo index"),
+        ("batches.meta", files["batches.meta"][:-1] + b"\x96" + struct.pack("<Q", 1 << 40) + b".", "cannot read"),
+        ("batches.meta", b"\x80\x02}K\x01\x85" + doubled + b"K\x01s.", "nested tuples"),
+        ("batches.meta", b"\x80\x02}U\x0blabel_names" + nested + b"s.", "expected a string"),
+        ("data_batch_1", batch.replace(b"labels](", b"labels](](e"), "not a list of integers"),
+    ):
+        path = write_folder(tmp_path / "cifar", {**files, name: data})
+        fails(path, name, *words)
+    assert not marker.exists()
 
 
-def test_cifar10_pickle_cannot_forge_arrays(tmp_path: pathlib.Path) -> None:
-    """numpy's own unpickling would take raw bytes for object pointers here."""
-    pixels, labels = cifar_batch(0)
-    files = cifar_files("python2")
-    files["data_batch_1"] = python2_batch(pixels, labels).replace(b"U\x02u1", b"U\x02O8")
-    _user_error(write_cifar(tmp_path, files, packed=False), "data_batch_1", "'O8'")
-
-
-def test_cifar10_pickle_cannot_ask_for_all_memory(tmp_path: pathlib.Path) -> None:
-    files = cifar_files("python2")
-    for bomb in (b"r\xff\xff\xff\x7f", b"p2147483647\n", b"\x96" + struct.pack("<Q", 1 << 40)):
-        meta = files["batches.meta"][:-1] + bomb + b"."
-        _user_error(write_cifar(tmp_path, {**files, "batches.meta": meta}, packed=False), "batches.meta", "cannot read")
-
-
-def test_cifar10_errors(tmp_path: pathlib.Path) -> None:
+def test_errors_of_cifar10(tmp_path: pathlib.Path) -> None:
     pixels, labels = cifar_batch(4)
     for layout, meta, batch in (
         ("python2", "batches.meta", "data_batch_5"),
         ("binary", "batches.meta.txt", "data_batch_5.bin"),
     ):
-        (tmp_path / layout).mkdir()
-        files = cifar_files(layout)
+        folder, files = tmp_path / layout, cifar_files(layout)
         foreign = python2_batch(pixels, [9, *labels[1:]]) if layout == "python2" else b"\x09" + files[batch][1:]
-        for name, data, part in [
+        for name, data, words in [
             (batch, files[batch][:-5], "cannot read"),
             (batch, b"", "cannot read"),
-            (batch, foreign, "a label lies outside 0 to 2"),
+            (batch, foreign, "a label is outside 0 to 2"),
             (meta, b"", "cannot read"),
         ]:
-            _user_error(write_cifar(tmp_path / layout, {**files, name: data}, packed=False), name, part)
-        folder = write_cifar(tmp_path / layout, files, packed=False)
-        (folder / batch).unlink()
-        _user_error(folder, f"lacks {batch}")
+            fails(write_folder(folder, {**files, name: data}), name, words)
+        (write_folder(folder, files) / batch).unlink()
+        fails(folder, f"lacks {batch}")
         assert len(open_images(folder, split="test")) == 4
-    path = write_cifar(tmp_path, cifar_files("binary"), packed=True)
-    path.write_bytes(path.read_bytes()[:-2000])
-    _user_error(path)
+    packed = tar(cifar_files("binary"), mode="w:gz")
+    fails(write(tmp_path / "x.tar.gz", packed[:-2000]), "is damaged")
 
 
 def test_mutated_cifar10_pickles_never_raise_anything_else(tmp_path: pathlib.Path) -> None:
     files = cifar_files("python2")
-    folder = write_cifar(tmp_path, files, packed=False)
-    rng = np.random.default_rng(0)
-    refused = 0
-    for _ in range(300):
-        name = ("batches.meta", "test_batch")[rng.integers(2)]
-        data = bytearray(files[name])
-        for position in rng.integers(0, min(len(data), 190), 3):
-            data[position] = rng.integers(256)
-        folder.joinpath(name).write_bytes(data)
-        try:
-            open_images(folder, split="test")
-        except UserError:
-            refused += 1
-        folder.joinpath(name).write_bytes(files[name])
+    folder, refused = write_folder(tmp_path, files), 0
+    for name in ("batches.meta", "test_batch"):
+        for data in mutations(files[name], 150, 3, stop=190):
+            refused += is_refused(write(folder / name, data).parent, "test")
+        write(folder / name, files[name])
     assert refused > 200
 
 
-def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "pictures.tar.gz"  # a compressed tar cannot be read in place
-    with tarfile.open(path, "w:gz") as archive:
-        for seed, name in enumerate(NAMES):
-            add_tar(archive, name, encoded(picture(seed)))
-    _user_error(path, "not CIFAR-10", "cifar-10-python.tar.gz")
-    for data in (b"", b"\x00" * 2000, encoded(picture(0)), b"\x1f\x8b\x08 broken gzip"):
-        path.write_bytes(data)
-        _user_error(path, "cifar-10-python.tar.gz")
+def test_hostile_gzips_cost_neither_time_nor_memory(tmp_path: pathlib.Path) -> None:
+    header = bytearray(tar({"x" * 120: b""})[:512])  # of a long name
+
+    def with_size(size: int) -> bytes:
+        header[124:136] = b"%011o\0" % size
+        header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 256)
+        return bytes(header)
+
+    bombs = {
+        "zeros": gzip.compress(with_size(1 << 32)[:512] + bytes(1 << 24)),
+        "a large member": gzip.compress(tar({"data_batch_1": bytes(1 << 24)})[:512] * 3),
+        "a name of gigabytes": gzip.compress(with_size(1 << 31) + bytes(1 << 20)),
+        "many headers": gzip.compress(with_size(0) * 10_000),
+        "many members": gzip.compress(b"".join(tar({f"{i}": b""})[:512] for i in range(1000))),
+    }
+    for name, data in bombs.items():
+        path = write(tmp_path / "x.tar.gz", data)
+        start = time.perf_counter()
+        tracemalloc.start()
+        fails(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26 and time.perf_counter() - start < 5, name
+        tracemalloc.stop()
 
 
-# Crops
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_compressed_tars_of_images_are_refused(tmp_path: pathlib.Path, mode: str) -> None:
+    fails(write(tmp_path / "pictures.tar.x", tar(FILES, mode=mode)), "compressed", "decompress")
+
+
+@pytest.mark.parametrize("data", [b"", bytes(2000), FILES[NAMES[0]], b"\x1f\x8b\x08 broken gzip"], ids="abcd")
+def test_other_files_are_refused(tmp_path: pathlib.Path, data: bytes) -> None:
+    fails(write(tmp_path / "x", data), "cifar-10-python.tar.gz")
+
+
+# ------------------------------------------------------------ crops
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -546,15 +526,11 @@ def test_random_crop_draws_the_short_side(monkeypatch: pytest.MonkeyPatch) -> No
     assert {top for top, _ in corners} == set(range(9)) and {left for _, left in corners} == set(range(14))
 
 
-def test_crops_in_the_published_sizes() -> None:
+def test_crop_arguments() -> None:
     image = Image.fromarray(picture(2, (500, 375)))
-    for size in (256, 512):
+    for size in (256, 512):  # the published ones
         assert crops.center_crop(image, size).size == (size, size)
         assert crops.random_crop(image, size, (0.5, 0.5, 0.5)).size == (size, size)
-
-
-def test_crop_arguments() -> None:
-    image = gradient(40, 40)
     for draws in ((1.0, 0, 0), (0, -0.1, 0), (0, 0, float("nan"))):
         with pytest.raises(ValueError, match=r"\[0, 1\)"):
             crops.random_crop(image, 32, draws)
@@ -562,15 +538,11 @@ def test_crop_arguments() -> None:
         crops.center_crop(image, 0)
 
 
-def test_horizontal_flip() -> None:
-    pixels = picture(3)
-    np.testing.assert_array_equal(crops.to_array(crops.horizontal_flip(Image.fromarray(pixels))), pixels[:, ::-1])
-
-
-def test_to_array_can_be_written_to() -> None:
-    image = Image.fromarray(picture(0))
-    crops.to_array(image)[:] = 0
-    np.testing.assert_array_equal(np.asarray(image), picture(0))
+def test_flips_and_arrays() -> None:
+    image = Image.fromarray(picture(3))
+    np.testing.assert_array_equal(crops.to_array(crops.horizontal_flip(image)), picture(3)[:, ::-1])
+    crops.to_array(image)[:] = 0  # an array of its own
+    np.testing.assert_array_equal(np.asarray(image), picture(3))
 
 
 def test_normalize() -> None:

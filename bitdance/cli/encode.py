@@ -1,4 +1,4 @@
-"""`bitdance encode`: the bits of a set of images, stored to train from."""
+"""`bitdance encode`: a set of images as a token cache to train from."""
 
 from __future__ import annotations
 
@@ -6,63 +6,51 @@ import dataclasses
 import json
 import pathlib
 
-from bitdance.cli.parsing import Positional, parse
-from bitdance.weights.resolve import Precision, choose_dtype, find_autoencoder_alone
+from bitdance.cli.options import DeviceOptions
+from bitdance.cli.parsing import parse
+from bitdance.data.encode_config import EncodeConfig
+
+EXAMPLES = """
+bitdance encode --data-path pictures.zip --autoencoder runs/ae --image-size 32 --output runs/tokens
+torchrun --nproc_per_node 8 -m bitdance encode --data-path imagenet/train --autoencoder autoencoder --output tokens
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """Store the bits of a set of images: `bitdance train --data-path OUTPUT` trains from them without the encoder.
+    """Encode a set of images to a token cache: `bitdance train --data-path OUTPUT` trains without the encoder.
 
-    Any number of processes under torchrun; an interrupted job goes on with the same command.
+    Any number of processes under torchrun; an interrupted job is resumed by the same command.
 
     Attributes:
-        data: images: a folder or zip of class folders, or CIFAR-10's archives.
-        autoencoder: `demo`, or a file of weights.
-        output: folder of the store.
-        image_size: side of the crops in pixels.
-        crops: views of each image: the centre crop, and random crops as in ADM from the second one on.
-        flips: store each view mirrored too.
-        seed: of the random crops.
-        batch_size: views that the encoder takes at once.
-        shard_size: images of a file, the least that is made anew after an interruption.
-        max_broken: images that may be unreadable; they are named and skipped.
-        num_workers: threads that read images.
-        mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
-        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
-        threads: CPU threads; by default all cores.
+        data_path: a folder, zip or tar of class folders, ImageNet's tar or parquet files, or CIFAR-10's archives.
+        autoencoder: demo, autoencoder (the released one), the folder of a training run, or a file of weights.
+        output: folder of the token cache.
     """
 
-    data: Positional[pathlib.Path]
+    data_path: pathlib.Path
     autoencoder: str
     output: pathlib.Path
-    image_size: int = 256
-    crops: int = 1
-    flips: bool = True
-    seed: int = 0
-    batch_size: int = 32
-    shard_size: int = 512
-    max_broken: int = 100
-    num_workers: int = 16
-    mixed_precision: Precision = "auto"
-    device: str | None = None
-    threads: int | None = None
+    how: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Encode, arguments, "bitdance encode")
-    from bitdance.data.cache_writer import Encoder, write_token_cache
+    command = parse(Encode, arguments, "bitdance encode", EXAMPLES)
+    from bitdance.data.cache_writer import CacheWriter
     from bitdance.data.images import open_images
     from bitdance.runtime.process_group import init_distributed
+    from bitdance.sampling.pipeline import choose_dtype
     from bitdance.weights import weights_file
+    from bitdance.weights.resolve import find_weights
 
-    with init_distributed(command.device, command.threads) as world:
-        contents = weights_file.read(find_autoencoder_alone(command.autoencoder))
-        autoencoder = weights_file.load_autoencoder(contents, choose_dtype(command.mixed_precision, world.device))
+    with init_distributed(command.where.device, command.where.threads) as world:
+        contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
+        dtype = choose_dtype(command.where.precision, world.device)
+        autoencoder = weights_file.load_autoencoder(contents, dtype).to(world.device)
         digest = weights_file.digest(contents.states["autoencoder"])
-        own = ("image_size", "crops", "flips", "seed", "batch_size", "shard_size", "num_workers", "max_broken")
-        encoder = Encoder(autoencoder.to(world.device), digest, **{name: getattr(command, name) for name in own})
-        stored = write_token_cache(open_images(command.data), encoder, command.output, world)
+        writer = CacheWriter(open_images(command.data_path), autoencoder, digest, command.output, command.how)
+        result = writer.run(world)
         if world.is_main:
-            print(json.dumps({**dataclasses.asdict(stored), "processes": world.size}, default=str))
+            print(json.dumps({**dataclasses.asdict(result), "processes": world.size}, default=str))

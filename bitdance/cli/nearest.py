@@ -89,11 +89,15 @@ def _summary(distance: np.ndarray) -> dict[str, float]:
 def _samples(folder: pathlib.Path) -> np.ndarray:
     """The images that a record of `bitdance sample` lists: (B, H, W, 3) uint8."""
     import numpy as np
-    from PIL import Image
+
+    from bitdance.data.crops import to_array
+    from bitdance.data.decoding import read_image
 
     try:
         files = [entry["file"] for entry in json.loads((folder / "samples.json").read_text())["images"]]
-        return np.stack([np.asarray(Image.open(folder / file).convert("RGB")) for file in files])
+        return np.stack([to_array(read_image(folder / file)) for file in files])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} holds no images with a samples.json beside them ({type(error).__name__}): name a folder that "
@@ -109,9 +113,10 @@ def _pixels(
     from tqdm import tqdm
 
     from bitdance.data.crops import center_crop, to_array
-    from bitdance.data.images import open_images, spread
+    from bitdance.data.image_dataset import evenly_spaced
+    from bitdance.data.images import open_images
 
     images = open_images(data, split)
-    chosen = spread(len(images), limit)
+    chosen = evenly_spaced(len(images), limit)
     with tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}") as bar:
         return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])

@@ -69,7 +69,8 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     from tqdm import tqdm
 
     from bitdance.data.crops import center_crop, normalize, to_array
-    from bitdance.data.images import open_images, spread
+    from bitdance.data.image_dataset import evenly_spaced
+    from bitdance.data.images import open_images
     from bitdance.metrics.feature_set import Collector, arrays_of
     from bitdance.metrics.frechet_distance import frechet_distance
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
@@ -90,7 +91,7 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     count = min(len(images), command.limit or len(images))
     network = _inception(command, world)
     collectors = [Collector(network, count, keep=1) for _ in range(2)] if network else []
-    chosen, shown = spread(len(images), count), spread(count, command.shown)
+    chosen, shown = evenly_spaced(len(images), count), evenly_spaced(count, command.shown)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     ratios, similarities = [], []
     with tqdm(total=count, unit="image", dynamic_ncols=True) as bar, torch.no_grad():

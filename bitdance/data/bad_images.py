@@ -1,4 +1,4 @@
-"""Images that cannot be read: each is named once and skipped, up to a limit."""
+"""Skips images that cannot be read, up to a limit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from bitdance.runtime.errors import UserError
 
 
 class BadImages:
-    """The broken images that a process has met, for any number of threads.
+    """The unreadable images of a process, shared by its threads.
 
     Args:
-        limit: how many may be skipped.
-        before: how many were skipped earlier, or by others.
+        limit: how many images may be skipped.
+        before: how many images were skipped earlier or by other processes.
     """
 
     def __init__(self, limit: int, before: int = 0) -> None:
@@ -28,10 +28,10 @@ class BadImages:
         return self.before + len(self._indices)
 
     def add(self, index: int, error: UserError) -> None:
-        """Counts an image, once, and says on stderr why it is skipped.
+        """Counts an image, and prints to stderr why it is skipped the first time it is added.
 
         Raises:
-            UserError: there are more than the limit; it names the last one.
+            UserError: more images than the limit are unreadable.
         """
         with self._lock:
             if index in self._indices:
@@ -41,6 +41,6 @@ class BadImages:
             if count <= self.limit:
                 from tqdm import tqdm
 
-                tqdm.write(f"bitdance: skipped, {count} so far: {error}", file=sys.stderr)
+                tqdm.write(f"bitdance: skipped an unreadable image ({count} so far): {error}", file=sys.stderr)
         if count > self.limit:
-            raise UserError(f"more images are broken than --max-broken {self.limit} allows, the last one: {error}")
+            raise UserError(f"more images are unreadable than max_bad_images={self.limit} allows, the last: {error}")

@@ -1,9 +1,8 @@
 """Images in parquet files, as the Hugging Face hub has ImageNet (`data/train-00000-of-00294.parquet`, ...).
 
-A parquet file is made to be read from its beginning to its end. A row cannot be reached without unpacking the row
-group up to it, which for ImageNet is some 100 images of 0.1 MB: from 2,000 of its photographs in groups of 100
-(snappy), one thread decodes 205 images/s in shuffled order and 690 in order, against 800 from a tar in either order.
-To train for many epochs, class folders, a zip or a tar are better.
+A row cannot be read without decompressing its row group up to it, which for ImageNet is about 100 images of 0.1 MB.
+From 2,000 photographs of ImageNet in groups of 100 (snappy), one thread decodes 205 images/s in shuffled order and 690
+in order; from a tar it decodes 800 in either order. For many epochs use class folders, a zip or a tar.
 """
 
 from __future__ import annotations
@@ -11,26 +10,29 @@ from __future__ import annotations
 import json
 import pathlib
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from bitdance.data.class_names import are_imagenet, imagenet
-from bitdance.data.image_dataset import MAX_FILE_BYTES, ImageDataset, decode_image
+from bitdance.data.decoding import decode_image
+from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.errors import UserError
 
-_ROWS_AT_ONCE = 16  # fewer cost calls, more cost bytes that nobody asked for
+_BATCH = 16  # rows that are decompressed at once
 _MAX_CLASSES = 1 << 20
 
 
 class ParquetImages(ImageDataset):
     """Rows of parquet files with the columns `image`, a struct with `bytes`, and `label`, an integer.
 
-    Class names are those that the hub's library wrote into the file; those of ImageNet, and 1000 nameless classes,
-    become its WordNet ids, as in every other format; other nameless classes are called by their numbers. Images are
-    called `<class>/<file>/<row>`.
+    Class names are those that the hub's library, datasets, wrote into the files. The names of ImageNet's classes,
+    and 1000 classes without names, become ImageNet's WordNet ids; other classes without names are called by their
+    numbers. Images are called `<class>/<file>/<row>`.
+
+    Raises:
+        UserError: pyarrow is not installed, or a file is damaged or has other columns.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -40,29 +42,27 @@ class ParquetImages(ImageDataset):
             raise UserError(f"{path} is parquet, which needs pyarrow: pip install 'bitdance[data]'.") from error
         self.path = path
         self._files = find_parquet(path)
-        self._footers = []
-        labels, groups, names = [], [], None
+        self._footers, labels, groups, names = [], [], [], None
         for number, file in enumerate(self._files):
             try:
                 with pq.ParquetFile(file, memory_map=True) as opened:
                     _check_columns(opened.schema_arrow)
-                    names = _class_names(opened.schema_arrow) if names is None else names
-                    column = opened.read(columns=["label"], use_threads=False).column(0)
-                    labels.append(_labels(column.to_pylist() if column.null_count else column.to_numpy()))
+                    labels.append(_read_labels(opened))
                     self._footers.append(opened.metadata)
+                    names = _class_names(opened.schema_arrow) if names is None else names
                 sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
                 if sum(sizes) != len(labels[-1]):
                     raise ValueError(f"it has {len(labels[-1])} labels for {sum(sizes)} rows")
                 groups += [(number, group, size) for group, size in enumerate(sizes)]
             except Exception as error:  # pyarrow has its own exceptions, and raises others too on damaged files
-                raise UserError(f"cannot read {file}: {_reason(error)}; download or make it again.") from error
+                raise UserError(f"cannot read {file}: {_first_line(error)}; download or make it again.") from error
         self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"no images in {path}: its parquet files have no rows.")
         self.classes = _classes(names, int(self.labels.max()) + 1, path)
         table = np.array(groups, dtype=np.int64)
         self._groups, self._ends = table[:, :2], np.cumsum(table[:, 2])
-        self._reading = threading.local()
+        self._reader = threading.local()
 
     def name(self, index: int) -> str:
         index = range(len(self))[index]
@@ -70,74 +70,63 @@ class ParquetImages(ImageDataset):
         return f"{self.classes[self.labels[index]]}/{self._files[number].stem}/{row:06d}"
 
     def read(self, index: int) -> Image.Image:
-        index = range(len(self))[index]
-        number, group, row, row_of_file = self._find(index)
+        number, group, row, row_of_file = self._find(range(len(self))[index])
         where = f"in row {row_of_file} of {self._files[number]}"
+        reader = getattr(self._reader, "group", None)  # each thread continues in the row group that it read last
         try:
-            data = self._bytes(number, group, row)
+            if reader is None or reader.position != (number, group) or reader.first > row:
+                reader = _GroupReader(self._files[number], self._footers[number], (number, group))
+            self._reader.group = None  # after an error the group is opened again
+            data = reader.read(row)
+            self._reader.group = reader
             if data is None:
                 raise ValueError("the row holds no bytes of an image")
-            if len(data) > MAX_FILE_BYTES:
-                raise ValueError(f"it has {len(data)} bytes")
-        except Exception as error:  # as above
-            self._reading.rows = None  # it stopped somewhere: start anew
-            raise UserError(f"cannot read the image {where}: {_reason(error)}; make the file again.") from error
+        except Exception as error:  # see above
+            raise UserError(f"cannot read the image {where}: {_first_line(error)}; make the file again.") from error
         return decode_image(data, where)
 
     def _find(self, index: int) -> tuple[int, int, int, int]:
-        """The number of an image's file, the row group in it, and the row in the group and in the file."""
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        number, group = map(int, self._groups[place])
-        first, first_of_file = (int(self._ends[i - 1]) if i else 0 for i in (place, place - group))
+        """Returns the numbers of an image's file and row group, and its rows in the group and in the file."""
+        i = int(np.searchsorted(self._ends, index, side="right"))
+        number, group = map(int, self._groups[i])
+        first, first_of_file = (int(self._ends[j - 1]) if j else 0 for j in (i, i - group))
         return number, group, index - first, index - first_of_file
 
-    def _bytes(self, number: int, group: int, row: int) -> bytes | None:
-        """The encoded image in a row of a row group.
-
-        Each thread keeps its place in the row group that it read last: the rows behind it cost no more than in reading
-        from beginning to end.
-        """
-        rows = getattr(self._reading, "rows", None)
-        if rows is None or rows.place != (number, group) or rows.first > row:
-            rows = self._reading.rows = _Rows(self._files[number], self._footers[number], (number, group))
-        return rows.read(row)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}
+        return {**self.__dict__, "_reader": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _reading=threading.local())
+        self.__dict__.update(state, _reader=threading.local())
 
 
-class _Rows:
-    """The encoded images of one row group, read onward, a few rows at a time.
+class _GroupReader:
+    """Reads the encoded images of one row group forward, a few rows at a time.
 
     Attributes:
-        place: the numbers of the file and the group.
+        position: the numbers of the file and the group.
         first: the first row that can still be read.
     """
 
-    def __init__(self, file: pathlib.Path, footer: Any, place: tuple[int, int]) -> None:
+    def __init__(self, file: pathlib.Path, footer: Any, position: tuple[int, int]) -> None:
         import pyarrow.parquet as pq
 
-        self.place, self.first = place, 0
-        self._part: Any = ()  # an Arrow array
-        # Opening costs a twentieth of a millisecond since the footer is known; it leaves no file open afterwards.
-        opened = pq.ParquetFile(file, metadata=footer, memory_map=True)
-        self._parts = opened.iter_batches(_ROWS_AT_ONCE, [place[1]], ["image.bytes"], use_threads=False)
+        self.position, self.first = position, 0
+        self._batch: Any = ()  # an Arrow array
+        opened = pq.ParquetFile(file, metadata=footer, memory_map=True)  # 0.05 ms with the footer
+        self._batches = opened.iter_batches(_BATCH, [position[1]], ["image.bytes"], use_threads=False)
 
     def read(self, row: int) -> bytes | None:
-        while row >= self.first + len(self._part):
-            self.first += len(self._part)
-            self._part = next(self._parts).column(0).field(0)
-        return self._part[row - self.first].as_py()
+        while row >= self.first + len(self._batch):
+            self.first += len(self._batch)
+            self._batch = next(self._batches).column(0).field(0)
+        return self._batch[row - self.first].as_py()
 
 
 def find_parquet(path: pathlib.Path) -> list[pathlib.Path]:
-    """The parquet files that a path means, in their order; none where it means something else.
+    """Returns the parquet files of a path in their order; an empty list if it is something else.
 
-    A file; or those matching a pattern; or those in a folder, or else in its `data/`: `train*.parquet` where there are
-    such, or else all.
+    The path is a file, a pattern, or a folder, whose files are in it or else in its `data/`: `train*.parquet` if there
+    are any, otherwise all.
     """
     if path.is_file():
         with open(path, "rb") as file:
@@ -155,27 +144,28 @@ def _check_columns(schema: Any) -> None:
     import pyarrow as pa
 
     types = dict(zip(schema.names, schema.types, strict=True))
-    image, label = types.get("image"), types.get("label")
-    fields = {image.field(i).name: image.field(i).type for i in range(image.num_fields)} if image is not None else {}
-    is_binary = fields.get("bytes") in (pa.binary(), pa.large_binary())
-    if not is_binary or label is None or not pa.types.is_integer(label):
+    image, label = types.get("image"), types.get("label", pa.null())
+    fields = {field.name: field.type for field in image} if isinstance(image, pa.StructType) else {}
+    if fields.get("bytes") not in (pa.binary(), pa.large_binary()) or not pa.types.is_integer(label):
         raise ValueError(
             f"it has the columns {', '.join(types)[:200] or 'none'}, where an 'image' with 'bytes' and an integer "
             "'label' are expected"
         )
 
 
-def _labels(values: Sequence[int | None] | np.ndarray) -> np.ndarray:
-    """Checked labels, (N,) int64."""
-    if not isinstance(values, np.ndarray):
-        raise ValueError(f"row {list(values).index(None)} has no label")
-    if len(values) and not 0 <= values.min() <= values.max() < _MAX_CLASSES:
-        raise ValueError(f"labels from {values.min()} to {values.max()}, where 0 or more are expected")
-    return values.astype(np.int64)
+def _read_labels(file: Any) -> np.ndarray:
+    """Reads the labels of an opened file, (N,) int64."""
+    column = file.read(columns=["label"], use_threads=False).column(0)
+    if column.null_count:
+        raise ValueError(f"row {column.to_pylist().index(None)} has no label")
+    labels: np.ndarray = column.to_numpy()
+    if len(labels) and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, where 0 or more are expected")
+    return labels.astype(np.int64)
 
 
 def _class_names(schema: Any) -> list[str] | None:
-    """The names of the labels that the hub's library, datasets, wrote into a schema."""
+    """Returns the names of the labels that the hub's library wrote into a schema."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError):
@@ -184,15 +174,14 @@ def _class_names(schema: Any) -> list[str] | None:
 
 
 def _classes(names: list[str] | None, count: int, path: pathlib.Path) -> tuple[str, ...]:
-    """The names of all classes, of which `count` have labels."""
+    """Returns the names of all classes, of which `count` have labels."""
     if names is not None and len(names) < count:
         raise UserError(f"{path} names {len(names)} classes and has a label {count - 1}; download or make it again.")
-    if are_imagenet(names) if names is not None else count == len(imagenet()):
-        wordnet_ids = imagenet().wordnet_ids
-        assert wordnet_ids is not None
+    wordnet_ids = imagenet().wordnet_ids or ()
+    if are_imagenet(names) if names is not None else count == len(wordnet_ids):
         return wordnet_ids
     return tuple(names) if names is not None else tuple(map(str, range(count)))
 
 
-def _reason(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]

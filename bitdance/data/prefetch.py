@@ -1,9 +1,10 @@
-"""Reading ahead: work that is submitted to threads some items before its results are needed."""
+"""Submits work to threads some items before its results are needed."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -11,28 +12,26 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 PREFETCH = 4
-"""Items that are read ahead."""
+"""Default number of items that are read ahead."""
 
 
 def read_ahead(
     items: Iterable[T], submit: Callable[[T], list[concurrent.futures.Future[U]]], depth: int
 ) -> Iterator[tuple[T, list[U]]]:
-    """Each item with the results of what was submitted for it, `depth` items ahead; what is left over is cancelled."""
+    """Yields each item with the results of the futures that `submit` returned for it, submitted `depth` items ahead.
+
+    If the iteration ends early, the remaining futures are cancelled.
+    """
+    submitted = ((item, submit(item)) for item in items)
     ahead: collections.deque[tuple[T, list[concurrent.futures.Future[U]]]] = collections.deque()
-
-    def take() -> tuple[T, list[U]]:
-        item, futures = ahead[0]
-        results = [future.result() for future in futures]
-        ahead.popleft()
-        return item, results
-
     try:
-        for item in items:
-            ahead.append((item, submit(item)))
-            if len(ahead) > depth:
-                yield take()
+        ahead.extend(itertools.islice(submitted, depth + 1))
         while ahead:
-            yield take()
+            item, futures = ahead[0]
+            results = [future.result() for future in futures]
+            ahead.popleft()
+            yield item, results
+            ahead.extend(itertools.islice(submitted, 1))
     finally:
-        for future in (future for _, futures in ahead for future in futures):
+        for future in itertools.chain.from_iterable(futures for _, futures in ahead):
             future.cancel()

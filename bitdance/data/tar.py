@@ -1,103 +1,98 @@
-"""Images read in place from a tar: class folders in it, or one tar a class in it, as in ILSVRC2012_img_train.tar.
+"""Images in an uncompressed tar: class folders, or one tar per class as in ILSVRC2012_img_train.tar.
 
-Where each image lies is found once, by walking from header to header without reading what is between, and kept in an
-index: a safetensors file beside the tar, or in the user's cache folder where that place cannot be written.
+The headers are walked once, without reading the data between them. The offsets of the images are kept in an index, a
+safetensors file beside the tar, or in the user's cache folder if the folder of the tar is read-only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
+import itertools
 import math
 import os
 import pathlib
 import sys
 import weakref
 from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from bitdance.data.image_dataset import (
-    MAX_FILE_BYTES,
-    NamedImages,
-    by_class_in_archive,
-    decode_image,
-    is_hidden,
-    is_image,
-)
+from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, is_image
+from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, sort_archive_by_class
 from bitdance.runtime.atomic_files import atomic_write, lock_file, make_folder
 from bitdance.runtime.errors import UserError
 
 _BLOCK = 512
 _MAX_NAME_BYTES = 1 << 16
-_CHECKED = 16  # images whose headers are compared with the index when it is opened
+_MAX_EXTENSIONS = 4  # extension headers before a member; GNU and pax write at most two
 _FORMAT = "bitdance tar index 1"
+_ARRAYS = ("names", "offsets", "sizes")
+
+Index = dict[str, np.ndarray]
+"""`names`: UTF-8 names of the images, separated by zero bytes; `offsets` and `sizes`: (N,) int64, in bytes."""
 
 
 class TarImages(NamedImages):
-    """Images in a tar, each read by one `pread` at its place, so threads and processes share nothing but the file."""
+    """Images in a tar. Each is read by one `pread`, so threads and processes share the file without a lock.
+
+    Raises:
+        UserError: the tar is damaged, or holds no images in class folders.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         index = _open_index(path)
-        super().__init__(path, index.names)
-        self._offsets, self._sizes = index.offsets, index.sizes
-        self._file = _File(path)
+        super().__init__(path, _split_names(index))
+        self._offsets, self._sizes = index["offsets"], index["sizes"]
+        self._open()
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, index: int) -> Image.Image:
         where = f"{self._names[index]} in {self.path}"
+        size, offset, data = int(self._sizes[index]), int(self._offsets[index]), b""
         try:
-            data = self._file.read(int(self._offsets[index]), int(self._sizes[index]))
-        except (OSError, ValueError) as error:
+            while len(data) < size:  # some network file systems return less at a time
+                more = os.pread(self._descriptor, size - len(data), offset + len(data))
+                if not more:
+                    raise UserError(f"cannot read the image {where}: the file ends at byte {offset + len(data)}.")
+                data += more
+        except OSError as error:
             raise UserError(f"cannot read the image {where}: {error}; check the tar and its permissions.") from error
         return decode_image(data, where)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
 
 def first_names(path: pathlib.Path, count: int) -> list[str]:
-    """The names of the first members of an uncompressed tar, at most `count` of them; none of any other file."""
+    """Returns the names of the first `count` members of an uncompressed tar, or fewer if it is damaged after them."""
     names: list[str] = []
-    try:
-        for member in _members(_File(path), 0, path.stat().st_size):
+    with open(path, "rb", buffering=_BLOCK) as stream, contextlib.suppress(ValueError):
+        for member in itertools.islice(walk(stream, 0, path.stat().st_size), count):
             names.append(member.name)
-            if len(names) == count:
-                break
-    except ValueError:  # what there is before the damage shows the format
-        pass
     return names
 
 
-# ------------------------------------------------------------ the file and its headers
-
-
-class _File:
-    """A file that is read at given places, by any number of threads and forked processes at once."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Exactly the bytes [offset, offset + size).
-
-        Raises:
-            ValueError: the file ends before that.
-        """
-        data = os.pread(self._descriptor, size, offset)
-        while len(data) < size:  # the system may give less at a time, as it does above 2 GB or on some networks
-            more = os.pread(self._descriptor, size - len(data), offset + len(data))
-            if not more:
-                raise ValueError(f"it ends at byte {offset + len(data)}, in the middle of something")
-            data += more
-        return data
-
-    def __reduce__(self) -> tuple[type[_File], tuple[pathlib.Path]]:
-        return _File, (self._path,)
+# ------------------------------------------------------------ headers
 
 
 @dataclasses.dataclass(frozen=True)
-class _Member:
-    """A member of a tar: `kind` is the type in its header, `offset` and `size` say where its data lie in the file."""
+class Member:
+    """A member of a tar.
+
+    Attributes:
+        name: without "./"; a folder's ends in "/", except for the root's, which is empty.
+        kind: the type in its header, b"0" for files.
+        offset, size: of its data, in bytes.
+    """
 
     name: str
     kind: bytes
@@ -105,54 +100,72 @@ class _Member:
     size: int
 
 
-def _members(file: _File, start: int, stop: int) -> Iterator[_Member]:
-    """Walks the headers of the tar that fills the bytes [start, stop) of a file: ustar, GNU or pax.
+def read_at(stream: IO[bytes] | io.BufferedIOBase, offset: int, size: int) -> bytes:
+    """Reads the bytes [offset, offset + size).
 
     Raises:
-        ValueError: it is damaged or truncated, or sparse.
+        ValueError: the stream ends before that.
     """
-    position = start
+    stream.seek(offset)
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError(f"it ends at byte {offset + len(data)}, in the middle of a header or a file")
+    return data
+
+
+def walk(stream: IO[bytes] | io.BufferedIOBase, start: int, stop: int) -> Iterator[Member]:
+    """Walks over the members of a tar in the ustar, GNU or pax format, reading their headers only.
+
+    Args:
+        stream: the tar, only ever read forward, such as a file or the decompressed contents of one.
+        start, stop: range of bytes of the tar in the stream; `stop` may be an upper bound for a whole stream.
+
+    Raises:
+        ValueError: the tar is damaged, truncated or sparse.
+        Exception: of other types, from decompression.
+    """
+    position, extensions = start, 0
     long_name: bytes | None = None
     while position + _BLOCK <= stop:
-        block = file.read(position, _BLOCK)
+        block = read_at(stream, position, _BLOCK)
         if not any(block):
             return
-        kind, size = _header(block)
+        kind, size = _parse_header(block)
         data, position = position + _BLOCK, position + _BLOCK
         if kind in b"1 2 3 4 5 6".split():  # links, devices and folders have no data, whatever size they give
             size = 0
         position += -(-size // _BLOCK) * _BLOCK
         if data + size > stop:
             raise ValueError(f"a member at byte {data} reaches beyond the end")
-        if kind in (b"L", b"x"):
-            if size > _MAX_NAME_BYTES:
-                raise ValueError(f"a name of {size} bytes at byte {data}")
-            found = file.read(data, size)
-            long_name = found.rstrip(b"\0") if kind == b"L" else _pax_path(found) or long_name
-            continue
-        if kind in (b"K", b"g"):  # the target of a link; what holds for all members, which is never their names
+        if kind in b"L x K g".split():  # K is the target of a link; g holds for all members, and never names them
+            extensions += 1
+            if size > _MAX_NAME_BYTES or extensions > _MAX_EXTENSIONS:
+                raise ValueError(f"too long a name at byte {data}")
+            if kind in b"L x".split():
+                found = read_at(stream, data, size)
+                long_name = found.rstrip(b"\0") if kind == b"L" else _parse_pax_path(found) or long_name
             continue
         if kind == b"S":
             raise ValueError(f"a sparse member at byte {data}: make the tar again without --sparse")
-        name = long_name or _short_name(block)
-        long_name = None
-        yield _Member(_clean(name, kind == b"5" or name.endswith(b"/")), kind, data, size)
-    # The end mark, a block of zeros, tells a whole tar from one cut between two members. A tar inside another is
-    # whole where the outer one is, and some programs leave the mark out there.
+        name = long_name or _parse_name(block)
+        long_name, extensions = None, 0
+        yield Member(_clean_name(name, kind == b"5" or name.endswith(b"/")), kind, data, size)
+    # A block of zeros at the end tells a whole tar from one that was cut between two members. Some programs omit it in
+    # a tar inside another one, which is whole if the outer one is.
     if start == 0 or position != stop:
-        raise ValueError(f"it ends at byte {stop} without the mark of its end")
+        raise ValueError(f"it ends at byte {stop} without an end mark")
 
 
-def _header(block: bytes) -> tuple[bytes, int]:
-    """The type of a member and the bytes of its data, from its header."""
-    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(block[148:156]):
+def _parse_header(block: bytes) -> tuple[bytes, int]:
+    """Returns the type of a member and the number of bytes of its data."""
+    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != _parse_number(block[148:156]):
         raise ValueError("a header is damaged")
     kind = block[156:157]
-    return (b"0" if kind in (b"\0", b"7") else kind), _number(block[124:136])
+    return (b"0" if kind in (b"\0", b"7") else kind), _parse_number(block[124:136])
 
 
-def _number(field: bytes) -> int:
-    """Octal digits, or GNU's big-endian bytes behind 0x80."""
+def _parse_number(field: bytes) -> int:
+    """Parses octal digits, or GNU's big-endian bytes after 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
@@ -161,28 +174,28 @@ def _number(field: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _short_name(block: bytes) -> bytes:
+def _parse_name(block: bytes) -> bytes:
     name, prefix = (part.split(b"\0", 1)[0] for part in (block[:100], block[345:500]))
     return prefix + b"/" + name if prefix and block[257:263] == b"ustar\0" else name
 
 
-def _pax_path(data: bytes) -> bytes | None:
-    """The `path` of a pax header, whose records are "<length> <key>=<value>\\n"."""
-    path = None
-    while data:
-        digits = data.split(b" ", 1)[0]
-        if not digits.isdigit() or not len(digits) < int(digits[:9]) <= len(data):
+def _parse_pax_path(data: bytes) -> bytes | None:
+    """Returns the `path` of a pax header, whose records are "<length> <key>=<value>\\n"."""
+    path, start = None, 0
+    while start < len(data):
+        digits = data[start : start + 10].split(b" ", 1)[0]
+        stop = start + int(digits) if digits.isdigit() else 0
+        if not start + len(digits) < stop <= len(data):
             raise ValueError("a pax header is damaged")
-        key, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        key, _, value = data[start + len(digits) + 1 : stop - 1].partition(b"=")
         if key.startswith(b"GNU.sparse"):
             raise ValueError("a sparse member: make the tar again without --sparse")
         path = value if key == b"path" else path
-        data = data[int(digits) :]
+        start = stop
     return path
 
 
-def _clean(name: bytes, is_folder: bool) -> str:
-    """The name without "./"; a folder's ends in "/", but for the root's, which is empty."""
+def _clean_name(name: bytes, is_folder: bool) -> str:
     parts = [part for part in name.decode("utf-8", "backslashreplace").split("/") if part not in ("", ".")]
     return "/".join([*parts, ""] if is_folder and parts else parts)
 
@@ -190,80 +203,57 @@ def _clean(name: bytes, is_folder: bool) -> str:
 # ------------------------------------------------------------ the index
 
 
-@dataclasses.dataclass(frozen=True)
-class _Index:
-    """Where the images of a tar lie, in the order of a set.
-
-    Attributes:
-        names: as `by_class` returns them.
-        offsets, sizes: (N,) int64, in bytes.
-    """
-
-    names: list[str]
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-
-def _open_index(path: pathlib.Path) -> _Index:
-    """Reads the index of a tar, or makes it, in one process while others wait.
-
-    Raises:
-        UserError: the tar is damaged, or holds no images in class folders.
-    """
-    places = _places(path)
-    for place in places:
-        if os.path.isfile(place) and not isinstance(found := _read_index(place, path), str):
-            return found
-    for place in places:
-        if not _can_write(place.parent):
-            continue
-        lock = place.with_name(place.name + ".lock")
+def _open_index(path: pathlib.Path) -> Index:
+    """Reads the index of a tar, or makes it, in one process while others wait."""
+    files = _index_files(path)
+    for file in files:
+        with contextlib.suppress(ValueError):
+            return _read_index(file, path)
+    for file in filter(_is_writable, files):
+        lock = file.with_name(file.name + ".lock")
         with lock_file(lock, math.inf, f"another process is indexing {path}: waiting for it."):
             try:
-                if os.path.isfile(place):
-                    found = _read_index(place, path)
-                    if not isinstance(found, str):  # the process that was here before made it
-                        return found
-                    _say(f"the index {place} {found}: it is made again.")
+                return _read_index(file, path)  # another process has made it in the meantime
+            except ValueError as error:
+                if file.exists():
+                    _warn(f"the index {file} {error}: it is made again.")
                 index = _make_index(path)
-                _write_index(place, path, index)
+                _write_index(file, path, index)
                 return index
             finally:
                 lock.unlink(missing_ok=True)
-    _say(f"there is no place to keep the index of {path}: it is made at every start.")
+    _warn(f"the index of {path} cannot be kept in a file: it is made again at every start.")
     return _make_index(path)
 
 
-def _places(path: pathlib.Path) -> list[pathlib.Path]:
-    """Where the index may lie: beside the tar, or in the user's cache folder."""
+def _index_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns where the index may be: beside the tar, or in the user's cache folder."""
     path = path.resolve()
     name = f"{path.name}.index.safetensors"
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()) / "bitdance"
     return [path.with_name(name), cache / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}-{name}"]
 
 
-def _can_write(folder: pathlib.Path) -> bool:
-    try:
-        make_folder(folder)
-    except UserError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+def _is_writable(file: pathlib.Path) -> bool:
+    with contextlib.suppress(UserError):
+        make_folder(file.parent)
+    return os.access(file.parent, os.W_OK | os.X_OK)
 
 
-def _say(sentence: str) -> None:
-    print(f"bitdance: {sentence}", file=sys.stderr)
+def _warn(message: str) -> None:
+    print(f"bitdance: {message}", file=sys.stderr)
 
 
-def _make_index(path: pathlib.Path) -> _Index:
+def _make_index(path: pathlib.Path) -> Index:
     from tqdm import tqdm
 
-    file, size = _File(path), path.stat().st_size
-    places: dict[str, tuple[int, int]] = {}  # of a name that comes twice the last one counts, as in unpacking
+    size = path.stat().st_size
+    ranges: dict[str, tuple[int, int]] = {}  # if a name occurs twice, the last member counts, as in unpacking
     names: set[str] = set()
     bar = tqdm(total=size, desc=f"indexing {path.name}", unit="B", unit_scale=True, dynamic_ncols=True, delay=2)
     try:
-        with bar:
-            for member in _all_members(file, size):
+        with bar, open(path, "rb", buffering=_BLOCK) as stream:
+            for member in _walk_classes(stream, size):
                 bar.update(member.offset - bar.n)
                 name = member.name
                 names.add(name)
@@ -273,95 +263,84 @@ def _make_index(path: pathlib.Path) -> _Index:
                     raise ValueError(f"{name} is a link: make the tar with --dereference --hard-dereference")
                 if member.size > MAX_FILE_BYTES:
                     raise ValueError(f"{name} has {member.size} bytes, more than any image")
-                places[name] = member.offset, member.size
+                ranges[name] = member.offset, member.size
             bar.update(size - bar.n)
     except ValueError as error:
         raise UserError(
             f"{path} is a damaged, truncated or unsuitable tar ({error}); copy or download it again."
         ) from error
-    prefix, inside = by_class_in_archive(path, names)
-    offsets, sizes = np.array([places[prefix + name] for name in inside], dtype=np.int64).T
-    return _Index(inside, np.ascontiguousarray(offsets), np.ascontiguousarray(sizes))
+    prefix, inside = sort_archive_by_class(path, names)
+    offsets, sizes = np.array([ranges[prefix + name] for name in inside], dtype=np.int64).T.copy()
+    return {"names": np.frombuffer("\0".join(inside).encode(), np.uint8), "offsets": offsets, "sizes": sizes}
 
 
-def _all_members(file: _File, size: int) -> Iterator[_Member]:
-    """The members of a tar; those of a tar `<class>.tar` in it as if they were in a folder `<class>/`."""
-    for member in _members(file, 0, size):
+def _walk_classes(stream: IO[bytes] | io.BufferedIOBase, size: int) -> Iterator[Member]:
+    """Walks over a tar; the members of a tar `<class>.tar` in it are given as if they were in a folder `<class>/`."""
+    for member in walk(stream, 0, size):
         stem, suffix = os.path.splitext(member.name)
         if suffix.lower() != ".tar" or member.kind != b"0" or is_hidden(member.name):
             yield member
             continue
-        yield _Member(f"{stem}/", b"5", member.offset, 0)
+        yield Member(f"{stem}/", b"5", member.offset, 0)
         try:
-            for inner in _members(file, member.offset, member.offset + member.size):
+            for inner in walk(stream, member.offset, member.offset + member.size):
                 yield dataclasses.replace(inner, name=f"{stem}/{inner.name}")
         except ValueError as error:
             raise ValueError(f"in {member.name}: {error}") from error
 
 
-def _write_index(place: pathlib.Path, path: pathlib.Path, index: _Index) -> None:
+def _metadata(path: pathlib.Path, index: Index) -> dict[str, str]:
+    """Returns what identifies an index and the tar that it belongs to."""
+    status = path.stat()
+    digest = hashlib.sha256(b"".join(index[name].tobytes() for name in _ARRAYS)).hexdigest()
+    size, time = str(status.st_size), str(status.st_mtime_ns)
+    return {"format": _FORMAT, "tar_bytes": size, "tar_mtime_ns": time, "digest": digest}
+
+
+def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:
     from safetensors.numpy import save_file
 
-    status = path.stat()
-    arrays = {
-        "names": np.frombuffer("\0".join(index.names).encode(), np.uint8),
-        "offsets": index.offsets,
-        "sizes": index.sizes,
-    }
-    metadata = {"format": _FORMAT, "tar_bytes": str(status.st_size), "tar_mtime_ns": str(status.st_mtime_ns)}
     try:
-        with atomic_write(place) as temporary:
-            save_file(arrays, temporary, {**metadata, "digest": _digest(arrays)})
-    except UserError as error:  # all that is lost is time at the next start
-        _say(f"warning: {error}")
+        with atomic_write(file) as temporary:
+            save_file(index, temporary, _metadata(path, index))
+    except UserError as error:  # the index is made again at the next start
+        _warn(f"warning: {error}")
 
 
-def _read_index(place: pathlib.Path, path: pathlib.Path) -> _Index | str:
-    """Reads an index, or says what is wrong with it, which may be anything: it can come from anywhere."""
-    from safetensors import SafetensorError, safe_open
+def _read_index(file: pathlib.Path, path: pathlib.Path) -> Index:
+    """Reads an index, which may be damaged or forged.
+
+    Raises:
+        ValueError: the index cannot be used; the message continues a sentence that begins with its name.
+    """
+    from safetensors import safe_open
 
     try:
-        with safe_open(place, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                return "is of another version"
-            arrays = {name: file.get_tensor(name) for name in ("names", "offsets", "sizes")}
-        if metadata.get("digest") != _digest(arrays):
-            return "is damaged"
-        names = arrays["names"].tobytes().decode().split("\0")
-        index = _Index(names, arrays["offsets"], arrays["sizes"])
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        return f"cannot be read ({str(error).splitlines()[0][:100]})"
-    status = path.stat()
-    if (metadata.get("tar_bytes"), metadata.get("tar_mtime_ns")) != (str(status.st_size), str(status.st_mtime_ns)):
-        return "is older than the tar, or of another one"
-    return index if _fits(index, path, status.st_size) else "does not fit the tar"
+        with safe_open(file, "numpy") as opened:
+            metadata = opened.metadata()
+            index = {name: opened.get_tensor(name) for name in _ARRAYS}
+    except Exception as error:  # safetensors raises almost any type
+        raise ValueError(f"cannot be read ({str(error).splitlines()[0][:100]})") from error
+    if metadata != _metadata(path, index):
+        raise ValueError("is older than the tar, of another one, or damaged")
+    if not _fits(index, path):
+        raise ValueError("does not fit the tar")
+    return index
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in ("names", "offsets", "sizes"):
-        digest.update(f"{arrays[name].dtype.str} {arrays[name].shape} ".encode() + arrays[name].tobytes())
-    return digest.hexdigest()
-
-
-def _fits(index: _Index, path: pathlib.Path, size: int) -> bool:
-    """Whether all images lie inside the tar, and some of them behind headers that agree."""
-    count = len(index.names)
-    for array in (index.offsets, index.sizes):
-        if array.dtype != np.int64 or array.shape != (count,):
-            return False
-    if not all("/" in name for name in index.names):
+def _fits(index: Index, path: pathlib.Path) -> bool:
+    """Whether all images are inside the tar, and the headers of some of them agree with the index."""
+    names, offsets, sizes = _split_names(index), index["offsets"], index["sizes"]
+    if not all(array.dtype == np.int64 and array.shape == (len(names),) for array in (offsets, sizes)):
         return False
-    if index.offsets.min() < _BLOCK or not 0 <= index.sizes.min() <= index.sizes.max() <= MAX_FILE_BYTES:
+    inside = (offsets >= _BLOCK) & (sizes >= 0) & (sizes <= MAX_FILE_BYTES) & (offsets <= path.stat().st_size - sizes)
+    if not inside.all() or not all("/" in name for name in names):
         return False
-    if (index.offsets > size - index.sizes).any():
-        return False
-    file = _File(path)
-    for i in np.linspace(0, count - 1, min(count, _CHECKED)).round().astype(int):
-        try:
-            if _header(file.read(int(index.offsets[i]) - _BLOCK, _BLOCK)) != (b"0", index.sizes[i]):
-                return False
-        except ValueError:
-            return False
-    return True
+    with contextlib.suppress(ValueError), open(path, "rb", buffering=_BLOCK) as stream:
+        headers = ((read_at(stream, int(offsets[i]) - _BLOCK, _BLOCK), sizes[i]) for i in evenly_spaced(len(names), 16))
+        return all(_parse_header(block) == (b"0", size) for block, size in headers)
+    return False
+
+
+def _split_names(index: Index) -> list[str]:
+    return index["names"].tobytes().decode().split("\0")

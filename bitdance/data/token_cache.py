@@ -1,15 +1,15 @@
-"""Stored bits: what an autoencoder makes of a set of images, packed, in shards that training reads by memory map.
+"""The token cache: packed bits of the views of a data set, in shards that training reads through memory maps.
 
-A store is a folder of `<number>.safetensors` and a manifest, `bits.json`, which is written when all shards are there.
-A shard covers a range of the images and has the tensors
+A token cache is a folder of `<number>.safetensors` and a manifest, `token_cache.json`, which is written when all shards
+are complete. A shard covers a range of the images and has the tensors
 
-- `bits` (n, crops, flips, N, C / 8) uint8, as from `pack`, tokens in raster order: 1,024 bytes a
-  view of a 256 px image with 32 bits a token;
-- `checksums` (n, crops, flips) int32, the CRC-32 of each view, begun at the image's label, compared at every reading;
-- `labels` and `indices` (n,) int64: classes, and places in the set of images.
+- `bits` (n, crops, flips, N, C / 8) uint8, as returned by `pack`, tokens in raster order: 1,024 bytes for a view of a
+  256 px image with 32 bits a token;
+- `checksums` (n, crops, flips) int32, the CRC-32 of each view, which starts from the label and is compared when the
+  view is read;
+- `labels` and `indices` (n,) int64: classes, and indices in the data set.
 
-The metadata of each shard say how the whole cache was made (`TokenCacheInfo`), which images it covers and which
-were bad.
+The metadata of a shard hold the `TokenCacheInfo`, the range of images and the names of the bad images in it.
 """
 
 from __future__ import annotations
@@ -26,36 +26,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.data.images import ImageDataset
+from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.atomic_files import read_json, write_json
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.run_folder import FREE, SETTINGS
 from bitdance.weights import weights_file
 
-MANIFEST = "bits.json"
-"""In a finished store: how it was made, and its shards with their digests."""
+MANIFEST = "token_cache.json"
+"""Written last: the `TokenCacheInfo`, and the shards with their digests."""
 
-JOB = "job.json"
-"""In a store from its beginning: every setting of the job that makes it."""
+SECTION = "token_cache"
+"""Of the settings of the encoding job, which are written first."""
 
-KIND = "bits"
-AGAIN = "run the `bitdance encode` that made it again, it makes only what is missing or damaged"
+KIND = "tokens"
+AGAIN = "run its `bitdance encode` command again, which encodes only what is missing or damaged"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCacheInfo:
-    """How a store was made: everything that decides its bits.
+    """How a token cache was made: everything that its bits depend on.
 
     Attributes:
-        autoencoder: SHA-256 of the autoencoder's tensors, as from `weights_file.digest`.
+        autoencoder: SHA-256 of the autoencoder's tensors, from `weights_file.digest`.
         precision: dtype of the encoder.
         image_size: side of a view in pixels.
         grid: side of a view in tokens, h = w.
         bits: C.
-        crops: views of an image without the mirrored ones: crop 0 is the centre crop, the others are ADM's random
-            crops by `noise.ENCODE_CROP`, functions of (seed, image, crop).
-        flips: whether each crop is there mirrored too.
+        crops: views of an image, not counting mirrored ones: crop 0 is the centre crop, the others are ADM's random
+            crops with numbers from `philox.ENCODE_CROP`, functions of (seed, image, crop).
+        flips: whether each crop is stored mirrored too.
         seed: of the random crops.
-        images: how many images the set has, broken ones included.
+        images: number of images in the data set, including bad ones.
         names: SHA-256 of their names in their order.
         classes: class names in the order of the labels.
     """
@@ -70,7 +71,7 @@ class TokenCacheInfo:
     seed: int
     images: int
     names: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = dataclasses.field(metadata=FREE)  # the names of the images begin with them
 
     @property
     def view_shape(self) -> tuple[int, int, int, int]:
@@ -80,107 +81,105 @@ class TokenCacheInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard in words: its file's name, how many images it holds, their digest, the names of the broken ones."""
+    """The entry of a shard in the manifest: file name, number of images, digest, names of its bad images."""
 
     file: str
     images: int
     digest: str
-    broken: tuple[str, ...]
+    bad_images: tuple[str, ...]
 
 
 class TokenDataset:
-    """A store that is open for reading, from any number of threads.
+    """A complete token cache, opened for reading by any number of threads. Its tensors are mapped, not loaded.
+
+    Args:
+        path: the folder.
 
     Attributes:
-        path: the folder.
-        encoding: how it was made.
+        info: how it was made.
         classes: class names; `classes[label]` is the name of `label`.
-        labels: (n,) int64, of the images that are there.
-        digest: SHA-256 over those of the shards.
+        labels: (n,) int64, of the images in it.
+        digest: SHA-256 over the digests of the shards.
+
+    Raises:
+        UserError: the token cache does not exist, is incomplete or damaged, or has shards of another one.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path = pathlib.Path(path).expanduser()
+        if not (path / MANIFEST).is_file():
+            fault = "is not finished" if is_token_cache(path) else f"holds no token cache (no {MANIFEST})"
+            raise UserError(f"{path} {fault}: {AGAIN}.")
         manifest = read_json(path / MANIFEST, AGAIN)
         try:
-            found = dict(manifest["encoding"])
-            self.encoding = TokenCacheInfo(**{**found, "classes": tuple(found["classes"])})
-            shards = [(str(shard["file"]), str(shard["digest"])) for shard in manifest["shards"]]
+            self.info = TokenCacheInfo(**{**manifest["info"], "classes": tuple(manifest["info"]["classes"])})
+            shards = {path / pathlib.PurePath(shard["file"]).name: str(shard["digest"]) for shard in manifest["shards"]}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / MANIFEST} is damaged or of another release ({error!r}): {AGAIN}.") from None
-        self.path, self.classes = path, self.encoding.classes
-        self._files = [path / pathlib.PurePath(file).name for file, _ in shards]
+        self.classes, self._files = self.info.classes, list(shards)
         opened, stop = [], 0
-        for file, (_, digest) in zip(self._files, shards, strict=True):
-            tensors, (start, end) = _map_shard(file, self.encoding, digest)
-            if start != stop:
+        for file, digest in shards.items():
+            tensors, covered = _map_shard(file, self.info, digest)
+            if covered[0] != stop:
                 break
             opened.append(tensors)
-            stop = end
-        if stop != self.encoding.images or len(opened) != len(shards):
-            raise UserError(f"{path / MANIFEST} does not name all shards in their order: {AGAIN}.")
+            stop = covered[1]
+        if stop != self.info.images or len(opened) != len(shards):
+            raise UserError(f"{path / MANIFEST} does not list all shards in their order: {AGAIN}.")
         self._bits, self._checksums = ([shard[name].numpy() for shard in opened] for name in ("bits", "checksums"))
         self._starts = np.cumsum([0, *map(len, self._bits)])
         self.labels = np.concatenate([shard["labels"].numpy() for shard in opened])
-        self.digest = hashlib.sha256("".join(digest for _, digest in shards).encode()).hexdigest()
+        self.digest = hashlib.sha256("".join(shards.values()).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int, crop: int, flip: int) -> np.ndarray:
-        """A view of an image, packed: (N, C / 8) uint8, a part of the memory map.
+        """Returns the packed bits of a view, (N, C / 8) uint8, a part of the memory map.
 
         Raises:
-            UserError: its bytes are not those that were written.
+            UserError: the bytes do not match their checksum.
         """
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        place = (index - self._starts[shard], crop, flip)
-        view: np.ndarray = self._bits[shard][place]
-        if zlib.crc32(view.data, int(self.labels[index])) != self._checksums[shard][place].view(np.uint32):
-            raise UserError(f"{self._files[shard]} is damaged (image {place[0]}, crop {crop}): {AGAIN}.")
+        position = (index - self._starts[shard], crop, flip)
+        view: np.ndarray = self._bits[shard][position]
+        if zlib.crc32(view.data, int(self.labels[index])) != self._checksums[shard][position].view(np.uint32):
+            raise UserError(f"{self._files[shard]} is damaged (image {position[0]}, crop {crop}): {AGAIN}.")
         return view
 
     def check(self, autoencoder: str, image_size: int) -> None:
-        """Checks that a model for these images can be trained from this store.
+        """Checks that a model with this image size can be trained on the token cache.
 
         Args:
             autoencoder: digest of the autoencoder that will decode.
+            image_size: side of the images in pixels.
 
         Raises:
             UserError: it was made by another autoencoder, or from images of another size.
         """
-        own = self.encoding
+        own = self.info
         if own.autoencoder != autoencoder:
             raise UserError(
                 f"{self.path} was made by another autoencoder (digest {own.autoencoder[:16]}, not {autoencoder[:16]}): "
-                "name the one that it was made by, or encode the images anew."
+                "give the one that it was made by, or encode the images again."
             )
         if own.image_size != image_size:
             raise UserError(
-                f"{self.path} was made from images of {own.image_size} px: use --image-size {own.image_size}, or "
-                f"encode the images anew at {image_size} px."
+                f"{self.path} was made from images of {own.image_size} px: set image_size={own.image_size}, or "
+                f"encode the images again at {image_size} px."
             )
 
 
 def is_token_cache(path: pathlib.Path) -> bool:
-    """Whether a folder is a store, finished or not."""
-    return (path / MANIFEST).is_file() or (path / JOB).is_file()
-
-
-def open_token_cache(path: str | os.PathLike[str]) -> TokenDataset:
-    """Opens a finished store; its tensors are mapped, not read.
-
-    Raises:
-        UserError: it is not there, not finished, or damaged; shards that are not of this store.
-    """
-    path = pathlib.Path(path).expanduser()
-    if not (path / MANIFEST).is_file():
-        why = "is not finished" if is_token_cache(path) else f"holds no stored bits (no {MANIFEST})"
-        raise UserError(f"{path} {why}: {AGAIN}.")
-    return TokenDataset(path)
+    """Returns whether a folder is a token cache, complete or not."""
+    try:
+        return (path / MANIFEST).is_file() or SECTION in json.loads((path / SETTINGS).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def names_digest(images: ImageDataset) -> str:
-    """SHA-256 of the images' names in their order: another set, or one of other classes, has another."""
+    """Returns the SHA-256 of the images' names in their order, which identifies a data set and its classes."""
     digest = hashlib.sha256()
     for index in range(len(images)):
         digest.update(images.name(index).encode() + b"\n")
@@ -188,90 +187,88 @@ def names_digest(images: ImageDataset) -> str:
 
 
 def shard_file(number: int) -> str:
-    """The name of a shard's file."""
+    """Returns the file name of a shard."""
     return f"{number:06d}.safetensors"
 
 
 def write_shard(
     path: pathlib.Path,
-    encoding: TokenCacheInfo,
+    info: TokenCacheInfo,
     covered: range,
     bits: Tensor,
     labels: Tensor,
     indices: Tensor,
-    broken: list[str],
+    bad_images: list[str],
 ) -> None:
-    """Writes a shard, atomically.
+    """Writes a shard atomically.
 
     Args:
-        covered: places of its images in the set, broken ones included.
+        path: the file.
+        info: of the token cache.
+        covered: indices of its images in the data set, including bad ones.
         bits: (n, crops, flips, N, C / 8) uint8.
         labels, indices: (n,) int64.
-        broken: names of the images that could not be read.
+        bad_images: names of the images that could not be read.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     checksums = np.empty(bits.shape[:3], np.uint32)
-    for place in np.ndindex(checksums.shape):
-        checksums[place] = zlib.crc32(bits[place].numpy().data, int(labels[place[0]]))
-    tensors = {
-        "bits": bits,
-        "checksums": torch.from_numpy(checksums.view(np.int32)),
-        "labels": labels,
-        "indices": indices,
-    }
-    config = {"encoding": dataclasses.asdict(encoding), "covered": [covered.start, covered.stop], "broken": broken}
+    for view in np.ndindex(checksums.shape):
+        checksums[view] = zlib.crc32(bits[view].numpy().data, int(labels[view[0]]))
+    checksum = torch.from_numpy(checksums.view(np.int32))
+    tensors = {"bits": bits, "checksums": checksum, "labels": labels, "indices": indices}
+    config = {"info": dataclasses.asdict(info), "covered": [covered.start, covered.stop], "bad_images": bad_images}
     weights_file.save_tensors(path, tensors, KIND, config)
 
 
-def read_shard(path: pathlib.Path, encoding: TokenCacheInfo, covered: range) -> Shard | None:
-    """What a whole shard holds; nothing if it is missing, damaged, or another one: all of its bytes are read."""
+def read_shard(path: pathlib.Path, info: TokenCacheInfo, covered: range) -> Shard | None:
+    """Verifies all bytes of a shard and returns its entry for the manifest.
+
+    Returns None if the shard is missing, damaged or a different one.
+    """
     try:
         contents = weights_file.read(path)
-        _check_shard(contents, encoding)
+        config = _check_shard(contents, info)
     except UserError:
         return None
-    config = contents.config or {}
     if config.get("covered") != [covered.start, covered.stop]:
         return None
     images = len(contents.states[KIND]["labels"])
-    return Shard(path.name, images, contents.metadata["digest"], tuple(config["broken"]))
+    return Shard(path.name, images, contents.metadata["digest"], tuple(config["bad_images"]))
 
 
-def write_manifest(path: pathlib.Path, encoding: TokenCacheInfo, shards: list[Shard]) -> None:
-    """Finishes a store."""
-    entries = [dataclasses.asdict(shard) for shard in shards]
-    write_json(path / MANIFEST, {"encoding": dataclasses.asdict(encoding), "shards": entries})
+def write_manifest(path: pathlib.Path, info: TokenCacheInfo, shards: list[Shard]) -> None:
+    """Writes the manifest, which completes a token cache."""
+    write_json(path / MANIFEST, {"info": dataclasses.asdict(info), "shards": list(map(dataclasses.asdict, shards))})
 
 
-def _map_shard(path: pathlib.Path, encoding: TokenCacheInfo, digest: str) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """The tensors of a shard, mapped, and the range of images that it covers."""
+def _map_shard(path: pathlib.Path, info: TokenCacheInfo, digest: str) -> tuple[dict[str, Tensor], list[int]]:
+    """Maps the tensors of a shard, without verifying them, and returns the range of images that it covers."""
     try:
         contents = weights_file.read(path, verify=False)
     except UserError as error:
         raise UserError(f"{str(error).rpartition(': ')[0]}: {AGAIN}.") from error
     if contents.metadata.get("digest") != digest:
-        raise UserError(f"{path} is not the shard that {MANIFEST} beside it speaks of: {AGAIN}.")
-    _check_shard(contents, encoding)
-    start, stop = (contents.config or {})["covered"]
-    return contents.states[KIND], (start, stop)
+        raise UserError(f"{path} is not the shard that {MANIFEST} lists: {AGAIN}.")
+    config = _check_shard(contents, info)
+    return contents.states[KIND], config["covered"]
 
 
-def _check_shard(contents: weights_file.Contents, encoding: TokenCacheInfo) -> None:
-    found: Any = (contents.config or {}).get("encoding")
-    if KIND not in contents.states or found != json.loads(json.dumps(dataclasses.asdict(encoding))):
-        raise UserError(f"{contents.path} belongs to another store: {AGAIN}.")
+def _check_shard(contents: weights_file.Contents, info: TokenCacheInfo) -> dict[str, Any]:
+    """Returns the configuration of a shard after checking that its tensors belong to the token cache."""
+    config = contents.config or {}
+    if KIND not in contents.states or config.get("info") != json.loads(json.dumps(dataclasses.asdict(info))):
+        raise UserError(f"{contents.path} belongs to another token cache: {AGAIN}.")
     state = contents.states[KIND]
-    count = len(state["labels"]) if "labels" in state else -1
-    shapes = {
-        "bits": (torch.uint8, (count, *encoding.view_shape)),
-        "checksums": (torch.int32, (count, *encoding.view_shape[:2])),
+    count = len(state.get("labels", ()))
+    expected = {
+        "bits": (torch.uint8, (count, *info.view_shape)),
+        "checksums": (torch.int32, (count, *info.view_shape[:2])),
         "labels": (torch.int64, (count,)),
         "indices": (torch.int64, (count,)),
     }
-    whole = state.keys() == shapes.keys() and all(
-        (state[name].dtype, tuple(state[name].shape)) == expected for name, expected in shapes.items()
-    )
-    if not whole or (count and not 0 <= state["labels"].min() <= state["labels"].max() < len(encoding.classes)):
-        raise UserError(f"{contents.path} does not hold the bits that its metadata speak of: {AGAIN}.")
+    is_whole = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == expected
+    if not is_whole or (count and not 0 <= state["labels"].min() <= state["labels"].max() < len(info.classes)):
+        raise UserError(f"{contents.path} holds other tensors than its metadata describe: {AGAIN}.")
+    return config

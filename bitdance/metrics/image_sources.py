@@ -16,9 +16,11 @@ from typing import IO
 
 import numpy as np
 
+from bitdance.data.cifar10 import Split
 from bitdance.data.crops import center_crop, to_array
-from bitdance.data.image_dataset import EXTENSIONS, ImageDataset, decode_image
-from bitdance.data.images import Split, open_images, spread
+from bitdance.data.decoding import is_image, read_image
+from bitdance.data.image_dataset import ImageDataset, evenly_spaced
+from bitdance.data.images import open_images
 from bitdance.runtime.errors import UserError
 
 LABELS_FILE = "labels.json"
@@ -188,7 +190,7 @@ class PictureSource(Source):
                 raise UserError(f"{name} {value} does not fit: it must be at least 1.")
         flat = sorted(_pictures(path)) if path.is_dir() else []
         self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)
-        self._order = spread(len(self._images), limit)
+        self._order = evenly_spaced(len(self._images), limit)
         if isinstance(self._images, ImageDataset):
             self.labels, self.num_classes = self._images.labels[self._order], len(self._images.classes)
         elif (path / LABELS_FILE).exists():
@@ -202,11 +204,7 @@ class PictureSource(Source):
         if isinstance(self._images, ImageDataset):
             image, name = self._images.read(index), self._images.name(index)
         else:
-            file = self._images[index]
-            try:
-                image, name = decode_image(file.read_bytes(), str(file)), file.name
-            except OSError as error:
-                raise UserError(f"cannot read the image {file}: {error.strerror or error}.") from error
+            image, name = read_image(self._images[index]), self._images[index].name
         if self._side is not None:
             return to_array(center_crop(image, self._side))
         if place > 0 and image.size != (self.shape[2], self.shape[1]):
@@ -225,9 +223,7 @@ class PictureSource(Source):
 
 def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        path for path in folder.iterdir() if is_image(path.name) and not path.name.startswith(".") and path.is_file()
     ]
 
 

@@ -8,7 +8,7 @@ import sys
 from tqdm import tqdm
 
 from bitdance.config import NO_REFERENCE, EvaluationConfig
-from bitdance.data.images import Split
+from bitdance.data.cifar10 import Split
 from bitdance.metrics.feature_set import (
     FeatureSet,
     content_digest,

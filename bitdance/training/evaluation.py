@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitdance.config import EvaluationConfig
 from bitdance.data.images import ImageDataset, open_images
-from bitdance.data.token_cache import TokenDataset, is_token_cache, open_token_cache
+from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.metrics.feature_set import take_features
 from bitdance.metrics.image_sources import Source
 from bitdance.metrics.references import FeatureExtractors, find_reference
@@ -73,7 +73,7 @@ class Validation:
         if is_token_cache(config.val_path):
             if autoencoder is None:
                 raise UserError(f"val_path={config.val_path} is a token cache: an autoencoder is validated on images.")
-            images = open_token_cache(config.val_path)
+            images = TokenDataset(config.val_path)
             images.check(autoencoder, config.image_size)
         else:
             images = open_images(config.val_path, "test" if same else "train")

@@ -12,7 +12,7 @@ import torch
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.data.class_names import imagenet, numbered
 from bitdance.data.images import ImageDataset, open_images
-from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest, open_token_cache
+from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -96,7 +96,7 @@ def train_model(
     with init_distributed(device, threads) as world:
         images: ImageDataset | TokenDataset
         if is_token_cache(config.data_path):
-            images = open_token_cache(config.data_path)
+            images = TokenDataset(config.data_path)
             images.check(digest, config.image_size)
         else:
             images = open_images(config.data_path)

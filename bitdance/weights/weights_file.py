@@ -15,12 +15,11 @@ import json
 import math
 import os
 import pathlib
-import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import IO, Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.pickle_guard import UnsafePickleError, check_pickle
 from bitdance.weights.resolve import find_weights
 
 FORMAT = "bitdance"
@@ -40,9 +40,9 @@ State = dict[str, Tensor]
 Weights = Literal["ema", "model"]
 Network = TypeVar("Network", BitDance, Autoencoder)
 
-KINDS = ("model", "autoencoder", "training", "batch", "bits")
-"""What a file of ours holds: one network, the whole state of a run, a batch that was kept to be looked at, or stored
-bits."""
+KINDS = ("model", "autoencoder", "training", "batch", "tokens")
+"""What a file of ours holds: one network, the whole state of a run, a batch that was kept to be looked at, or a shard
+of a token cache."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,7 +53,6 @@ _HARMLESS = re.compile(
     r"|torch\.nn\.parameter Parameter|collections OrderedDict|argparse Namespace"
 )
 _MAX_PICKLE = 1 << 24  # bytes; the largest released model has about a million
-_MAX_TUPLE = 1000  # items in a tuple with all that it nests; sizes and strides of a tensor have 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _check_zip(path: pathlib.Path) -> None:
             pickles = [entry.filename for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
             if broken is None and len(pickles) == 1:
                 with archive.open(pickles[0]) as file:
-                    _check_pickle(path, file)
+                    _check_pickle(path, file.read(_MAX_PICKLE + 1))
     except UserError:
         raise
     except Exception:  # damage ends in almost any exception
@@ -169,60 +168,29 @@ def _check_zip(path: pathlib.Path) -> None:
 def _check_pickles(path: pathlib.Path) -> None:
     """Checks the pickles that a torch file without a zip begins with: magic number, version, system, weights, names."""
     with open(path, "rb") as file:
-        for _ in range(5):
-            try:
-                _check_pickle(path, file)
-            except UserError:
-                raise
-            except Exception:
-                return  # not a pickle: for the reader to name
+        data = file.read(5 * (_MAX_PICKLE + 1))
+    for _ in range(5):
+        try:
+            data = data[_check_pickle(path, data) :]
+        except UserError:
+            raise
+        except Exception:
+            return  # not a pickle: for the reader to name
 
 
-def _check_pickle(path: pathlib.Path, file: IO[bytes]) -> None:
-    """Follows a pickle without building anything, and refuses what weights do not need.
-
-    That is any function or class but those that make tensors, and tuples so nested that hashing one takes forever or
-    overflows the stack. The size of a tuple, nested ones counted as often as they occur, bounds both.
+def _check_pickle(path: pathlib.Path, data: bytes) -> int:
+    """Returns the length of the pickle at the beginning of `data`, which may import nothing that weights do not need.
 
     Raises:
-        UserError: it carries code, or is too large or too nested.
-        Exception: of almost any kind, where it is no pickle.
+        UserError: it imports code, or is too large or too nested.
+        Exception: of almost any type, if it is not a pickle.
     """
-    stack: list[int] = []  # sizes; what is no tuple has 1
-    marks: list[int] = []
-    memo: dict[Any, int] = {}
-    strings: list[str] = []
-    for op, value, position in pickletools.genops(file):
-        if isinstance(value, str):
-            strings = [*strings[-1:], value]
-        if op.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            name = " ".join(strings) if op.name == "STACK_GLOBAL" else str(value)
-            if not re.fullmatch(r"[\w.]+ [\w.]+", name):
-                raise ValueError("not a pickle")
-            if not _HARMLESS.fullmatch(name):
-                _refuse_code(path, printable(name.replace(" ", ".")))
-        elif op.name.startswith("EXT"):
-            _refuse_code(path, "an extension code")
-        taken, given = op.stack_before, op.stack_after
-        if pickletools.markobject in given:
-            marks.append(len(stack))
-            continue
-        if pickletools.markobject in taken:
-            top = marks.pop()
-            bottom = top - taken.index(pickletools.markobject)
-        else:
-            top = bottom = len(stack) - len(taken)
-        size = 1 + sum(stack[top:]) if "TUPLE" in op.name else 1
-        if "PUT" in op.name or op.name == "MEMOIZE":
-            memo[len(memo) if value is None else value] = stack[-1]
-            continue
-        del stack[bottom:]
-        if "GET" in op.name:
-            stack.append(memo[value])
-        else:
-            stack += [size] * len(given)
-        if (position or 0) > _MAX_PICKLE or (stack and stack[-1] > _MAX_TUPLE):
-            raise UserError(f"{path} is not a file of weights (its pickle is too large or too nested): fetch it again.")
+    try:
+        return check_pickle(data, _HARMLESS, _MAX_PICKLE)
+    except UnsafePickleError as error:
+        if error.code:
+            _refuse_code(path, printable(error.code))
+        raise UserError(f"{path} is not a file of weights ({error}): fetch it again.") from None
 
 
 def _refuse_code(path: pathlib.Path, what: str) -> NoReturn:
