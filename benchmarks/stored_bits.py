@@ -24,11 +24,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitdance.config import RELEASED_MODELS, AutoencoderConfig, LossConfig, TrainConfig
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.data.cache_writer import Encoder, write_token_cache
 from bitdance.data.crops import normalize
 from bitdance.data.images import open_images
-from bitdance.data.token_cache import open_token_cache
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
@@ -36,6 +35,7 @@ from bitdance.runtime.process_group import World
 from bitdance.training.loader import Batch, Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer
+from bitdance.training.train_config import LossConfig, TrainConfig
 from bitdance.weights import weights_file
 
 
@@ -137,7 +137,7 @@ def main() -> None:
         steps = 1 + options.pairs
         streams = {
             kind: Loader(data, run, world).stream(0, steps)
-            for kind, data in (("images", images), ("bits", open_token_cache(folder / "bits")))
+            for kind, data in (("images", images), ("bits", TokenDataset(folder / "bits")))
         }
         objective = BitDanceLoss(BitDance(config).to(device), autoencoder, LossConfig(), 0)
         trainer = Trainer(objective, run, device, fastest == "bf16")

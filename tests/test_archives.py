@@ -23,13 +23,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_data import fails, is_refused, mutations, pixels, tar, write, write_folder, write_zip
 
-from bitdance.config import BitDanceConfig, ModelSizes
+from bitdance.config import BitDanceConfig
 from bitdance.data import tar as tar_reader
 from bitdance.data.class_names import are_imagenet, imagenet
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.images import open_images
 from bitdance.runtime.errors import UserError
-from bitdance.training.setup import _model_config
+from bitdance.training.setup import _complete_sizes
+from bitdance.training.train_config import ModelSizes
 from bitdance.weights.resolve import class_names
 
 # The first, the second and the last of ImageNet's classes, out of order.
@@ -451,7 +452,7 @@ def test_folders_that_are_not_all_imagenets_are_numbered_as_they_come(tmp_path: 
 
 def config(images: ImageDataset, num_classes: int | None = None) -> BitDanceConfig:
     sizes = ModelSizes(num_classes=num_classes)
-    return _model_config(sizes, small.autoencoder().config, 16, images)
+    return _complete_sizes(sizes, small.autoencoder().config, 16, images)
 
 
 def test_a_model_keeps_the_names_and_the_order_of_its_classes(tmp_path: pathlib.Path) -> None:

@@ -17,7 +17,6 @@ from test_training import CPU, SIZES, config, log
 
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig
 from bitdance.data.cache_writer import CacheWriter, EncodeResult
 from bitdance.data.crops import center_crop, normalize, random_crop, to_array
 from bitdance.data.images import open_images
@@ -29,6 +28,7 @@ from bitdance.runtime.process_group import World
 from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
 from bitdance.weights import weights_file
 
 ALONE = World(0, 1, CPU)
@@ -383,7 +383,7 @@ def damaged(data, tmp_path) -> pathlib.Path:
     return folder
 
 
-def test_broken_images_are_named_once_and_replaced(damaged, capsys):
+def test_bad_images_are_named_once_and_replaced(damaged, capsys):
     images = open_images(damaged)
     whole = Loader(images, config(damaged), ALONE)
     batches = [whole.load(step) for step in range(9)]
@@ -410,14 +410,14 @@ def test_broken_images_are_named_once_and_replaced(damaged, capsys):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
 
 
-def test_a_run_with_broken_images_resumes_bit_for_bit(damaged, weights, tmp_path):
+def test_a_run_with_bad_images_resumes_bit_for_bit(damaged, weights, tmp_path):
     whole = train(damaged, weights, tmp_path / "whole")
     assert log(tmp_path / "whole")[-1]["bad_images"] == 3
     train(damaged, weights, tmp_path / "parts", max_steps=4)
     assert train(damaged, weights, tmp_path / "parts", max_bad_images=3).metadata["digest"] == whole.metadata["digest"]
 
 
-def test_too_many_broken_images_stop_a_run(damaged, weights, tmp_path):
+def test_too_many_bad_images_stop_a_run(damaged, weights, tmp_path):
     with pytest.raises(UserError, match=r"broken than --max-broken 2 allows, the last one: cannot read"):
         train(damaged, weights, tmp_path / "run", max_bad_images=2)
 
@@ -429,7 +429,7 @@ def test_a_set_without_one_whole_image_is_a_sentence(damaged):
         Loader(open_images(damaged), config(damaged), ALONE).load(0)
 
 
-def test_broken_images_are_left_out_of_a_store(damaged, weights, tmp_path, capsys):
+def test_bad_images_are_left_out_of_a_store(damaged, weights, tmp_path, capsys):
     bits = store(damaged, weights, tmp_path / "bits")
     assert capsys.readouterr().err.count("bitdance: skipped, ") == 3
     assert bits.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
@@ -444,7 +444,7 @@ def test_broken_images_are_left_out_of_a_store(damaged, weights, tmp_path, capsy
     assert np.array_equal(undamaged.read(8, 0, 1), bits.read(8, 0, 1))
 
 
-def test_too_many_broken_images_stop_an_encoding_also_when_it_is_run_again(damaged, weights, tmp_path):
+def test_too_many_bad_images_stop_an_encoding_also_when_it_is_run_again(damaged, weights, tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="--max-broken 2 allows, the last one"):
             store(damaged, weights, tmp_path / "bits", max_bad_images=2)

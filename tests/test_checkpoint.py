@@ -80,7 +80,7 @@ def our_training(path: pathlib.Path, trains: str) -> pathlib.Path:
     tensors |= {f"model/{name}": value + 1 for name, value in state.items()}
     tensors["optimizer/step/" + next(iter(state))] = torch.tensor(5.0)
     content = {trains: dataclasses.asdict(config), "run": {"run.lr": 1e-3}}
-    weights_file.save_tensors(path, tensors, "training", content, step="5", trains=trains)
+    weights_file.save_tensors(path, tensors, "training", content, step="5", network=trains)
     return path
 
 

@@ -7,18 +7,10 @@ import math
 
 import pytest
 
-from bitdance.config import (
-    MODEL_SIZES,
-    RELEASED_MODELS,
-    AutoencoderConfig,
-    AutoencoderLossConfig,
-    BitDanceConfig,
-    LossConfig,
-    ModelSizes,
-    TrainConfig,
-)
+from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import SamplingConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 
 WRONG = [
     # Sizes of a model. P must be a square whose side divides the grid's, or divide the tokens in raster order.

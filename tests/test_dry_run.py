@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bitdance.cli import original_cli
 from bitdance.cli import train as command
 from bitdance.cli.main import call, main
-from bitdance.config import RELEASED_MODELS, AutoencoderConfig, LossConfig
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.training import estimate
 from bitdance.training.flops import step_flops
 from bitdance.training.losses import BitDanceLoss
+from bitdance.training.train_config import LossConfig
 from bitdance.weights import weights_file
 
 NEEDED = ["--data-path", "/path/to/imagenet/train/", "--autoencoder", "models/BitDance-ImageNet/ae_d16c32.pt"]

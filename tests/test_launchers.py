@@ -63,11 +63,11 @@ SAMPLE_PARALLEL = [
 TRAIN = [
     ("--model", "BitDance-H", "sizes.dim", 1280),
     ("--image-size", "512", "run.image_size", 512),
-    ("--down-size", "16", "call.expect_down_size", 16),
+    ("--down-size", "16", "call.expected_down_size", 16),
     ("--patch-size", "1", "run.image_size", 256),
     ("--num-classes", "10", "sizes.num_classes", 10),
     ("--cls-token-num", "32", "sizes.cls_token_num", 32),
-    ("--latent-dim", "32", "call.expect_bits", 32),
+    ("--latent-dim", "32", "call.expected_bits", 32),
     ("--diff-batch-mul", "2", "loss.diff_batch_mul", 2),
     ("--grad-checkpointing", None, "run.grad_checkpointing", True),
     ("--trained-vae", "vae.pt", "call.autoencoder_path", pathlib.Path("vae.pt")),
@@ -324,7 +324,7 @@ def test_training_scripts_train_and_their_model_samples(place, tmp_path, script,
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 0 and lines[1]["lr"] == 1.5e-4
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint-0000003.safetensors", "config.json", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
+        "checkpoint-0000003.safetensors", "settings.json", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
         "preview-0000003.png",
     ]  # fmt: skip
     network = weights_file.load_model(tmp_path / "run" / "model.safetensors")

@@ -12,7 +12,6 @@ from PIL import Image
 from test_evaluation import ALONE, SMALL, pixels, save
 
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.metrics import references
 from bitdance.metrics.feature_set import read_feature_set, take_features, write_feature_set
 from bitdance.metrics.features import FeatureExtractor
@@ -25,6 +24,7 @@ from bitdance.training import status
 from bitdance.training.evaluation import LOGGED, Evaluation
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.weights import weights_file
 
 SIZES = ModelSizes(dim=64, n_layer=2, head_dim=64, head_layers=2, head_ada_ln=1, cls_token_num=2, drop_rate=0.1)
@@ -53,7 +53,7 @@ def settings(place: pathlib.Path, results: pathlib.Path, **changes: object) -> T
     fixed: dict[str, object] = {
         "image_size": 16, "epochs": 4, "global_batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
         "ema": 0.9, "mixed_precision": "none", "num_workers": 2, "log_every": 1, "preview_every": 0,
-        "eval_every": 5, "eval_images": IMAGES, "eval_reference": str(place / "reference.npz"), "eval_steps": 3,
+        "eval_every": 5, "eval_images": IMAGES, "eval_reference": str(place / "reference.npz"), "eval_num_steps": 3,
         "eval_cfg_scale": 2.0,
     }  # fmt: skip
     return TrainConfig(data_path=place / "pictures", results_dir=results, **{**fixed, **changes})  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_evaluation_changes_nothing_of_the_training(place, tmp_path):
     # Begun with it and gone on without, and in other steps: no other run.
     train(place, tmp_path / "both", eval_every=2, max_steps=5)
     train(place, tmp_path / "both", eval_every=0, eval_images=4, max_steps=8)
-    train(place, tmp_path / "both", eval_every=3, eval_steps=2, eval_cfg_scale=1.0)
+    train(place, tmp_path / "both", eval_every=3, eval_num_steps=2, eval_cfg_scale=1.0)
     assert weights(tmp_path / "both") == weights(tmp_path / "plain")
 
 
@@ -128,7 +128,7 @@ def test_two_processes_give_the_same_figures(place, tmp_path):
             "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures",
             "results_dir": tmp_path / str(processes), "image_size": 16, **small.SIZES, "global_batch_size": 4,
             "max_steps": 2, "lr": 0, "mixed_precision": "none", "num_workers": 1, "eval_every": 1,
-            "eval_images": IMAGES, "eval_reference": place / "reference.npz", "eval_steps": 3, "log_every": 1,
+            "eval_images": IMAGES, "eval_reference": place / "reference.npz", "eval_num_steps": 3, "log_every": 1,
             "preview_every": 0, "device": "cpu",
         }  # fmt: skip
         words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -174,7 +174,7 @@ def test_what_is_wrong_is_said_before_the_first_step(place, tmp_path, monkeypatc
         settings(place, tmp_path, eval_reference=None)
     for name, value, words in (
         ("eval_images", 3, "--eval-images 3 .* at least 4"),
-        ("eval_steps", 0, "--eval-steps 0"),
+        ("eval_num_steps", 0, "--eval-steps 0"),
         ("eval_cfg_scale", -1.0, "--eval-cfg-scale -1.0"),
         ("eval_every", -1, "--eval-every -1"),
     ):

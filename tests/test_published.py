@@ -173,9 +173,9 @@ def filled_in(command: str, images: pathlib.Path, processes: int) -> str:
 def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes: int) -> None:
     """The files of a finished run of two steps, with the published settings and a model of that configuration."""
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint-0000002.safetensors", "config.json", "log.jsonl", "model.safetensors", "preview-0000002.png",
+        "checkpoint-0000002.safetensors", "settings.json", "log.jsonl", "model.safetensors", "preview-0000002.png",
     ]  # fmt: skip
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "settings.json").read_text())
     run = settings["run"]
     assert (run["epochs"], run["lr"], run["ema"], run["global_batch_size"]) == (800, 6e-4, 0.9999, 2)
     assert settings["loss.perturb_rate"] == RELEASED_MODELS[name].perturb_rate

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.sampling.image_grid import Curve, chart
@@ -28,6 +27,7 @@ from bitdance.training.checkpointing import Checkpointer, newest
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer
 from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.training.trainer import Run
 from bitdance.weights import weights_file
 
@@ -136,14 +136,14 @@ def test_what_a_killed_run_left_half_written_is_removed(place, tmp_path):
 
 def test_the_settings_lie_beside_the_run(place, tmp_path):
     train(place, tmp_path, LossConfig(perturb_rate=0.1), max_steps=2)
-    found = json.loads((tmp_path / "config.json").read_text())
+    found = json.loads((tmp_path / "settings.json").read_text())
     assert (found["kind"], found["total_steps"], found["last_step"], found["steps_per_epoch"]) == ("model", 12, 2, 3)
     assert found["run"]["lr"] == 3e-3 and found["run"]["data_path"] == str(place / "pictures")
     assert found["model"]["n_layer"] == 2 and found["loss.perturb_rate"] == 0.1
     assert len(found["autoencoder.digest"]) == 64
     with pytest.raises(UserError, match="belongs to another run"):
         train(place, tmp_path, lr=1.0)
-    assert json.loads((tmp_path / "config.json").read_text()) == found
+    assert json.loads((tmp_path / "settings.json").read_text()) == found
 
 
 def test_a_run_that_never_saved_begins_its_log_anew(place, tmp_path):

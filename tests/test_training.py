@@ -16,7 +16,6 @@ from bitdance.training.schedule import learning_rate, random_crop_share
 from PIL import Image
 
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.data.images import open_images
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -25,6 +24,7 @@ from bitdance.training.loader import Batch, Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA, build_optimizer, parameter_groups
 from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.weights import weights_file
 
 CPU = torch.device("cpu")
@@ -324,7 +324,7 @@ def test_an_autoencoder_learns_and_leaves_its_files(data, tmp_path, capsys):
     assert sum(psnr[-6:]) / 6 > sum(psnr[:6]) / 6 + 1.5  # dB
     assert {"loss", "grad_norm", "lr", "images_per_second", "waiting", "epoch", "entropy_sample"} <= lines[0].keys()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "autoencoder.safetensors", "checkpoint-0000042.safetensors", "config.json",
+        "autoencoder.safetensors", "checkpoint-0000042.safetensors", "settings.json",
         "epoch_14.safetensors", "epoch_7.safetensors",
         "log.jsonl", "preview-0000042.png",
     ]  # fmt: skip
@@ -346,7 +346,7 @@ def test_a_model_learns_and_leaves_its_files(data, pair, tmp_path, parallel_num)
     assert len(losses) == 60
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint-0000060.safetensors", "config.json", "log.jsonl", "model.safetensors", "preview-0000060.png",
+        "checkpoint-0000060.safetensors", "settings.json", "log.jsonl", "model.safetensors", "preview-0000060.png",
     ]  # fmt: skip
     network = weights_file.load_model(path)
     assert network.config.class_names == ("class-0", "class-1", "class-2")

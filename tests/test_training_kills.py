@@ -140,7 +140,7 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
     for kill in range(kills):
         process = start(words)
         # From before the first step to the writing of the finished weights.
-        while process.poll() is None and not (results / "config.json").exists():
+        while process.poll() is None and not (results / "settings.json").exists():
             time.sleep(0.002)
         wait_for(process, results, round(kill * STEPS / (kills - 1)))
         workers = children(process.pid) if processes > 1 and process.poll() is None else []
@@ -272,7 +272,7 @@ def test_the_recipe_for_slurm_on_several_machines(place, tmp_path):
     assert process.returncode != 0
     assert err.count(f"bitdance: interrupted by SIGTERM at step {step} of 3000: run the same command again") == 1
     assert "ends because" not in err and (tmp_path / "asked").read_text() == "requeue 77\n"
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["processes"] == 2
 
 
 def test_a_part_that_is_not_finite_is_skipped_by_all_processes(place, tmp_path):
