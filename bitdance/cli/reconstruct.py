@@ -1,4 +1,4 @@
-"""`bitdance reconstruct`: what an autoencoder makes of images it is given."""
+"""`bitdance reconstruct`: encode and decode images with an autoencoder."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Reconstruct:
         data: images: a folder, zip or tar of class folders, ImageNet's tar or parquet, CIFAR-10's archives.
         autoencoder: `demo`, or a file of weights.
         output: folder for reconstruction.png and reconstruction.json.
-        image_size: images are scaled and cropped to this side; by default the side of the first one.
+        image_size: scale and crop images to squares of this size; by default the shorter side of the first one.
         split: train or test, for CIFAR-10's archives.
-        limit: use only so many images, spread over the set.
+        limit: use only this many images, evenly spaced over the set.
         shown: images in the picture.
-        batch_size: images at a time.
-        rfid: the Fréchet distance between the images and their reconstructions too, in Inception features; by default
-            where the Inception weights are there.
-        inception_weights: file of the Inception network; by default the downloaded one.
-        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        batch_size: batch size of the autoencoder and the Inception network.
+        rfid: compute rFID, the FID between the images and their reconstructions; by default if the Inception weights
+            are found.
+        inception_weights: weights of the Inception network; by default the downloaded file.
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
         threads: CPU threads; by default all cores.
     """
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     for name in ("image_size", "limit", "shown", "batch_size"):
         value = getattr(command, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} does not fit: it must be at least 1.")
+            raise UserError(f"{name}={value} is invalid: it must be at least 1.")
     from bitdance.runtime.process_group import init_distributed
 
     with init_distributed(command.device, command.threads) as world:
@@ -70,9 +70,9 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
 
     from bitdance.data.crops import center_crop, normalize, to_array
     from bitdance.data.images import open_images, spread
-    from bitdance.metrics.feature_set import Collector, arrays_of
     from bitdance.metrics.frechet_distance import frechet_distance
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
+    from bitdance.metrics.statistics import StatisticsAccumulator
     from bitdance.models.autoencoder import to_uint8
     from bitdance.runtime.atomic_files import atomic_write
     from bitdance.sampling.image_grid import grid
@@ -84,30 +84,30 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
     size = command.image_size or min(images.read(0).size)
     if size % autoencoder.config.down_size or size < WINDOW:
         raise UserError(
-            f"--image-size {size} does not fit: it must be a multiple of {autoencoder.config.down_size} "
-            f"and at least {WINDOW}."
+            f"image_size={size} is invalid: it must be a multiple of {autoencoder.config.down_size} and at least "
+            f"{WINDOW}."
         )
-    count = min(len(images), command.limit or len(images))
-    network = _inception(command, world)
-    collectors = [Collector(network, count, keep=1) for _ in range(2)] if network else []
-    chosen, shown = spread(len(images), count), spread(count, command.shown)
+    extractor = _load_inception(command, world)
+    accumulators = [StatisticsAccumulator(extractor.size) for _ in range(2)] if extractor else []
+    chosen = spread(len(images), command.limit)
+    count, shown = len(chosen), spread(len(chosen), command.shown)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     ratios, similarities = [], []
     with tqdm(total=count, unit="image", dynamic_ncols=True) as bar, torch.no_grad():
         for start in range(0, count, command.batch_size):
             part = chosen[start : start + command.batch_size]
-            batch = [to_array(center_crop(images.read(int(i)), size)) for i in part]
-            original = torch.from_numpy(np.stack(batch)).to(world.device)
-            decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original))))
-            ratios.append(psnr(original.cpu(), decoded.cpu()))
-            similarities.append(ssim(original.cpu(), decoded.cpu()))
-            for collector, pixels in zip(collectors, (original, decoded), strict=False):
-                assert network is not None
-                collector.add(arrays_of(network, pixels.cpu().numpy()))
+            batch = np.stack([to_array(center_crop(images.read(int(i)), size)) for i in part])
+            original = torch.from_numpy(batch).to(world.device)  # (B, size, size, 3) uint8
+            decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original)))).cpu()
+            ratios.append(psnr(torch.from_numpy(batch), decoded))
+            similarities.append(ssim(torch.from_numpy(batch), decoded))
+            for accumulator, pixels in zip(accumulators, (batch, decoded.numpy()), strict=False):
+                assert extractor is not None
+                accumulator.add(extractor(pixels)["pool"])
             for i in shown[(shown >= start) & (shown < start + len(batch))] - start:
-                pairs.append((original[i].cpu().numpy(), decoded[i].cpu().numpy()))
+                pairs.append((batch[i], decoded[i].numpy()))
             bar.update(len(batch))
-    figures = {
+    metrics = {
         "autoencoder": str(path),
         "data": str(command.data),
         "images": count,
@@ -115,23 +115,22 @@ def _reconstruct(command: Reconstruct, world: World) -> None:
         "psnr": float(torch.cat(ratios).mean()),
         "ssim": float(torch.cat(similarities).mean()),
     }
-    if network and count > 1:
-        real, made = (collector.finish({}, None).statistics for collector in collectors)
-        assert real is not None and made is not None
-        figures |= {"rfid": frechet_distance(real, made), "inception_digest": network.digest}
+    if extractor and count > 1:
+        real, reconstructed = (accumulator.statistics() for accumulator in accumulators)
+        metrics |= {"rfid": frechet_distance(real, reconstructed), "inception_digest": extractor.digest}
     above, below = (np.stack(part) for part in zip(*pairs, strict=True))
     with atomic_write(command.output / "reconstruction.json") as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     picture = command.output / "reconstruction.png"
     with atomic_write(picture) as temporary:
         sheet = grid(np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size))
         sheet.save(temporary, format="PNG")
-    rfid = f", rFID {figures['rfid']:.3f}" if "rfid" in figures else ""
-    print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}{rfid}: {picture}")
+    rfid = f", rFID {metrics['rfid']:.3f}" if "rfid" in metrics else ""
+    print(f"{count} images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{rfid}: {picture}")
 
 
-def _inception(command: Reconstruct, world: World) -> FeatureExtractor | None:
-    """The Inception network, if it is wanted, or if nobody said that it is not and it is there."""
+def _load_inception(command: Reconstruct, world: World) -> FeatureExtractor | None:
+    """Loads the Inception network if `rfid` asks for it, or by default if its weights are found."""
     from bitdance.metrics.inception import find_weights, load_inception
 
     if command.rfid is False:
@@ -142,4 +141,4 @@ def _inception(command: Reconstruct, world: World) -> FeatureExtractor | None:
         if command.rfid or command.inception_weights:
             raise
         return None
-    return load_inception(path, world.device).feature_extractor()
+    return load_inception(path, world.device)

@@ -10,10 +10,10 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation_report import report, row_of
+from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.parsing import Positional, parse
 from bitdance.cli.sampling_job import run_job
-from bitdance.config import EvaluationConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 from bitdance.weights.resolve import DEMO, Precision, class_names, load_pair
 
@@ -174,9 +174,9 @@ def _run_jobs(command: Sample, generator: Generator, stem: str, world: World) ->
             networks=networks() if command.evaluate else (),
         )
         if command.evaluate and world.is_main:
-            rows[f"seed {seed}"] = row_of(outcome, reference, command.evaluation)
+            rows[f"seed {seed}"] = evaluate_job(outcome, reference, command.evaluation)
     if rows:
-        report(rows, reference, command.evaluation, outcome.record.with_suffix(".figures.json"), spread=True)
+        report(rows, reference, command.evaluation, outcome.record.with_suffix(".metrics.json"), mean_std=True)
 
 
 def _resolved(command: Sample, path: pathlib.Path) -> dict[str, Any]:

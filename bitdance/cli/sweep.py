@@ -7,10 +7,10 @@ import itertools
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation_report import report, row_of
+from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.parsing import parse
 from bitdance.cli.sampling_job import run_job
-from bitdance.config import EvaluationConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 from bitdance.weights.resolve import DEMO, Precision, load_pair
 
@@ -104,10 +104,10 @@ def _sweep(command: Sweep, world: World) -> None:
         )
         if world.is_main:
             title = f"cfg {settings.cfg_scale:g}, {settings.num_steps} steps, {settings.solver}"
-            rows[title] = row_of(outcome, reference, command.evaluation)
+            rows[title] = evaluate_job(outcome, reference, command.evaluation)
     if not rows:
         return
-    report(rows, reference, command.evaluation, command.output / "sweep.json", spread=False)
-    if all("fid" in row["figures"] for row in rows.values()):
-        best = min(rows, key=lambda title: rows[title]["figures"]["fid"])
+    report(rows, reference, command.evaluation, command.output / "sweep.json")
+    if all("fid" in row["metrics"] for row in rows.values()):
+        best = min(rows, key=lambda title: rows[title]["metrics"]["fid"])
         print(f"lowest FID: {best}")

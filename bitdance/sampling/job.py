@@ -22,7 +22,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bitdance.metrics.feature_set import Checks, Collector, FeatureSet, arrays_of, write_feature_set
+from bitdance.metrics.feature_set import (
+    Collector,
+    FeatureSet,
+    PixelSummary,
+    describe_pixels,
+    summarize_pixels,
+    write_feature_set,
+)
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, differences, make_folder, read_json, rename, write_json
@@ -259,12 +266,11 @@ def _arrays(job: Job, kinds: list[str], pixels: np.ndarray, bits: np.ndarray) ->
         arrays["bits"] = bits
     for network in job.networks:
         if f"{FEATURES}.{network.key}" in kinds:
-            found = arrays_of(network, pixels)
-            arrays |= {f"{network.key}.{name}": array for name, array in found.items()}
+            arrays |= {f"{network.key}.{name}": array for name, array in network(pixels).items()}
     if job.networks:
-        checks = Checks.of(pixels)
-        arrays["extremes"] = np.array([checks.minimum, checks.maximum], np.uint8)
-        arrays["digests"] = np.frombuffer(b"".join(checks.digests), np.uint8).reshape(len(pixels), -1)
+        summary = summarize_pixels(pixels)
+        arrays["extremes"] = np.array([summary.minimum, summary.maximum], np.uint8)
+        arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
     return arrays
 
 
@@ -363,13 +369,13 @@ def _collect(
     generator: Generator,
 ) -> FeatureSet:
     """The features of all parts, as if they had been taken of the file of the images."""
-    collector, checks = Collector(network, job.num_images), Checks()
+    collector, summaries = Collector(network, job.num_images), []
     config = generator.model.config
     size = config.grid * generator.autoencoder.config.down_size
     for number in parts:
         names = [name for name in Features._fields if _read_part(job.part(number), f"{network.key}.{name}") is not None]
         collector.add({name: part(number, f"{network.key}.{name}") for name in names})
         low, high = part(number, "extremes").tolist()
-        checks.merge(Checks(low, high, [row.tobytes() for row in part(number, "digests")]))
+        summaries.append(PixelSummary(low, high, [row.tobytes() for row in part(number, "digests")]))
     about = {"source": str(job.path), "height": size, "width": size, "num_classes": config.num_classes}
-    return collector.finish({**about, **checks.report("uint8", labels)}, labels)
+    return collector.finish({**about, **describe_pixels(summaries, "uint8", labels)}, labels)

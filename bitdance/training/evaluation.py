@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from bitdance.config import EvaluationConfig, TrainConfig
-from bitdance.metrics.feature_set import take_features
-from bitdance.metrics.image_sources import Source
+from bitdance.config import TrainConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
+from bitdance.metrics.feature_set import extract_features
+from bitdance.metrics.image_sources import ImageSource
 from bitdance.metrics.references import FeatureExtractors, find_reference
-from bitdance.metrics.report import HEADINGS, check_network, figures
+from bitdance.metrics.report import HEADINGS, check_extractor, compute_metrics
 from bitdance.runtime.process_group import World
 from bitdance.sampling.pipeline import Generator, cut, make_labels
 from bitdance.sampling.sampler import SampleSettings
@@ -28,7 +28,7 @@ last digits."""
 SEED = 0
 
 
-class Samples(Source):
+class Samples(ImageSource):
     """Images that a model makes when they are asked for.
 
     Args:
@@ -80,18 +80,14 @@ class Evaluation:
         found = find_reference(wanted, config.image_size, networks, world)
         self._reference = next(iter(found.values())) if found else None
         if self._reference is not None:
-            about = {"network": self._network.name, "network_digest": self._network.digest}
-            check_network(about, self._reference)
+            check_extractor(self._network.name, self._network.digest, self._reference)
 
     def figures(self) -> Line:
         """Of the network as it is: those that are `LOGGED` and that the reference allows, in the first process."""
-        total = len(self._samples)
-        with tqdm(total=total, unit="image", desc="evaluating", dynamic_ncols=True, leave=False,
-                  disable=not self._world.is_main) as bar:  # fmt: skip
-            sets = take_features(self._samples, [self._network], self._world, self._batch_size, progress=bar.update)
+        sets = extract_features(self._samples, [self._network], self._world, self._batch_size, progress="evaluating")
         if not sets:
             return {}
-        found = {f"eval_{name}": value for name, value in figures(sets[0], self._reference).items()}
+        found = {f"eval_{name}": value for name, value in compute_metrics(sets[0], self._reference).items()}
         return {name: finite(found[name]) for name in LOGGED if name in found}
 
 
