@@ -75,24 +75,24 @@ def _evaluate(command: Evaluate, world: World) -> None:
     opened = [_open(path, command) for path in command.samples]
     extractors = FeatureExtractors(command.evaluation, world)
     sides = [(found.about.get("height") or 0) if isinstance(found, FeatureSet) else found.shape[1] for found in opened]
-    makes = command.make_reference
-    reference = None if makes else find_reference(command.evaluation, max(sides), extractors, world)
+    makes_reference = command.make_reference
+    reference = None if makes_reference else find_reference(command.evaluation, max(sides), extractors, world)
     evaluations: dict[str, dict[str, Any]] = {}
     for path, source in zip(command.samples, opened, strict=True):
         if isinstance(source, FeatureSet):
-            if makes:
+            if makes_reference:
                 raise UserError(f"{path} holds features already: use it as `reference` as it is.")
             sets = [source]
         else:
-            batch_size, keep = command.evaluation.feature_batch_size, command.keep if makes else None
+            batch_size, keep = command.evaluation.feature_batch_size, command.keep if makes_reference else None
             progress = f"features of {path.name}"
             sets = extract_features(source, extractors(), world, batch_size, keep, progress)
-            for features in sets if makes or command.save_features else []:
-                about, stem = features.about, f"reference-{path.stem}" if makes else path.stem
+            for features in sets if makes_reference or command.save_features else []:
+                about, stem = features.about, f"reference-{path.stem}" if makes_reference else path.stem
                 name = f"{stem}-{about['height']}-{about['content'][:12]}-{about['extractor']}.npz"
                 write_feature_set(command.evaluation.cache / name, features)
                 print(f"{command.evaluation.cache / name}: {about['count']} images of {about['height']} px")
-        if world.is_main and not makes:
+        if world.is_main and not makes_reference:
             title = path.name if path.name not in evaluations else str(path)
             evaluations[title] = evaluate_features(sets, reference, command.evaluation)
     if evaluations:

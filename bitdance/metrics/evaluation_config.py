@@ -21,8 +21,8 @@ class EvaluationConfig:
             folder, a data set; none for the Inception Score only. By default ADM's batch for the size of the images.
         reference_split: train or test, for CIFAR-10's archives.
         reference_limit: use only this many images of a reference, evenly spaced over it.
-        inception_weights: weights of the Inception network; by default the downloaded file. Without it `features` are
-            evaluated without Inception.
+        inception_weights: weights of the Inception network; by default the downloaded file, and if there is none, only
+            `features` are evaluated.
         features: further feature extractors, each as module:attribute or path/to/file.py:attribute (this runs that
             code).
         adm_fp16: precision and recall with the float16 rounding of ADM on a GPU.

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class FeatureExtractor:
     @property
     def key(self) -> str:
         """Name and digest as a part of a file name."""
-        plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.name)
+        plain = re.sub(r"[^\w-]", "-", self.name)
         return f"{plain}-{self.digest[:8]}" if self.digest else plain
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:

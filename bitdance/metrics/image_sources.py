@@ -182,7 +182,7 @@ class ImageFileSource(ImageSource):
         for name, value in (("image_size", image_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
-        flat = sorted(_image_files(path)) if path.is_dir() else []
+        flat = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in EXTENSIONS and file.is_file())
         self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)
         self._order = spread(len(self._images), limit)
         if isinstance(self._images, ImageDataset):
@@ -216,14 +216,6 @@ class ImageFileSource(ImageSource):
             for block, start in enumerate(range(0, len(self), size)):
                 if block % ranks == rank:
                     yield block, np.stack(list(pool.map(self._read, range(start, min(start + size, len(self))))))
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    ]
 
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:

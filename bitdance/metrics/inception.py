@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -108,26 +108,31 @@ def _avg_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=2)
+def _max_pool(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
+    return F.max_pool2d(x, 3, stride, padding)
 
 
 class Block(nn.Module):
-    """Concatenation of branches of the same input, each a chain of convolutions after an optional pool."""
+    """Concatenation of branches of the same input: chains of convolutions, the one called `branch_pool` after a pool.
 
-    def __init__(self, pool: Callable[[Tensor], Tensor], **branches: tuple[Conv, ...]):
+    A tuple in a chain is a pair of convolutions whose outputs are concatenated.
+    """
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], **branches: list[Conv | tuple[Conv, Conv]]):
         super().__init__()
         self.pool, self.branches = pool, branches
-        for name, convs in branches.items():
-            for i, conv in enumerate(convs, 1):
-                self.add_module(f"{name}_{i}" if len(convs) > 1 else name, conv)
+        for name, chain in branches.items():
+            for i, layer in enumerate(chain, 1):
+                number = f"_{i}" if len(chain) > 1 else ""
+                for letter, conv in zip("ab", layer, strict=True) if isinstance(layer, tuple) else [("", layer)]:
+                    self.add_module(f"{name}{number}{letter}", conv)
 
     def forward(self, x: Tensor) -> Tensor:
         results = []
-        for name, convs in self.branches.items():
+        for name, chain in self.branches.items():
             y = self.pool(x) if name == "branch_pool" else x
-            for conv in convs:
-                y = conv(y)
+            for layer in chain:
+                y = layer(y) if isinstance(layer, Conv) else torch.cat([conv(y) for conv in layer], 1)
             results.append(y)
         return torch.cat(results, 1)
 
@@ -136,10 +141,10 @@ def block_a(inputs: int, pool: int) -> Block:
     """Mixed_5b to Mixed_5d, on 35 x 35."""
     return Block(
         _avg_pool,
-        branch1x1=(Conv(inputs, 64, 1),),
-        branch5x5=(Conv(inputs, 48, 1), Conv(48, 64, 5)),
-        branch3x3dbl=(Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)),
-        branch_pool=(Conv(inputs, pool, 1),),
+        branch1x1=[Conv(inputs, 64, 1)],
+        branch5x5=[Conv(inputs, 48, 1), Conv(48, 64, 5)],
+        branch3x3dbl=[Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)],
+        branch_pool=[Conv(inputs, pool, 1)],
     )
 
 
@@ -147,59 +152,54 @@ def block_b(inputs: int) -> Block:
     """Mixed_6a, from 35 x 35 to 17 x 17."""
     return Block(
         _max_pool,
-        branch3x3=(Conv(inputs, 384, 3, stride=2, pad=False),),
-        branch3x3dbl=(Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, stride=2, pad=False)),
-        branch_pool=(),
+        branch3x3=[Conv(inputs, 384, 3, stride=2, pad=False)],
+        branch3x3dbl=[Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, stride=2, pad=False)],
+        branch_pool=[],
     )
 
 
 def block_c(width: int) -> Block:
     """Mixed_6b to Mixed_6e, on 17 x 17."""
-    row, column = (1, 7), (7, 1)
-    double = (Conv(768, width, 1), Conv(width, width, column), Conv(width, width, row), Conv(width, width, column))
+
+    def row(outputs: int = width) -> Conv:
+        return Conv(width, outputs, (1, 7))
+
+    def column(outputs: int = width) -> Conv:
+        return Conv(width, outputs, (7, 1))
+
     return Block(
         _avg_pool,
-        branch1x1=(Conv(768, 192, 1),),
-        branch7x7=(Conv(768, width, 1), Conv(width, width, row), Conv(width, 192, column)),
-        branch7x7dbl=(*double, Conv(width, 192, row)),
-        branch_pool=(Conv(768, 192, 1),),
+        branch1x1=[Conv(768, 192, 1)],
+        branch7x7=[Conv(768, width, 1), row(), column(192)],
+        branch7x7dbl=[Conv(768, width, 1), column(), row(), column(), row(192)],
+        branch_pool=[Conv(768, 192, 1)],
     )
 
 
 def block_d() -> Block:
     """Mixed_7a, from 17 x 17 to 8 x 8."""
-    last = Conv(192, 192, 3, stride=2, pad=False)
+    rows, columns, last = Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)), Conv(192, 192, 3, stride=2, pad=False)
     return Block(
         _max_pool,
-        branch3x3=(Conv(768, 192, 1), Conv(192, 320, 3, stride=2, pad=False)),
-        branch7x7x3=(Conv(768, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)), last),
-        branch_pool=(),
+        branch3x3=[Conv(768, 192, 1), Conv(192, 320, 3, stride=2, pad=False)],
+        branch7x7x3=[Conv(768, 192, 1), rows, columns, last],
+        branch_pool=[],
     )
 
 
-class BlockE(nn.Module):
-    """Mixed_7b and, with a max pool, Mixed_7c, on 8 x 8."""
+def block_e(inputs: int, pool: Callable[[Tensor], Tensor]) -> Block:
+    """Mixed_7b and Mixed_7c, on 8 x 8."""
 
-    def __init__(self, inputs: int, max_pool: bool):
-        super().__init__()
-        self.max_pool = max_pool
-        self.branch1x1 = Conv(inputs, 320, 1)
-        self.branch3x3_1 = Conv(inputs, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3))
-        self.branch3x3_2b = Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = Conv(inputs, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(inputs, 192, 1)
+    def pair() -> tuple[Conv, Conv]:
+        return Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else _avg_pool(x)
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        threes = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        threes += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
-        return torch.cat([self.branch1x1(x), *threes, self.branch_pool(pooled)], 1)
+    return Block(
+        pool,
+        branch1x1=[Conv(inputs, 320, 1)],
+        branch3x3=[Conv(inputs, 384, 1), pair()],
+        branch3x3dbl=[Conv(inputs, 448, 1), Conv(448, 384, 3), pair()],
+        branch_pool=[Conv(inputs, 192, 1)],
+    )
 
 
 class Inception(nn.Module):
@@ -221,8 +221,8 @@ class Inception(nn.Module):
         self.Mixed_6d = block_c(160)
         self.Mixed_6e = block_c(192)
         self.Mixed_7a = block_d()
-        self.Mixed_7b = BlockE(1280, max_pool=False)
-        self.Mixed_7c = BlockE(2048, max_pool=True)
+        self.Mixed_7b = block_e(1280, _avg_pool)
+        self.Mixed_7c = block_e(2048, partial(_max_pool, stride=1, padding=1))
         self.fc = nn.Linear(POOL_SIZE, 1008)
         self.eval().requires_grad_(False)
 

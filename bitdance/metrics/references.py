@@ -50,12 +50,11 @@ class FeatureExtractors:
                 if given is not None or not loaded:
                     raise
                 if self._world.is_main:
-                    print(
-                        "bitdance: Inception is left out: run `bitdance download inception` to add it.", file=sys.stderr
-                    )
+                    note = "Inception is left out: run `bitdance download inception` to add it."
+                    print(f"bitdance: {note}", file=sys.stderr)
             else:
                 loaded.insert(0, load_inception(weights, self._world.device))
-            if len({extractor.key for extractor in loaded}) < len(loaded):
+            if len({extractor.name for extractor in loaded}) < len(loaded):
                 raise UserError("two feature extractors have the same name: rename one.")
             self._loaded = tuple(loaded)
         return self._loaded

@@ -195,7 +195,7 @@ def build_report(
 
     Args:
         evaluations: results of `evaluate_features` by title.
-        mean_std: add mean and standard deviation of each metric over all sets, if there are several.
+        mean_std: add mean and sample standard deviation over all sets, if there are several, of the metrics of all.
     """
     report: dict[str, Any] = {
         "samples": evaluations,
@@ -203,15 +203,12 @@ def build_report(
         "settings": {name: value for name, value in dataclasses.asdict(config).items() if name != "cache"},
     }
     if mean_std and len(evaluations) > 1:
-        report["mean_std"] = compute_mean_std([row["metrics"] for row in evaluations.values()])
+        rows = [row["metrics"] for row in evaluations.values()]
+        values = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
+        report["mean_std"] = {
+            name: {"mean": np.mean(v).item(), "std": np.std(v, ddof=1).item()} for name, v in values.items()
+        }
     return report
-
-
-def compute_mean_std(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Computes mean and sample standard deviation of each metric that all results have."""
-    names = [name for name in results[0] if all(name in result for result in results)]
-    values = {name: np.array([result[name] for result in results]) for name in names}
-    return {name: {"mean": float(v.mean()), "std": float(v.std(ddof=1))} for name, v in values.items()}
 
 
 def format_table(report: dict[str, Any]) -> str:
