@@ -1,15 +1,16 @@
-"""How closely the figures agree with ADM's evaluation suite: a Markdown table of every golden case.
+"""Agreement of the metrics with ADM's evaluation suite: a Markdown table of all golden cases.
 
     python benchmarks/evaluation_agreement.py FOLDER
 
-FOLDER holds what ADM gave: inception_random.npz, inception_random_bn.npz, resize_tf1.npz, fid.npz and .json,
-precision_recall.npz and .json, inception_score.npz (tests/data/evaluator holds a few of the cases). Large inputs are
-not stored but made here and known by their SHA-256. The exit status is 1 when a case disagrees.
+FOLDER holds results of ADM: inception_random.npz, inception_random_bn.npz, resize_tf1.npz, fid.npz and .json,
+precision_recall.npz and .json, inception_score.npz (tests/data/evaluator holds some of the cases). Large inputs are not
+stored but generated here and checked by their SHA-256. The exit status is 1 if a case disagrees.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import numpy as np
 from bitdance.metrics.frechet_distance import frechet_distance
 from bitdance.metrics.inception_score import inception_score
 from bitdance.metrics.precision_recall import precision_recall, squared_radii
-from bitdance.metrics.statistics import feature_statistics
+from bitdance.metrics.statistics import compute_statistics
 from bitdance.runtime.errors import UserError
 
 Wanted = Callable[[str], bool]
@@ -32,9 +33,9 @@ Wanted = Callable[[str], bool]
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """A row of the table."""
 
-    figure: str
+    metric: str
     case: str
     adm: float
     ours: float
@@ -50,11 +51,11 @@ class Row(NamedTuple):
         return self.difference <= self.tolerance
 
 
-# Inputs. Uniform numbers of RandomState and single IEEE operations give the same bits everywhere.
+# Inputs. Uniform numbers of RandomState and single IEEE operations are bit-identical on every machine.
 
 
 def normals(seed: int, rows: int, columns: int) -> np.ndarray:
-    """Nearly normal numbers, float64: the standardised sum of four uniform ones."""
+    """Approximately normal numbers, float64: standardized sums of four uniform ones."""
     random = np.random.RandomState(seed)
     total = random.random_sample((rows, columns))
     for _ in range(3):
@@ -65,7 +66,7 @@ def normals(seed: int, rows: int, columns: int) -> np.ndarray:
 def features(
     seed: int, rows: int, dim: int, shift: float = 0.0, clusters: int = 40, noise: float = 0.30, spread: float = 0.25
 ) -> np.ndarray:
-    """Clustered features that are never negative, as Inception's; all seeds share the centres of the clusters."""
+    """Clustered, non-negative features like Inception's; the cluster centres are the same for all seeds."""
     centres = normals(77, clusters, dim) * spread
     labels = np.random.RandomState(seed + 1).randint(0, clusters, size=rows)
     scales = np.random.RandomState(78).random_sample(dim) * 1.2 + 0.4
@@ -74,7 +75,7 @@ def features(
 
 
 def peaky_logits(seed: int, rows: int, amplitude: float) -> np.ndarray:
-    """Logits with one class ahead in each row."""
+    """Logits with one large entry in each row."""
     x = normals(seed, rows, 1008)
     x[np.arange(rows), np.random.RandomState(seed).randint(0, 1008, rows)] += amplitude
     return x.astype(np.float32)
@@ -87,9 +88,9 @@ def classifier() -> np.ndarray:
 
 
 def checked(array: np.ndarray, sha256: str) -> np.ndarray:
-    """The array, if it is the one that ADM was given."""
+    """Returns the array if it is the input of ADM."""
     if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() != sha256:
-        raise SystemExit("an input could not be made again: its SHA-256 differs from that of the golden file.")
+        raise SystemExit("an input could not be reproduced: its SHA-256 differs from that in the golden file.")
     return array
 
 
@@ -120,7 +121,7 @@ LOGITS = {
 
 
 def pair(golden: dict[str, np.ndarray], case: str, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """The two inputs of a case, as stored or made again; a single column is stored flat."""
+    """The two inputs of a case, stored or generated; a single column is stored flat."""
     first, second = (f"{case}/{name}" for name in names)
     if first in golden and golden[first].dtype == np.float32:
         a, b = golden[first], golden[second]
@@ -143,27 +144,31 @@ def cases(golden: dict[str, np.ndarray], key: str, wanted: Wanted) -> list[str]:
     return [name for name in names if wanted(name)]
 
 
-# Figures: each function gives rows. A new figure needs a function here and a place in FIGURES.
+# Metrics: each function yields rows and is listed in METRICS.
 
 
 def fid_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
-    """FID with ADM's float32 mean, and with ours against the same in float64."""
+    """FID with ADM's float32 mean, and with our float64 mean against the same in float64."""
     golden = load(folder, "fid")
     exact = json.loads((folder / "fid.json").read_text())["cases"]
     for case in cases(golden, "adm_fid", wanted):
         reference, sample = pair(golden, case, ("a", "b"))
-        # ADM adds 1e-6 to the diagonals when its matrix root fails, which moves the figure itself.
+        # ADM adds 1e-6 to the diagonals when its matrix root fails, which changes its FID.
         slack = 2e-2 if case.startswith("dead_channels") else 0.0
         for adm_mean in (True, False):
-            ours = frechet_distance(*(feature_statistics(x, adm_mean) for x in (reference, sample)))
+            statistics = [compute_statistics(x) for x in (reference, sample)]
+            if adm_mean:  # a float32 sum in the order of the rows
+                means = (x.mean(0) for x in (reference, sample))
+                statistics = [dataclasses.replace(s, mean=mean) for s, mean in zip(statistics, means, strict=True)]
+            ours = frechet_distance(*statistics)
             theirs = float(golden[f"{case}/adm_fid"]) if adm_mean else exact[case]["eigh_mu64"]
-            figure = "FID" if adm_mean else "FID, float64 mean (not ADM)"
+            metric = "FID" if adm_mean else "FID, float64 mean (not ADM)"
             tolerance = max(slack if adm_mean else 0.0, 1e-6 * max(1.0, abs(theirs)))
-            yield Row(figure, case, theirs, ours, tolerance)
+            yield Row(metric, case, theirs, ours, tolerance)
 
 
 def precision_recall_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
-    """Precision and recall in float32 and with float16's rounding, without any tolerance, and the radii."""
+    """Precision and recall in float32 and with float16 rounding, without tolerance, and the radii."""
     golden = load(folder, "precision_recall")
     facts = json.loads((folder / "precision_recall.json").read_text())
     for case in cases(golden, "precision_fp32", wanted):
@@ -192,12 +197,12 @@ def precision_recall_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]
         for name, value, theirs in zip(
             ("precision", "recall"), ours, golden["mixed_overflow/pr_one_block"], strict=True
         ):
-            # ADM takes the block in float32, but the samples' radii in float16, with the sums of a CPU.
+            # ADM computes the block in float32, but the samples' radii in float16, as on a CPU.
             yield Row(f"{name}, beyond float16", "mixed_overflow", float(theirs), value, 1e-2)
 
 
 def inception_score_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
-    """The Inception Score: ours is float64, ADM's float32."""
+    """The Inception Score in float64; ADM's is float32."""
     golden = load(folder, "inception_score")
     for case in cases(golden, "adm_is", wanted):
         logits = golden[f"{case}/logits"]
@@ -217,7 +222,7 @@ def inception_score_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
 
 
 def inception_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
-    """The network with made-up weights, relative L2 error of its outputs, and TensorFlow's resize to the last bit."""
+    """Relative L2 error of the network's outputs with random weights, and differences from TensorFlow's resize."""
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
     import inception_inputs
     import torch
@@ -247,19 +252,19 @@ def inception_rows(folder: pathlib.Path, wanted: Wanted) -> Iterator[Row]:
             yield Row("resize, values that differ", size, 0.0, different, 0.0)
 
 
-FIGURES = (inception_rows, fid_rows, precision_recall_rows, inception_score_rows)
+METRICS = (inception_rows, fid_rows, precision_recall_rows, inception_score_rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="the folder of golden files")
     folder = parser.parse_args().folder
-    print("| figure | case | ADM | ours | difference | tolerance | ok |\n|---|---|---|---|---|---|---|")
+    print("| metric | case | ADM | ours | difference | tolerance | ok |\n|---|---|---|---|---|---|---|")
     wrong = 0
-    for rows in FIGURES:
+    for rows in METRICS:
         for row in rows(folder, lambda case: True):
             numbers = f"{row.adm:.10g} | {row.ours:.10g} | {row.difference:.1e} | {row.tolerance:.1e}"
-            print(f"| {row.figure} | {row.case} | {numbers} | {'yes' if row.ok else '**no**'} |", flush=True)
+            print(f"| {row.metric} | {row.case} | {numbers} | {'yes' if row.ok else '**no**'} |", flush=True)
             wrong += not row.ok
     if wrong:
         print(f"\n{wrong} rows disagree.", file=sys.stderr)

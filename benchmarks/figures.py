@@ -23,7 +23,7 @@ from bitdance.metrics.frechet_distance import trace_sqrt
 from bitdance.metrics.inception_score import inception_score
 from bitdance.metrics.kid import subset_kid
 from bitdance.metrics.precision_recall import precision_recall
-from bitdance.metrics.statistics import feature_statistics
+from bitdance.metrics.statistics import compute_statistics
 
 
 def trace_by_eigenvalues(a: np.ndarray, b: np.ndarray) -> float:
@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
 
     reference, sample = clustered(1, args.count, args.dim), clustered(2, args.count, args.dim)
-    a, b = feature_statistics(reference).covariance, feature_statistics(sample).covariance
+    a, b = compute_statistics(reference).covariance, compute_statistics(sample).covariance
     logits = clustered(3, args.count, 1008) * 8
     contenders: dict[str, dict[str, Callable[[], Any]]] = {
         "trace of the square root": {
@@ -113,7 +113,7 @@ def main() -> None:
             "full matrices": lambda: precision_recall_of_full_matrices(reference, sample),
         },
         "statistics": {
-            "ours": lambda: float(feature_statistics(reference).mean.sum()),
+            "ours": lambda: float(compute_statistics(reference).mean.sum()),
             "np.cov": lambda: float(np.cov(reference, rowvar=False).shape and reference.mean(0).sum()),
         },
         "Inception Score": {"ours": lambda: inception_score(logits)},

@@ -1,10 +1,10 @@
-"""Features a second: the Inception network as evaluation runs it beside the straightforward form.
+"""Throughput of the Inception network as in evaluation, compared with a straightforward implementation.
 
     python benchmarks/inception.py --threads 2
 
-Straightforward is: four neighbours gathered for each pixel of the resize, images and weights channels-first, batch
-normalisation as a layer. Both take the same random weights and images, in turns, so that a busy machine slows both.
-The last line is JSON.
+The straightforward implementation gathers four neighbours for each pixel of the resize, keeps images and weights
+channels-first, and runs batch normalization as a layer. Both run in turns with the same random weights and images, so
+that other load slows both. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 from typing import Literal
 
 from bitdance.runtime.errors import UserError, check_fields
@@ -220,40 +219,3 @@ RELEASED_MODELS: dict[str, ReleasedModel] = {
     ),
 }
 """The released models by their names in the paper."""
-
-
-NO_REFERENCE = "none"
-"""In place of a reference: only figures that need none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """How images are evaluated.
-
-    Attributes:
-        reference: what to compare with: ADM's reference batch or statistics, a stored reference, an .npz of images, a
-            folder, a data set; none for the Inception Score alone. By default ADM's batch for the size of the images.
-        reference_split: train or test, for CIFAR-10's archives.
-        reference_limit: only so many pictures of a reference, spread over it.
-        inception_weights: file of the Inception network; by default the downloaded one.
-        features: further networks, each as module:attribute or path/to/file.py:attribute (this runs that code).
-        adm_fp16: precision and recall with the rounding of ADM's on a GPU.
-        kernel: the unbiased kernel distance too.
-        feature_batch_size: images that a network takes at once.
-        cache: folder where features of references are kept.
-    """
-
-    reference: str | None = None
-    reference_split: str = "train"
-    reference_limit: int | None = None
-    inception_weights: pathlib.Path | None = None
-    features: tuple[str, ...] = ()
-    adm_fp16: bool = False
-    kernel: bool = False
-    feature_batch_size: int = 32
-    cache: pathlib.Path = pathlib.Path("models/evaluation/features")
-
-    def __post_init__(self) -> None:
-        check_fields(self, "feature_batch_size", lambda value: value >= 1, "be at least 1")
-        if self.reference_split not in ("train", "test"):
-            raise UserError(f"--reference-split {self.reference_split} does not fit: it is train or test.")

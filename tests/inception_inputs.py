@@ -1,5 +1,5 @@
-"""Made-up weights of the Inception network and images, the same to the last bit everywhere: nothing but uniform numbers
-of NumPy's frozen RandomState and single IEEE operations. The golden values in data/evaluator were made with them."""
+"""Synthetic weights and images for the Inception network, bit-identical on every machine: only uniform numbers of
+NumPy's RandomState and single IEEE operations. The golden values in data/evaluator were computed with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 20240607
 
 
 def weights(measurements: pathlib.Path = DATA / "inception_bn.npz") -> dict[str, Tensor]:
-    """A whole state dict; the statistics of the batch normalisations, which were measured, come from a file."""
+    """A state dict; the statistics of the batch normalizations, which were measured, come from a file."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Inception().state_dict().items()}
     with np.load(measurements, allow_pickle=False) as measured:
@@ -43,7 +43,7 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def images(seed: int, count: int, side: int) -> np.ndarray:
-    """(count, side, side, 3) uint8: gradients, six rectangles or discs over them, noise."""
+    """(count, side, side, 3) uint8: gradients with six rectangles or discs and noise."""
     random = np.random.RandomState(seed)
     y, x = np.mgrid[:side, :side] / side
     result = []

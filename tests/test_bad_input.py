@@ -156,12 +156,12 @@ def test_a_global_batch_that_processes_cannot_share(place, tmp_path, fails, monk
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--limit", 0], "--limit 0 does not fit"),
-        (["--limit", -5], "--limit -5 does not fit"),
-        (["--shown", 0], "--shown 0 does not fit"),
-        (["--batch-size", -1], "--batch-size -1 does not fit"),
-        (["--image-size", 0], "--image-size 0 does not fit"),
-        (["--image-size", 18], "--image-size 18 does not fit: it must be a multiple of 4"),
+        (["--limit", 0], "limit=0 is invalid"),
+        (["--limit", -5], "limit=-5 is invalid"),
+        (["--shown", 0], "shown=0 is invalid"),
+        (["--batch-size", -1], "batch_size=-1 is invalid"),
+        (["--image-size", 0], "image_size=0 is invalid"),
+        (["--image-size", 18], "image_size=18 is invalid: it must be a multiple of 4"),
         (["--image-size", 8], "at least 11"),
     ],
 )
@@ -256,7 +256,7 @@ def test_places_without_images(place, tmp_path, fails, command, kind):
 
 def test_samples_that_are_none(place, tmp_path, fails):
     message = fails("nearest", tmp_path, place / "pictures", "--output", tmp_path / "out")
-    assert "holds no images with a samples.json beside them" in message
+    assert "holds no samples.json with its images" in message
 
 
 # ------------------------------------------------------------ launchers

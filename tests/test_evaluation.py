@@ -1,4 +1,4 @@
-"""`bitdance evaluate`, `sweep` and `sample --evaluate`: images in, figures out, with a small network in the plug."""
+"""`bitdance evaluate`, `sweep` and `sample --evaluate`, with a small network in place of Inception."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from PIL import Image
 
 from bitdance.cli.main import main
 from bitdance.metrics import inception, references
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import (
-    Checks,
     FeatureSet,
     content_digest,
+    extract_features,
     read_feature_set,
-    take_features,
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.frechet_distance import frechet_distance
 from bitdance.metrics.image_sources import NpzSource, open_source
 from bitdance.metrics.precision_recall import precision_recall
-from bitdance.metrics.report import figures, mean_and_std, table, warnings
-from bitdance.metrics.statistics import feature_statistics
+from bitdance.metrics.report import build_report, compute_metrics, find_problems, format_table
+from bitdance.metrics.statistics import compute_statistics
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 
@@ -39,7 +39,7 @@ SIZE = 12
 
 
 def project(images: torch.Tensor) -> Features:
-    """Means over a grid of 2 x 2 as features, of 3 x 3 as spatial ones, and logits of both."""
+    """Means over a 2 x 2 grid as features, over a 3 x 3 grid as spatial features, and logits."""
     x = images.float().movedim(3, 1) / 255
     pool = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
     spatial = torch.nn.functional.adaptive_avg_pool2d(x, 3).flatten(1)
@@ -50,8 +50,8 @@ SMALL = FeatureExtractor(inception.NAME, SIZE, project, digest=inception.PUBLISH
 
 
 @pytest.fixture(autouse=True)
-def plugged(monkeypatch):
-    """The small network in place of the Inception network: the latter has tests of its own."""
+def small_extractor(monkeypatch):
+    """The small network in place of Inception, which has its own tests."""
     monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (SMALL,))
 
 
@@ -64,20 +64,21 @@ def save(path: pathlib.Path, images: np.ndarray, labels: np.ndarray | None = Non
     return path
 
 
+def save_images(folder: pathlib.Path, images: np.ndarray) -> pathlib.Path:
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index}.png")
+    return folder
+
+
+def extract(path: pathlib.Path, images: np.ndarray, labels: np.ndarray | None = None, **options) -> FeatureSet:
+    return extract_features(open_source(save(path, images, labels)), [SMALL], ALONE, **options)[0]
+
+
 def run(tmp_path: pathlib.Path, *arguments: object) -> dict:
     output = tmp_path / "evaluation.json"
-    main(
-        [
-            "evaluate",
-            *map(str, arguments),
-            "--output",
-            str(output),
-            "--cache",
-            str(tmp_path / "cache"),
-            "--device",
-            "cpu",
-        ]
-    )
+    options = ("--output", output, "--cache", tmp_path / "cache", "--device", "cpu")
+    main(["evaluate", *map(str, (*arguments, *options))])
     return json.loads(output.read_text())
 
 
@@ -95,27 +96,22 @@ def test_an_npz_is_read_in_blocks(tmp_path, compressed, dtype):
     images, labels = pixels(11).astype(dtype), np.arange(11)
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", images, labels)
     source = open_source(tmp_path / "a.npz")
-    assert (
-        source.shape == (11, 8, 8, 3) and source.dtype == np.dtype(dtype) and source.labels.tolist() == list(range(11))
-    )
+    assert (source.shape, source.dtype, source.labels.tolist()) == ((11, 8, 8, 3), np.dtype(dtype), list(range(11)))
     for ranks in (1, 2, 3):
-        found = {number: block for rank in range(ranks) for number, block in source.blocks(4, rank, ranks)}
-        assert [len(found[number]) for number in (0, 1, 2)] == [4, 4, 3]
-        assert np.array_equal(np.concatenate([found[number] for number in (0, 1, 2)]), images)
+        found = dict(block for rank in range(ranks) for block in source.blocks(4, rank, ranks))
+        assert [len(found[index]) for index in (0, 1, 2)] == [4, 4, 3]
+        assert np.array_equal(np.concatenate([found[index] for index in (0, 1, 2)]), images)
 
 
-def test_an_npz_of_another_making_is_read_by_its_only_images(tmp_path):
+def test_an_npz_with_other_names_is_read_by_its_only_images(tmp_path):
     np.savez(tmp_path / "a.npz", samples=pixels(5), other=np.arange(3))
     source = open_source(tmp_path / "a.npz")
     assert len(source) == 5 and source.labels is None
 
 
-def test_folders_of_pictures(tmp_path):
+def test_folders_of_images(tmp_path):
     images = pixels(6)
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{number}.png")
+    folder = save_images(tmp_path / "flat", images)
     source = open_source(folder)
     assert np.array_equal(np.concatenate([block for _, block in source.blocks(4)]), images) and source.labels is None
     (folder / "labels.json").write_text("[2, 1, 0, 2, 1, 0]")
@@ -123,55 +119,63 @@ def test_folders_of_pictures(tmp_path):
     assert open_source(folder, limit=2).labels.tolist() == [2, 0]
     Image.fromarray(pixels(1, 20)[0]).save(folder / "9.png")
     (folder / "labels.json").unlink()
-    with pytest.raises(UserError, match=r"9\.png in .* has 20 x 20 pixels, the first picture 8 x 8: .* --image-size"):
+    with pytest.raises(UserError, match=r"9\.png in .* has 20 x 20 pixels, the first image 8 x 8: .* `image_size`"):
         list(open_source(folder).blocks(4))
     assert open_source(folder, image_size=4).shape == (7, 4, 4, 3)
-    classes = small.pictures(tmp_path / "classes")
-    source = open_source(classes)
+    source = open_source(small.pictures(tmp_path / "classes"))
     assert (len(source), source.num_classes, source.shape[1]) == (12, 3, 16)
     assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_bad_sources(tmp_path):
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ([pixels(4)[..., :1]], r"\(4, 8, 8, 1\): expected numbers"),
+        ([np.zeros((0, 8, 8, 3), np.uint8)], r"\(0, 8, 8, 3\)"),
+        ([np.zeros((4, 8, 8, 3), complex)], "complex128"),
+        ([np.zeros((4, 3))], r"\(4, 3\)"),
+        ([np.asfortranarray(pixels(4))], "Fortran order"),
+        ([np.array([None, 1], object)], "object"),
+        ([pixels(4), np.arange(3)], "expected 4 integer labels"),
+        ([pixels(4), np.full(4, -1)], "label -1"),
+        ([pixels(4), np.zeros(4)], "float64"),
+    ],
+)
+def test_invalid_arrays(tmp_path, arrays, words):
+    np.savez(tmp_path / "a.npz", *arrays)
+    with pytest.raises(UserError, match=words):
+        open_source(tmp_path / "a.npz")
+
+
+def test_invalid_sources(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         open_source(tmp_path / "nothing")
     (tmp_path / "x.job").mkdir()
     with pytest.raises(UserError, match="unfinished sampling job"):
         open_source(tmp_path / "x.job")
-    with pytest.raises(UserError, match="leave out --image-size"):
+    with pytest.raises(UserError, match="leave out `image_size`"):
         open_source(save(tmp_path / "a.npz", pixels(4)), image_size=4)
-    for array, words in (
-        (pixels(4)[..., :1], r"\(4, 8, 8, 1\): expected numbers"),
-        (np.zeros((0, 8, 8, 3), np.uint8), r"\(0, 8, 8, 3\)"),
-        (np.zeros((4, 8, 8, 3), complex), "complex128"),
-        (np.zeros((4, 3)), r"\(4, 3\)"),
-        (np.asfortranarray(pixels(4)), "column by column"),
-        (np.array([None, 1], object), "cannot be read|object"),
-    ):
-        np.savez(tmp_path / "b.npz", array)
-        with pytest.raises(UserError, match=words):
-            open_source(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", a=pixels(2), b=pixels(2))
     with pytest.raises(UserError, match="holds no arr_0"):
         open_source(tmp_path / "c.npz")
-    for labels, words in (
-        (np.arange(3), "expected 4 integer labels"),
-        (np.full(4, -1), "label -1"),
-        (np.zeros(4), "float64"),
-    ):
-        with pytest.raises(UserError, match=words):
-            open_source(save(tmp_path / "d.npz", pixels(4), labels))
+    # A header that announces far more than the file holds: no memory is allocated for it.
+    header = io.BytesIO()
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 512, 512, 3)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + b"x" * 100)
+    with pytest.raises(UserError, match=r"arr_0\.npy is truncated"):
+        open_source(tmp_path / "d.npz")
 
 
-def test_200_mutated_files_end_in_sentences(tmp_path):
-    """Of images and of features: each is refused in a sentence, or what is read of it is untouched."""
-    images = save(tmp_path / "images.npz", pixels(8), np.arange(8) % 3).read_bytes()
-    features = take_features(open_source(tmp_path / "images.npz"), [SMALL], ALONE)[0]
+def test_200_mutated_files_are_refused_or_read_unchanged(tmp_path):
+    """Files of images and of features."""
+    features = extract(tmp_path / "images.npz", pixels(8), np.arange(8) % 3)
     write_feature_set(tmp_path / "features.npz", features)
-    stored = (tmp_path / "features.npz").read_bytes()
+    files = [(tmp_path / name).read_bytes() for name in ("images.npz", "features.npz")]
     draw, refused = random.Random(0), 0
     for number in range(200):
-        whole = bytearray((images, stored)[number % 2])
+        whole = bytearray(files[number % 2])
         kind = number // 2 % 4
         if kind == 0:
             whole = whole[: draw.randrange(len(whole))]
@@ -185,280 +189,265 @@ def test_200_mutated_files_end_in_sentences(tmp_path):
         try:
             found = read_feature_set(path)
             if found is None:
-                found = take_features(open_source(path), [SMALL], ALONE)[0]
+                found = extract_features(open_source(path), [SMALL], ALONE)[0]
             if found.pool is None:
                 raise UserError("no features")
-            assert np.array_equal(found.pool, features.pool) and found.about["count"] == 8  # a harmless place was hit
+            assert np.array_equal(found.pool, features.pool) and found.about["count"] == 8  # a byte without effect
         except UserError as error:
             refused += 1
             assert len(str(error)) > 10 and "\n" not in str(error)
     assert refused >= 140
 
 
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [("a.npz", b""), ("a.npz", b"PK\x03\x04" + b"x" * 99), ("a.npz", b"<html>"), ("a.npy", b"\x93NUMPY")],
-)
-def test_files_that_are_none(tmp_path, capsys, name, data):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", str(tmp_path / name), "--reference", "none", "--output", str(tmp_path / "out.json")])
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and said.startswith("bitdance: ") and "\n" not in said
-    assert not (tmp_path / "out.json").exists()
-
-
 # ------------------------------------------------------------ features
 
 
-def test_features_are_those_of_the_images_whatever_the_batch(tmp_path):
+def test_features_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitdance.metrics.statistics.BLOCK", 8)
     images, labels = pixels(23), np.arange(23) % 3
-    source = open_source(save(tmp_path / "a.npz", images, labels))
     expected = project(torch.from_numpy(images))
-    for size in (1, 5, 32):
-        found = take_features(source, [SMALL], ALONE, batch_size=size)[0]
-        assert np.array_equal(found.pool, expected.pool.numpy()) and np.array_equal(
-            found.logits, expected.logits.numpy()
-        )
-        np.testing.assert_allclose(
-            found.spatial.covariance, np.cov(expected.spatial.numpy().T.astype(float)), atol=1e-12
-        )
-        assert found.about["content"] == content_digest(source) and found.about["count"] == 23
-    kept = take_features(source, [SMALL], ALONE, keep=3)[0]
+    sets = [extract(tmp_path / "a.npz", images, labels, batch_size=size) for size in (1, 5, 8, 20, 32)]
+    for found in sets:
+        assert np.array_equal(found.pool, expected.pool) and np.array_equal(found.logits, expected.logits)
+        assert np.array_equal(found.statistics.covariance, sets[0].statistics.covariance)
+        assert np.array_equal(found.spatial.mean, sets[0].spatial.mean)
+        for statistics, features in ((found.statistics, expected.pool), (found.spatial, expected.spatial)):
+            np.testing.assert_allclose(statistics.covariance, np.cov(features.numpy().T.astype(float)), atol=1e-12)
+        assert found.about["content"] == content_digest(NpzSource(tmp_path / "a.npz"))
+        assert found.about["count"] == 23
+    kept = extract(tmp_path / "a.npz", images, labels, keep=3)
     assert np.array_equal(kept.pool, expected.pool.numpy()[[0, 11, 22]]) and kept.logits is None
-    np.testing.assert_array_equal(kept.statistics.mean, found.statistics.mean)
+    np.testing.assert_array_equal(kept.statistics.mean, sets[0].statistics.mean)
 
 
-TAKE = """
+EXTRACT = """
 import sys
-import numpy as np, torch
 sys.path.insert(0, sys.argv[3])
+import pathlib
 import test_evaluation
 from bitdance.runtime.process_group import init_distributed
-from bitdance.metrics.feature_set import take_features, write_feature_set
+from bitdance.metrics.feature_set import extract_features, write_feature_set
 from bitdance.metrics.image_sources import open_source
-import pathlib
 
 with init_distributed("cpu", 1) as world:
-    found = take_features(open_source(sys.argv[1]), [test_evaluation.SMALL], world, batch_size=4)
+    found = extract_features(open_source(sys.argv[1]), [test_evaluation.SMALL], world, batch_size=4)
     assert len(found) == (world.rank == 0)
-    for one in found:
-        write_feature_set(pathlib.Path(sys.argv[2]), one)
+    for features in found:
+        write_feature_set(pathlib.Path(sys.argv[2]), features)
 """
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_takes_the_same_features(tmp_path, processes):
-    samples = save(tmp_path / "a.npz", pixels(23), np.arange(23) % 3)
-    (tmp_path / "take.py").write_text(TAKE)
-    small.run(tmp_path / "take.py", samples, tmp_path / "f.npz", small.ROOT / "tests", processes=processes)
-    expected = take_features(open_source(samples), [SMALL], ALONE, batch_size=4)[0]
+def test_features_do_not_depend_on_the_number_of_processes(tmp_path, processes):
+    expected = extract(tmp_path / "a.npz", pixels(23), np.arange(23) % 3, batch_size=4)
+    (tmp_path / "extract.py").write_text(EXTRACT)
+    arguments = (tmp_path / "a.npz", tmp_path / "f.npz", small.ROOT / "tests")
+    small.run(tmp_path / "extract.py", *arguments, processes=processes)
     found = read_feature_set(tmp_path / "f.npz")
     assert np.array_equal(found.pool, expected.pool) and np.array_equal(found.logits, expected.logits)
     assert found.about["content"] == expected.about["content"]
-    assert figures(found, expected) == figures(expected, expected)
+    assert compute_metrics(found, expected) == compute_metrics(expected, expected)
 
 
-def test_a_batch_size_changes_no_bit_of_the_statistics(tmp_path, monkeypatch):
-    for module in ("feature_set", "statistics"):
-        monkeypatch.setattr(f"bitdance.metrics.{module}.BLOCK", 8)
-    source = open_source(save(tmp_path / "a.npz", pixels(23)))
-    found = [take_features(source, [SMALL], ALONE, batch_size=size)[0] for size in (1, 5, 8, 20)]
-    for one in found[1:]:
-        assert np.array_equal(one.statistics.covariance, found[0].statistics.covariance)
-        assert np.array_equal(one.spatial.mean, found[0].spatial.mean)
-    np.testing.assert_allclose(found[0].statistics.covariance, np.cov(found[0].pool.T.astype(float)), atol=1e-12)
-
-
-def test_the_digest_is_of_pixels_and_labels_however_they_are_kept(tmp_path):
+def test_the_digest_is_of_pixels_and_labels_in_any_format(tmp_path):
     images = pixels(5)
     digests = [content_digest(open_source(save(tmp_path / "a.npz", images)))]
-    (tmp_path / "flat").mkdir()
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / "flat" / f"{number}.png")
-    digests.append(content_digest(open_source(tmp_path / "flat"), batch_size=2))
+    digests.append(content_digest(open_source(save_images(tmp_path / "flat", images)), batch_size=2))
     assert digests[0] == digests[1]
     others = [images[::-1], images.astype(np.float32), images[:4]]
     digests += [content_digest(open_source(save(tmp_path / "b.npz", other))) for other in others]
     digests.append(content_digest(open_source(save(tmp_path / "b.npz", images, np.arange(5)))))
     assert len(set(digests)) == 5
+    with pytest.raises(UserError, match="not finite"):
+        extract(tmp_path / "nan.npz", np.where(images == images.max(), np.nan, images))
 
 
-def test_stored_features_are_the_same_to_the_bit(tmp_path):
-    found = take_features(open_source(save(tmp_path / "a.npz", pixels(9), np.arange(9))), [SMALL], ALONE)[0]
+def test_stored_features_are_bit_identical(tmp_path):
+    found = extract(tmp_path / "a.npz", pixels(9), np.arange(9))
     write_feature_set(tmp_path / "f.npz", found)
-    again = read_feature_set(tmp_path / "f.npz")
+    stored = read_feature_set(tmp_path / "f.npz")
     for name in ("pool", "logits", "labels"):
-        assert np.array_equal(getattr(found, name), getattr(again, name))
-    assert figures(again, found) == figures(found, found)
-    assert {**again.about, "format": 0, "format_version": 0} == {**found.about, "format": 0, "format_version": 0}
+        assert np.array_equal(getattr(found, name), getattr(stored, name))
+    assert compute_metrics(stored, found) == compute_metrics(found, found)
+    assert stored.about == {**found.about, "format": "bitdance-features", "format_version": 2}
+    old = np.frombuffer(json.dumps({**stored.about, "format_version": 1}).encode(), np.uint8)
+    np.savez(tmp_path / "old.npz", about=old, pool=found.pool)
+    with pytest.raises(UserError, match=r"old\.npz is not of format bitdance-features 2: extract the features again"):
+        read_feature_set(tmp_path / "old.npz")
 
 
-def test_the_figures_are_what_the_functions_give(tmp_path):
-    a, b = (take_features(open_source(save(tmp_path / "x.npz", pixels(40, seed=s))), [SMALL], ALONE)[0] for s in (1, 2))
-    result = figures(a, b, kernel=True)
-    expected = frechet_distance(feature_statistics(b.pool), feature_statistics(a.pool))
-    assert result["fid"] == pytest.approx(expected, rel=1e-9)
-    assert (result["precision"], result["recall"]) == tuple(precision_recall(b.pool, a.pool))
-    assert set(result) == {
-        "fid", "sfid", "precision", "recall", "kid", "kid_std", "inception_score",
-        "inception_score_in_order",
-    }  # fmt: skip
-    assert abs(figures(a, a)["fid"]) < 1e-9
-    with pytest.raises(UserError, match="taken with another network"):
-        figures(a, dataclasses.replace(b, about={**b.about, "network_digest": "another"}))
+def test_metrics_are_those_of_the_functions(tmp_path):
+    a, b = (extract(tmp_path / "x.npz", pixels(40, seed=seed)) for seed in (1, 2))
+    metrics = compute_metrics(a, b, kid=True)
+    expected = frechet_distance(compute_statistics(b.pool), compute_statistics(a.pool))
+    assert metrics["fid"] == pytest.approx(expected, rel=1e-9)
+    assert (metrics["precision"], metrics["recall"]) == tuple(precision_recall(b.pool, a.pool))
+    scores = {"inception_score", "inception_score_in_order"}
+    assert set(metrics) == {"fid", "sfid", "precision", "recall", "kid", "kid_std"} | scores
+    assert abs(compute_metrics(a, a)["fid"]) < 1e-9
+    with pytest.raises(UserError, match="has features of another extractor"):
+        compute_metrics(a, dataclasses.replace(b, about={**b.about, "extractor_digest": "another"}))
+    with pytest.raises(UserError, match="x holds statistics without features"):
+        compute_metrics(FeatureSet({"source": "x", "count": 3}, None, None), None)
 
 
-def test_a_classifier_in_the_plug(tmp_path):
+def test_accuracy_of_a_classifier(tmp_path):
     def classify(images: torch.Tensor) -> Features:
         brightness = images.float().mean((1, 2, 3))
         return Features(brightness[:, None], None, -(brightness[:, None] - torch.tensor([20.0, 120.0, 220.0])).square())
 
-    network = FeatureExtractor("brightness", 1, classify, classifies=True)
-    labels = np.array([0, 1, 2, 2])
+    extractor = FeatureExtractor("brightness", 1, classify, classifies=True)
     images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 130, 255, 0)])
-    found = take_features(open_source(save(tmp_path / "a.npz", images, labels)), [network], ALONE)[0]
-    assert figures(found, None) == {"accuracy": 0.75, "top_5_accuracy": 1.0}
+    source = open_source(save(tmp_path / "a.npz", images, np.array([0, 1, 2, 2])))
+    found = extract_features(source, [extractor], ALONE)[0]
+    assert compute_metrics(found, None) == {"accuracy": 0.75, "top_5_accuracy": 1.0}
 
 
 # ------------------------------------------------------------ warnings
 
+GOOD, LABELS = pixels(12), np.arange(12) % 3
+GOOD[0, 0, 0], GOOD[1, 0, 0] = 0, 255
 
-def said(images: np.ndarray, labels: np.ndarray | None, tmp_path: pathlib.Path, **about: object) -> str:
-    found = take_features(open_source(save(tmp_path / "w.npz", images, labels)), [SMALL], ALONE)[0]
+
+@pytest.mark.parametrize(
+    ("images", "labels", "about", "words"),
+    [
+        (GOOD, LABELS, {}, ""),
+        (GOOD, LABELS, {"count": 60}, "60 images instead of 50000: FID and sFID are too high"),
+        (GOOD.astype(np.float32), LABELS, {}, "pixels are float32, not uint8"),
+        (GOOD / 255.0, LABELS, {}, "pixels lie between 0 and 1 instead of 0 and 255"),
+        (GOOD.astype(int) - 100, LABELS, {}, "pixels lie between -100 and 155"),
+        (GOOD[[0, 1, 2, 0, 4, 5, 6, 0, 8, 9, 10, 11]], LABELS, {}, "2 images are exact copies of others"),
+        (GOOD, np.array([0] * 10 + [1, 2]), {}, "classes have between 1 and 10 images"),
+        (GOOD[:, :6], LABELS, {}, "images are 8 x 6"),
+        (GOOD, LABELS, {"extractor_digest": "0123"}, "not the published file"),
+    ],
+)
+def test_each_problem_has_its_warning(tmp_path, images, labels, about, words):
+    found = extract(tmp_path / "w.npz", images, labels)
     found = dataclasses.replace(found, about={**found.about, "count": 50_000, **about})
-    return " ".join(warnings(found, None, figures(found, None)))
+    warnings = " ".join(find_problems(found, None, compute_metrics(found, None)))
+    assert words in warnings and bool(words) == bool(warnings)
 
 
-def test_each_fault_has_its_warning(tmp_path):
-    good, labels = pixels(12), np.arange(12) % 3
-    good[0, 0, 0], good[1, 0, 0] = 0, 255
-    assert said(good, labels, tmp_path) == ""
-    assert "60 images instead of 50000: FID and sFID come out too high" in said(good, labels, tmp_path, count=60)
-    assert "pixels are float32, not uint8" in said(good.astype(np.float32), labels, tmp_path)
-    assert "pixels lie between 0 and 1 instead of 0 and 255" in said(good / 255.0, labels, tmp_path)
-    assert "pixels lie between -100 and 155" in said(good.astype(int) - 100, labels, tmp_path)
-    assert "2 images are exact copies of others" in said(good[[0, 1, 2, 0, 4, 5, 6, 0, 8, 9, 10, 11]], labels, tmp_path)
-    assert "classes have between 1 and 10 images" in said(good, np.array([0] * 10 + [1, 2]), tmp_path)
-    assert "images are 8 x 6" in said(good[:, :6], labels, tmp_path)
-    assert "not the published file" in said(good, labels, tmp_path, network_digest="0123")
-
-
-def test_class_order_is_noticed_with_and_without_labels(tmp_path):
+@pytest.mark.parametrize(("labelled", "words"), [(True, "are sorted by class"), (False, "seem to be sorted by class")])
+def test_order_by_class_is_noticed_with_and_without_labels(tmp_path, labelled, words):
     colours = np.repeat(np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]], np.uint8), 5000, axis=0)
     images = np.broadcast_to(colours[:, None, None], (20_000, 2, 2, 3)).copy()
     labels = np.repeat(np.arange(4), 5000)
-    for given, words in ((labels, "in the order of their classes"), (None, "seem to be sorted by class")):
-        found = take_features(open_source(save(tmp_path / "o.npz", images, given)), [SMALL], ALONE, 500)[0]
-        result = figures(found, None)
-        assert result["inception_score_in_order"] < 0.9 * result["inception_score"]
-        assert any(words in sentence for sentence in warnings(found, None, result))
-        order = np.random.default_rng(0).permutation(20_000)
-        mixed = save(tmp_path / "m.npz", images[order], None if given is None else labels[order])
-        found = take_features(open_source(mixed), [SMALL], ALONE, 500)[0]
-        assert not any("order" in sentence for sentence in warnings(found, None, figures(found, None)))
-
-
-def test_an_image_that_is_not_a_number(tmp_path):
-    images = pixels(3).astype(np.float32)
-    images[1, 2, 3, 0] = np.nan
-    with pytest.raises(UserError, match="not finite"):
-        take_features(open_source(save(tmp_path / "a.npz", images)), [SMALL], ALONE)
+    for order in (np.arange(20_000), np.random.default_rng(0).permutation(20_000)):
+        found = extract(tmp_path / "o.npz", images[order], labels[order] if labelled else None, batch_size=500)
+        metrics = compute_metrics(found, None)
+        is_sorted = order[0] == 0
+        assert (metrics["inception_score_in_order"] < 0.9 * metrics["inception_score"]) == is_sorted
+        assert any(words in problem for problem in find_problems(found, None, metrics)) == is_sorted
 
 
 # ------------------------------------------------------------ commands
 
 
-def test_evaluate_against_images_and_their_stored_reference(tmp_path, capsys):
+def test_evaluate_against_images_and_their_stored_reference(tmp_path, capsys, monkeypatch):
     samples = save(tmp_path / "samples.npz", pixels(20, seed=1), np.arange(20) % 2)
     real = save(tmp_path / "real.npz", pixels(25, seed=2))
     record = run(tmp_path, samples, "--reference", real)
-    first = only(record)["figures"]
+    first = only(record)["metrics"]
     printed = capsys.readouterr()
     assert "| samples.npz |" in printed.out and f"{first['fid']:.3f}" in printed.out
     assert "20 images instead of 50000" in printed.err
     assert record["reference"][SMALL.name]["content"] == content_digest(NpzSource(real))
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert only(run(tmp_path, samples, "--reference", kept))["figures"] == first
-    kept.write_bytes(b"broken")
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert only(run(tmp_path, samples, "--reference", cached))["metrics"] == first
+    with monkeypatch.context() as patch:  # features of the reference are cached, its pixels are not read again
+        patch.setattr(references, "extract_features", None)
+        patch.setattr(references, "content_digest", None)
+        assert only(run(tmp_path, samples, "--reference", real))["metrics"] == first
+    cached.write_bytes(b"broken")
     with pytest.raises(SystemExit):
         run(tmp_path, samples, "--reference", real)
     assert "cannot be read" in capsys.readouterr().err
-    kept.unlink()
-    run(tmp_path, real, "--make-reference")
+    cached.unlink()
+    main(f"evaluate {real} --make-reference --cache {tmp_path / 'cache'} --device cpu".split())
     (made,) = (tmp_path / "cache").glob("reference-real-8-*.npz")
-    again = only(run(tmp_path, samples, "--reference", made))["figures"]
-    assert again == first
+    assert only(run(tmp_path, samples, "--reference", made))["metrics"] == first
+    save(real, pixels(25, seed=3))  # another file of the same name and size
+    assert only(run(tmp_path, samples, "--reference", real))["metrics"]["fid"] != first["fid"]
 
 
-def test_the_features_of_a_reference_are_taken_once(tmp_path, monkeypatch):
-    samples, real = (save(tmp_path / f"{s}.npz", pixels(10, seed=s)) for s in (1, 2))
-    expected = only(run(tmp_path, samples, "--reference", real))["figures"]
-    taken = []
-    features_of = references.features_of
-    monkeypatch.setattr(references, "features_of", lambda *a, **k: taken.append(a[0].path) or features_of(*a, **k))
-    assert only(run(tmp_path, samples, "--reference", real))["figures"] == expected
-    assert taken == [samples]  # and not of the reference
-
-
-def test_adms_statistics_take_the_place_of_those_of_the_images(tmp_path):
+def test_statistics_of_adm_replace_those_of_the_images(tmp_path):
     samples, mean = save(tmp_path / "s.npz", pixels(20)), np.full(SIZE, 0.3)
     stored = {"mu": mean, "sigma": np.eye(SIZE), "mu_s": np.zeros(27), "sigma_s": np.eye(27)}
     np.savez(tmp_path / "adm.npz", arr_0=pixels(10, seed=3), **stored)
     np.savez(tmp_path / "statistics.npz", **stored)
-    batch = only(run(tmp_path, samples, "--reference", tmp_path / "adm.npz"))["figures"]
-    alone = only(run(tmp_path, samples, "--reference", tmp_path / "statistics.npz"))["figures"]
-    assert batch["fid"] == alone["fid"] > 5 and batch["sfid"] == alone["sfid"]
-    assert "precision" in batch and "precision" not in alone
-    images = only(run(tmp_path, samples, "--reference", save(tmp_path / "x.npz", pixels(10, seed=3))))["figures"]
+    save(tmp_path / "images.npz", pixels(10, seed=3))
+    batch, statistics, images = (
+        only(run(tmp_path, samples, "--reference", tmp_path / f"{name}.npz"))["metrics"]
+        for name in ("adm", "statistics", "images")
+    )
+    assert batch["fid"] == statistics["fid"] > 5 and batch["sfid"] == statistics["sfid"]
+    assert "precision" in batch and "precision" not in statistics
     assert images["precision"] == batch["precision"] and images["fid"] != batch["fid"]
 
 
-def test_several_samples_with_their_spread(tmp_path, capsys):
+def test_mean_and_std_of_several_samples(tmp_path, capsys):
     paths = [save(tmp_path / f"{s}.npz", pixels(15, seed=s)) for s in range(3)]
     real = save(tmp_path / "real.npz", pixels(20, seed=9))
-    record = run(tmp_path, *paths, "--reference", real, "--spread")
-    fids = [row["figures"]["fid"] for row in record["samples"].values()]
-    assert record["spread"]["fid"]["mean"] == pytest.approx(np.mean(fids), rel=1e-12)
-    assert record["spread"]["fid"]["std"] == pytest.approx(np.std(fids, ddof=1), rel=1e-12)
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:7]] == [
-        "0.npz", "1.npz", "2.npz", "mean", "std",
-    ]  # fmt: skip
+    record = run(tmp_path, *paths, "--reference", real, "--mean-std")
+    fids = [row["metrics"]["fid"] for row in record["samples"].values()]
+    assert record["mean_std"]["fid"]["mean"] == pytest.approx(np.mean(fids), rel=1e-12)
+    assert record["mean_std"]["fid"]["std"] == pytest.approx(np.std(fids, ddof=1), rel=1e-12)
+    titles = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:7]]
+    assert titles == ["0.npz", "1.npz", "2.npz", "mean", "std"]
 
 
-def test_a_network_of_ones_own_beside_inception(tmp_path, monkeypatch):
-    own = FeatureExtractor("mine", 3, lambda images: images.float().mean((1, 2)))
-    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (SMALL, own))
+OWN = """
+from bitdance.metrics.features import FeatureExtractor
+network = FeatureExtractor("mine", 3, lambda images: images.float().mean((1, 2)))
+"""
+
+
+def test_an_extractor_of_the_user_with_and_without_inception(tmp_path, capsys, monkeypatch):
+    (tmp_path / "plug.py").write_text(OWN)
     samples, real = (save(tmp_path / f"{s}.npz", pixels(15, seed=s)) for s in (1, 2))
-    row = only(run(tmp_path, samples, "--reference", real))
-    assert {"fid", "mine:fid", "mine:precision"} < set(row["figures"]) and len(row["about"]) == 2
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)  # where no Inception weights have been downloaded
+    arguments = (samples, "--reference", real, "--features", "plug.py:network")
+    own = only(run(tmp_path, *arguments))
+    assert set(own["metrics"]) == {"mine:fid", "mine:precision", "mine:recall"} and len(own["about"]) == 1
+    assert capsys.readouterr().err.count("Inception is left out: run `bitdance download inception`") == 1
+    with pytest.raises(SystemExit):
+        run(tmp_path, *arguments, "--inception-weights", "missing.pth")
+    assert "no Inception weights in missing.pth" in capsys.readouterr().err
+    (tmp_path / "models/evaluation").mkdir(parents=True)
+    (tmp_path / "models/evaluation" / inception.FILE_NAMES[0]).touch()
+    monkeypatch.setattr(references, "load_inception", lambda path, device: SMALL)
+    both = only(run(tmp_path, *arguments))
+    assert {"fid", "inception_score"} < set(both["metrics"]) and len(both["about"]) == 2
+    assert own["metrics"].items() < both["metrics"].items() and "left out" not in capsys.readouterr().err
 
 
-def test_sampling_takes_the_features_that_the_file_has(tmp_path, capsys):
+def test_sampling_extracts_the_features_of_its_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = small.save_pair(tmp_path)
     real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
-    arguments = ["--model", str(path), "--output", str(tmp_path / "out"), "--num-images", "7", "--batch-size", "3",
-                 "--sample-steps", "2", "--device", "cpu", "--threads", "1", "--reference", str(real), "--evaluate",
-                 "--cache", str(tmp_path / "cache")]  # fmt: skip
-    main(["sample", *arguments])
-    assert not list((tmp_path / "out").glob("*-n-7-????????.npz"))
-    (first,) = (tmp_path / "out").glob("*.figures.json")
+    options = "--num-images 7 --batch-size 3 --sample-steps 2 --device cpu --threads 1 --evaluate --cache cache"
+    arguments = f"sample --model {path} --output out --reference {real} {options}".split()
+    main(arguments)
+    assert not list(tmp_path.glob("out/*-n-7-????????.npz"))
+    (first,) = tmp_path.glob("out/*.metrics.json")
     direct = only(json.loads(first.read_text()))
-    main(["sample", *arguments, "--npz"])
-    (images,) = (tmp_path / "out").glob("*-n-7-????????.npz")
+    main([*arguments, "--npz"])
+    (images,) = tmp_path.glob("out/*-n-7-????????.npz")
     through = only(run(tmp_path, images, "--reference", real))
-    assert through["figures"].keys() == direct["figures"].keys()
-    for name, value in through["figures"].items():
-        assert direct["figures"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    assert direct["metrics"] == pytest.approx(through["metrics"], rel=1e-6, abs=1e-9)
     assert direct["about"][0]["content"] == through["about"][0]["content"]
     assert direct["warnings"] == through["warnings"]
     capsys.readouterr()
-    main(["sample", *arguments, "--seeds", "2"])
-    shown = capsys.readouterr()
-    assert all(f"| {row} " in shown.out for row in ("seed 0", "seed 1", "mean", "std"))
+    main([*arguments, "--seeds", "2"])
+    printed = capsys.readouterr().out
+    assert all(f"| {row} " in printed for row in ("seed 0", "seed 1", "mean", "std"))
 
 
-def test_sampling_with_features_goes_on_where_it_stopped(tmp_path):
+def test_sampling_with_features_resumes(tmp_path):
     from bitdance.sampling import job
     from bitdance.sampling.pipeline import Generator
     from bitdance.sampling.sampler import SamplingConfig
@@ -482,37 +471,32 @@ def test_sampling_with_features_goes_on_where_it_stopped(tmp_path):
     assert calls == [0, 3, 6, 6]
     (kind,) = plans[0].results
     a, b = (read_feature_set(plan.results[kind]) for plan in plans)
-    assert np.array_equal(a.pool, b.pool) and figures(a, b)["fid"] == figures(a, a)["fid"]
+    assert np.array_equal(a.pool, b.pool) and compute_metrics(a, b)["fid"] == compute_metrics(a, a)["fid"]
 
 
-def test_sweep(tmp_path, capsys):
+def test_sweep(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = small.save_pair(tmp_path)
     real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
-    arguments = ["sweep", "--model", str(path), "--output", str(tmp_path / "out"), "--num-images", "6",
-                 "--batch-size", "6", "--cfg-scales", "1", "3", "--sample-steps", "2", "--solvers", "euler", "heun",
-                 "--device", "cpu", "--threads", "1", "--reference", str(real),
-                 "--cache", str(tmp_path / "cache")]  # fmt: skip
+    options = "--num-images 6 --batch-size 6 --cfg-scales 1 3 --sample-steps 2 --solvers euler heun --device cpu"
+    arguments = f"sweep --model {path} --output out --reference {real} {options} --threads 1 --cache cache".split()
     main(arguments)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert list(record["samples"]) == [
-        f"cfg {scale}, 2 steps, {solver}" for solver in ("euler", "heun") for scale in (1, 3)
-    ]
-    fids = {title: row["figures"]["fid"] for title, row in record["samples"].items()}
+    titles = [f"cfg {scale}, 2 steps, {solver}" for solver in ("euler", "heun") for scale in (1, 3)]
+    assert list(record["samples"]) == titles
+    fids = {title: row["metrics"]["fid"] for title, row in record["samples"].items()}
     assert len(set(fids.values())) == 4
-    out = capsys.readouterr().out
-    assert f"lowest FID: {min(fids, key=fids.get)}" in out
-    main(arguments)  # nothing is made again
+    assert f"lowest FID: {min(fids, key=fids.get)}" in capsys.readouterr().out
+    main(arguments)  # nothing is generated again
     assert {json.loads(line)["made"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")} == {0}
 
 
 def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
-    from bitdance.cli import reconstruct
-
     small.save_pair(tmp_path)
-    monkeypatch.setattr(reconstruct, "_inception", lambda command, world: SMALL)
+    monkeypatch.setattr("bitdance.cli.reconstruct._load_inception", lambda command, world: SMALL)
     data = small.pictures(tmp_path / "data")
-    main(["reconstruct", str(data), "--autoencoder", str(tmp_path / "autoencoder.safetensors"), "--output",
-          str(tmp_path / "out"), "--batch-size", "5", "--device", "cpu"])  # fmt: skip
+    options = f"--autoencoder {tmp_path / 'autoencoder.safetensors'} --output {tmp_path / 'out'} --device cpu"
+    main(f"reconstruct {data} --batch-size 5 {options}".split())
     record = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
     sheet = np.asarray(Image.open(tmp_path / "out" / "reconstruction.png"))
     assert record["rfid"] > 0 and f"rFID {record['rfid']:.3f}" in capsys.readouterr().out and sheet.ndim == 3
@@ -521,68 +505,46 @@ def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "name what to evaluate"),
-        (["{samples}", "--spread"], "--spread needs at least two"),
-        (["{samples}", "--feature-batch-size", "0"], "--feature-batch-size 0 does not fit"),
-        (["{samples}", "--keep", "3"], "--keep 3 does not fit"),
-        (["{samples}"], "there is no published reference for images of 8 x 8 pixels"),
-        (["{samples}", "--reference", "{folder}/none.npz"], "no images at"),
-        (["{folder}/statistics.npz", "--reference", "none"], "it serves only as a --reference"),
-        (["{folder}", "--reference", "none"], "no images in"),
+        ("", "name the images to evaluate"),
+        ("samples.npz --mean-std", "`mean_std` needs at least two"),
+        ("samples.npz --feature-batch-size 0", "feature_batch_size=0 is invalid"),
+        ("samples.npz --keep 3", "keep=3 is invalid"),
+        ("samples.npz", "there is no published reference for images of 8 x 8 pixels"),
+        ("published.npz", "run `bitdance download reference-256`"),
+        ("samples.npz --reference none.npz", "no images at"),
+        ("statistics.npz --reference none", "use it as `reference` only"),
+        (". --reference none", "no images in"),
+        ("empty.npz --reference none", "cannot be read as an .npz file"),
+        ("zip.npz --reference none", "cannot be read as an .npz file"),
+        ("html.npz --reference none", "cannot be read as an .npz file"),
+        ("numpy.npy --reference none", "cannot be read as an .npz file"),
     ],
 )
-def test_bad_input(tmp_path, capsys, arguments, words):
-    samples = save(tmp_path / "samples.npz", pixels(5))
-    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *[argument.format(samples=samples, folder=tmp_path) for argument in arguments])
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and words in said and not (tmp_path / "evaluation.json").exists()
-
-
-def test_a_published_reference_that_is_not_there(tmp_path, capsys, monkeypatch):
+def test_invalid_input(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    samples = save(tmp_path / "samples.npz", pixels(5, 256))
-    with pytest.raises(SystemExit):
-        run(tmp_path, samples)
-    assert "run `bitdance download reference-256`" in capsys.readouterr().err
+    save(tmp_path / "samples.npz", pixels(5))
+    save(tmp_path / "published.npz", pixels(5, 256))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    others = {"empty.npz": b"", "zip.npz": b"PK\x03\x04" + b"x" * 99, "html.npz": b"<html>", "numpy.npy": b"\x93NUMPY"}
+    for name, data in others.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *arguments.split())
+    message = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message.startswith("bitdance: ") and "\n" not in message and words in message
+    assert not (tmp_path / "evaluation.json").exists()
 
 
-# ------------------------------------------------------------ the rest
-
-
-def test_spread_and_table():
-    spread = mean_and_std([{"fid": 1.0, "x": 2.0}, {"fid": 3.0}])
-    assert spread == {"fid": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
-    text = table({"a": {"fid": 1.23456, "precision": 0.5}, "b": {"fid": 2.0, "mine:fid": 7.0}})
-    assert text.splitlines() == [
-        "|   | FID   | precision | mine:fid |",
-        "|---|-------|-----------|----------|",
-        "| a | 1.235 | 0.5000    |          |",
-        "| b | 2.000 |           | 7.000    |",
+def test_report_and_table():
+    rows = {"a": {"fid": 1.0, "precision": 0.5}, "b": {"fid": 3.0, "mine:fid": 7.0}}
+    evaluations = {title: {"metrics": metrics} for title, metrics in rows.items()}
+    report = build_report(evaluations, None, EvaluationConfig(), mean_std=True)
+    assert report["mean_std"] == {"fid": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
+    assert format_table(report).splitlines() == [
+        "|      | FID   | precision | mine:fid |",
+        "|------|-------|-----------|----------|",
+        "| a    | 1.000 | 0.5000    |          |",
+        "| b    | 3.000 |           | 7.000    |",
+        "| mean | 2.000 |           |          |",
+        "| std  | 1.414 |           |          |",
     ]
-
-
-def test_checks_merge_in_order():
-    images = pixels(6)
-    whole, parts = Checks.of(images), Checks.of(images[:2])
-    parts.merge(Checks.of(images[2:]))
-    assert parts.report("uint8", None) == whole.report("uint8", None)
-
-
-def test_statistics_alone_have_no_figures():
-    found = FeatureSet({"source": "x", "count": 3}, None, None)
-    with pytest.raises(UserError, match="x has statistics but no features"):
-        figures(found, None)
-
-
-def test_an_npz_with_a_lying_header(tmp_path):
-    """It announces far more than it holds: nothing is made room for."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 512, 512, 3)}
-    )
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("arr_0.npy", header.getvalue() + b"x" * 100)
-    with pytest.raises(UserError, match=r"arr_0\.npy is truncated"):
-        open_source(tmp_path / "a.npz")

@@ -13,10 +13,10 @@ from test_evaluation import ALONE, SMALL, pixels, save
 
 from bitdance.cli.main import main
 from bitdance.metrics import references
-from bitdance.metrics.feature_set import read_feature_set, take_features, write_feature_set
+from bitdance.metrics.feature_set import extract_features, read_feature_set, write_feature_set
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
-from bitdance.metrics.report import figures
+from bitdance.metrics.report import compute_metrics
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.pipeline import Generator, make_labels
 from bitdance.sampling.sampler import SamplingConfig
@@ -45,7 +45,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
     small.pictures(folder / "pictures")
     source = open_source(save(folder / "real.npz", pixels(20, 16, seed=5)))
-    write_feature_set(folder / "reference.npz", take_features(source, [SMALL], ALONE)[0])
+    write_feature_set(folder / "reference.npz", extract_features(source, [SMALL], ALONE)[0])
     return folder
 
 
@@ -88,7 +88,7 @@ def test_the_figures_are_those_of_the_averaged_weights(place, tmp_path, capsys):
     made = [generator.images(range(i, min(i + 4, IMAGES)), labels[i : i + 4].tolist()).pixels for i in (0, 4, 8)]
     source = open_source(save(tmp_path / "made.npz", np.concatenate(made), labels))
     stored = read_feature_set(place / "reference.npz")
-    expected = figures(take_features(source, [SMALL], ALONE)[0], stored)
+    expected = compute_metrics(extract_features(source, [SMALL], ALONE)[0], stored)
     for name in LOGGED:
         assert lines[-1][name] == pytest.approx(expected[name.removeprefix("eval_")], rel=1e-6), name
 
@@ -164,7 +164,7 @@ def test_a_reference_of_pictures_is_looked_at_once(place, tmp_path, monkeypatch)
     pictures = {"eval_reference": str(place / "pictures"), "max_steps": 1}
     train(place, tmp_path / "a", **pictures)
     assert len(list((tmp_path / "models" / "evaluation" / "features").iterdir())) == 1
-    monkeypatch.setattr(references, "features_of", None)
+    monkeypatch.setattr(references, "extract_features", None)
     train(place, tmp_path / "b", **pictures)
     assert log(tmp_path / "a")[0]["eval_fid"] == log(tmp_path / "b")[0]["eval_fid"]
 
@@ -186,12 +186,12 @@ def test_what_is_wrong_is_said_before_the_first_step(place, tmp_path, monkeypatc
         train(place, tmp_path / "run", eval_reference=str(tmp_path / "nothing.npz"))
     other = FeatureExtractor("another", SMALL.size, SMALL.function, digest="1" * 64)
     monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (other,))
-    with pytest.raises(UserError, match=r"reference .* was taken with another network"):
+    with pytest.raises(UserError, match=r"reference .* has features of another extractor"):
         train(place, tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     missing = tmp_path / "missing.pth"
-    with pytest.raises(UserError, match=r"no file \S*missing.pth of Inception weights: check .*--eval-inception"):
+    with pytest.raises(UserError, match=r"no Inception weights in \S*missing.pth: .*`eval_inception`"):
         train(place, tmp_path / "run", eval_inception=missing)
     assert not list(tmp_path.glob("**/log.jsonl"))
 

@@ -15,7 +15,7 @@ from PIL import Image
 import bitdance
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
-from bitdance.metrics.nearest_neighbours import nearest
+from bitdance.metrics.nearest_neighbours import find_nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
@@ -446,7 +446,7 @@ def test_nearest_finds_a_mirrored_copy():
     queries[0] = references[17]
     queries[1] = references[33][:, ::-1]
     seen: list[int] = []
-    distance, index, mirrored = nearest(queries, references, seen.append)
+    distance, index, mirrored = find_nearest(queries, references, seen.append)
     assert distance[:2].max() < 0.1 and index[:2].tolist() == [17, 33] and mirrored[:2].tolist() == [False, True]
     assert sum(seen) == 40
     both = np.stack([references, references[:, :, ::-1]]).astype(float)
@@ -458,7 +458,7 @@ def test_nearest_finds_a_mirrored_copy():
 def test_nearest_looks_at_all_blocks(monkeypatch):
     monkeypatch.setattr("bitdance.metrics.nearest_neighbours.BLOCK", 7)
     references = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
-    distance, index, mirrored = nearest(references[::-1], references)
+    distance, index, mirrored = find_nearest(references[::-1], references)
     assert index.tolist() == list(range(39, -1, -1)) and not mirrored.any() and distance.max() < 0.1
 
 
@@ -476,7 +476,7 @@ def test_the_command_nearest(model, tmp_path, capsys):
     assert figures["held_out"]["mean"] < 0.1  # these pictures are among the training images
     with Image.open(tmp_path / "near" / "nearest.png") as sheet:
         assert sheet.height == 2 * 98 + 2
-    assert "generated 0.0 at least" in capsys.readouterr().out
+    assert "generated images minimum 0.0" in capsys.readouterr().out
 
 
 def test_the_command_reconstruct(model, tmp_path, capsys):

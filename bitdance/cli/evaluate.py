@@ -3,19 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluation_report import compare, report
 from bitdance.cli.parsing import Positional, parse
-from bitdance.config import EvaluationConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from bitdance.metrics.feature_set import FeatureSet
-    from bitdance.metrics.image_sources import Source
-    from bitdance.metrics.references import FeatureExtractors
+    from bitdance.metrics.image_sources import ImageSource
     from bitdance.runtime.process_group import World
+    from bitdance.sampling.job import JobResult
+
+
+EXAMPLES = """
+bitdance evaluate results/BitDance_B_16X-*.npz
+bitdance evaluate samples.npz pictures/ --reference data.zip --image-size 32
+bitdance evaluate samples.npz --features extractor.py:network --reference data.zip
+bitdance evaluate data.zip --image-size 64 --make-reference
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class What:
+    """What to evaluate.
+
+    Attributes:
+        samples: .npz files of images, folders or sets of images, or stored features; several are compared side by side.
+        image_size: scale and crop image files to squares of this size; by default they must have one size.
+        split: train or test, for CIFAR-10's archives.
+        limit: use only this many image files of each set, evenly spaced over it.
+    """
+
+    samples: Positional[tuple[pathlib.Path, ...]]
+    image_size: int | None = None
+    split: Literal["train", "test"] = "train"
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What to write.
+
+    Attributes:
+        output: JSON file of the report.
+        mean_std: add mean and standard deviation over all samples, such as one set per seed.
+        save_features: store the features of the samples in the folder `cache`.
+        make_reference: store the samples as a reference in the folder `cache` instead of evaluating them.
+        keep: images whose features a stored reference keeps, for precision and recall; its statistics are of all.
+    """
+
+    output: pathlib.Path = pathlib.Path("evaluation.json")
+    mean_std: bool = False
+    save_features: bool = False
+    make_reference: bool = False
+    keep: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,103 +68,102 @@ class Evaluate:
     """Evaluate images: FID, sFID, Inception Score, precision and recall.
 
     Attributes:
-        samples: .npz files of images, folders or sets of images, or stored features; several are compared side by side.
-        output: where everything is written as JSON.
-        image_size: scale and crop pictures to squares of this side; by default they must have one size.
-        split: train or test, for CIFAR-10's archives.
-        limit: only so many pictures of each set, spread over it.
-        spread: mean and standard deviation over all samples, such as one set a seed.
-        save_features: keep the features of the samples too, in the folder of --cache.
-        make_reference: compute a reference of the samples and store it in the folder of --cache, named by its content.
-        keep: images whose features a stored reference keeps, for precision and recall; its statistics are of all.
-        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
         threads: CPU threads; by default all cores.
     """
 
-    samples: Positional[tuple[pathlib.Path, ...]]
-    flags: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    output: pathlib.Path = pathlib.Path("evaluation.json")
-    image_size: int | None = None
-    split: Literal["train", "test"] = "train"
-    limit: int | None = None
-    spread: bool = False
-    save_features: bool = False
-    make_reference: bool = False
-    keep: int = 10_000
+    what: What
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    results: Results = dataclasses.field(default_factory=Results)
     device: str | None = None
     threads: int | None = None
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Evaluate, arguments, "bitdance evaluate")
-    if not command.samples:
-        raise UserError("name what to evaluate: .npz files or folders of images.")
-    if command.spread and len(command.samples) < 2:
-        raise UserError("--spread needs at least two sets of samples.")
-    if command.keep < 4:
-        raise UserError(f"--keep {command.keep} does not fit: precision and recall need at least 4 images.")
-    from bitdance.metrics.references import FeatureExtractors
+    command = parse(Evaluate, arguments, "bitdance evaluate", EXAMPLES)
+    if not command.what.samples:
+        raise UserError("name the images to evaluate: .npz files or folders of images.")
+    if command.results.mean_std and len(command.what.samples) < 2:
+        raise UserError("`mean_std` needs at least two sets of samples.")
+    if command.results.keep < 4:
+        raise UserError(f"keep={command.results.keep} is invalid: precision and recall need at least 4 images.")
     from bitdance.runtime.process_group import init_distributed
 
     with init_distributed(command.device, command.threads) as world:
-        networks = FeatureExtractors(command.flags, world)
-        # All are opened before any is worked on, so that a wrong name is not found out after an hour.
-        opened = [_open(path, command) for path in command.samples]
-        if command.make_reference:
-            _make_references(command, opened, networks, world)
+        _evaluate(command, world)
+
+
+def _evaluate(command: Evaluate, world: World) -> None:
+    from bitdance.metrics.feature_set import FeatureSet, extract_features, write_feature_set
+    from bitdance.metrics.references import FeatureExtractors, find_reference
+    from bitdance.metrics.report import evaluate_features
+
+    # All are opened first, so that a wrong path is reported at once and not after an hour.
+    opened = [_open(path, command) for path in command.what.samples]
+    extractors = FeatureExtractors(command.evaluation, world)
+    sides = [(found.about.get("height") or 0) if isinstance(found, FeatureSet) else found.shape[1] for found in opened]
+    makes_reference = command.results.make_reference
+    reference = None if makes_reference else find_reference(command.evaluation, max(sides), extractors, world)
+    evaluations: dict[str, dict[str, Any]] = {}
+    for path, source in zip(command.what.samples, opened, strict=True):
+        if isinstance(source, FeatureSet):
+            if makes_reference:
+                raise UserError(f"{path} holds features already: use it as `reference` as it is.")
+            sets = [source]
         else:
-            _evaluate(command, opened, networks, world)
+            batch_size, keep = command.evaluation.feature_batch_size, command.results.keep if makes_reference else None
+            progress = f"features of {path.name}"
+            sets = extract_features(source, extractors(), world, batch_size, keep, progress)
+            for features in sets if makes_reference or command.results.save_features else []:
+                about, stem = features.about, f"reference-{path.stem}" if makes_reference else path.stem
+                name = f"{stem}-{about['height']}-{about['content'][:12]}-{about['extractor']}.npz"
+                write_feature_set(command.evaluation.cache / name, features)
+                print(f"{command.evaluation.cache / name}: {about['count']} images of {about['height']} px")
+        if world.is_main and not makes_reference:
+            title = path.name if path.name not in evaluations else str(path)
+            evaluations[title] = evaluate_features(sets, reference, command.evaluation)
+    if evaluations:
+        report(evaluations, reference, command.evaluation, command.results.output, command.results.mean_std)
 
 
-def _open(path: pathlib.Path, command: Evaluate) -> Source | FeatureSet:
+def _open(path: pathlib.Path, command: Evaluate) -> ImageSource | FeatureSet:
     from bitdance.metrics.feature_set import read_feature_set
     from bitdance.metrics.image_sources import open_source
 
     if path.is_file() and path.suffix.lower() == ".npz" and (stored := read_feature_set(path)) is not None:
         if stored.pool is None:
-            raise UserError(f"{path} holds statistics alone: it serves only as a --reference.")
+            raise UserError(f"{path} holds statistics without features: use it as `reference` only.")
         return stored
-    return open_source(path, command.image_size, command.split, command.limit)
+    return open_source(path, command.what.image_size, command.what.split, command.what.limit)
 
 
-def _evaluate(command: Evaluate, opened: list[Source | FeatureSet], networks: FeatureExtractors, world: World) -> None:
-    from bitdance.metrics.feature_set import FeatureSet, write_feature_set
-    from bitdance.metrics.references import features_of, find_reference
+def evaluate_job(
+    result: JobResult, reference: dict[str, FeatureSet] | None, config: EvaluationConfig
+) -> dict[str, Any]:
+    """Evaluates the features that a sampling job stored; see `evaluate_features`."""
+    from bitdance.metrics.feature_set import read_feature_set
+    from bitdance.metrics.report import evaluate_features
 
-    sides = {found.about.get("height") if isinstance(found, FeatureSet) else found.shape[1] for found in opened}
-    side = max(size or 0 for size in sides)
-    reference = find_reference(command.flags, side, networks, world)
-    rows: dict[str, dict[str, Any]] = {}
-    for path, found in zip(command.samples, opened, strict=True):
-        sets = [found] if isinstance(found, FeatureSet) else features_of(found, networks(), world, command.flags)
-        if not world.is_main:
-            continue
-        if command.save_features and not isinstance(found, FeatureSet):
-            for one in sets:
-                write_feature_set(_stored(command, one, path.stem), one)
-        figures, warnings = compare(sets, reference, command.flags)
-        title = path.name if path.name not in rows else str(path)
-        rows[title] = {"figures": figures, "warnings": warnings, "about": [one.about for one in sets]}
-    if world.is_main:
-        report(rows, reference, command.flags, command.output, command.spread)
+    stored = [read_feature_set(path) for kind, path in result.results.items() if kind.startswith("features.")]
+    return evaluate_features([features for features in stored if features is not None], reference, config)
 
 
-def _make_references(
-    command: Evaluate, opened: list[Source | FeatureSet], networks: FeatureExtractors, world: World
+def report(
+    evaluations: dict[str, dict[str, Any]],
+    reference: dict[str, FeatureSet] | None,
+    config: EvaluationConfig,
+    output: pathlib.Path,
+    mean_std: bool = False,
 ) -> None:
-    from bitdance.metrics.feature_set import FeatureSet, write_feature_set
-    from bitdance.metrics.references import features_of
+    """Prints the table and the warnings of a report and writes it as JSON; see `build_report`."""
+    from bitdance.metrics.report import build_report, format_table, format_warnings
+    from bitdance.runtime.atomic_files import atomic_write
 
-    for path, found in zip(command.samples, opened, strict=True):
-        if isinstance(found, FeatureSet):
-            raise UserError(f"{path} holds features already: give it to --reference as it is.")
-        for one in features_of(found, networks(), world, command.flags, command.keep):
-            target = _stored(command, one, f"reference-{path.stem}")
-            write_feature_set(target, one)
-            print(f"{target}: {one.about['count']} images of {one.about['height']} px")
-
-
-def _stored(command: Evaluate, found: FeatureSet, stem: str) -> pathlib.Path:
-    about = found.about
-    return command.flags.cache / f"{stem}-{about['height']}-{about['content'][:12]}-{about['network']}.npz"
+    record = build_report(evaluations, reference, config, mean_std)
+    print(format_table(record))
+    for warning in format_warnings(record):
+        print(f"bitdance: {warning}", file=sys.stderr)
+    with atomic_write(output) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    print(f"written to {output}")

@@ -1,4 +1,4 @@
-"""`bitdance nearest`: a check that a model does not copy what it was trained on."""
+"""`bitdance nearest`: a check that a model does not copy its training data."""
 
 from __future__ import annotations
 
@@ -8,86 +8,90 @@ import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.parsing import Positional, parse
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_fields
 
 if TYPE_CHECKING:
     import numpy as np
 
+EXAMPLES = """
+bitdance nearest samples --data-path pictures.zip
+bitdance nearest samples --data-path cifar-10-python.tar.gz --held-out cifar-10-python.tar.gz --held-out-split test
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Nearest:
-    """Find the training image that is nearest to each generated one.
+    """Find the nearest training image of each sample.
 
     Attributes:
-        samples: folder that `bitdance sample` wrote.
-        data: the training images: a folder, zip or tar of class folders, ImageNet's tar or parquet, or CIFAR-10's.
-        held_out: real images that were not trained on; their own distances to the training images tell how near two
-            unrelated pictures are.
-        held_out_split: test, where the held-out images are those of a CIFAR-10 archive.
+        samples: folder written by `bitdance sample`.
+        data_path: the training images: a folder, zip or tar of class folders, ImageNet's tar or parquet files, or
+            CIFAR-10's archives.
+        held_out: real images that were not trained on; their distances to the training images show how similar
+            unrelated images are.
+        held_out_split: train or test, for CIFAR-10's archives.
         output: folder for nearest.png and nearest.json.
         shown: pairs in the picture, the nearest first.
     """
 
     samples: Positional[pathlib.Path]
-    data: Positional[pathlib.Path]
+    data_path: pathlib.Path
     held_out: pathlib.Path | None = None
     held_out_split: Literal["train", "test"] = "train"
     output: pathlib.Path = pathlib.Path("nearest")
     shown: int = 16
 
+    def __post_init__(self) -> None:
+        check_fields(self, "shown", lambda value: value >= 1, "be at least 1")
+
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Nearest, arguments, "bitdance nearest")
-    if command.shown < 1:
-        raise UserError(f"--shown {command.shown} does not fit: it must be at least 1.")
+    command = parse(Nearest, arguments, "bitdance nearest", EXAMPLES)
     import numpy as np
-    from PIL import Image
-    from tqdm import tqdm
 
-    from bitdance.metrics.nearest_neighbours import nearest
-    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.metrics.nearest_neighbours import find_nearest
+    from bitdance.runtime.atomic_files import write_json
+    from bitdance.runtime.progress import progress_bar
     from bitdance.sampling.image_grid import image_grid
+    from bitdance.sampling.writers import write_png
 
     held_out = command.held_out
-    if held_out and command.held_out_split == "train" and held_out.resolve() == command.data.resolve():
+    if held_out and command.held_out_split == "train" and held_out.resolve() == command.data_path.resolve():
         raise UserError(
-            f"--held-out {held_out} are the training images themselves: name others, or add --held-out-split test "
-            "for a CIFAR-10 archive."
+            f"held_out={held_out} are the training images: name others, or set held_out_split=test for a CIFAR-10 "
+            "archive."
         )
-    queries = _samples(command.samples)
+    queries = _read_samples(command.samples)
     side = queries.shape[1]
-    references = _pixels(command.data, side)
-    with tqdm(total=len(references), unit="image", dynamic_ncols=True, desc="comparing") as bar:
-        distance, index, mirrored = nearest(queries, references, bar.update)
-    figures: dict[str, Any] = {"images": len(queries), "training_images": len(references), **_summary(distance)}
-    if command.held_out is not None:
-        real = _pixels(command.held_out, side, len(queries), command.held_out_split)
-        figures["held_out"] = _summary(nearest(real, references)[0])
+    references = _read_images(command.data_path, side)
+    with progress_bar(len(references), "comparing", "images") as bar:
+        distance, index, mirrored = find_nearest(queries, references, bar.update)
+    metrics: dict[str, Any] = {"images": len(queries), "training_images": len(references), **_summarize(distance)}
+    if held_out is not None:
+        real = _read_images(held_out, side, len(queries), command.held_out_split)
+        metrics["held_out"] = _summarize(find_nearest(real, references)[0])
     order = np.argsort(distance)[: command.shown]
     found = np.stack([references[index[i]][:, :: -1 if mirrored[i] else 1] for i in order])
+    write_json(command.output / "nearest.json", metrics)
     picture = command.output / "nearest.png"
-    with atomic_write(command.output / "nearest.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-    with atomic_write(picture) as path:
-        pairs = np.concatenate([queries[order], found])
-        sheet: Image.Image = image_grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side))
-        sheet.save(path, format="PNG")
-    text = "{minimum:.1f} at least, {median:.1f} in the median"
-    line = f"distance to the nearest training image, in grey levels: generated {text.format(**figures)}"
-    if command.held_out is not None:
-        line += f"; real held-out images {text.format(**figures['held_out'])}"
+    pairs = np.concatenate([queries[order], found])
+    write_png(picture, image_grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side)))
+    text = "minimum {minimum:.1f}, median {median:.1f}"
+    line = f"distance to the nearest training image in grey levels: generated images {text.format(**metrics)}"
+    if held_out is not None:
+        line += f"; held-out images {text.format(**metrics['held_out'])}"
     print(f"{line}: {picture}")
 
 
-def _summary(distance: np.ndarray) -> dict[str, float]:
+def _summarize(distance: np.ndarray) -> dict[str, float]:
     import numpy as np
 
     return {"minimum": float(distance.min()), "median": float(np.median(distance)), "mean": float(distance.mean())}
 
 
-def _samples(folder: pathlib.Path) -> np.ndarray:
-    """The images that a record of `bitdance sample` lists: (B, H, W, 3) uint8."""
+def _read_samples(folder: pathlib.Path) -> np.ndarray:
+    """Reads the images in a record of `bitdance sample`: (B, H, W, 3) uint8."""
     import numpy as np
 
     from bitdance.data.crops import to_array
@@ -100,23 +104,27 @@ def _samples(folder: pathlib.Path) -> np.ndarray:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} holds no images with a samples.json beside them ({type(error).__name__}): name a folder that "
-            "`bitdance sample` wrote without --num-images."
+            f"{folder} holds no samples.json with its images ({type(error).__name__}): name a folder that `bitdance "
+            "sample` wrote without `num_images`."
         ) from None
 
 
-def _pixels(
+def _read_images(
     data: pathlib.Path, side: int, limit: int | None = None, split: Literal["train", "test"] = "train"
 ) -> np.ndarray:
-    """All images of a set, or so many spread over it, cropped to side x side: (R, side, side, 3) uint8."""
+    """Reads all images of a set, or `limit` evenly spaced ones, cropped to squares: (R, side, side, 3) uint8."""
     import numpy as np
-    from tqdm import tqdm
 
     from bitdance.data.crops import center_crop, to_array
     from bitdance.data.image_dataset import evenly_spaced
     from bitdance.data.images import open_images
+    from bitdance.runtime.progress import progress_bar
 
     images = open_images(data, split)
     chosen = evenly_spaced(len(images), limit)
-    with tqdm(chosen, unit="image", dynamic_ncols=True, desc=f"reading {data.name}") as bar:
-        return np.stack([to_array(center_crop(images.read(int(i)), side)) for i in bar])
+    pixels = []
+    with progress_bar(len(chosen), f"reading {data.name}", "images") as bar:
+        for i in chosen:
+            pixels.append(to_array(center_crop(images.read(int(i)), side)))
+            bar.update()
+    return np.stack(pixels)

@@ -1,148 +1,161 @@
-"""`bitdance reconstruct`: what an autoencoder makes of images it is given."""
+"""`bitdance reconstruct`: encode and decode images with an autoencoder."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from bitdance.cli.parsing import Positional, parse
-from bitdance.runtime.errors import UserError
-from bitdance.weights.resolve import DEMO, find_weights
+from bitdance.cli.options import DataOptions
+from bitdance.cli.parsing import parse
+from bitdance.runtime.errors import UserError, check_fields
 
 if TYPE_CHECKING:
     from bitdance.metrics.features import FeatureExtractor
     from bitdance.runtime.process_group import World
 
+EXAMPLES = """
+bitdance reconstruct --data-path pictures.zip --image-size 32
+bitdance reconstruct --data-path imagenet/val --autoencoder autoencoder --image-size 256 --limit 1000
+"""
+
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruct:
-    """Encode and decode images: a picture of both, PSNR, SSIM and rFID.
+class How:
+    """How to reconstruct.
 
     Attributes:
-        data: images: a folder, zip or tar of class folders, ImageNet's tar or parquet, CIFAR-10's archives.
-        autoencoder: `demo`, or a file of weights.
-        output: folder for reconstruction.png and reconstruction.json.
-        image_size: images are scaled and cropped to this side; by default the side of the first one.
-        split: train or test, for CIFAR-10's archives.
-        limit: use only so many images, spread over the set.
-        shown: images in the picture.
-        batch_size: images at a time.
-        rfid: the Fréchet distance between the images and their reconstructions too, in Inception features; by default
-            where the Inception weights are there.
-        inception_weights: file of the Inception network; by default the downloaded one.
-        device: cpu, cuda, cuda:N or mps; by default a GPU where there is one.
+        autoencoder: demo, autoencoder (the released one), the folder of a training run, or a file of weights.
+        batch_size: images at once.
+        rfid: compute rFID, the FID between the images and their reconstructions; by default if the Inception weights
+            are found.
+        inception_weights: weights of the Inception network; by default the downloaded file.
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
         threads: CPU threads; by default all cores.
     """
 
-    data: Positional[pathlib.Path]
-    autoencoder: str = DEMO
-    output: pathlib.Path = pathlib.Path("reconstruction")
-    image_size: int | None = None
-    split: Literal["train", "test"] = "train"
-    limit: int | None = None
-    shown: int = 16
+    autoencoder: str = "demo"
     batch_size: int = 100
     rfid: bool | None = None
     inception_weights: pathlib.Path | None = None
     device: str | None = None
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, "batch_size", lambda value: value >= 1, "be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What to write.
+
+    Attributes:
+        output: folder for reconstruction.png and reconstruction.json.
+        shown: images in the picture.
+    """
+
+    output: pathlib.Path = pathlib.Path("reconstruction")
+    shown: int = 16
+
+    def __post_init__(self) -> None:
+        check_fields(self, "shown", lambda value: value >= 1, "be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruct:
+    """Encode and decode images: a picture of both, PSNR, SSIM and rFID."""
+
+    data: DataOptions
+    how: How = dataclasses.field(default_factory=How)
+    results: Results = dataclasses.field(default_factory=Results)
+
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Reconstruct, arguments, "bitdance reconstruct")
-    for name in ("image_size", "limit", "shown", "batch_size"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} does not fit: it must be at least 1.")
+    command = parse(Reconstruct, arguments, "bitdance reconstruct", EXAMPLES)
     from bitdance.runtime.process_group import init_distributed
 
-    with init_distributed(command.device, command.threads) as world:
-        _reconstruct(command, world)
+    with init_distributed(command.how.device, command.how.threads) as world:
+        _reconstruct(command.data, command.how, command.results, world)
 
 
-def _reconstruct(command: Reconstruct, world: World) -> None:
+def _reconstruct(data: DataOptions, how: How, results: Results, world: World) -> None:
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from bitdance.data.crops import center_crop, normalize, to_array
     from bitdance.data.image_dataset import evenly_spaced
     from bitdance.data.images import open_images
-    from bitdance.metrics.feature_set import Collector, arrays_of
     from bitdance.metrics.frechet_distance import frechet_distance
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
+    from bitdance.metrics.statistics import StatisticsAccumulator
     from bitdance.models.autoencoder import to_uint8
-    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.runtime.atomic_files import write_json
+    from bitdance.runtime.progress import progress_bar
     from bitdance.sampling.image_grid import image_grid
+    from bitdance.sampling.writers import write_png
+    from bitdance.weights.resolve import find_weights
     from bitdance.weights.weights_file import load_autoencoder
 
-    path = find_weights(command.autoencoder, "autoencoder")
+    path = find_weights(how.autoencoder, "autoencoder")
     autoencoder = load_autoencoder(path).to(world.device)
-    images = open_images(command.data, command.split)
-    size = command.image_size or min(images.read(0).size)
+    images = open_images(data.data_path, data.split)
+    size = data.image_size or min(images.read(0).size)
     if size % autoencoder.config.down_size or size < WINDOW:
         raise UserError(
-            f"--image-size {size} does not fit: it must be a multiple of {autoencoder.config.down_size} "
-            f"and at least {WINDOW}."
+            f"image_size={size} is invalid: it must be a multiple of {autoencoder.config.down_size} and at least "
+            f"{WINDOW}."
         )
-    count = min(len(images), command.limit or len(images))
-    network = _inception(command, world)
-    collectors = [Collector(network, count, keep=1) for _ in range(2)] if network else []
-    chosen, shown = evenly_spaced(len(images), count), evenly_spaced(count, command.shown)
+    extractor = _load_inception(how, world)
+    accumulators = [StatisticsAccumulator(extractor.size) for _ in range(2)] if extractor else []
+    chosen = evenly_spaced(len(images), data.limit)
+    count, shown = len(chosen), evenly_spaced(len(chosen), results.shown)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     ratios, similarities = [], []
-    with tqdm(total=count, unit="image", dynamic_ncols=True) as bar, torch.no_grad():
-        for start in range(0, count, command.batch_size):
-            part = chosen[start : start + command.batch_size]
+    with progress_bar(count, "reconstructing", "images") as bar, torch.no_grad():
+        for start in range(0, count, how.batch_size):
+            part = chosen[start : start + how.batch_size]
             batch = [to_array(center_crop(images.read(int(i)), size)) for i in part]
             original = torch.from_numpy(np.stack(batch)).to(world.device)
             decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original))))
             ratios.append(psnr(original.cpu(), decoded.cpu()))
             similarities.append(ssim(original.cpu(), decoded.cpu()))
-            for collector, pixels in zip(collectors, (original, decoded), strict=False):
-                assert network is not None
-                collector.add(arrays_of(network, pixels.cpu().numpy()))
+            for accumulator, pixels in zip(accumulators, (original, decoded), strict=False):
+                assert extractor is not None
+                accumulator.add(extractor(pixels.cpu().numpy())["pool"])
             for i in shown[(shown >= start) & (shown < start + len(batch))] - start:
                 pairs.append((original[i].cpu().numpy(), decoded[i].cpu().numpy()))
             bar.update(len(batch))
-    figures = {
+    metrics = {
         "autoencoder": str(path),
-        "data": str(command.data),
+        "data": str(data.data_path),
         "images": count,
         "image_size": size,
         "psnr": float(torch.cat(ratios).mean()),
         "ssim": float(torch.cat(similarities).mean()),
     }
-    if network and count > 1:
-        real, made = (collector.finish({}, None).statistics for collector in collectors)
-        assert real is not None and made is not None
-        figures |= {"rfid": frechet_distance(real, made), "inception_digest": network.digest}
+    if extractor and count > 1:
+        real, reconstructed = (accumulator.statistics() for accumulator in accumulators)
+        metrics |= {"rfid": frechet_distance(real, reconstructed), "inception_digest": extractor.digest}
     above, below = (np.stack(part) for part in zip(*pairs, strict=True))
-    with atomic_write(command.output / "reconstruction.json") as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    picture = command.output / "reconstruction.png"
-    with atomic_write(picture) as temporary:
-        sheet = image_grid(
-            np.concatenate([above, below]), len(shown), ("original", "decoded"), scale=max(1, 96 // size)
-        )
-        sheet.save(temporary, format="PNG")
-    rfid = f", rFID {figures['rfid']:.3f}" if "rfid" in figures else ""
-    print(f"{count} images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}{rfid}: {picture}")
+    write_json(results.output / "reconstruction.json", metrics)
+    picture = results.output / "reconstruction.png"
+    both, labels = np.concatenate([above, below]), ("original", "decoded")
+    write_png(picture, image_grid(both, len(shown), labels, scale=max(1, 96 // size)))
+    rfid = f", rFID {metrics['rfid']:.3f}" if "rfid" in metrics else ""
+    print(f"{count} images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{rfid}: {picture}")
 
 
-def _inception(command: Reconstruct, world: World) -> FeatureExtractor | None:
-    """The Inception network, if it is wanted, or if nobody said that it is not and it is there."""
+def _load_inception(how: How, world: World) -> FeatureExtractor | None:
+    """Loads the Inception network if `rfid` asks for it, or by default if its weights are found."""
     from bitdance.metrics.inception import find_weights, load_inception
 
-    if command.rfid is False:
+    if how.rfid is False:
         return None
     try:
-        path = find_weights(command.inception_weights)
+        path = find_weights(how.inception_weights)
     except UserError:
-        if command.rfid or command.inception_weights:
+        if how.rfid or how.inception_weights:
             raise
         return None
-    return load_inception(path, world.device).feature_extractor()
+    return load_inception(path, world.device)

@@ -9,9 +9,10 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.options import DeviceOptions, ModelOptions, Solver
 from bitdance.cli.parsing import Positional, parse
-from bitdance.config import EvaluationConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError, check_fields
 
 if TYPE_CHECKING:
@@ -224,7 +225,6 @@ def _remove_images(folder: pathlib.Path) -> None:
 
 def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
     """Runs one job per seed, and evaluates them."""
-    from bitdance.cli.evaluation_report import report, row_of
     from bitdance.metrics.references import FeatureExtractors, find_reference
     from bitdance.sampling.job import JobConfig, SamplingJob, print_result
 
@@ -250,6 +250,6 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
         if world.is_main:
             print_result(job, result, world)
             if results.evaluate:
-                rows[f"seed {seed}"] = row_of(result, reference, command.evaluation)
+                rows[f"seed {seed}"] = evaluate_job(result, reference, command.evaluation)
     if rows:
-        report(rows, reference, command.evaluation, job.settings_file.with_suffix(".metrics.json"), spread=True)
+        report(rows, reference, command.evaluation, job.settings_file.with_suffix(".metrics.json"), mean_std=True)

@@ -7,9 +7,10 @@ import itertools
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.options import DeviceOptions, ModelOptions, Solver
 from bitdance.cli.parsing import parse
-from bitdance.config import EvaluationConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +85,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _sweep(command: Sweep, world: World) -> None:
-    from bitdance.cli.evaluation_report import report, row_of
     from bitdance.metrics.references import FeatureExtractors, find_reference
     from bitdance.sampling.job import JobConfig, SamplingJob, print_result
     from bitdance.sampling.sampler import SamplingConfig
@@ -106,10 +106,10 @@ def _sweep(command: Sweep, world: World) -> None:
         if world.is_main:
             print_result(job, result, world)
             title = f"cfg {sampling.cfg_scale:g}, {sampling.num_steps} steps, {sampling.solver}"
-            rows[title] = row_of(result, reference, command.evaluation)
+            rows[title] = evaluate_job(result, reference, command.evaluation)
     if not rows:
         return
-    report(rows, reference, command.evaluation, command.results.output / "sweep.json", spread=False)
+    report(rows, reference, command.evaluation, command.results.output / "sweep.json")
     if all("fid" in row["metrics"] for row in rows.values()):
         best = min(rows, key=lambda title: rows[title]["metrics"]["fid"])
         print(f"lowest FID: {best}")

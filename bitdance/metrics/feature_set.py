@@ -1,47 +1,40 @@
-"""What the figures need of a set of images: features, statistics and checks; taken, stored, read, merged."""
+"""Features of a set of images: extracted, summed up in statistics, and stored."""
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from bitdance.data.image_dataset import evenly_spaced
 from bitdance.metrics.features import FeatureExtractor
-from bitdance.metrics.image_sources import Source
-from bitdance.metrics.statistics import (
-    BLOCK,
-    Accumulator,
-    Statistics,
-    checked_features,
-    checked_statistics,
-    read_adm_statistics,
-)
+from bitdance.metrics.image_sources import ImageSource, npz_errors
+from bitdance.metrics.statistics import Statistics, StatisticsAccumulator, validate_features, validate_statistics
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
+from bitdance.runtime.progress import progress_bar
 
-FORMAT = "bitdance-features"
+FORMAT, FORMAT_VERSION = "bitdance-features", 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSet:
-    """Features of a set of images by one network.
+    """Features of a set of images by one extractor.
 
     Attributes:
-        about: what the report says of it: `source`, `count`, `height`, `width`, `content` (digest of pixels and
-            labels), `network`, `network_digest`, and what the checks found (`minimum`, `maximum`, `type`,
-            `duplicates`).
-        pool: (n, D) float32; all, or of a reference some that are spread over it. None where a file has only
+        about: description of the set for reports: `source`, `count`, `height`, `width`, `num_classes`, `extractor`,
+            `extractor_digest`, `classifies`, and the fields of `describe_pixels`.
+        pool: (n, D) float32 features of all images, or of a subset in stored references; None in files that hold only
             statistics.
-        statistics: of the pool features of all images.
+        statistics: of the pool features of all images; None for a single image.
         spatial: statistics of the spatial features, for sFID.
         logits: (N, classes) float32.
         labels: (N,) int64.
@@ -56,49 +49,46 @@ class FeatureSet:
 
 
 class Collector:
-    """Takes in the features of images block by block, in their order, and gives a `FeatureSet`.
+    """Collects the features of images block by block into a `FeatureSet`.
 
     Args:
-        network: whose features they are.
-        keep: keep the pool features and logits of only so many of the images, spread over all.
-        total: number of images to come.
+        extractor: the extractor of the features.
+        total: number of images that will be added.
+        keep: keep the pool features of only this many images, evenly spaced, and no logits.
     """
 
-    def __init__(self, network: FeatureExtractor, total: int, keep: int | None = None) -> None:
-        self._network = network
-        kept = (
-            np.arange(total) if keep is None or keep >= total else np.linspace(0, total - 1, keep).round().astype(int)
-        )
+    def __init__(self, extractor: FeatureExtractor, total: int, keep: int | None = None) -> None:
+        self._extractor = extractor
         self._kept = np.zeros(total, bool)
-        self._kept[kept] = True
-        self._keeps_all = bool(self._kept.all())
-        self._seen = 0
-        self._statistics: dict[str, _WholeBlocks] = {}
+        self._kept[evenly_spaced(total, keep)] = True
+        self._count = 0
+        self._accumulators: dict[str, StatisticsAccumulator] = {}
         self._pool: list[np.ndarray] = []
         self._logits: list[np.ndarray] = []
 
-    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes in the features of the next images, as `arrays_of` gives them."""
-        pool, spatial, logits = arrays["pool"], arrays.get("spatial"), arrays.get("logits")
-        kept = self._kept[self._seen : self._seen + len(pool)]
-        self._seen += len(pool)
-        self._pool.append(pool[kept])
-        for name, rows in (("pool", pool), ("spatial", spatial)):
-            if rows is not None:
-                self._statistics.setdefault(name, _WholeBlocks(rows.shape[1])).add(rows)
-        if logits is not None and self._keeps_all:  # a score of some of the images would be of no use
-            self._logits.append(logits)
+    def add(self, features: Mapping[str, np.ndarray]) -> None:
+        """Adds the features of the next images, as returned by a `FeatureExtractor`."""
+        pool = features["pool"]
+        self._pool.append(pool[self._kept[self._count : self._count + len(pool)]])
+        self._count += len(pool)
+        for name in ("pool", "spatial"):
+            if name in features:
+                rows = features[name]
+                self._accumulators.setdefault(name, StatisticsAccumulator(rows.shape[1])).add(rows)
+        if "logits" in features and self._kept.all():
+            self._logits.append(features["logits"])
 
     def finish(self, about: dict[str, Any], labels: np.ndarray | None) -> FeatureSet:
-        """The set of all that came."""
+        """Returns the set of all images added."""
         about = {
-            "count": self._seen,
+            "count": self._count,
             **about,
-            "network": self._network.name,
-            "network_digest": self._network.digest,
-            "classifies": self._network.classifies,
+            "extractor": self._extractor.name,
+            "extractor_digest": self._extractor.digest,
+            "classifies": self._extractor.classifies,
         }
-        statistics = {name: sums.statistics() for name, sums in self._statistics.items()} if self._seen >= 2 else {}
+        accumulators = self._accumulators if self._count >= 2 else {}
+        statistics = {name: accumulator.statistics() for name, accumulator in accumulators.items()}
         return FeatureSet(
             about,
             np.concatenate(self._pool),
@@ -109,206 +99,172 @@ class Collector:
         )
 
 
-class _WholeBlocks:
-    """Hands rows on in blocks of one size, so that the size of a batch changes no bit.
-
-    It also saves time: joining a block to the sums costs as much as a thousand rows.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self._sums = Accumulator(dim)
-        self._waiting: list[np.ndarray] = []
-
-    def add(self, rows: np.ndarray) -> None:
-        self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= BLOCK:
-            together = np.concatenate(self._waiting)
-            whole = len(together) // BLOCK * BLOCK
-            self._sums.add(together[:whole])
-            self._waiting = [together[whole:]]
-
-    def statistics(self) -> Statistics:
-        self._sums.add(np.concatenate(self._waiting))
-        self._waiting = [self._waiting[-1][:0]]
-        return self._sums.statistics()
-
-
-def take_features(
-    source: Source,
-    networks: Sequence[FeatureExtractor],
+def extract_features(
+    source: ImageSource,
+    extractors: Sequence[FeatureExtractor],
     world: World,
     batch_size: int = 32,
     keep: int | None = None,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: str | None = None,
 ) -> list[FeatureSet]:
-    """The features of all images of a source, by all processes; blocks of `batch_size` images are shared out.
+    """Extracts the features of all images of a source; batches are distributed over the processes.
 
     Args:
-        keep: as in `Collector`.
-        progress: called with the number of images of each finished block.
+        keep: see `Collector`.
+        progress: title of a progress bar; None for no bar.
 
     Returns:
-        A set for each network in the first process; nothing in the others.
+        A set for each extractor in the first process, an empty list in the others.
 
     Raises:
-        UserError: an image cannot be read, or a network gives something else than features.
+        UserError: an image cannot be read, or an extractor returns invalid features.
     """
-    collectors = [Collector(network, len(source), keep) for network in networks]
-    checks = Checks()
-    last = -(-len(source) // batch_size)
-    mine = _ahead(source.blocks(batch_size, world.rank, world.size))
-    for first in range(0, last, world.size):
-        found = None
-        if first + world.rank < last:
-            number, images = next(mine)
-            assert number == first + world.rank
-            looked_at = Checks.of(images)
-            found = [arrays_of(network, images) for network in networks], looked_at
-        for part in world.gather(found):
-            if part is not None:
-                for collector, arrays in zip(collectors, part[0], strict=True):
-                    collector.add(arrays)
-                checks.merge(part[1])
-                progress(len(part[1].digests))
+    collectors = [Collector(extractor, len(source), keep) for extractor in extractors]
+    summaries: list[PixelSummary] = []
+    num_blocks = -(-len(source) // batch_size)
+    blocks = _prefetch(source.blocks(batch_size, world.rank, world.size))
+    hidden = progress is None or not world.is_main
+    with progress_bar(len(source), progress or "", "images", disable=hidden, leave=False) as bar:
+        for first in range(0, num_blocks, world.size):
+            own = None
+            if first + world.rank < num_blocks:
+                _, images = next(blocks)
+                summary = summarize_pixels(images)  # checks the pixels
+                own = [extractor(images) for extractor in extractors], summary
+            for part in world.gather(own):
+                if part is not None:
+                    for collector, features in zip(collectors, part[0], strict=True):
+                        collector.add(features)
+                    summaries.append(part[1])
+                    bar.update(len(part[1].digests))
     if not world.is_main:
         return []
-    about = {"source": str(source.path), "height": source.shape[1], "width": source.shape[2],
-             "num_classes": source.num_classes, **checks.report(str(source.dtype), source.labels)}  # fmt: skip
+    _, height, width, _ = source.shape
+    about = {"source": str(source.path), "height": height, "width": width, "num_classes": source.num_classes}
+    about |= describe_pixels(summaries, str(source.dtype), source.labels)
     return [collector.finish(about, source.labels) for collector in collectors]
 
 
-def arrays_of(network: FeatureExtractor, images: np.ndarray) -> dict[str, np.ndarray]:
-    """The features of a block that the network has, by the names in `bitdance.metrics.features.Features`."""
-    # Any type but bytes is taken as float32, as ADM does.
-    features = network(images if images.dtype == np.uint8 else images.astype(np.float32))
-    return {name: part.cpu().numpy() for name, part in features._asdict().items() if part is not None}
-
-
-def _ahead(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """The same blocks, each read while the one before it is being worked on."""
+def _prefetch(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """Reads each block while the previous one is processed."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
+        future = pool.submit(next, blocks, None)
+        while (block := future.result()) is not None:
+            future = pool.submit(next, blocks, None)
             yield block
 
 
-class Checks:
-    """What is looked at in the pixels while they pass: their range, and a digest of each image."""
-
-    def __init__(self, minimum: float = np.inf, maximum: float = -np.inf, digests: Iterable[bytes] = ()) -> None:
-        self.minimum, self.maximum, self.digests = minimum, maximum, list(digests)
-
-    @classmethod
-    def of(cls, images: np.ndarray) -> Checks:
-        """Of one block, (n, H, W, 3).
-
-        Raises:
-            UserError: values that are not finite.
-        """
-        minimum, maximum = float(images.min()), float(images.max())
-        if not np.isfinite(minimum + maximum):
-            raise UserError("the images hold values that are not finite: make them again.")
-        return cls(minimum, maximum, [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images])
-
-    def merge(self, other: Checks) -> None:
-        """Takes in what comes after."""
-        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
-        self.digests += other.digests
-
-    def report(self, dtype: str, labels: np.ndarray | None) -> dict[str, Any]:
-        """Ready for JSON; `content` is SHA-256 over the digests of the images and the labels."""
-        content = hashlib.sha256(dtype.encode() + b"".join(self.digests))
-        content.update(b"" if labels is None else labels.astype("<i8").tobytes())
-        counts = collections.Counter(self.digests)
-        return {
-            "type": dtype,
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-            "duplicates": len(self.digests) - len(counts),
-            "content": content.hexdigest(),
-        }
+# ---------------------------------------------------------------- pixels
 
 
-def content_digest(source: Source, batch_size: int = 256) -> str:
-    """The `content` that `take_features` will report, without a network."""
-    checks = Checks()
-    for _, images in _ahead(source.blocks(batch_size)):
-        checks.merge(Checks.of(images))
-    return str(checks.report(str(source.dtype), source.labels)["content"])
+class PixelSummary(NamedTuple):
+    """Range of the pixels of some images, and the SHA-256 of each image."""
+
+    minimum: float
+    maximum: float
+    digests: list[bytes]
+
+
+def summarize_pixels(images: np.ndarray) -> PixelSummary:
+    """Summarizes (n, H, W, 3) images.
+
+    Raises:
+        UserError: values that are not finite.
+    """
+    minimum, maximum = float(images.min()), float(images.max())
+    if not np.isfinite(minimum + maximum):
+        raise UserError("the images hold values that are not finite: create them again.")
+    digests = [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
+    return PixelSummary(minimum, maximum, digests)
+
+
+def describe_pixels(summaries: Iterable[PixelSummary], dtype: str, labels: np.ndarray | None) -> dict[str, Any]:
+    """Describes a set of images by the summaries of its blocks, in their order.
+
+    Returns:
+        `type`, `minimum` and `maximum` of the pixels, the number of `duplicates`, and `content`, a SHA-256 of pixels
+        and labels; ready for JSON.
+    """
+    minima, maxima, blocks = zip(*summaries, strict=True)
+    digests = [digest for block in blocks for digest in block]
+    content = hashlib.sha256(dtype.encode() + b"".join(digests))
+    content.update(b"" if labels is None else labels.astype("<i8").tobytes())
+    return {
+        "type": dtype,
+        "minimum": min(minima),
+        "maximum": max(maxima),
+        "duplicates": len(digests) - len(set(digests)),
+        "content": content.hexdigest(),
+    }
+
+
+def content_digest(source: ImageSource, batch_size: int = 256) -> str:
+    """Computes the `content` of `describe_pixels` from the pixels of a source."""
+    summaries = [summarize_pixels(images) for _, images in _prefetch(source.blocks(batch_size))]
+    return str(describe_pixels(summaries, str(source.dtype), source.labels)["content"])
 
 
 # ---------------------------------------------------------------- files
 
 
 def write_feature_set(path: pathlib.Path, features: FeatureSet) -> None:
-    """Writes a set as an `.npz`, atomically; its statistics are named as in ADM's files.
+    """Writes a set as an `.npz` atomically; its statistics have the names of ADM's files.
 
     Raises:
         UserError: the file cannot be written.
     """
-    about = {"format": FORMAT, "format_version": 1, **features.about}
+    about = {**features.about, "format": FORMAT, "format_version": FORMAT_VERSION}
     arrays: dict[str, np.ndarray] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
     for name in ("pool", "logits", "labels"):
         if (array := getattr(features, name)) is not None:
             arrays[name] = array
-    for end, statistics in (("", features.statistics), ("_s", features.spatial)):
+    for suffix, statistics in (("", features.statistics), ("_s", features.spatial)):
         if statistics is not None:
-            arrays |= {f"mu{end}": statistics.mean, f"sigma{end}": statistics.covariance}
+            arrays |= {f"mu{suffix}": statistics.mean, f"sigma{suffix}": statistics.covariance}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
 def read_feature_set(path: str | os.PathLike[str]) -> FeatureSet | None:
-    """A stored set, or None where the file is no such set, so that it may be images.
+    """Reads a stored set; None if the file holds something else, which may be images.
 
-    A file with nothing but statistics (`mu`, `sigma` and perhaps `mu_s`, `sigma_s`) is one without features.
+    A file that holds only statistics (`mu`, `sigma`, and optionally `mu_s`, `sigma_s`) is a set without features.
 
     Raises:
-        UserError: the file is damaged, or holds what no features are.
+        UserError: the file is damaged, or holds invalid features.
     """
     path = pathlib.Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "about" not in file and ("arr_0" in file or "mu" not in file):
-                return None
-            names = ("about", "pool", "logits", "labels", "mu", "sigma", "mu_s", "sigma_s")
-            arrays = {name: np.asarray(file[name]) for name in names if name in file}
-        about = json.loads(arrays.pop("about").tobytes()) if "about" in arrays else {"source": str(path)}
-        if not isinstance(about, dict) or ("format" in about and about["format"] != FORMAT):
-            raise ValueError("another format")
-    except Exception as error:  # a broken archive can fail in every way that zip, zlib and NumPy know
-        raise UserError(
-            f"{path} cannot be read as an .npz file ({type(error).__name__}): make or fetch it again."
-        ) from error
+    with npz_errors(path), np.load(path, allow_pickle=False) as file:
+        if "about" not in file and ("arr_0" in file or "mu" not in file):
+            return None
+        arrays = {name: np.asarray(file[name]) for name in ("about", "pool", "logits", "labels") if name in file}
+        about: dict[str, Any] = {"source": str(path)}
+        if "about" in arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
+                raise UserError(f"{path} is not of format {FORMAT} {FORMAT_VERSION}: extract the features again.")
     for name in ("pool", "logits"):
         if name in arrays:
-            arrays[name] = checked_features(arrays[name], f"{path}: {name}")
-    count = about.get("count")
+            arrays[name] = validate_features(arrays[name], f"{path}: {name}")
+    count, labels = about.get("count"), arrays.get("labels")
     if "logits" in arrays and len(arrays["logits"]) != count:
-        raise UserError(f"{path}: it says that it has {count} images but holds {len(arrays['logits'])} logits.")
-    labels = arrays.get("labels")
+        raise UserError(f"{path} holds {len(arrays['logits'])} logits for {count} images: extract them again.")
     if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise UserError(f"{path}: labels of shape {labels.shape} and type {labels.dtype} fit no {count} images.")
-    both = []
-    for end in ("", "_s"):
-        mean, covariance = arrays.get(f"mu{end}"), arrays.get(f"sigma{end}")
-        if (mean is None) != (covariance is None):
-            raise UserError(f"{path} has only one of mu{end} and sigma{end}: make or fetch it again.")
-        both.append(
-            None
-            if mean is None or covariance is None
-            else checked_statistics(Statistics(mean, covariance, count), f"{path}: mu{end}, sigma{end}")
-        )
-    return FeatureSet(about, arrays.get("pool"), both[0], both[1], arrays.get("logits"), labels)
+        raise UserError(f"{path} holds labels of type {labels.dtype} and shape {labels.shape} for {count} images.")
+    return FeatureSet(about, arrays.get("pool"), *read_statistics(path), arrays.get("logits"), labels)
 
 
-def with_published_statistics(features: FeatureSet, path: pathlib.Path) -> FeatureSet:
-    """The set with the statistics that a reference file of ADM holds, of more images than it has, in place of its own.
+def read_statistics(path: pathlib.Path) -> tuple[Statistics | None, Statistics | None]:
+    """Reads the statistics for FID (`mu`, `sigma`) and sFID (`mu_s`, `sigma_s`) in an `.npz` file, if any.
 
     Raises:
-        UserError: the statistics are damaged.
+        UserError: the file is damaged, or holds invalid statistics.
     """
-    if (stored := read_adm_statistics(path)) is None:
-        return features
-    return dataclasses.replace(features, statistics=stored[0], spatial=stored[1])
+    found: list[Statistics | None] = []
+    with npz_errors(path), np.load(path, allow_pickle=False) as file:
+        for names in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            arrays = [np.asarray(file[name]) for name in names if name in file]
+            if len(arrays) == 1:
+                raise UserError(f"{path} holds only one of {' and '.join(names)}: create or download it again.")
+            found.append(validate_statistics(Statistics(*arrays), f"{path}: {', '.join(names)}") if arrays else None)
+    return found[0], found[1]

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitdance.metrics.statistics import Statistics, checked_statistics
+from bitdance.metrics.statistics import Statistics, validate_statistics
 from bitdance.runtime.errors import UserError
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+    """Computes the squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    Heusel et al. 2017 (arXiv 1706.08500). Two float32 means are subtracted and squared in float32, as in ADM.
-    May be below zero by rounding.
+    Heusel et al. 2017 (arXiv 1706.08500). Two float32 means are subtracted and squared in float32, as in ADM. Rounding
+    may make the result slightly negative.
 
     Raises:
-        UserError: statistics of different sizes, or that no features have.
+        UserError: invalid statistics, or statistics of different dimensions.
     """
-    a, b = checked_statistics(a, "the first statistics"), checked_statistics(b, "the second statistics")
+    a, b = validate_statistics(a, "the first statistics"), validate_statistics(b, "the second statistics")
     if len(a.mean) != len(b.mean):
-        raise UserError(f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared.")
+        raise UserError(f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared.")
     difference = a.mean - b.mean
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return float(difference @ difference + traces - 2 * trace_sqrt(a.covariance, b.covariance))
 
 
 def trace_sqrt(a: np.ndarray, b: np.ndarray) -> float:
-    """tr((A B)^(1/2)) of two covariances, from eigenvalues alone; rank-deficient ones cost about 1e-5 of accuracy.
+    """Computes tr((A B)^(1/2)) of two covariances from eigenvalues only.
 
-    For any factor A = R R^T, A B has the eigenvalues of the symmetric R^T B R, and those are not negative.
+    For any factor A = R R^T, A B has the eigenvalues of the symmetric R^T B R, which are not negative. Rank-deficient
+    covariances cost about 1e-5 of accuracy.
 
     Args:
         a, b: (D, D) float64, symmetric and positive semidefinite up to rounding.
@@ -39,8 +40,7 @@ def trace_sqrt(a: np.ndarray, b: np.ndarray) -> float:
     if factor is None:  # both are rank-deficient
         values, vectors = np.linalg.eigh(a)
         factor, other = vectors * np.sqrt(values.clip(0)), b
-    product = factor.T @ other @ factor
-    values = np.linalg.eigvalsh(product)
+    values = np.linalg.eigvalsh(factor.T @ other @ factor)
     return float(np.sqrt(values.clip(0)).sum())
 
 

@@ -1,17 +1,16 @@
-"""The Inception network of 2015-12-05, whose features the published figures are made of, without TensorFlow.
+"""The Inception network of 2015-12-05, which published FIDs are computed with, in PyTorch.
 
-It is Inception v3 (Szegedy et al. 2016) as the frozen graph `classify_image_graph_def.pb` has it. Three things differ
-from the usual PyTorch one: images are resized as TensorFlow 1 did it, average pools leave the padding out of the count,
-and the pool of the last block takes maxima. Parameters are named as in the published copies of its weights.
+It is Inception v3 (Szegedy et al. 2016) as in the frozen graph `classify_image_graph_def.pb`. It differs from
+torchvision's in three ways: images are resized as in TensorFlow 1, average pools do not count the padding, and the last
+block has a max pool. Parameters have the names of the published PyTorch copies of the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +23,15 @@ from bitdance.weights import weights_file
 from bitdance.weights.hub import EVALUATION_FOLDER, PLAIN_FILES
 
 NAME = "inception-2015-12-05"
-"""What reports call it."""
+"""Its name in reports."""
 SIDE = 299
-"""Height and width of what the network sees, in pixels."""
+"""Height and width of its input in pixels."""
 POOL_SIZE = 2048
 SPATIAL_CHANNELS = 7
-SPATIAL_SIZE = 17 * 17 * SPATIAL_CHANNELS
-NUM_LOGITS = 1008
 
 PUBLISHED_DIGEST = "6726825d"
-"""How the SHA-256 of the published file begins. It goes by two names, that of pytorch-fid (`FILE_NAMES[0]`, which
-`bitdance download inception` fetches) and that of torch-fidelity."""
+"""First digits of the SHA-256 of the published file, which has two names: that of pytorch-fid (`FILE_NAMES[0]`, which
+`bitdance download inception` downloads) and that of torch-fidelity."""
 FILE_NAMES = (PLAIN_FILES["inception"].rpartition("/")[2], "weights-inception-2015-12-05-6726825d.pth")
 
 
@@ -42,13 +39,13 @@ FILE_NAMES = (PLAIN_FILES["inception"].rpartition("/")[2], "weights-inception-20
 
 
 def resize(images: Tensor, side: int = SIDE) -> Tensor:
-    """Resizes as TensorFlow 1's ResizeBilinear does by default, to the last bit on a CPU.
+    """Resizes bilinearly as TensorFlow 1's ResizeBilinear does by default; bit-identical on a CPU.
 
     The source of pixel i is i * (in / out), without half-pixel centres, antialiasing or rounding to bytes; all
     arithmetic is float32.
 
     Args:
-        images: (N, H, W, C) of any type, H and W at least 1; taken as float32.
+        images: (N, H, W, C) of any type; converted to float32.
         side: height and width of the result.
 
     Returns:
@@ -57,28 +54,26 @@ def resize(images: Tensor, side: int = SIDE) -> Tensor:
     height, width = images.shape[1:3]
     if (height, width) == (side, side):
         return images.to(torch.float32, copy=True)
-    rows, next_rows, down = _sources(height, side, images.device)
-    columns, next_columns, right = _sources(width, side, images.device)
-    # Rows of pixels are interpolated first, each once; TensorFlow does it once a pixel, with the same result.
+    top, bottom, down = _source_pixels(height, side, images.device)
+    left, right, across = _source_pixels(width, side, images.device)
+    # Each source row is interpolated once; TensorFlow does so once per pixel, with the same result.
     images = images.to(torch.float32)
-    lines = _between(images.index_select(2, columns), images.index_select(2, next_columns), right[:, None])
-    return _between(lines.index_select(1, rows), lines.index_select(1, next_rows), down[:, None, None])
+    rows = _interpolate(images.index_select(2, left), images.index_select(2, right), across[:, None])
+    return _interpolate(rows.index_select(1, top), rows.index_select(1, bottom), down[:, None, None])
 
 
-def _between(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """a + (b - a) * weight, with a rounding after each operation, in the memory of b."""
+def _interpolate(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Computes a + (b - a) * weight in place of b, rounding after each operation."""
     return b.sub_(a).mul_(weight).add_(a)
 
 
 @lru_cache(maxsize=16)
-def _sources(length: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _source_pixels(length: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The two source pixels of each of `side` pixels, and the weight of the second."""
-    scale = torch.tensor(length, dtype=torch.float32) / side
-    place = torch.arange(side, dtype=torch.float32) * scale
-    low = place.floor()
-    weight = place - low
-    # The scale is rounded, so the last place can reach beyond the last pixel.
-    low = low.long().clamp_max(length - 1)
+    position = torch.arange(side, dtype=torch.float32) * (torch.tensor(length, dtype=torch.float32) / side)
+    weight = position - position.floor()
+    # The scale is rounded, so the last position can lie beyond the last pixel.
+    low = position.long().clamp_max(length - 1)
     return low.to(device), (low + 1).clamp_max(length - 1).to(device), weight.to(device)
 
 
@@ -86,7 +81,7 @@ def _sources(length: int, side: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 class Conv(nn.Module):
-    """A convolution, batch normalisation with the stored statistics, ReLU."""
+    """Convolution, batch normalization with the stored statistics, and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
@@ -99,7 +94,7 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self) -> None:
-        """Puts the batch normalisation into the convolution, computed in float64, and its channels last in memory."""
+        """Folds the batch normalization into the convolution, in float64, and stores the weight channels-last."""
         bn = self.bn
         assert isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None and bn.running_var is not None
         scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
@@ -109,121 +104,106 @@ class Conv(nn.Module):
         self.bn = nn.Identity()
 
 
-def _average(x: Tensor) -> Tensor:
+def _avg_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def _halve(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=2)
+def _max_pool(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
+    return F.max_pool2d(x, 3, stride, padding)
 
 
-class BlockA(nn.Module):
+class Block(nn.Module):
+    """Concatenation of branches of the same input: chains of convolutions, the one called `branch_pool` after a pool.
+
+    A tuple in a chain is a pair of convolutions whose outputs are concatenated.
+    """
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], **branches: list[Conv | tuple[Conv, Conv]]):
+        super().__init__()
+        self.pool, self.branches = pool, branches
+        for name, chain in branches.items():
+            for i, layer in enumerate(chain, 1):
+                number = f"_{i}" if len(chain) > 1 else ""
+                for letter, conv in zip("ab", layer, strict=True) if isinstance(layer, tuple) else [("", layer)]:
+                    self.add_module(f"{name}{number}{letter}", conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = []
+        for name, chain in self.branches.items():
+            y = self.pool(x) if name == "branch_pool" else x
+            for layer in chain:
+                y = layer(y) if isinstance(layer, Conv) else torch.cat([conv(y) for conv in layer], 1)
+            results.append(y)
+        return torch.cat(results, 1)
+
+
+def block_a(inputs: int, pool: int) -> Block:
     """Mixed_5b to Mixed_5d, on 35 x 35."""
-
-    def __init__(self, inputs: int, pool: int):
-        super().__init__()
-        self.branch1x1 = Conv(inputs, 64, 1)
-        self.branch5x5_1 = Conv(inputs, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5)
-        self.branch3x3dbl_1 = Conv(inputs, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3)
-        self.branch_pool = Conv(inputs, pool, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
-        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch1x1(x), branch5x5, branch3x3dbl, self.branch_pool(_average(x))), 1)
+    return Block(
+        _avg_pool,
+        branch1x1=[Conv(inputs, 64, 1)],
+        branch5x5=[Conv(inputs, 48, 1), Conv(48, 64, 5)],
+        branch3x3dbl=[Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)],
+        branch_pool=[Conv(inputs, pool, 1)],
+    )
 
 
-class BlockB(nn.Module):
+def block_b(inputs: int) -> Block:
     """Mixed_6a, from 35 x 35 to 17 x 17."""
-
-    def __init__(self, inputs: int):
-        super().__init__()
-        self.branch3x3 = Conv(inputs, 384, 3, stride=2, pad=False)
-        self.branch3x3dbl_1 = Conv(inputs, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, pad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch3x3(x), branch3x3dbl, _halve(x)), 1)
+    return Block(
+        _max_pool,
+        branch3x3=[Conv(inputs, 384, 3, stride=2, pad=False)],
+        branch3x3dbl=[Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, stride=2, pad=False)],
+        branch_pool=[],
+    )
 
 
-class BlockC(nn.Module):
+def block_c(width: int) -> Block:
     """Mixed_6b to Mixed_6e, on 17 x 17."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.branch1x1 = Conv(768, 192, 1)
-        self.branch7x7_1 = Conv(768, width, 1)
-        self.branch7x7_2 = Conv(width, width, (1, 7))
-        self.branch7x7_3 = Conv(width, 192, (7, 1))
-        self.branch7x7dbl_1 = Conv(768, width, 1)
-        self.branch7x7dbl_2 = Conv(width, width, (7, 1))
-        self.branch7x7dbl_3 = Conv(width, width, (1, 7))
-        self.branch7x7dbl_4 = Conv(width, width, (7, 1))
-        self.branch7x7dbl_5 = Conv(width, 192, (1, 7))
-        self.branch_pool = Conv(768, 192, 1)
+    def row(outputs: int = width) -> Conv:
+        return Conv(width, outputs, (1, 7))
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
-        return torch.cat((self.branch1x1(x), branch7x7, branch7x7dbl, self.branch_pool(_average(x))), 1)
+    def column(outputs: int = width) -> Conv:
+        return Conv(width, outputs, (7, 1))
+
+    return Block(
+        _avg_pool,
+        branch1x1=[Conv(768, 192, 1)],
+        branch7x7=[Conv(768, width, 1), row(), column(192)],
+        branch7x7dbl=[Conv(768, width, 1), column(), row(), column(), row(192)],
+        branch_pool=[Conv(768, 192, 1)],
+    )
 
 
-class BlockD(nn.Module):
+def block_d() -> Block:
     """Mixed_7a, from 17 x 17 to 8 x 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3_1 = Conv(768, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2, pad=False)
-        self.branch7x7x3_1 = Conv(768, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, pad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat((self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(branch7x7x3), _halve(x)), 1)
+    rows, columns, last = Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)), Conv(192, 192, 3, stride=2, pad=False)
+    return Block(
+        _max_pool,
+        branch3x3=[Conv(768, 192, 1), Conv(192, 320, 3, stride=2, pad=False)],
+        branch7x7x3=[Conv(768, 192, 1), rows, columns, last],
+        branch_pool=[],
+    )
 
 
-class BlockE(nn.Module):
-    """Mixed_7b and Mixed_7c, on 8 x 8; the pool of the latter takes maxima."""
+def block_e(inputs: int, pool: Callable[[Tensor], Tensor]) -> Block:
+    """Mixed_7b and Mixed_7c, on 8 x 8."""
 
-    def __init__(self, inputs: int, take_maxima: bool):
-        super().__init__()
-        self.take_maxima = take_maxima
-        self.branch1x1 = Conv(inputs, 320, 1)
-        self.branch3x3_1 = Conv(inputs, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3))
-        self.branch3x3_2b = Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = Conv(inputs, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(inputs, 192, 1)
+    def pair() -> tuple[Conv, Conv]:
+        return Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.take_maxima else _average(x)
-        branch3x3 = self.branch3x3_1(x)
-        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        branches = (
-            self.branch1x1(x),
-            self.branch3x3_2a(branch3x3),
-            self.branch3x3_2b(branch3x3),
-            self.branch3x3dbl_3a(branch3x3dbl),
-            self.branch3x3dbl_3b(branch3x3dbl),
-            self.branch_pool(pooled),
-        )
-        return torch.cat(branches, 1)
+    return Block(
+        pool,
+        branch1x1=[Conv(inputs, 320, 1)],
+        branch3x3=[Conv(inputs, 384, 1), pair()],
+        branch3x3dbl=[Conv(inputs, 448, 1), Conv(448, 384, 3), pair()],
+        branch_pool=[Conv(inputs, 192, 1)],
+    )
 
 
 class Inception(nn.Module):
-    """The network, from bytes to features."""
+    """The network, from images to features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,62 +212,57 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, pad=False)
-        self.Mixed_5b = BlockA(192, pool=32)
-        self.Mixed_5c = BlockA(256, pool=64)
-        self.Mixed_5d = BlockA(288, pool=64)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(128)
-        self.Mixed_6c = BlockC(160)
-        self.Mixed_6d = BlockC(160)
-        self.Mixed_6e = BlockC(192)
-        self.Mixed_7a = BlockD()
-        self.Mixed_7b = BlockE(1280, take_maxima=False)
-        self.Mixed_7c = BlockE(2048, take_maxima=True)
-        self.fc = nn.Linear(POOL_SIZE, NUM_LOGITS)
+        self.Mixed_5b = block_a(192, pool=32)
+        self.Mixed_5c = block_a(256, pool=64)
+        self.Mixed_5d = block_a(288, pool=64)
+        self.Mixed_6a = block_b(288)
+        self.Mixed_6b = block_c(128)
+        self.Mixed_6c = block_c(160)
+        self.Mixed_6d = block_c(160)
+        self.Mixed_6e = block_c(192)
+        self.Mixed_7a = block_d()
+        self.Mixed_7b = block_e(1280, _avg_pool)
+        self.Mixed_7c = block_e(2048, partial(_max_pool, stride=1, padding=1))
+        self.fc = nn.Linear(POOL_SIZE, 1008)
         self.eval().requires_grad_(False)
 
     def fold(self) -> Inception:
-        """Makes it fast, once the weights are in: batch normalisation inside the convolutions, channels last."""
+        """Folds batch normalization into the convolutions and stores weights channels-last, once they are loaded."""
         for module in self.modules():
             if isinstance(module, Conv):
                 module.fold()
         return self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
-        """Features of images.
+        """Extracts features.
 
         Args:
-            images: (N, H, W, 3) uint8 in [0, 255], or of another type with such values, as ADM takes them; of any
-                size, on the device of the weights.
+            images: (N, H, W, 3) of any size, uint8 in [0, 255] or another type in that range, as in ADM.
 
         Returns:
-            `pool` (N, 2048); `spatial` (N, 2023): the first 7 channels of the first branch of TensorFlow's mixed_6
-            (Mixed_6d here), (17, 17, 7) laid flat; `logits` (N, 1008): without the bias, as the Inception Score of ADM
-            takes them. All float32.
+            `pool` (N, 2048); `spatial` (N, 2023): the first 7 channels of TensorFlow's mixed_6/conv (the first branch
+            of Mixed_6d), (17, 17, 7) flattened; `logits` (N, 1008) without the bias, as in ADM's Inception Score. All
+            float32.
         """
-        # Bytes come with the channels last, and stay so: the permutation moves nothing.
-        return self.features(resize(images).sub_(128).mul_(1 / 128).permute(0, 3, 1, 2))
+        # (N, H, W, C) in memory is channels-last, so the permutation copies nothing.
+        return self.features(resize(images).sub_(128).mul_(1 / 128).permute(0, 3, 1, 2))  # (N, 3, 299, 299)
 
     def features(self, x: Tensor) -> Features:
-        """Like `forward`, of (N, 3, 299, 299) float32 images in [-1, 1), fastest when laid out channels-last."""
-        with _float32(x.device):
+        """Extracts features of (N, 3, 299, 299) float32 images in [-1, 1), fastest in channels-last memory."""
+        with _full_float32(x.device):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))  # (N, 192, 71, 71)
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_halve(x))))  # (N, 288, 35, 35)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_max_pool(x)))  # (N, 192, 71, 71)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_max_pool(x))))  # (N, 288, 35, 35)
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (N, 768, 17, 17)
             spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (N, 2023); the first branch comes first
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
             pool = x.mean((2, 3))  # (N, 2048)
-            return Features(pool, spatial, self.logits(pool))
-
-    def logits(self, pool: Tensor) -> Tensor:
-        """(N, 1008) logits without the bias, of (N, 2048) features."""
-        return F.linear(pool, self.fc.weight)
+            return Features(pool, spatial, F.linear(pool, self.fc.weight))
 
 
 @contextlib.contextmanager
-def _float32(device: torch.device) -> Iterator[None]:
-    """Full float32, whatever the caller has set: bfloat16 changes features by 5 to 12 %, TensorFloat-32 by too much."""
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Disables autocast and TensorFloat-32: bfloat16 changes features by 5 to 12 %."""
     before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -297,58 +272,26 @@ def _float32(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-# ---------------------------------------------------------------- its weights
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedInception:
-    """The network with weights from a file.
-
-    Attributes:
-        network: folded, on its device.
-        path: the file.
-        digest: its SHA-256.
-    """
-
-    network: Inception
-    path: pathlib.Path
-    digest: str
-
-    @property
-    def is_published(self) -> bool:
-        """Whether the file is the published one. Figures from another cannot stand beside published figures."""
-        return self.digest.startswith(PUBLISHED_DIGEST)
-
-    def feature_extractor(self) -> FeatureExtractor:
-        """The network as the plug of evaluation; it moves images to its device."""
-        device = self.network.fc.weight.device
-        return FeatureExtractor(NAME, POOL_SIZE, lambda images: self.network(images.to(device)), digest=self.digest)
+# ---------------------------------------------------------------- weights
 
 
 def find_weights(path: pathlib.Path | None = None, folder: pathlib.Path = EVALUATION_FOLDER) -> pathlib.Path:
-    """The file of weights: `path` if there is one, else what `bitdance download inception` put into `folder`.
+    """Returns `path` if given, else the file that `bitdance download inception` put into `folder`.
 
     Raises:
-        UserError: neither is there.
+        UserError: the file does not exist.
     """
-    if path is not None:
-        if not path.exists():
-            raise UserError(
-                f"there is no file {path} of Inception weights: check --inception-weights, or in training "
-                "--eval-inception."
-            )
-        return path
-    found = next((folder / name for name in FILE_NAMES if (folder / name).exists()), None)
-    if found is None:
-        raise UserError(
-            f"there are no Inception weights in {folder}: run `bitdance download inception`, or name the file "
-            "(--inception-weights, or in training --eval-inception)."
-        )
-    return found
+    for file in [folder / name for name in FILE_NAMES] if path is None else [path]:
+        if file.exists():
+            return file
+    raise UserError(
+        f"there are no Inception weights in {path or folder}: run `bitdance download inception`, or set "
+        "`inception_weights` (in training `eval_inception`)."
+    )
 
 
-def load_inception(path: pathlib.Path, device: torch.device | str = "cpu") -> LoadedInception:
-    """Reads the weights as `find_weights` finds them, without running what a pickle asks for.
+def load_inception(path: pathlib.Path, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Loads the weights, without running code in the file, and returns the network as a feature extractor.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds something other than this network.
@@ -356,26 +299,18 @@ def load_inception(path: pathlib.Path, device: torch.device | str = "cpu") -> Lo
     state = weights_file.read(path).states.get("model", {})
     with torch.device("meta"):
         network = Inception()
-    needed = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    missing = [name for name in needed if name not in state]
-    if missing:
-        raise UserError(
-            f"{path} is not the Inception network of 2015-12-05: {len(missing)} of its {len(needed)} tensors are "
-            f"missing, the first is {missing[0]}; fetch it again with `bitdance download inception`."
-        )
-    for name, expected in needed.items():
-        value = state[name]
-        if value.shape != expected.shape or value.dtype != expected.dtype:
+    expected = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    for name, meta in expected.items():
+        value = state.get(name)
+        if value is None or value.shape != meta.shape or value.dtype != meta.dtype:
+            found = "missing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
             raise UserError(
-                f"{path}: tensor {name} has shape {tuple(value.shape)} and type {_title(value.dtype)}, the Inception "
-                f"network of 2015-12-05 has {tuple(expected.shape)} and {_title(expected.dtype)}."
+                f"{path} is not the Inception network of 2015-12-05: tensor {name} is {found} instead of {meta.dtype} "
+                f"of shape {tuple(meta.shape)}; download it again with `bitdance download inception`."
             )
         if not value.isfinite().all() or (name.endswith("running_var") and (value < 0).any()):
-            raise UserError(f"{path}: tensor {name} has impossible values, so the file is damaged: fetch it again.")
-    # The tensors may be maps of the file, which somebody may change later.
-    network.load_state_dict({name: state[name].clone() for name in needed}, strict=False, assign=True)
-    return LoadedInception(network.fold().to(device), path, file_digest(path))
-
-
-def _title(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {name} has invalid values, so the file is damaged: download it again.")
+    # The tensors may be memory-mapped, and the file may change later.
+    network.load_state_dict({name: state[name].clone() for name in expected}, strict=False, assign=True)
+    network.fold().to(device)
+    return FeatureExtractor(NAME, POOL_SIZE, lambda images: network(images.to(device)), digest=file_digest(path))

@@ -1,26 +1,26 @@
-"""The Inception Score (Salimans et al. 2016, arXiv 1606.03498), as ADM takes it and free of the order of the images."""
+"""The Inception Score (Salimans et al. 2016, arXiv 1606.03498), as ADM computes it and independent of image order."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from bitdance.metrics.statistics import checked_features
+from bitdance.metrics.statistics import validate_features
 from bitdance.runtime.errors import UserError
 
 CHUNK = 5000
-"""ADM's."""
+"""Images per chunk in ADM."""
 
 
 def inception_score(logits: np.ndarray, chunk: int = CHUNK) -> float:
-    """exp of the mean divergence of each image's classes from those of its chunk, averaged over chunks.
+    """Computes the exponential of the mean KL divergence of p(y|x) from the chunk's p(y), averaged over chunks.
 
-    Chunks are consecutive; a short last one counts as much as the others. A file in the order of its classes is
-    therefore scored too low: see `shuffled_inception_score`.
+    Chunks are consecutive; a short last one has the same weight as the others. The score of a file that is sorted by
+    class is therefore too low: see `shuffled_inception_score`.
 
     Args:
-        logits: (N, classes) float32, without the bias of the classifier where ADM is to be met.
-        chunk: images in a chunk.
+        logits: (N, classes) float32, without the bias of the classifier to agree with ADM.
+        chunk: images per chunk.
 
     Returns:
         Between 1 and the number of classes.
@@ -28,21 +28,20 @@ def inception_score(logits: np.ndarray, chunk: int = CHUNK) -> float:
     Raises:
         UserError: no rows, or values that are not finite.
     """
-    logits = checked_features(logits, "logits")
+    logits = validate_features(logits, "logits")
     if chunk < 1:
-        raise UserError(f"chunk={chunk}: a chunk must hold at least one image.")
-    scores = [_score(logits[start : start + chunk]) for start in range(0, len(logits), chunk)]
-    return float(np.mean(scores))
+        raise UserError(f"chunk={chunk} is invalid: it must be at least 1.")
+    return float(np.mean([_score(logits[start : start + chunk]) for start in range(0, len(logits), chunk)]))
 
 
 def shuffled_inception_score(logits: np.ndarray, chunk: int = CHUNK, seed: int = 0) -> float:
-    """`inception_score` after a shuffle that depends on the seed and the number of images alone."""
+    """Computes `inception_score` after a shuffle that depends only on the seed and the number of images."""
     return inception_score(logits[np.random.RandomState(seed).permutation(len(logits))], chunk)
 
 
 def _score(logits: np.ndarray) -> float:
-    # In float32, as ADM has it, a probability that underflows to 0 gives NaN; here 0 log 0 is 0.
+    # In float32, as in ADM, a probability that underflows to 0 gives NaN; here 0 log 0 is 0.
     log_p = torch.from_numpy(logits).double().log_softmax(1)
     p = log_p.exp()
-    marginal = p.mean(0)
+    marginal = p.mean(0)  # (classes,)
     return ((p * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()).exp().item()

@@ -1,4 +1,4 @@
-"""The training image that is nearest to each generated one: a check that a model does not copy."""
+"""Nearest training image of each generated image: a check that a model does not copy its training data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 BLOCK = 5000
 
 
-def nearest(
+def find_nearest(
     queries: np.ndarray, references: np.ndarray, progress: Callable[[int], None] = lambda n: None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The nearest reference of each query, by the root mean square difference of the pixels, mirrored or not.
+    """Finds the nearest reference of each query by the RMS difference of the pixels, with and without mirroring.
 
     Args:
         queries: (Q, H, W, 3) uint8.
         references: (R, H, W, 3) uint8.
-        progress: called with the number of references of each block that was looked at.
+        progress: called with the number of references in each block that has been compared.
 
     Returns:
         Distances (Q,) float64 in grey levels, indices (Q,) int64, and whether the reference is mirrored (Q,) bool.
@@ -33,11 +33,11 @@ def nearest(
         for flip in (False, True):
             pixels = np.ascontiguousarray(block[:, :, ::-1] if flip else block)
             r = torch.from_numpy(pixels.reshape(len(block), -1).astype(np.float32))
-            # Sums of products of bytes stay below 2^28 here, so float32 errs by less than 1e-6 of them.
-            squared = q_squared[:, None] + r.double().square().sum(1) - 2 * (q @ r.T).double()
-            value, place = squared.min(dim=1)
+            # Sums of products of bytes stay below 2^28 here, so the relative error of float32 is below 1e-6.
+            squared = q_squared[:, None] + r.double().square().sum(1) - 2 * (q @ r.T).double()  # (Q, block)
+            value, column = squared.min(dim=1)
             closer = value < best
-            best[closer], index[closer], mirrored[closer] = value[closer], start + place[closer], flip
+            best[closer], index[closer], mirrored[closer] = value[closer], start + column[closer], flip
         progress(len(block))
     distance = (best.clamp_min(0) / q.shape[1]).sqrt()
     return distance.numpy(), index.numpy(), mirrored.numpy()

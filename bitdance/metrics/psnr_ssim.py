@@ -1,4 +1,4 @@
-"""How well an autoencoder gives images back: PSNR and SSIM."""
+"""PSNR and SSIM of reconstructions."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair of images, in dB.
+    """Computes the peak signal-to-noise ratio of each pair of images, in dB.
 
     Args:
         a, b: (B, H, W, 3) uint8.
 
     Returns:
-        (B,) float64; infinite where the images are equal.
+        (B,) float64; infinite for equal images.
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255.0**2 / error)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each pair of images (Wang, Bovik, Sheikh and Simoncelli 2004), the mean over colours.
+    """Computes the structural similarity of each pair of images, the mean over the colour channels.
 
-    An 11 x 11 Gaussian window of sigma 1.5 that lies wholly inside the image, population variances, constants
-    (0.01 * 255)^2 and (0.03 * 255)^2.
+    Wang, Bovik, Sheikh and Simoncelli 2004: an 11 x 11 Gaussian window with sigma 1.5 that lies inside the image,
+    population variances, and the constants (0.01 * 255)^2 and (0.03 * 255)^2.
 
     Args:
         a, b: (B, H, W, 3) uint8, H and W at least 11.

@@ -22,7 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from bitdance.metrics.feature_set import Checks, Collector, FeatureSet, arrays_of, write_feature_set
+from bitdance.metrics.feature_set import (
+    Collector,
+    FeatureSet,
+    PixelSummary,
+    describe_pixels,
+    summarize_pixels,
+    write_feature_set,
+)
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
@@ -309,12 +316,11 @@ class SamplingJob:
             arrays["bits"] = bits
         for extractor in self.extractors:
             if f"{FEATURES}.{extractor.key}" in kinds:
-                features = arrays_of(extractor, pixels)
-                arrays |= {f"{extractor.key}.{name}": array for name, array in features.items()}
+                arrays |= {f"{extractor.key}.{name}": array for name, array in extractor(pixels).items()}
         if self.extractors:
-            checks = Checks.of(pixels)
-            arrays["extremes"] = np.array([checks.minimum, checks.maximum], np.uint8)
-            arrays["digests"] = np.frombuffer(b"".join(checks.digests), np.uint8).reshape(len(pixels), -1)
+            summary = summarize_pixels(pixels)
+            arrays["extremes"] = np.array([summary.minimum, summary.maximum], np.uint8)
+            arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
         return arrays
 
     def _read_part(self, batch: int, name: str, count: int | None) -> np.ndarray:
@@ -373,18 +379,18 @@ class SamplingJob:
 
     def _collect_features(self, extractor: FeatureExtractor, batches: list[range], labels: np.ndarray) -> FeatureSet:
         """Returns the features of all parts, as if they had been extracted from the file of the images."""
-        collector, checks = Collector(extractor, self.config.num_images), Checks()
+        collector, summaries = Collector(extractor, self.config.num_images), []
         for index, ids in enumerate(batches):
             keys = {name: f"{extractor.key}.{name}" for name in Features._fields}
             names = [name for name, key in keys.items() if _read_array(self.part(index), key) is not None]
             collector.add({name: self._read_part(index, keys[name], len(ids)) for name in names})
             low, high = self._read_part(index, "extremes", 2).tolist()
             digests = self._read_part(index, "digests", len(ids))
-            checks.merge(Checks(low, high, [row.tobytes() for row in digests]))
+            summaries.append(PixelSummary(low, high, [row.tobytes() for row in digests]))
         size = self.pipeline.image_size
         num_classes = self.pipeline.model.config.num_classes
         about = {"source": str(self.path), "height": size, "width": size, "num_classes": num_classes}
-        return collector.finish({**about, **checks.report("uint8", labels)}, labels)
+        return collector.finish({**about, **describe_pixels(summaries, "uint8", labels)}, labels)
 
     @contextlib.contextmanager
     def _open_log(self, world: World) -> Iterator[Callable[[str], None]]:

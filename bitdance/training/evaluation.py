@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.config import EvaluationConfig
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
-from bitdance.metrics.feature_set import take_features
-from bitdance.metrics.image_sources import Source
+from bitdance.metrics.evaluation_config import EvaluationConfig
+from bitdance.metrics.feature_set import extract_features
+from bitdance.metrics.image_sources import ImageSource
 from bitdance.metrics.references import FeatureExtractors, find_reference
-from bitdance.metrics.report import HEADINGS, check_network, figures
+from bitdance.metrics.report import HEADINGS, check_extractor, compute_metrics
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
-from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
@@ -109,7 +108,7 @@ def _map_labels(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -
     images.labels = np.array([classes.index(name) for name in images.classes], np.int64)[images.labels]
 
 
-class PipelineSource(Source):
+class PipelineSource(ImageSource):
     """Images that a pipeline samples on demand.
 
     Args:
@@ -163,17 +162,14 @@ class SampleEvaluation:
         found = find_reference(wanted, config.image_size, extractors, world)
         self._reference = next(iter(found.values())) if found else None
         if self._reference is not None:
-            about = {"network": self._extractor.name, "network_digest": self._extractor.digest}
-            check_network(about, self._reference)
+            check_extractor(self._extractor.name, self._extractor.digest, self._reference)
 
     def metrics(self) -> Metrics:
         """Returns those of `LOGGED` that the reference allows, in the first process; nothing in the others."""
-        total = len(self._source)
-        with progress_bar(total, "evaluating", "images", disable=not self._world.is_main, leave=False) as bar:
-            sets = take_features(self._source, [self._extractor], self._world, self._batch_size, progress=bar.update)
+        sets = extract_features(self._source, [self._extractor], self._world, self._batch_size, progress="evaluating")
         if not sets:
             return {}
-        found = {f"eval_{name}": value for name, value in figures(sets[0], self._reference).items()}
+        found = {f"eval_{name}": value for name, value in compute_metrics(sets[0], self._reference).items()}
         return {name: finite(found[name]) for name in LOGGED if name in found}
 
 

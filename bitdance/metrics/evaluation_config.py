@@ -1,0 +1,45 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from bitdance.runtime.errors import check_fields
+
+NO_REFERENCE = "none"
+"""Value of `EvaluationConfig.reference` for metrics without a reference only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of an evaluation.
+
+    Attributes:
+        reference: reference images: ADM's reference batch or statistics, a stored reference, an .npz of images, a
+            folder, a data set; none for the Inception Score only. By default ADM's batch for the size of the images.
+        reference_split: train or test, for CIFAR-10's archives.
+        reference_limit: use only this many images of a reference, evenly spaced over it.
+        inception_weights: weights of the Inception network; by default the downloaded file, and if there is none, only
+            `features` are evaluated.
+        features: further feature extractors, each as module:attribute or path/to/file.py:attribute (this runs that
+            code).
+        adm_fp16: precision and recall with the float16 rounding of ADM on a GPU.
+        kid: add the Kernel Inception Distance.
+        feature_batch_size: batch size of the feature extractors.
+        cache: folder of the cached features of references.
+    """
+
+    reference: str | None = None
+    reference_split: Literal["train", "test"] = "train"
+    reference_limit: int | None = None
+    inception_weights: pathlib.Path | None = None
+    features: tuple[str, ...] = ()
+    adm_fp16: bool = False
+    kid: bool = False
+    feature_batch_size: int = 32
+    cache: pathlib.Path = pathlib.Path("models/evaluation/features")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "feature_batch_size", lambda value: value >= 1, "be at least 1")
