@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import small
 import torch
-from bitdance.training.schedule import learning_rate, random_crop_share
+from bitdance.training.optimizer import learning_rate
+from bitdance.training.loader import random_crop_probability
 from PIL import Image
 
 from bitdance.cli.main import main
@@ -90,14 +91,14 @@ def test_learning_rate_without_decay_stays(decay_start):
     assert {learning_rate(run, step, 140) for step in (0, 1, 70, 139)} == {6e-4}
 
 
-def test_random_crop_share():
+def test_random_crop_probability():
     run = TrainConfig(pathlib.Path("x"))  # falls from epoch 700 to 750
-    assert [random_crop_share(run, epoch) for epoch in (0, 700, 725, 740, 750, 799)] == pytest.approx(
+    assert [random_crop_probability(run, epoch) for epoch in (0, 700, 725, 740, 750, 799)] == pytest.approx(
         [1, 1, 0.5, 0.2, 0, 0]
     )
     for start, end in ((-1, 750), (700, 700), (700, 600)):
         never = dataclasses.replace(run, aug_decay_start_epoch=start, aug_decay_end_epoch=end)
-        assert random_crop_share(never, 799) == 1
+        assert random_crop_probability(never, 799) == 1
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])
