@@ -25,7 +25,8 @@ from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import NonBlockingMax, World, init_distributed
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "bitdance.cli.main", "bitdance.runtime.process_group"])  # torch only once
+# So torch is imported only once. There is one such server for all tests; those of test_kills.py use the job.
+SERVER.set_forkserver_preload(["pytest", "bitdance.cli.main", "bitdance.sampling.job", "tqdm"])
 
 
 def environment(rank: int, size: int, port: int, agent: bool) -> dict[str, str]:
