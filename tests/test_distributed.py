@@ -25,7 +25,8 @@ from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import NonBlockingMax, World, init_distributed
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "bitdance.cli.main", "bitdance.runtime.process_group"])  # torch only once
+# So torch is imported only once. There is one such server for all tests; those of test_kills.py use the job.
+SERVER.set_forkserver_preload(["pytest", "bitdance.cli.main", "bitdance.sampling.job", "tqdm"])
 
 
 def environment(rank: int, size: int, port: int, agent: bool) -> dict[str, str]:
@@ -35,13 +36,19 @@ def environment(rank: int, size: int, port: int, agent: bool) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def run(variables: dict[str, str], folder: pathlib.Path, body: Callable[[World], None], timeout: float = 60) -> None:
+def run(
+    variables: dict[str, str],
+    folder: pathlib.Path,
+    body: Callable[[World], None],
+    timeout: float = 60,
+    grace: float = 0.2,
+) -> None:
     """What a process does: `body`, as a command of the package, with its output in files and with shorter intervals."""
     os.environ.update(variables)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}{variables['RANK']}", os.O_CREAT | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    peer_monitor.HEARTBEAT_INTERVAL, peer_monitor.HEARTBEAT_TIMEOUT, peer_monitor.GRACE = 0.1, timeout, 0.2
+    peer_monitor.HEARTBEAT_INTERVAL, peer_monitor.HEARTBEAT_TIMEOUT, peer_monitor.GRACE = 0.1, timeout, grace
     process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=min(timeout, 10))
 
     def command() -> None:
@@ -170,17 +177,28 @@ def test_an_error_of_one_process_ends_the_others(job):
             assert running.end(rank) == ends(rank, f"process {failed} failed (an image cannot be read: remove it)")
 
 
+def fail_later(world: World) -> None:
+    time.sleep(0 if world.rank == 0 else 1)
+    raise UserError(f"process {world.rank} has its own message.")
+
+
+def test_a_process_may_end_with_its_own_message(job):
+    running = job(2).start(fail_later, grace=5)
+    for rank in range(2):
+        assert running.end(rank) == (2, f"bitdance: process {rank} has its own message.")
+
+
 def leave_in_order(world: World) -> None:
-    time.sleep(0.5 * world.rank)
+    time.sleep(world.rank)
 
 
 def leave_in_reverse(world: World) -> None:
-    time.sleep(0.5 * (2 - world.rank))
+    time.sleep(2 - world.rank)
 
 
 def test_a_process_may_leave_before_the_others(job):
     bodies = (leave_in_order, leave_in_reverse)
-    for running in [job(3, agent).start(body) for agent in (False, True) for body in bodies]:
+    for running in [job(3, agent).start(body, timeout=1.5) for agent in (False, True) for body in bodies]:
         for rank in range(3):
             assert running.end(rank) == (0, "") and running.output(rank) == ""
 

@@ -50,6 +50,7 @@ class PeerMonitor:
 
     def __init__(self, store: Store, rank: int, size: int, hosts_store: bool) -> None:
         self._store, self._rank, self._size, self._hosts_store = store, rank, size, hosts_store
+        self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self._left = threading.Event()
         self._connected = True
         self._intervals_without_answer = 0
@@ -66,17 +67,23 @@ class PeerMonitor:
         for thread in self._threads:
             thread.start()
 
-    def leave(self) -> None:
-        """Ends the monitoring of this process, which has done its work; the others may continue without it."""
-        self._stop(patience=HEARTBEAT_TIMEOUT)
-
-    def fail(self, reason: str) -> None:
-        """Ends the monitoring and has all other processes end.
+    def leave(self, failure: str = "") -> None:
+        """Ends the monitoring of this process, which has done its work or has failed.
 
         Args:
-            reason: why this process has failed, in a few words.
+            failure: why it has failed, in a few words; the other processes then end too.
         """
-        self._stop(patience=3 * HEARTBEAT_INTERVAL, verdict=f"process {self._rank} failed ({reason})")
+        self._left.set()
+        for thread in self._threads:
+            thread.join(HEARTBEAT_TIMEOUT)
+        if not self._connected or self._threads[0].is_alive():  # the latter if the store does not respond
+            return
+        with contextlib.suppress(RuntimeError):
+            if failure:
+                self._store.compare_set(VERDICT, "", f"process {self._rank} failed ({failure})")
+            self._store.set(state_key(self._rank), LEFT)
+            if self._hosts_store:
+                self._await_others(3 * HEARTBEAT_INTERVAL if failure else HEARTBEAT_TIMEOUT)
 
     def _watch_peers(self) -> None:
         others = range(1, self._size) if self._rank == 0 else range(1)
@@ -107,40 +114,26 @@ class PeerMonitor:
                     return
         except RuntimeError:
             self._connected = False
-            self._end(f"the connection to the store at {_address()} was lost (process 0 or its torchrun has ended)")
+            self._end(f"the connection to the store at {self._address} was lost (process 0 or its torchrun has ended)")
 
     def _watch_store(self) -> None:
         """Notices a machine that is gone without closing its connections, where a call would block for long."""
         while self._connected and not self._left.wait(HEARTBEAT_INTERVAL):
             self._intervals_without_answer += 1
             if self._intervals_without_answer * HEARTBEAT_INTERVAL > HEARTBEAT_TIMEOUT:
-                self._end(f"the store at {_address()} has not responded for {HEARTBEAT_TIMEOUT:.0f} s")
+                self._end(f"the store at {self._address} has not responded for {HEARTBEAT_TIMEOUT:.0f} s")
 
     def _end(self, reason: str) -> None:
         """Ends the process unless the main thread does so itself."""
-        if self._left.wait(GRACE):
+        # The others read the verdict before the store ends.
+        if self._left.wait(GRACE + (HEARTBEAT_INTERVAL if self._hosts_store else 0)):
             return
         print(
             f"bitdance: process {self._rank} ends because {reason}: see its messages, then run the same command again.",
             file=sys.stderr,
             flush=True,
         )
-        if self._hosts_store:
-            self._await_others(3 * HEARTBEAT_INTERVAL)
         os._exit(1)
-
-    def _stop(self, patience: float, verdict: str = "") -> None:
-        self._left.set()
-        for thread in self._threads:
-            thread.join(HEARTBEAT_TIMEOUT)
-        if not self._connected or self._threads[0].is_alive():  # the latter if the store does not respond
-            return
-        with contextlib.suppress(RuntimeError):
-            if verdict:
-                self._store.compare_set(VERDICT, "", verdict)
-            self._store.set(state_key(self._rank), LEFT)
-            if self._hosts_store:
-                self._await_others(patience)
 
     def _await_others(self, seconds: float) -> None:
         """Keeps the store until the others no longer need it."""
@@ -151,7 +144,3 @@ class PeerMonitor:
 
     def _read(self, *keys: str) -> list[str]:
         return [value.decode() for value in self._store.multi_get(list(keys))]
-
-
-def _address() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -189,7 +189,7 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         _leave(monitor)
         raise
     except BaseException as error:
-        monitor.fail(_first_line(error))
+        monitor.leave(failure=_first_line(error))
         raise  # without destroy_process_group, which with NCCL could wait for processes that have ended
     _leave(monitor)
 
