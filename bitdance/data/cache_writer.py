@@ -20,21 +20,12 @@ from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, normalize, random_crop, to_array
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.prefetch import PREFETCH, read_ahead
-from bitdance.data.token_cache import (
-    JOB,
-    MANIFEST,
-    Shard,
-    TokenCacheInfo,
-    names_digest,
-    read_shard,
-    shard_file,
-    write_manifest,
-    write_shard,
-)
+from bitdance.data.token_cache import JOB, KIND, MANIFEST, Shard, TokenCacheInfo, names_digest, read_shard, write_shard
 from bitdance.models import philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import tokens_from_grid
+from bitdance.runtime.atomic_files import write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.run_folder import alone, claim, with_machine
@@ -46,12 +37,9 @@ class EncodeResult:
 
     Attributes:
         result: the folder.
-        images: number of images in the token cache.
-        bad_images: number of images that were skipped.
-        shards: number of shards.
-        bytes: total size of the shards.
-        made: images that this process encoded in this run; the others existed or were encoded by other processes.
-        seconds: that this process took to encode them.
+        images, bad_images: number of images in the token cache, and of those that were skipped.
+        shards, bytes: number of shards, and their total size.
+        made, seconds: images that this process encoded in this run, and the time that it took.
         peak_memory: bytes, on the GPU or else of the whole process.
     """
 
@@ -99,17 +87,14 @@ class CacheWriter:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "crops", "batch_size", "shard_size", "num_workers", "max_bad_images"):
-            value, lowest = getattr(self, name), 0 if name == "max_bad_images" else 1
-            if value < lowest:
-                raise UserError(f"{name}={value} does not fit: it must be at least {lowest}.")
+            if getattr(self, name) < (lowest := int(name != "max_bad_images")):
+                raise UserError(f"{name}={getattr(self, name)} does not fit: it must be at least {lowest}.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is out of range: it must lie between 0 and {2**32 - 1}.")
         config, step, count = self.autoencoder.config, self.shard_size, len(self.images)
         if self.image_size % config.down_size:
-            raise UserError(
-                f"image_size={self.image_size} does not fit the autoencoder: it must be a multiple of "
-                f"{config.down_size}."
-            )
+            fit = f"does not fit the autoencoder: it must be a multiple of {config.down_size}"
+            raise UserError(f"image_size={self.image_size} {fit}.")
         self._info = TokenCacheInfo(
             autoencoder=self.digest,
             precision=str(next(self.autoencoder.parameters()).dtype).removeprefix("torch."),
@@ -141,7 +126,8 @@ class CacheWriter:
         place = folder.resolve()
         with alone(place, place.with_name(place.name + ".lock"), world):
             claim(folder / JOB, with_machine(job, world), world)
-            found = world.broadcast(self._read_shards([None] * len(self._ranges)) if world.is_main else [])
+            numbers = tqdm(range(len(self._ranges)), "checking", unit="shard", dynamic_ncols=True, delay=2)
+            found = world.broadcast([self._find_shard(number) for number in numbers] if world.is_main else [])
             self._bad_images.before = sum(len(shard.bad_images) for shard in found if shard)
             start = time.perf_counter()
             mine = [number for number, shard in enumerate(found) if shard is None][world.rank :: world.size]
@@ -171,15 +157,20 @@ class CacheWriter:
             peak_memory=world.peak_memory(),
         )
 
-    def _read_shards(self, known: list[Shard | None]) -> list[Shard | None]:
-        """Verifies the shards that are not known yet; None stands for a missing or damaged shard."""
-        from tqdm import tqdm
+    def _path(self, number: int) -> pathlib.Path:
+        return self.folder / f"{number:06d}.safetensors"
 
-        shards = enumerate(tqdm(known, desc="checking", unit="shard", dynamic_ncols=True, delay=2))
-        return [
-            shard or read_shard(self.folder / shard_file(number), self._info, self._ranges[number])
-            for number, shard in shards
-        ]
+    def _find_shard(self, number: int) -> Shard | None:
+        """Verifies a shard; returns None if it is missing, damaged or a different one."""
+        path, covered = self._path(number), self._ranges[number]
+        try:
+            contents = read_shard(path, self._info, verify=True)
+        except UserError:
+            return None
+        config, count = contents.config or {}, len(contents.states[KIND]["labels"])
+        if config["covered"] != [covered.start, covered.stop]:
+            return None
+        return Shard(path.name, count, contents.metadata["digest"], tuple(config["bad_images"]))
 
     def _write_shard(self, number: int, pool: concurrent.futures.Executor, progress: Callable[[int], object]) -> int:
         """Encodes and writes a shard, and returns the number of images in it."""
@@ -195,11 +186,7 @@ class CacheWriter:
                 bits = self._encode(torch.from_numpy(np.concatenate(list(readable.values()))))
                 packed.append(bits.view(len(readable), *info.view_shape))
             progress(len(group))
-        bad_images = [self.images.name(index) for index in covered if index not in set(kept)]
-        indices = torch.tensor(kept, dtype=torch.int64)
-        labels = torch.from_numpy(self.images.labels[kept])
-        path = self.folder / shard_file(number)
-        write_shard(path, info, covered, torch.cat(packed), labels, indices, bad_images)
+        write_shard(self._path(number), info, self.images, covered, kept, torch.cat(packed))
         return len(kept)
 
     def _read(self, index: int) -> np.ndarray | None:
@@ -231,18 +218,18 @@ class CacheWriter:
     def _finish(self, found: list[Shard | None]) -> list[Shard]:
         """Verifies the shards that were written after `found`, and writes the manifest."""
         shards = []
-        for number, shard in enumerate(self._read_shards(found)):
+        for number, known in enumerate(found):
+            shard = known or self._find_shard(number)
             if shard is None:
-                raise UserError(f"{self.folder / shard_file(number)} was damaged or lost: run the command again.")
+                raise UserError(f"{self._path(number)} was damaged or lost: run the command again.")
             shards.append(shard)
         names = [name for shard in shards for name in shard.bad_images]
         if len(names) > self.max_bad_images:
-            raise UserError(
-                f"{len(names)} images are unreadable, more than max_bad_images={self.max_bad_images} allows, the last: "
-                f"{names[-1]}; repair or remove them."
-            )
+            limit = f"more than max_bad_images={self.max_bad_images} allows"
+            raise UserError(f"{len(names)} images are unreadable, {limit}, the last: {names[-1]}; repair them.")
         if not any(shard.images for shard in shards):
             raise UserError(f"none of the images of {self.images.path} can be read: repair them.")
         if not (self.folder / MANIFEST).exists() or None in found:
-            write_manifest(self.folder, self._info, shards)
+            entries = [dataclasses.asdict(shard) for shard in shards]
+            write_json(self.folder / MANIFEST, {"info": dataclasses.asdict(self._info), "shards": entries})
         return shards
