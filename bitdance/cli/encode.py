@@ -1,4 +1,4 @@
-"""`bitdance encode`: the bits of a set of images, stored to train from."""
+"""`bitdance encode`: encodes a data set into a token cache to train from."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from bitdance.weights.resolve import Precision, choose_dtype, find_autoencoder_a
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """Store the bits of a set of images: `bitdance train --data-path OUTPUT` trains from them without the encoder.
+    """Encode a data set into a token cache: `bitdance train --data-path OUTPUT` trains from it without the encoder.
 
     Any number of processes under torchrun; an interrupted job goes on with the same command.
 
     Attributes:
         data: images: a folder or zip of class folders, or CIFAR-10's archives.
         autoencoder: `demo`, or a file of weights.
-        output: folder of the store.
+        output: folder of the token cache.
         image_size: side of the crops in pixels.
         crops: views of each image: the centre crop, and random crops as in ADM from the second one on.
         flips: store each view mirrored too.
         seed: of the random crops.
         batch_size: views that the encoder takes at once.
-        shard_size: images of a file, the least that is made anew after an interruption.
+        shard_size: images per file; after an interruption incomplete files are encoded again.
         max_bad_images: images that may be unreadable; they are named and skipped.
         num_workers: threads that read images.
         mixed_precision: bf16 or none (float32); auto is bf16 on a GPU.
