@@ -25,9 +25,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
-from bitdance.data.cache_writer import Encoder, write_token_cache
+from bitdance.data.cache_writer import CacheWriter
 from bitdance.data.crops import normalize
 from bitdance.data.images import open_images
+from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
@@ -130,8 +131,10 @@ def main() -> None:
         images = open_images(folder / "pictures")
         digest = weights_file.digest(autoencoder.state_dict())
         with torch.autocast(device.type, torch.bfloat16, enabled=fastest == "bf16"):
-            encoder = Encoder(autoencoder, digest, side, flips=False, batch_size=options.batch_size)
-            stored = write_token_cache(images, encoder, folder / "bits", world)
+            writer = CacheWriter(
+                images, autoencoder, digest, folder / "bits", side, flips=False, batch_size=options.batch_size
+            )
+            stored = writer.run(world)
         print(f"{stored.images} images stored in {stored.seconds:.1f} s, {stored.bytes} bytes")
         run = TrainConfig(folder, image_size=side, global_batch_size=options.batch_size, num_workers=2)
         steps = 1 + options.pairs

@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from test_data import fails, is_refused, mutations, pixels, tar, write, write_folder, write_zip
 
 from bitdance.config import BitDanceConfig
@@ -189,9 +187,10 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, capsys, change: Call
     """One with a right digest: of a program with an error, or of somebody who means harm."""
     path = write(tmp_path / "x.tar", tar_of_tars())
     open_images(path)
-    index = load_file(index_of(path))
+    index = tar_reader._read_index(index_of(path), path)
+    assert index is not None
     index["offsets"], index["sizes"] = change(index["offsets"], index["sizes"])
-    save_file(index, index_of(path), tar_reader._metadata(path, index))
+    tar_reader._write_index(index_of(path), path, index)
     assert_same(open_images(path))
     assert "does not fit the tar: it is made again" in capsys.readouterr().err
     assert_same(open_images(path))
@@ -203,12 +202,7 @@ def test_a_stale_or_damaged_index_is_made_again(tmp_path, capsys) -> None:
     open_images(path)
     write(path, tar_of_tars(ORDER[:2]))
     assert_same(open_images(path), ORDER[:2], LABELS[:2])
-    assert "is older than the tar" in capsys.readouterr().err
-    with safe_open(index_of(path), "numpy") as file:
-        metadata = file.metadata()
-    save_file(load_file(index_of(path)), index_of(path), {**metadata, "format": "bitdance tar index 2"})
-    assert_same(open_images(path), ORDER[:2], LABELS[:2])
-    assert "made again" in capsys.readouterr().err
+    assert "does not fit the tar: it is made again" in capsys.readouterr().err
     good, remade = index_of(path).read_bytes(), 0
     for number, data in enumerate([b"hello", *mutations(good, 100, 4)]):
         write(index_of(path), data[: 37 * number % len(data)] if number % 4 == 1 else data)

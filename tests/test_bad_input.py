@@ -216,9 +216,9 @@ def test_an_unreadable_image_is_named(place, tmp_path, fails):
     data = shutil.copytree(place / "pictures", tmp_path / "data")
     broken = data / "class-1" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    tried = [*training(place, tmp_path / "run", data), "--max-steps", 3, "--max-broken", 0]
+    tried = [*training(place, tmp_path / "run", data), "--max-steps", 3, "--max-bad-images", 0]
     message = fails("train", *tried, leaves=("run", "run/config.json"))
-    assert "--max-broken 0" in message and f"cannot read the image {broken}: " in message
+    assert re.search("max.bad.images.0", message) and f"cannot read the image {broken}: " in message
     assert message.endswith("repair or remove it.")
     fixed = ["--autoencoder", place / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
     assert str(broken) in fails("reconstruct", data, *fixed)

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import small
 import torch
-from bitdance.training.optimizer import learning_rate
-from bitdance.training.loader import random_crop_probability
 from PIL import Image
 
 from bitdance.cli.main import main
@@ -21,9 +19,9 @@ from bitdance.data.images import open_images
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
-from bitdance.training.loader import Batch, Loader
+from bitdance.training.loader import Batch, Loader, random_crop_probability
 from bitdance.training.losses import BitDanceLoss
-from bitdance.training.optimizer import EMA, build_optimizer, parameter_groups
+from bitdance.training.optimizer import EMA, build_optimizer, learning_rate, parameter_groups
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.weights import weights_file

@@ -198,7 +198,7 @@ def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, pro
         while process.poll() is None and not (made(results) >= wanted and (results / "job.json").exists()):
             time.sleep(0.002)
         workers = children(process.pid) if processes > 1 and process.poll() is None else []
-        hits += process.poll() is None and not (results / "bits.json").exists()
+        hits += process.poll() is None and not (results / "token_cache.json").exists()
         strike(process, workers, kill)
     assert hits >= kills - 1, "too few of the kills hit a running job"
     assert start(encode(results, processes)).wait(timeout=100) == 0

@@ -22,20 +22,20 @@ from bitdance.data.encode_config import EncodeConfig
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.prefetch import PREFETCH, read_ahead
 from bitdance.data.token_cache import (
+    KIND,
     MANIFEST,
     SECTION,
     Shard,
     TokenCacheInfo,
     names_digest,
     read_shard,
-    shard_file,
-    write_manifest,
     write_shard,
 )
 from bitdance.models import philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import tokens_from_grid
+from bitdance.runtime.atomic_files import write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
@@ -48,12 +48,9 @@ class EncodeResult:
 
     Attributes:
         result: the folder.
-        images: number of images in the token cache.
-        bad_images: number of images that were skipped.
-        shards: number of shards.
-        bytes: total size of the shards.
-        encoded: images that this process encoded in this run; the others existed or were encoded by other processes.
-        seconds: that this process took to encode them.
+        images, bad_images: number of images in the token cache, and of those that were skipped.
+        shards, bytes: number of shards, and their total size.
+        encoded, seconds: images that this process encoded in this run, and the time that it took.
         peak_memory: bytes, on the GPU or else of the whole process.
     """
 
@@ -123,7 +120,7 @@ class CacheWriter:
         sections = {SECTION: self._info, "encode": config, "machine": Machine.of(world)}
         with exclusive(folder, world):
             Machine.apply(check_settings(folder, sections, world).settings["machine"], world)
-            found = world.broadcast(self._read_shards([None] * len(self._ranges)) if world.is_main else [])
+            found = world.broadcast(self._find_shards() if world.is_main else [])
             self._bad_images.before = sum(len(shard.bad_images) for shard in found if shard)
             start = time.perf_counter()
             mine = [number for number, shard in enumerate(found) if shard is None][world.rank :: world.size]
@@ -152,15 +149,28 @@ class CacheWriter:
             peak_memory=world.peak_memory(),
         )
 
-    def _read_shards(self, known: list[Shard | None]) -> list[Shard | None]:
-        """Verifies the shards that are not known yet; None stands for a missing or damaged shard."""
+    def _path(self, number: int) -> pathlib.Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def _find_shards(self) -> list[Shard | None]:
         shards = []
-        with progress_bar(len(known), "checking", "shards", leave=False) as bar:
-            for number, shard in enumerate(known):
-                path = self.folder / shard_file(number)
-                shards.append(shard or read_shard(path, self._info, self._ranges[number]))
+        with progress_bar(len(self._ranges), "checking", "shards", leave=False) as bar:
+            for number in range(len(self._ranges)):
+                shards.append(self._find_shard(number))
                 bar.update()
         return shards
+
+    def _find_shard(self, number: int) -> Shard | None:
+        """Verifies a shard; returns None if it is missing, damaged or a different one."""
+        path, covered = self._path(number), self._ranges[number]
+        try:
+            contents = read_shard(path, self._info, verify=True)
+        except UserError:
+            return None
+        config, count = contents.config or {}, len(contents.states[KIND]["labels"])
+        if config["covered"] != [covered.start, covered.stop]:
+            return None
+        return Shard(path.name, count, contents.metadata["digest"], tuple(config["bad_images"]))
 
     def _write_shard(self, number: int, pool: concurrent.futures.Executor, progress: Callable[[int], object]) -> int:
         """Encodes and writes a shard, and returns the number of images in it."""
@@ -176,11 +186,7 @@ class CacheWriter:
                 bits = self._encode(torch.from_numpy(np.concatenate(list(readable.values()))))
                 packed.append(bits.view(len(readable), *info.view_shape))
             progress(len(group))
-        bad_images = [self.images.name(index) for index in covered if index not in set(kept)]
-        indices = torch.tensor(kept, dtype=torch.int64)
-        labels = torch.from_numpy(self.images.labels[kept])
-        path = self.folder / shard_file(number)
-        write_shard(path, info, covered, torch.cat(packed), labels, indices, bad_images)
+        write_shard(self._path(number), info, self.images, covered, kept, torch.cat(packed))
         return len(kept)
 
     def _read(self, index: int) -> np.ndarray | None:
@@ -214,9 +220,10 @@ class CacheWriter:
     def _finish(self, found: list[Shard | None]) -> list[Shard]:
         """Verifies the shards that were written after `found`, and writes the manifest."""
         shards = []
-        for number, shard in enumerate(self._read_shards(found)):
+        for number, known in enumerate(found):
+            shard = known or self._find_shard(number)
             if shard is None:
-                raise UserError(f"{self.folder / shard_file(number)} was damaged or lost: run the command again.")
+                raise UserError(f"{self._path(number)} was damaged or lost: run the command again.")
             shards.append(shard)
         names = [name for shard in shards for name in shard.bad_images]
         if len(names) > self.config.max_bad_images:
@@ -227,5 +234,6 @@ class CacheWriter:
         if not any(shard.images for shard in shards):
             raise UserError(f"none of the images of {self.images.path} can be read: repair them.")
         if not (self.folder / MANIFEST).exists() or None in found:
-            write_manifest(self.folder, self._info, shards)
+            entries = [dataclasses.asdict(shard) for shard in shards]
+            write_json(self.folder / MANIFEST, {"info": dataclasses.asdict(self._info), "shards": entries})
         return shards

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from bitdance.data.decoding import MAX_FILE_BYTES
+from bitdance.data.decoding import MAX_FILE_BYTES, reason
 from bitdance.data.image_dataset import FORMATS, ImageDataset
 from bitdance.data.tar import read_at, walk
 from bitdance.runtime.errors import UserError
@@ -48,17 +48,12 @@ class CifarImages(ImageDataset):
     def __init__(self, path: pathlib.Path, split: Split) -> None:
         self.path = path
         batches = {name: [batch + suffix for batch in SPLITS[split]] for name, suffix in METADATA_FILES.items()}
-        files = _read_files(path, {name for item in batches.items() for name in (item[0], *item[1])})
+        files = _read_files(path, {*batches, *itertools.chain.from_iterable(batches.values())})
         metadata = next((name for name in METADATA_FILES if name in files), None)
         if metadata is None:
-            raise UserError(
-                f"{path} is not CIFAR-10, and a compressed tar of other images must be decompressed first; the formats "
-                f"that are read: {FORMATS}."
-            )
+            raise UserError(f"{path} is compressed and not CIFAR-10: decompress it first, or give {FORMATS}.")
         if missing := [name for name in batches[metadata] if name not in files]:
-            raise UserError(
-                f"{path} lacks {missing[0]}, part of CIFAR-10's {split} split; download or unpack it again."
-            )
+            raise UserError(f"{path} lacks {missing[0]}, part of CIFAR-10's {split} split; download it again.")
         is_pickle = metadata == "batches.meta"
         name, pixels, labels = metadata, [], []
         try:
@@ -75,9 +70,7 @@ class CifarImages(ImageDataset):
                 pixels.append(x)
                 labels.append(y)
         except Exception as error:  # a damaged pickle makes the unpickler raise almost any type
-            raise UserError(
-                f"cannot read {name} of {path}: {error or type(error).__name__}; download CIFAR-10 again."
-            ) from error
+            raise UserError(f"cannot read {name} of {path}: {reason(error)}; download CIFAR-10 again.") from error
         self.pixels = np.ascontiguousarray(np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         self.labels = np.concatenate(labels)
 
@@ -107,7 +100,7 @@ def _read_files(path: pathlib.Path, names: set[str]) -> dict[str, bytes]:
                 if name in names and member.kind == b"0":
                     files[name] = read_at(stream, member.offset, member.size)
     except Exception as error:  # besides ValueError: EOFError, zlib.error, OSError
-        raise UserError(f"{path} is damaged ({error}), or not in a format that is read ({FORMATS}).") from error
+        raise UserError(f"{path} is damaged ({reason(error)}), or not in a format that is read ({FORMATS}).") from error
     return files
 
 

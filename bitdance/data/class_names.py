@@ -1,4 +1,4 @@
-"""The names of a model's classes: from an id, a name or a WordNet id to the class, and back."""
+"""Names of a model's classes: looks up a class by id, name or WordNet id, and the name of a class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
 def _key(name: str) -> str:
-    """Equal for names that differ only in case, spaces, underscores, dashes, quotes or Unicode form."""
+    """Normalizes a name: case, spaces, underscores, dashes, quotes and the Unicode form make no difference."""
     name = unicodedata.normalize("NFKC", name).casefold().replace("\u2019", "'")
     return re.sub(r"[\s_\-\u2010-\u2015]+", " ", name).strip()
 
 
-def _shown(query: str) -> str:
+def _shorten(query: str) -> str:
     return repr(query if len(query) <= 60 else query[:59] + "…")
 
 
@@ -30,9 +30,9 @@ class ClassNames:
     """The names of a model's classes, in the order of their ids.
 
     Attributes:
-        names: for each class its names; the first is the label.
-        wordnet_ids: for each class its WordNet id ("n02099601"), where the classes are WordNet's.
-        definitions: for each class what it is, in a few words; tells classes of one name apart.
+        names: the names of each class; the first is its label.
+        wordnet_ids: the WordNet id of each class ("n02099601"), if the classes are WordNet's.
+        definitions: a short definition of each class, which distinguishes classes with the same name.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -48,7 +48,7 @@ class ClassNames:
 
     @classmethod
     def from_labels(cls, labels: Sequence[str]) -> ClassNames:
-        """One name a class, such as the folders of a data set; WordNet ids of ImageNet classes get ImageNet's names."""
+        """Makes names from one label per class, such as folder names; WordNet ids of ImageNet get ImageNet's names."""
         if labels and all(_WORDNET_ID.fullmatch(label) for label in labels):
             known = imagenet()
             found = [known._index.get(label, []) for label in labels]
@@ -66,21 +66,21 @@ class ClassNames:
         return len(self.names)
 
     def label(self, index: int) -> str:
-        """The first name of class `index`.
+        """Returns the first name of class `index`.
 
         Raises:
-            UserError: there is no such class.
+            UserError: `index` is out of range.
         """
         return self.names[self._checked(index)][0]
 
     def find(self, query: str | int) -> int:
-        """The class that `query` means: an id (0 to the number of classes - 1), a name or a WordNet id.
+        """Looks up a class by its id (0 to the number of classes - 1), a name or its WordNet id.
 
-        In names, case does not matter, and spaces, "_" and "-" are the same. All the names of one class, joined by
-        ", ", are a name of it too. Digits are always an id, also where a label is a number.
+        In names, case does not matter, and spaces, "_" and "-" are the same. All names of a class, joined by ", ", are
+        a name too. Digits are always an id, even if a label is a number.
 
         Raises:
-            UserError: no class, or more than one, is meant; the message names the nearest, or all of them.
+            UserError: no class matches, or more than one; the message lists similar names, or all matching classes.
         """
         if not isinstance(query, str):
             try:
@@ -93,22 +93,22 @@ class ClassNames:
             return self._checked(int(query.strip()))
         key = _key(query)
         if not key:
-            raise UserError(f"{_shown(query)} is not a class: give an id, a name or a WordNet id.")
+            raise UserError(f"{_shorten(query)} is not a class: give an id, a name or a WordNet id.")
         classes = self._index.get(key, [])
         if len(classes) > 1:
-            listed = "; ".join(self._told_apart(i, key) for i in classes)
-            raise UserError(f"{_shown(query)} means {len(classes)} classes, give the id of one: {listed}.")
+            listed = "; ".join(self._distinguish(i, key) for i in classes)
+            raise UserError(f"{_shorten(query)} means {len(classes)} classes, give the id of one: {listed}.")
         if not classes:
             near = self._nearest(key)
             advice = f"did you mean {', '.join(near)}?" if near else f"give a name or an id, {self._range()}."
-            raise UserError(f"there is no class {_shown(query)}: {advice}")
+            raise UserError(f"there is no class {_shorten(query)}: {advice}")
         return classes[0]
 
     def find_all(self, queries: Sequence[str | int]) -> list[int]:
-        """The classes that `queries` mean, in their order, repeats kept.
+        """Looks up several classes, in the given order, with repetitions.
 
-        Each is what `find` takes, "all", or a comma-separated list of these; a string that is a name as it stands is
-        not split.
+        Each query is an argument of `find`, "all", or a comma-separated list; a string that is itself a name is not
+        split.
 
         Raises:
             UserError: as `find`.
@@ -127,7 +127,7 @@ class ClassNames:
 
     @functools.cached_property
     def _index(self) -> dict[str, list[int]]:
-        """Key of a name, of all names joined, or of a WordNet id -> its classes, in ascending order."""
+        """Classes in ascending order by the key of a name, of all names joined, or of a WordNet id."""
         index: dict[str, list[int]] = {}
         for i, names in enumerate(self.names):
             wordnet_id = self.wordnet_ids[i : i + 1] if self.wordnet_ids else ()
@@ -138,20 +138,20 @@ class ClassNames:
     def _checked(self, index: int) -> int:
         if 0 <= index < len(self):
             return index
-        shown = index if abs(index) < 10**20 else "of so large an id"  # Python refuses to print the largest
+        shown = index if abs(index) < 10**20 else "with such a large id"  # Python refuses to print the largest
         raise UserError(f"class {shown} does not exist: the model has classes {self._range()}.")
 
     def _range(self) -> str:
         return f"0 to {len(self) - 1}"
 
-    def _told_apart(self, index: int, key: str) -> str:
+    def _distinguish(self, index: int, key: str) -> str:
         others = ", ".join(name for name in self.names[index] if _key(name) != key)
         if not others and self.definitions is not None:
             others = self.definitions[index].replace(";", ",")
         return f"{index} ({others})" if others else str(index)
 
     def _nearest(self, key: str) -> list[str]:
-        """At most three "name (id)": names that hold the query's words come before names spelled like it."""
+        """Returns up to three "name (id)": names that contain the query's words, then names with a similar spelling."""
         import difflib
 
         matcher = difflib.SequenceMatcher(autojunk=False)
@@ -170,7 +170,7 @@ class ClassNames:
 
 @functools.cache
 def imagenet() -> ClassNames:
-    """The 1000 classes of ILSVRC-2012 in their standard order (by WordNet id), with WordNet's names."""
+    """Returns the 1000 classes of ILSVRC-2012 in their standard order (by WordNet id), with WordNet's names."""
     import importlib.resources
 
     file = importlib.resources.files("bitdance") / "assets" / "imagenet_classes.tsv"
@@ -180,7 +180,7 @@ def imagenet() -> ClassNames:
 
 
 def are_imagenet(labels: Sequence[str]) -> bool:
-    """Whether these are ImageNet's 1000 classes in their order: names of any sort, of which 1 % may be unknown."""
+    """Whether these are names or WordNet ids of ImageNet's 1000 classes in their order; 1 % may be unknown."""
     known = imagenet()
     if len(labels) != len(known):
         return False
@@ -190,5 +190,5 @@ def are_imagenet(labels: Sequence[str]) -> bool:
 
 
 def numbered(count: int) -> ClassNames:
-    """Names "class 0", "class 1", ... for a model of `count` classes that come without names."""
+    """Returns the names "class 0", "class 1", ... for a model whose `count` classes have no names."""
     return ClassNames(tuple((f"class {i}",) for i in range(count)))

@@ -1,7 +1,7 @@
 """ADM's crops: box-halving, bicubic, and a central or a random square.
 
 The image preprocessing of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), on which the
-published models were trained. Everything is a pure function: random numbers are arguments.
+published models were trained. All functions are pure: random numbers are arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         size: side of the result in pixels.
 
     Returns:
-        RGB, size x size; of an image that has this size already, the same pixels.
+        RGB, size x size; an image of this size keeps its pixels.
     """
     image = _scale_short_side(image, size)
     width, height = image.size
@@ -39,7 +39,7 @@ def random_crop(image: Image.Image, size: int, draws: tuple[float, float, float]
     Args:
         image: RGB, of any size.
         size: side of the result in pixels.
-        draws: uniform numbers in [0, 1) that choose the length of the short side, the top and the left edge.
+        draws: uniform numbers in [0, 1) for the length of the short side, the top and the left edge.
 
     Returns:
         RGB, size x size.
@@ -59,12 +59,12 @@ def horizontal_flip(image: Image.Image) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Returns the pixels of an RGB image as an array of its own, (H, W, 3) uint8."""
+    """Copies the pixels of an image to an array, (H, W, 3) uint8."""
     return np.array(image.convert("RGB"))
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Maps bytes to what the autoencoder takes: x / 127.5 - 1.
+    """Maps bytes to the range of the autoencoder, x / 127.5 - 1.
 
     Args:
         images: (B, H, W, 3) uint8.
@@ -85,7 +85,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Halves with a box filter while the short side is at least 2 * size, then goes the rest of the way by bicubic."""
+    """Halves with a box filter while the short side is at least 2 * size, then scales to `size` with a bicubic one."""
     if size < 1:
         raise ValueError(f"the size of a crop must be at least 1 pixel, not {size}.")
     while min(image.size) >= 2 * size:

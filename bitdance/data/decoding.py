@@ -35,9 +35,7 @@ def read_image(path: pathlib.Path) -> Image.Image:
                 raise UserError(f"the image {path} has more than {MAX_FILE_BYTES} bytes; remove it or scale it down.")
             return decode_image(file.read(), str(path))
     except OSError as error:
-        raise UserError(
-            f"cannot read the image {path}: {error.strerror or error}; check the file and its permissions."
-        ) from error
+        raise UserError(f"cannot read the image {path}: {error.strerror or error}; check its permissions.") from error
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -61,10 +59,13 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the image {where} has too many pixels to decode; remove it or scale it down.") from error
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
-        reason = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(
-            f"cannot read the image {where}: {reason or type(error).__name__}; repair or remove it."
-        ) from error
+        why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UserError(f"cannot read the image {where}: {why}; repair or remove it.") from error
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of an error's message, or the type of an error without a message."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, read_image
-from bitdance.data.image_dataset import NamedImages, is_hidden, sort_archive_by_class, sort_by_class
+from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, read_image, reason
+from bitdance.data.image_dataset import NamedImages, is_hidden, sort_by_class
 from bitdance.runtime.errors import UserError
 
 
@@ -24,15 +24,13 @@ class FolderImages(NamedImages):
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        files: list[str] = []
-        folders: list[str] = []
+        members: list[str] = []
         for folder, below, names in os.walk(path, onerror=_raise, followlinks=True):
             below[:] = [name for name in below if not is_hidden(name)]
             relative = pathlib.Path(folder).relative_to(path)
-            files.extend((relative / name).as_posix() for name in names)
-            if folder == str(path):
-                folders = list(below)
-        super().__init__(path, sort_by_class(path, files, folders))
+            members += [(relative / name).as_posix() for name in names]
+            members += [f"{(relative / name).as_posix()}/" for name in below]
+        super().__init__(path, sort_by_class(path, members)[1])
 
     def read(self, index: int) -> Image.Image:
         return read_image(self.path / self._names[index])
@@ -56,7 +54,7 @@ class ZipImages(NamedImages):
             members = self._open()[0].namelist()
         except Exception as error:  # besides BadZipFile: struct.error, UnicodeDecodeError, NotImplementedError ...
             raise UserError(f"{path} is a damaged or truncated zip ({error}); copy or download it again.") from error
-        self._prefix, names = sort_archive_by_class(path, members)
+        self._prefix, names = sort_by_class(path, members, is_archive=True)
         super().__init__(path, names)
 
     def read(self, index: int) -> Image.Image:
@@ -69,9 +67,7 @@ class ZipImages(NamedImages):
                     raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
                 data = archive.read(member)
         except Exception as error:  # for each kind of damage, for encryption and for a missing file there is another
-            raise UserError(
-                f"cannot read the image {where}: {error or type(error).__name__}; make the zip again."
-            ) from error
+            raise UserError(f"cannot read the image {where}: {reason(error)}; make the zip again.") from error
         return decode_image(data, where)
 
     def _open(self) -> tuple[zipfile.ZipFile, threading.Lock]:

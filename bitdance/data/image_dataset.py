@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import pathlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import numpy as np
 from PIL import Image
@@ -79,56 +79,39 @@ def evenly_spaced(total: int, count: int | None) -> np.ndarray:
     return np.linspace(0, total - 1, min(total, count or total)).round().astype(np.int64)
 
 
-def sort_by_class(path: pathlib.Path, files: Iterable[str], folders: Iterable[str]) -> list[str]:
-    """Returns the images among `files`, sorted by class and then by name.
+def sort_by_class(path: pathlib.Path, members: Collection[str], is_archive: bool = False) -> tuple[str, list[str]]:
+    """Sorts images by class and then by name.
 
     Args:
-        path: where the files are, for error messages.
-        files: relative names with "/" of files of any type.
-        folders: names of the top-level folders, which are the classes.
-
-    Raises:
-        UserError: there are no images, no class folders, or a class folder without images.
-    """
-    images = sorted(
-        {name for name in files if is_image(name) and not is_hidden(name)},
-        key=lambda name: name.split("/"),  # as strings "dog-2/a" < "dog/a", although the class "dog" < "dog-2"
-    )
-    expected = f"images are expected in one folder per class, as in {path}/<class>/<image>.jpg"
-    if not images:
-        raise UserError(f"no images in {path}: {expected}, in a format such as JPEG or PNG.")
-    names = [name for name in images if "/" in name]
-    if not names:
-        raise UserError(
-            f"{path} holds images but no class folders: {expected}; move each into the folder of its class."
-        )
-    classes = {name.split("/", 1)[0] for name in names}
-    empty = sorted({folder for folder in folders if not is_hidden(folder)}.difference(classes))
-    if empty:  # skipping it would give the classes after it other numbers than in a complete copy
-        raise UserError(f"the class folder {empty[0]!r} in {path} holds no images; fill it or remove it.")
-    return names
-
-
-def sort_archive_by_class(path: pathlib.Path, members: Collection[str]) -> tuple[str, list[str]]:
-    """Sorts the members of an archive like `sort_by_class`; the class folders may be inside one common folder.
-
-    Args:
-        path: the archive, for error messages.
-        members: names of files, and names of folders with a trailing "/".
+        path: where the images are, for error messages.
+        members: names of files of any type, and names of folders with a trailing "/". The top-level folders are the
+            classes.
+        is_archive: whether the class folders may be inside one common folder.
 
     Returns:
         The common folder with a trailing "/", or "", and the names of the images relative to it.
 
     Raises:
-        UserError: as `sort_by_class`.
+        UserError: there are no images, no class folders, or a class folder without images.
     """
     members = [member for member in members if not is_hidden(member)]
     images = [name.split("/") for name in members if is_image(name)]
     prefix = ""
-    if len({parts[0] for parts in images}) == 1 and all(len(parts) > 2 for parts in images):
+    if is_archive and len({parts[0] for parts in images}) == 1 and all(len(parts) > 2 for parts in images):
         prefix = images[0][0] + "/"
-    inside = [member[len(prefix) :] for member in members if member.startswith(prefix)]
-    return prefix, sort_by_class(path, inside, {name.split("/", 1)[0] for name in inside if "/" in name})
+    inside = {member[len(prefix) :] for member in members if member.startswith(prefix)}
+    # Sorted by parts: as strings "dog-2/a" < "dog/a", although the class "dog" < "dog-2".
+    names = sorted(filter(is_image, inside), key=lambda name: name.split("/"))
+    expected = f"images are expected in one folder per class, as in {path}/<class>/<image>.jpg"
+    if not names:
+        raise UserError(f"no images in {path}: {expected}, in a format such as JPEG or PNG.")
+    names = [name for name in names if "/" in name]
+    if not names:
+        raise UserError(f"{path} holds images but no class folders: {expected}; move them into class folders.")
+    folders, classes = ({name.split("/", 1)[0] for name in group if "/" in name} for group in (inside, names))
+    if empty := sorted(folders - classes):  # skipping it would number the next classes unlike in a complete copy
+        raise UserError(f"the class folder {empty[0]!r} in {path} holds no images; fill it or remove it.")
+    return prefix, names
 
 
 def is_hidden(name: str) -> bool:

@@ -39,14 +39,10 @@ def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageDa
         if dataset is None:
             return CifarImages(path, split)
         if split != "train":
-            raise UserError(
-                f"{path} has no split {split!r}: only CIFAR-10's archives have two; give the path of those images."
-            )
+            raise UserError(f"{path} has no split {split!r}, unlike CIFAR-10: give the path of those images.")
         return dataset(path)
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; check the path and its permissions."
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions.") from error
 
 
 def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageDataset] | None:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from bitdance.data.class_names import are_imagenet, imagenet
-from bitdance.data.decoding import decode_image
+from bitdance.data.decoding import decode_image, reason
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.errors import UserError
 
@@ -55,7 +55,7 @@ class ParquetImages(ImageDataset):
                     raise ValueError(f"it has {len(labels[-1])} labels for {sum(sizes)} rows")
                 groups += [(number, group, size) for group, size in enumerate(sizes)]
             except Exception as error:  # pyarrow has its own exceptions, and raises others too on damaged files
-                raise UserError(f"cannot read {file}: {_first_line(error)}; download or make it again.") from error
+                raise UserError(f"cannot read {file}: {reason(error)}; download or make it again.") from error
         self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"no images in {path}: its parquet files have no rows.")
@@ -82,7 +82,7 @@ class ParquetImages(ImageDataset):
             if data is None:
                 raise ValueError("the row holds no bytes of an image")
         except Exception as error:  # see above
-            raise UserError(f"cannot read the image {where}: {_first_line(error)}; make the file again.") from error
+            raise UserError(f"cannot read the image {where}: {reason(error)}; make the file again.") from error
         return decode_image(data, where)
 
     def _find(self, index: int) -> tuple[int, int, int, int]:
@@ -181,7 +181,3 @@ def _classes(names: list[str] | None, count: int, path: pathlib.Path) -> tuple[s
     if are_imagenet(names) if names is not None else count == len(wordnet_ids):
         return wordnet_ids
     return tuple(names) if names is not None else tuple(map(str, range(count)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

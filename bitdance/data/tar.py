@@ -23,15 +23,14 @@ import numpy as np
 from PIL import Image
 
 from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, is_image
-from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, sort_archive_by_class
-from bitdance.runtime.atomic_files import atomic_write, lock_file, make_folder
+from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, sort_by_class
+from bitdance.runtime.atomic_files import lock_file, make_folder
 from bitdance.runtime.errors import UserError
 
 _BLOCK = 512
 _MAX_NAME_BYTES = 1 << 16
 _MAX_EXTENSIONS = 4  # extension headers before a member; GNU and pax write at most two
-_FORMAT = "bitdance tar index 1"
-_ARRAYS = ("names", "offsets", "sizes")
+_KIND = "index"
 
 Index = dict[str, np.ndarray]
 """`names`: UTF-8 names of the images, separated by zero bytes; `offsets` and `sizes`: (N,) int64, in bytes."""
@@ -207,18 +206,18 @@ def _open_index(path: pathlib.Path) -> Index:
     """Reads the index of a tar, or makes it, in one process while others wait."""
     files = _index_files(path)
     for file in files:
-        with contextlib.suppress(ValueError):
-            return _read_index(file, path)
+        if index := _read_index(file, path):
+            return index
     for file in filter(_is_writable, files):
         lock = file.with_name(file.name + ".lock")
         with lock_file(lock, math.inf, f"another process is indexing {path}: waiting for it."):
             try:
-                return _read_index(file, path)  # another process has made it in the meantime
-            except ValueError as error:
-                if file.exists():
-                    _warn(f"the index {file} {error}: it is made again.")
-                index = _make_index(path)
-                _write_index(file, path, index)
+                index = _read_index(file, path)  # another process may have made it in the meantime
+                if index is None:
+                    if file.exists():
+                        _warn(f"the index {file} is damaged or does not fit the tar: it is made again.")
+                    index = _make_index(path)
+                    _write_index(file, path, index)
                 return index
             finally:
                 lock.unlink(missing_ok=True)
@@ -266,12 +265,10 @@ def _make_index(path: pathlib.Path) -> Index:
                 ranges[name] = member.offset, member.size
             bar.update(size - bar.n)
     except ValueError as error:
-        raise UserError(
-            f"{path} is a damaged, truncated or unsuitable tar ({error}); copy or download it again."
-        ) from error
-    prefix, inside = sort_archive_by_class(path, names)
+        raise UserError(f"{path} is a damaged, truncated or unsuitable tar ({error}); copy it again.") from error
+    prefix, inside = sort_by_class(path, names, is_archive=True)
     offsets, sizes = np.array([ranges[prefix + name] for name in inside], dtype=np.int64).T.copy()
-    return {"names": np.frombuffer("\0".join(inside).encode(), np.uint8), "offsets": offsets, "sizes": sizes}
+    return {"names": np.frombuffer(bytearray("\0".join(inside), "utf-8"), np.uint8), "offsets": offsets, "sizes": sizes}
 
 
 def _walk_classes(stream: IO[bytes] | io.BufferedIOBase, size: int) -> Iterator[Member]:
@@ -289,57 +286,52 @@ def _walk_classes(stream: IO[bytes] | io.BufferedIOBase, size: int) -> Iterator[
             raise ValueError(f"in {member.name}: {error}") from error
 
 
-def _metadata(path: pathlib.Path, index: Index) -> dict[str, str]:
-    """Returns what identifies an index and the tar that it belongs to."""
+def _version(path: pathlib.Path) -> dict[str, int]:
     status = path.stat()
-    digest = hashlib.sha256(b"".join(index[name].tobytes() for name in _ARRAYS)).hexdigest()
-    size, time = str(status.st_size), str(status.st_mtime_ns)
-    return {"format": _FORMAT, "tar_bytes": size, "tar_mtime_ns": time, "digest": digest}
+    return {"tar_bytes": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
 
 
 def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:
-    from safetensors.numpy import save_file
+    import torch
 
+    from bitdance.weights import weights_file
+
+    tensors = {name: torch.from_numpy(array) for name, array in index.items()}
     try:
-        with atomic_write(file) as temporary:
-            save_file(index, temporary, _metadata(path, index))
+        weights_file.save_tensors(file, tensors, _KIND, _version(path))
     except UserError as error:  # the index is made again at the next start
         _warn(f"warning: {error}")
 
 
-def _read_index(file: pathlib.Path, path: pathlib.Path) -> Index:
-    """Reads an index, which may be damaged or forged.
-
-    Raises:
-        ValueError: the index cannot be used; the message continues a sentence that begins with its name.
-    """
-    from safetensors import safe_open
+def _read_index(file: pathlib.Path, path: pathlib.Path) -> Index | None:
+    """Reads an index, which may be damaged or forged; returns None if it cannot be used."""
+    if not file.is_file():
+        return None
+    from bitdance.weights import weights_file
 
     try:
-        with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata()
-            index = {name: opened.get_tensor(name) for name in _ARRAYS}
-    except Exception as error:  # safetensors raises almost any type
-        raise ValueError(f"cannot be read ({str(error).splitlines()[0][:100]})") from error
-    if metadata != _metadata(path, index):
-        raise ValueError("is older than the tar, of another one, or damaged")
-    if not _fits(index, path):
-        raise ValueError("does not fit the tar")
-    return index
+        contents = weights_file.read(file)
+        index = {name: contents.states[_KIND][name].numpy().copy() for name in ("names", "offsets", "sizes")}
+        return index if contents.config == _version(path) and _fits(index, path) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _fits(index: Index, path: pathlib.Path) -> bool:
-    """Whether all images are inside the tar, and the headers of some of them agree with the index."""
+    """Whether all images are inside the tar, and the headers of 16 of them agree with the index.
+
+    Raises:
+        ValueError: a header or a name is damaged.
+    """
     names, offsets, sizes = _split_names(index), index["offsets"], index["sizes"]
     if not all(array.dtype == np.int64 and array.shape == (len(names),) for array in (offsets, sizes)):
         return False
     inside = (offsets >= _BLOCK) & (sizes >= 0) & (sizes <= MAX_FILE_BYTES) & (offsets <= path.stat().st_size - sizes)
     if not inside.all() or not all("/" in name for name in names):
         return False
-    with contextlib.suppress(ValueError), open(path, "rb", buffering=_BLOCK) as stream:
+    with open(path, "rb", buffering=_BLOCK) as stream:
         headers = ((read_at(stream, int(offsets[i]) - _BLOCK, _BLOCK), sizes[i]) for i in evenly_spaced(len(names), 16))
         return all(_parse_header(block) == (b"0", size) for block, size in headers)
-    return False
 
 
 def _split_names(index: Index) -> list[str]:

@@ -20,14 +20,13 @@ import json
 import os
 import pathlib
 import zlib
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitdance.data.image_dataset import ImageDataset
-from bitdance.runtime.atomic_files import read_json, write_json
+from bitdance.runtime.atomic_files import read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.run_folder import FREE, SETTINGS
 from bitdance.weights import weights_file
@@ -39,7 +38,7 @@ SECTION = "token_cache"
 """Of the settings of the encoding job, which are written first."""
 
 KIND = "tokens"
-AGAIN = "run its `bitdance encode` command again, which encodes only what is missing or damaged"
+AGAIN = "run the same `bitdance encode` command again, which encodes only what is missing or damaged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +118,14 @@ class TokenDataset:
         self.classes, self._files = self.info.classes, list(shards)
         opened, stop = [], 0
         for file, digest in shards.items():
-            tensors, covered = _map_shard(file, self.info, digest)
-            if covered[0] != stop:
+            contents = read_shard(file, self.info, verify=False)
+            if contents.metadata["digest"] != digest:
+                raise UserError(f"{file} is not the shard that {MANIFEST} lists: {AGAIN}.")
+            start, end = (contents.config or {})["covered"]
+            if start != stop:
                 break
-            opened.append(tensors)
-            stop = covered[1]
+            opened.append(contents.states[KIND])
+            stop = end
         if stop != self.info.images or len(opened) != len(shards):
             raise UserError(f"{path / MANIFEST} does not list all shards in their order: {AGAIN}.")
         self._bits, self._checksums = ([shard[name].numpy() for shard in opened] for name in ("bits", "checksums"))
@@ -157,17 +159,12 @@ class TokenDataset:
         Raises:
             UserError: it was made by another autoencoder, or from images of another size.
         """
-        own = self.info
-        if own.autoencoder != autoencoder:
-            raise UserError(
-                f"{self.path} was made by another autoencoder (digest {own.autoencoder[:16]}, not {autoencoder[:16]}): "
-                "give the one that it was made by, or encode the images again."
-            )
-        if own.image_size != image_size:
-            raise UserError(
-                f"{self.path} was made from images of {own.image_size} px: set image_size={own.image_size}, or "
-                f"encode the images again at {image_size} px."
-            )
+        own, size = self.info.autoencoder, self.info.image_size
+        if own != autoencoder:
+            digests = f"digest {own[:16]}, not {autoencoder[:16]}"
+            raise UserError(f"{self.path} was made by another autoencoder ({digests}): use it or encode again.")
+        if size != image_size:
+            raise UserError(f"{self.path} was made from images of {size} px: set image_size={size} or encode again.")
 
 
 def is_token_cache(path: pathlib.Path) -> bool:
@@ -186,82 +183,51 @@ def names_digest(images: ImageDataset) -> str:
     return digest.hexdigest()
 
 
-def shard_file(number: int) -> str:
-    """Returns the file name of a shard."""
-    return f"{number:06d}.safetensors"
-
-
 def write_shard(
-    path: pathlib.Path,
-    info: TokenCacheInfo,
-    covered: range,
-    bits: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    bad_images: list[str],
+    path: pathlib.Path, info: TokenCacheInfo, images: ImageDataset, covered: range, kept: list[int], bits: Tensor
 ) -> None:
     """Writes a shard atomically.
 
     Args:
         path: the file.
         info: of the token cache.
-        covered: indices of its images in the data set, including bad ones.
-        bits: (n, crops, flips, N, C / 8) uint8.
-        labels, indices: (n,) int64.
-        bad_images: names of the images that could not be read.
+        images: the data set.
+        covered: indices of the shard's images in the data set, including bad ones.
+        kept: indices of those that could be read.
+        bits: of these, (n, crops, flips, N, C / 8) uint8.
 
     Raises:
         UserError: the file cannot be written.
     """
-    checksums = np.empty(bits.shape[:3], np.uint32)
+    labels, checksums = images.labels[kept], np.empty(bits.shape[:3], np.uint32)
     for view in np.ndindex(checksums.shape):
         checksums[view] = zlib.crc32(bits[view].numpy().data, int(labels[view[0]]))
-    checksum = torch.from_numpy(checksums.view(np.int32))
-    tensors = {"bits": bits, "checksums": checksum, "labels": labels, "indices": indices}
+    arrays = {"checksums": checksums.view(np.int32), "labels": labels, "indices": np.array(kept, np.int64)}
+    bad_images = [images.name(index) for index in sorted(set(covered).difference(kept))]
     config = {"info": dataclasses.asdict(info), "covered": [covered.start, covered.stop], "bad_images": bad_images}
+    tensors = {"bits": bits, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
     weights_file.save_tensors(path, tensors, KIND, config)
 
 
-def read_shard(path: pathlib.Path, info: TokenCacheInfo, covered: range) -> Shard | None:
-    """Verifies all bytes of a shard and returns its entry for the manifest.
+def read_shard(path: pathlib.Path, info: TokenCacheInfo, verify: bool) -> weights_file.Contents:
+    """Maps the tensors of a shard, and checks their shapes and that they belong to the token cache.
 
-    Returns None if the shard is missing, damaged or a different one.
+    Args:
+        path: the file.
+        info: of the token cache.
+        verify: read all bytes, and compare them with their digest.
+
+    Raises:
+        UserError: the shard is missing, damaged, or of another token cache.
     """
     try:
-        contents = weights_file.read(path)
-        config = _check_shard(contents, info)
-    except UserError:
-        return None
-    if config.get("covered") != [covered.start, covered.stop]:
-        return None
-    images = len(contents.states[KIND]["labels"])
-    return Shard(path.name, images, contents.metadata["digest"], tuple(config["bad_images"]))
-
-
-def write_manifest(path: pathlib.Path, info: TokenCacheInfo, shards: list[Shard]) -> None:
-    """Writes the manifest, which completes a token cache."""
-    write_json(path / MANIFEST, {"info": dataclasses.asdict(info), "shards": list(map(dataclasses.asdict, shards))})
-
-
-def _map_shard(path: pathlib.Path, info: TokenCacheInfo, digest: str) -> tuple[dict[str, Tensor], list[int]]:
-    """Maps the tensors of a shard, without verifying them, and returns the range of images that it covers."""
-    try:
-        contents = weights_file.read(path, verify=False)
+        contents = weights_file.read(path, verify)
     except UserError as error:
         raise UserError(f"{str(error).rpartition(': ')[0]}: {AGAIN}.") from error
-    if contents.metadata.get("digest") != digest:
-        raise UserError(f"{path} is not the shard that {MANIFEST} lists: {AGAIN}.")
-    config = _check_shard(contents, info)
-    return contents.states[KIND], config["covered"]
-
-
-def _check_shard(contents: weights_file.Contents, info: TokenCacheInfo) -> dict[str, Any]:
-    """Returns the configuration of a shard after checking that its tensors belong to the token cache."""
-    config = contents.config or {}
-    if KIND not in contents.states or config.get("info") != json.loads(json.dumps(dataclasses.asdict(info))):
-        raise UserError(f"{contents.path} belongs to another token cache: {AGAIN}.")
-    state = contents.states[KIND]
-    count = len(state.get("labels", ()))
+    state, config = contents.states.get(KIND, {}), contents.config or {}
+    if config.get("info") != json.loads(json.dumps(dataclasses.asdict(info))):
+        raise UserError(f"{path} belongs to another token cache: {AGAIN}.")
+    count = state["labels"].numel() if "labels" in state else 0
     expected = {
         "bits": (torch.uint8, (count, *info.view_shape)),
         "checksums": (torch.int32, (count, *info.view_shape[:2])),
@@ -270,5 +236,5 @@ def _check_shard(contents: weights_file.Contents, info: TokenCacheInfo) -> dict[
     }
     is_whole = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == expected
     if not is_whole or (count and not 0 <= state["labels"].min() <= state["labels"].max() < len(info.classes)):
-        raise UserError(f"{contents.path} holds other tensors than its metadata describe: {AGAIN}.")
-    return config
+        raise UserError(f"{path} holds other tensors than its metadata describe: {AGAIN}.")
+    return contents

@@ -40,9 +40,9 @@ State = dict[str, Tensor]
 Weights = Literal["ema", "model"]
 Network = TypeVar("Network", BitDance, Autoencoder)
 
-KINDS = ("model", "autoencoder", "training", "batch", "tokens")
-"""What a file of ours holds: one network, the whole state of a run, a batch that was kept to be looked at, or a shard
-of a token cache."""
+KINDS = ("model", "autoencoder", "training", "batch", "tokens", "index")
+"""What a file of ours holds: one network, the whole state of a run, a batch that was kept to be looked at, a shard of a
+token cache, or the index of a tar."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -1,0 +1,427 @@
+"""The token cache: encoding with any number of processes, reading, training from it; images that cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+from test_training import CPU, SIZES, config, log
+
+from bitdance.cli import original_cli
+from bitdance.cli.main import main
+from bitdance.data.cache_writer import CacheWriter, EncodeResult
+from bitdance.data.crops import center_crop, horizontal_flip, normalize, random_crop, to_array
+from bitdance.data.images import open_images
+from bitdance.data.token_cache import TokenDataset
+from bitdance.models import philox
+from bitdance.models.quantizer import pack, unpack
+from bitdance.models.tokens import tokens_from_grid
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.training.loader import Loader
+from bitdance.training.losses import BitDanceLoss
+from bitdance.training.setup import train_autoencoder, train_model
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
+from bitdance.weights import weights_file
+
+ALONE = World(0, 1, CPU)
+FILES = ["000000.safetensors", "000001.safetensors", "000002.safetensors", "job.json", "token_cache.json"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    """Twelve pictures without symmetry, some wider than high, so that every crop and mirror image is another."""
+    folder, draw = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
+    for label in range(3):
+        (folder / f"class-{label}").mkdir(parents=True)
+        for number in range(4):
+            pixels = draw.integers(0, 256, (20, 60 + 4 * (number % 2), 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"class-{label}" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> pathlib.Path:
+    return small.save_pair(tmp_path_factory.mktemp("pair")).parent / "autoencoder.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shared(data, weights, tmp_path_factory) -> pathlib.Path:
+    """A token cache that no test changes."""
+    folder = tmp_path_factory.mktemp("shared") / "cache"
+    encode(data, weights, folder)
+    return folder
+
+
+@pytest.fixture
+def cache(shared, tmp_path) -> pathlib.Path:
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(shared, tmp_path / "cache"))
+
+
+def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
+    file = weights_file.read(weights)
+    settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
+    digest = weights_file.digest(file.states["autoencoder"])
+    return CacheWriter(open_images(data), weights_file.load_autoencoder(file), digest, folder, **settings).run(ALONE)
+
+
+def encoded(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> TokenDataset:
+    encode(data, weights, folder, **changes)
+    return TokenDataset(folder)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ------------------------------------------------------------ encoding
+
+
+def test_a_cache_holds_the_bits_of_every_view(data, weights, tmp_path):
+    found = encoded(data, weights, tmp_path / "cache", crops=3, seed=7)
+    assert found.digest != encoded(data, weights, tmp_path / "other", crops=3, seed=8).digest
+    images, network = open_images(data), weights_file.load_autoencoder(weights)
+    assert len(found) == 12 and found.classes == images.classes and np.array_equal(found.labels, images.labels)
+    seen = set()
+    for index in range(12):
+        image = images.read(index)
+        draws = philox.uniform(7, torch.tensor([index]), 3, stream=32, step=0, draws=3)[1:, 0].tolist()
+        crops = [center_crop(image, 16), *(random_crop(image, 16, (a, b, c)) for a, b, c in draws)]
+        views = np.stack([to_array(view) for crop in crops for view in (crop, horizontal_flip(crop))])
+        with torch.no_grad():
+            expected = pack(tokens_from_grid(network.encode(normalize(torch.from_numpy(views))))).numpy()
+        for crop, flip in np.ndindex(3, 2):
+            view = found.read(index, crop, flip)
+            assert view.shape == (16, 1) and view.dtype == np.uint8  # 16 tokens of 8 bits
+            assert np.array_equal(view, expected[2 * crop + flip])
+            seen.add(view.tobytes())
+    assert len(seen) > 60  # of 72: they are really different views
+
+
+def test_metadata_of_a_cache(data, weights, tmp_path):
+    encode(data, weights, tmp_path, crops=2, flips=False, seed=3)
+    shard = weights_file.read(tmp_path / "000002.safetensors")
+    assert shard.metadata["kind"] == "tokens" and shard.metadata["format_version"] == "1"
+    info = shard.config.pop("info")
+    assert shard.config == {"covered": [10, 12], "bad_images": []}
+    assert info["autoencoder"] == weights_file.read(weights).metadata["digest"]
+    assert info["classes"] == ["class-0", "class-1", "class-2"]
+    assert {name: info[name] for name in ("image_size", "grid", "bits", "crops", "flips", "seed", "precision")} == {
+        "image_size": 16, "grid": 4, "bits": 8, "crops": 2, "flips": False, "seed": 3, "precision": "float32",
+    }  # fmt: skip
+    state = shard.states["tokens"]
+    assert state["indices"].tolist() == [10, 11] and state["labels"].tolist() == [2, 2]
+    assert tuple(state["bits"].shape) == (2, 2, 1, 16, 1)
+    manifest = json.loads((tmp_path / "token_cache.json").read_text())
+    assert manifest["info"] == info and [entry["images"] for entry in manifest["shards"]] == [5, 5, 2]
+
+
+def test_one_process_and_two_write_the_same_bytes(data, weights, tmp_path, capsys):
+    script = tmp_path / "encode.py"
+    script.write_text("from bitdance.cli.main import main\nmain()\n")
+    words = ["encode", data, "--autoencoder", weights, "--image-size", 16, "--batch-size", 4, "--shard-size", 5,
+             "--num-workers", 2, "--device", "cpu", "--threads", 1, "--crops", 2, "--output"]  # fmt: skip
+    main([*map(str, words), str(tmp_path / "1")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [result[name] for name in ("images", "bad_images", "shards", "made", "processes")] == [12, 0, 3, 12, 1]
+    run = small.run(script, *words, tmp_path / "2", processes=2)
+    assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") and list(contents(tmp_path / "1")) == FILES
+
+
+def test_an_interrupted_job_continues_and_ends_with_the_same_bytes(data, weights, shared, tmp_path, monkeypatch):
+    right, calls = CacheWriter._encode, []
+
+    def killed(self, pixels):
+        calls.append(None)
+        if len(calls) == 4:  # in the second shard
+            raise KeyboardInterrupt
+        return right(self, pixels)
+
+    monkeypatch.setattr(CacheWriter, "_encode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(data, weights, tmp_path)
+    assert list(contents(tmp_path)) == ["000000.safetensors", "job.json"]
+    with pytest.raises(UserError, match="is not finished: run the same `bitdance encode` command again"):
+        TokenDataset(tmp_path)
+    first = (tmp_path / "000000.safetensors").stat().st_mtime_ns
+    result = encode(data, weights, tmp_path)
+    assert result.made == 7 and result.images == 12
+    assert (tmp_path / "000000.safetensors").stat().st_mtime_ns == first  # kept, not encoded again
+    assert contents(tmp_path) == contents(shared)
+    assert encode(data, weights, tmp_path).made == 0
+
+
+@pytest.mark.parametrize("damage", ["flipped", "torn", "gone", "another"])
+def test_a_damaged_shard_is_seen_and_encoded_again(data, weights, cache, damage):
+    before = contents(cache)
+    path = cache / "000001.safetensors"
+    start = before[path.name].index(weights_file.read(path).states["tokens"]["bits"].numpy().tobytes())
+    if damage == "flipped":
+        changed = bytearray(before[path.name])
+        changed[start + 3] ^= 4
+        path.write_bytes(bytes(changed))
+        found = TokenDataset(cache)
+        with pytest.raises(UserError, match=r"000001\.safetensors is damaged \(image 0, crop 0\): run the same `bitd"):
+            found.read(5, 0, 0)
+        assert found.read(0, 0, 0) is not None
+    else:
+        if damage == "torn":
+            path.write_bytes(before[path.name][:-20])
+        elif damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(before["000000.safetensors"])
+        with pytest.raises(UserError, match=r"000001\.safetensors.*: run the same `bitdance encode` command again"):
+            TokenDataset(cache)
+    assert encode(data, weights, cache).made == 5
+    assert contents(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"crops": 2}, "crops was 1, is 2"), ({"flips": False}, "flips was True, is False"), ({"seed": 1}, "seed was 0")],
+)
+def test_a_cache_of_other_settings_is_not_mixed(data, weights, shared, changes, words):
+    with pytest.raises(UserError, match="holds a job of other settings") as error:
+        encode(data, weights, shared, **changes)
+    assert words in str(error.value)
+
+
+def test_a_damaged_manifest_is_a_sentence(cache):
+    path = cache / "token_cache.json"
+    text = path.read_text()
+    shorter = json.loads(text)
+    del shorter["shards"][1]
+    other, unknown = text.replace('"crops": 1', '"crops": 2'), text.replace('"crops"', '"crop"')
+    for wrong in (json.dumps(shorter), "", "[]", "{}", other, unknown):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="bitdance encode"):
+            TokenDataset(cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        *(({name: 0}, f"{name}=0 does not fit") for name in ("crops", "batch_size", "shard_size", "image_size")),
+        ({"num_workers": 0}, "num_workers=0 does not fit"),
+        ({"max_bad_images": -1}, "max_bad_images=-1 does not fit"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"image_size": 18}, "must be a multiple of 4"),
+    ],
+)
+def test_settings_that_do_not_fit_are_sentences(data, weights, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        encode(data, weights, tmp_path / "cache", **changes)
+    assert not (tmp_path / "cache").exists()
+
+
+# ------------------------------------------------------------ training
+
+
+def train(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, parallel_num: int = 1, **changes: object):
+    run = config(data, folder, **{"epochs": 3, **changes})
+    sizes = dataclasses.replace(SIZES, parallel_num=parallel_num)
+    return weights_file.read(train_model(run, sizes, LossConfig(perturb_rate=0.2), weights, "cpu"))
+
+
+@pytest.mark.parametrize("parallel_num", [1, 4])
+def test_training_from_a_cache_equals_training_from_images(data, weights, shared, tmp_path, parallel_num):
+    images = train(data, weights, tmp_path / "a", parallel_num, random_crop=False)
+    tokens = train(shared, weights, tmp_path / "b", parallel_num, random_crop=False)
+    assert images.config == tokens.config
+    for key in ("digest", "autoencoder_digest"):
+        assert images.metadata[key] == tokens.metadata[key]  # the same weights, bit for bit
+    a, b = ([(line["loss"], line["grad_norm"]) for line in log(tmp_path / folder)] for folder in ("a", "b"))
+    assert a == b and len(a) == 9
+    previews = [next((tmp_path / folder).glob("preview-*.png")).read_bytes() for folder in ("a", "b")]
+    assert previews[0] == previews[1]  # decoded by the autoencoder
+
+
+@pytest.mark.parametrize("parallel_num", [1, 4])
+def test_the_objective_makes_the_same_tokens_of_both(data, weights, shared, parallel_num):
+    found, images = TokenDataset(shared), open_images(data)
+    network = weights_file.load_autoencoder(weights)
+    objective = BitDanceLoss(small.model(parallel_num=parallel_num), network, LossConfig(), seed=0)
+    crops = torch.from_numpy(np.stack([to_array(center_crop(images.read(i), 16)) for i in range(12)]))
+    packed = torch.from_numpy(np.stack([found.read(i, 0, 0) for i in range(12)]))
+    assert torch.equal(objective.tokens(packed), objective.tokens(crops))
+
+
+def test_a_compiled_objective_takes_packed_bits():
+    objective = BitDanceLoss(small.model(parallel_num=4), small.autoencoder(), LossConfig(), seed=0)
+    packed = torch.randint(0, 256, (2, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = (packed, torch.tensor([0, 1]), torch.arange(2))
+    expected = objective(*batch, 5)[0].item()
+    torch._dynamo.reset()
+    assert torch.compile(objective, backend="eager")(*batch, 5)[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def views_seen(batches: Loader, found: TokenDataset, steps: range) -> list[tuple[int, int, int]]:
+    """(image, crop, flip) of everything that is read, found by its bits."""
+    views = list(np.ndindex(len(found), *found.info.view_shape[:2]))
+    names = {found.read(*view).tobytes(): view for view in views}
+    assert len(names) == len(views)
+    return [names[view.numpy().tobytes()] for step in steps for view in batches.load(step).inputs]
+
+
+def test_crops_and_flips_are_drawn_anew_each_epoch(data, weights, tmp_path):
+    found = encoded(data, weights, tmp_path, crops=3, batch_size=100)
+    whole = Loader(found, config(data), ALONE)
+    seen = views_seen(whole, found, range(90))  # 30 epochs
+    assert [index for index, _, _ in seen] == [int(i) for step in range(90) for i in whole.indices(step)]
+    # As from images: random crops only, until the decay of augmentation brings centre crops.
+    assert {crop for _, crop, _ in seen} == {1, 2}
+    assert sum(crop == 1 for _, crop, _ in seen) / 360 == pytest.approx(0.5, abs=0.1)
+    assert sum(flip for _, _, flip in seen) / 360 == pytest.approx(0.5, abs=0.1)
+    parts = [Loader(found, config(data), World(rank, 2, CPU)) for rank in range(2)]
+    for step in (0, 7):
+        expected = whole.load(step)
+        assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), expected.inputs)
+        assert torch.equal(torch.cat([part.load(step).labels for part in parts]), expected.labels)
+    late = Loader(found, config(data, aug_decay_start_epoch=0, aug_decay_end_epoch=2), ALONE)
+    assert {crop for _, crop, _ in views_seen(late, found, range(6, 12))} == {0}
+
+
+def test_a_cache_without_flips_is_never_mirrored(data, weights, tmp_path):
+    found = encoded(data, weights, tmp_path, flips=False)
+    assert {flip for _, _, flip in views_seen(Loader(found, config(data), ALONE), found, range(9))} == {0}
+
+
+def test_a_run_from_a_cache_resumes_bit_for_bit(data, weights, tmp_path):
+    encode(data, weights, tmp_path / "cache", crops=2)
+    whole = train(tmp_path / "cache", weights, tmp_path / "whole")
+    train(tmp_path / "cache", weights, tmp_path / "parts", max_steps=4)
+    assert train(tmp_path / "cache", weights, tmp_path / "parts").metadata["digest"] == whole.metadata["digest"]
+    with pytest.raises(UserError, match="images was 12 stored as"):
+        train(data, weights, tmp_path / "parts")
+
+
+def test_validation_on_a_cache_knows_its_autoencoder_by_the_file(data, shared, tmp_path):
+    """A file in half precision has another digest than the float32 network that is made of it."""
+    weights = tmp_path / "autoencoder.safetensors"
+    weights_file.save(weights, small.autoencoder().half())
+    cache = tmp_path / "cache"
+    encode(data, weights, cache)
+    train(cache, weights, tmp_path / "run", val_path=cache, val_every=2, max_steps=2)
+    (loss,) = [line["val_loss"] for line in log(tmp_path / "run") if "val_loss" in line]
+    assert 0 < loss < 10
+    with pytest.raises(UserError, match=f"{shared} was made by another autoencoder"):
+        train(cache, weights, tmp_path / "run2", val_path=shared, max_steps=2)
+    with pytest.raises(UserError, match="an autoencoder is validated on images"):
+        run = config(data, tmp_path / "run3", val_path=cache, max_steps=1)
+        train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+
+
+def test_a_cache_of_another_autoencoder_or_size_is_refused(weights, shared, tmp_path):
+    weights_file.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
+    with pytest.raises(UserError, match="was made by another autoencoder"):
+        train(shared, tmp_path / "other.safetensors", tmp_path / "run")
+    with pytest.raises(UserError, match="was made from images of 16 px: set image_size=16"):
+        train(shared, weights, tmp_path / "run", image_size=32)
+    with pytest.raises(UserError, match="an autoencoder is trained on the images themselves"):
+        train_autoencoder(config(shared, tmp_path / "run"), small.NETWORK, AutoencoderLossConfig(), "cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_originals_scripts_train_from_a_cache(data, tmp_path):
+    """Their image size is 256 px by default, their model has a size by name."""
+    network = dataclasses.replace(small.NETWORK, widths=(32, 32, 32, 32, 32))
+    weights_file.save(tmp_path / "ae.safetensors", small.autoencoder(config=network))
+    encode(data, tmp_path / "ae.safetensors", tmp_path / "cache", image_size=64)
+    flags = ["--data-path", tmp_path / "cache", "--trained-vae", tmp_path / "ae.safetensors", "--image-size", 64,
+             "--model", "BitDance-Tiny", "--num-classes", 3, "--latent-dim", 8, "--global-batch-size", 4,
+             "--epochs", 1, "--mixed-precision", "none", "--results-dir"]  # fmt: skip
+    original_cli.train([*map(str, flags), str(tmp_path / "1")])
+    original_cli.train_parallel([*map(str, flags), str(tmp_path / "4"), "--parallel-num", "4"])
+    assert (tmp_path / "1" / "model.safetensors").exists() and (tmp_path / "4" / "model.safetensors").exists()
+
+
+def test_packed_bits_are_what_crosses_to_the_device(data, shared):
+    batch = next(Loader(TokenDataset(shared), config(data), ALONE).stream(0, 1))
+    assert batch.inputs.dtype == torch.uint8 and tuple(batch.inputs.shape) == (4, 16, 1)
+    assert tuple(unpack(batch.inputs).shape) == (4, 16, 8)
+
+
+# ------------------------------------------------------------ bad images
+
+BAD = ("class-0/1.png", "class-1/2.png", "class-1/3.png")
+
+
+@pytest.fixture
+def damaged(data, tmp_path) -> pathlib.Path:
+    """The pictures with three of twelve cut short."""
+    folder = pathlib.Path(shutil.copytree(data, tmp_path / "damaged"))
+    for name in BAD:
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    return folder
+
+
+def test_bad_images_are_named_once_and_replaced(damaged, capsys):
+    images = open_images(damaged)
+    whole = Loader(images, config(damaged), ALONE)
+    batches = [whole.load(step) for step in range(9)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(whole.bad_images) == 3
+    start = "bitdance: skipped an unreadable image ({} so far): cannot read the image " + str(damaged)
+    for number, line in enumerate(sorted(lines), 1):
+        assert line.startswith(start.format(number))
+    assert all(sum(name in line for line in lines) == 1 for name in BAD)
+    # The next readable one of the epoch's order takes the place, with its own label and crop.
+    bad, crop = {1, 6, 7}, Loader(images, config(damaged), ALONE)
+    for step, batch in enumerate(batches):
+        order, draws = crop._draws(step // 3)
+        for place, (pixels, label) in enumerate(zip(batch.inputs, batch.labels.tolist(), strict=True)):
+            position = 4 * (step % 3) + place
+            index = next(int(i) for i in np.roll(order, -position) if i not in bad)
+            assert label == images.labels[index]
+            assert np.array_equal(pixels, crop._crop(images, index, draws[index], 1.0))
+    # Whatever the number of processes, of threads, and of steps that came before.
+    parts = [Loader(images, config(damaged), World(rank, 2, CPU)) for rank in range(2)]
+    for step in (8, 2):
+        assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), batches[step].inputs)
+    for a, b in zip(Loader(images, config(damaged), ALONE).stream(4, 9), batches[4:], strict=True):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
+
+
+def test_a_run_with_bad_images_resumes_bit_for_bit(damaged, weights, tmp_path):
+    whole = train(damaged, weights, tmp_path / "whole")
+    assert log(tmp_path / "whole")[-1]["bad_images"] == 3
+    train(damaged, weights, tmp_path / "parts", max_steps=4)
+    parts = train(damaged, weights, tmp_path / "parts", max_bad_images=3)
+    assert parts.metadata["digest"] == whole.metadata["digest"]
+
+
+def test_too_many_bad_images_stop_a_run(damaged, weights, tmp_path):
+    with pytest.raises(UserError, match=r"unreadable than max_bad_images=2 allows, the last: cannot read"):
+        train(damaged, weights, tmp_path / "run", max_bad_images=2)
+    for path in damaged.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"not one image of .* can be read"):
+        Loader(open_images(damaged), config(damaged), ALONE).load(0)
+    with pytest.raises(UserError, match=r"none of the images of .* can be read"):
+        encode(damaged, weights, tmp_path / "cache")
+
+
+def test_bad_images_are_left_out_of_a_cache(damaged, weights, tmp_path, capsys):
+    found = encoded(damaged, weights, tmp_path / "cache")
+    assert capsys.readouterr().err.count("bitdance: skipped an unreadable image") == 3
+    for _ in range(2):
+        with pytest.raises(UserError, match="max_bad_images=2 allows, the last"):
+            encode(damaged, weights, tmp_path / "again", max_bad_images=2)
+    assert not (tmp_path / "again" / "token_cache.json").exists()
+    encode(damaged, weights, tmp_path / "again", max_bad_images=3)
+    assert contents(tmp_path / "again") == contents(found.path)
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    shards = [weights_file.read(found.path / name) for name in FILES[:3]]
+    assert [shard.config["bad_images"] for shard in shards] == [[BAD[0]], list(BAD[1:]), []]
+    assert [shard.states["tokens"]["indices"].tolist() for shard in shards] == [[0, 2, 3, 4], [5, 8, 9], [10, 11]]
