@@ -145,7 +145,7 @@ def test_labels_that_are_wordnet_ids_get_names() -> None:
     assert ClassNames.from_labels(imagenet().wordnet_ids or ()) == imagenet()
     for labels in (["n02099601", "cat"], ["n02099601", "n99999999"]):
         plain = ClassNames.from_labels(labels)
-        assert plain.names == tuple((label,) for label in labels) and plain.wordnet_ids is None
+        assert plain.names == tuple((label,) for label in labels) and not plain.wordnet_ids
         assert plain.find(labels[1]) == 1
     names = ClassNames.from_labels(("airplane", "car"))
     assert len(names) == 2 and names.find("Airplane") == 0 and names.label(1) == "car"

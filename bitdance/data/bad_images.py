@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 
+from tqdm import tqdm
+
 from bitdance.runtime.errors import UserError
 
 
@@ -39,8 +41,6 @@ class BadImages:
             self._indices.add(index)
             count = len(self)
             if count <= self.limit:
-                from tqdm import tqdm
-
                 tqdm.write(f"bitdance: skipped an unreadable image ({count} so far): {error}", file=sys.stderr)
         if count > self.limit:
             raise UserError(f"more images are unreadable than max_bad_images={self.limit} allows, the last: {error}")

@@ -7,6 +7,7 @@ continues it, and the finished token cache has the same bytes as that of an undi
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -22,7 +23,6 @@ from bitdance.data.encode_config import EncodeConfig
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.prefetch import PREFETCH, read_ahead
 from bitdance.data.token_cache import (
-    KIND,
     MANIFEST,
     SECTION,
     Shard,
@@ -133,10 +133,10 @@ class CacheWriter:
                 ) as bar,
                 concurrent.futures.ThreadPoolExecutor(config.num_workers) as pool,
             ):
-                encoded = sum(self._write_shard(number, pool, bar.update) for number in mine)
+                written = {number: self._write_shard(number, pool, bar.update) for number in mine}
             seconds = time.perf_counter() - start
-            world.barrier()
-            shards = world.broadcast(self._finish(found) if world.is_main else [])
+            parts = world.gather(written)
+            shards = world.broadcast(self._finish(found, parts) if world.is_main else [])
             world.barrier()
         return EncodeResult(
             result=folder,
@@ -144,7 +144,7 @@ class CacheWriter:
             bad_images=sum(len(shard.bad_images) for shard in shards),
             shards=len(shards),
             bytes=sum((folder / shard.file).stat().st_size for shard in shards),
-            encoded=encoded,
+            encoded=sum(shard.images for shard in written.values()),
             seconds=seconds,
             peak_memory=world.peak_memory(),
         )
@@ -153,27 +153,18 @@ class CacheWriter:
         return self.folder / f"{number:06d}.safetensors"
 
     def _find_shards(self) -> list[Shard | None]:
-        shards = []
-        with progress_bar(len(self._ranges), "checking", "shards", leave=False) as bar:
-            for number in range(len(self._ranges)):
-                shards.append(self._find_shard(number))
+        """Verifies all shards; None for those that are missing, damaged or different ones."""
+        shards: list[Shard | None] = [None] * len(self._ranges)
+        with progress_bar(len(shards), "checking", "shards", leave=False) as bar:
+            for number, covered in enumerate(self._ranges):
+                with contextlib.suppress(UserError):
+                    _, shard, found = read_shard(self._path(number), self._info, verify=True)
+                    shards[number] = shard if found == covered else None
                 bar.update()
         return shards
 
-    def _find_shard(self, number: int) -> Shard | None:
-        """Verifies a shard; returns None if it is missing, damaged or a different one."""
-        path, covered = self._path(number), self._ranges[number]
-        try:
-            contents = read_shard(path, self._info, verify=True)
-        except UserError:
-            return None
-        config, count = contents.config or {}, len(contents.states[KIND]["labels"])
-        if config["covered"] != [covered.start, covered.stop]:
-            return None
-        return Shard(path.name, count, contents.metadata["digest"], tuple(config["bad_images"]))
-
-    def _write_shard(self, number: int, pool: concurrent.futures.Executor, progress: Callable[[int], object]) -> int:
-        """Encodes and writes a shard, and returns the number of images in it."""
+    def _write_shard(self, number: int, pool: concurrent.futures.Executor, progress: Callable[[int], object]) -> Shard:
+        """Encodes and writes a shard."""
         covered, info = self._ranges[number], self._info
         # Batches do not cross shards: the shapes decide the last digits, and a shard must not depend on the others.
         count = max(1, self.config.batch_size // (info.crops * (1 + info.flips)))
@@ -186,8 +177,7 @@ class CacheWriter:
                 bits = self._encode(torch.from_numpy(np.concatenate(list(readable.values()))))
                 packed.append(bits.view(len(readable), *info.view_shape))
             progress(len(group))
-        write_shard(self._path(number), info, self.images, covered, kept, torch.cat(packed))
-        return len(kept)
+        return write_shard(self._path(number), info, self.images, covered, kept, torch.cat(packed))
 
     def _read(self, index: int) -> np.ndarray | None:
         """Reads the views of an image, (crops * flips, H, W, 3) uint8; None if the image is unreadable."""
@@ -217,19 +207,15 @@ class CacheWriter:
             packed.append(pack(tokens_from_grid(self.autoencoder.encode(x))))  # (V, C, h, w) -> (V, N, C / 8)
         return torch.cat(packed).cpu()
 
-    def _finish(self, found: list[Shard | None]) -> list[Shard]:
-        """Verifies the shards that were written after `found`, and writes the manifest."""
-        shards = []
-        for number, known in enumerate(found):
-            shard = known or self._find_shard(number)
-            if shard is None:
-                raise UserError(f"{self._path(number)} was damaged or lost: run the command again.")
-            shards.append(shard)
-        names = [name for shard in shards for name in shard.bad_images]
-        if len(names) > self.config.max_bad_images:
+    def _finish(self, found: list[Shard | None], written: list[dict[int, Shard]]) -> list[Shard]:
+        """Writes the manifest of the shards that were found and those that each process has written."""
+        new = {number: shard for part in written for number, shard in part.items()}
+        shards = [shard or new[number] for number, shard in enumerate(found)]
+        names, limit = [name for shard in shards for name in shard.bad_images], self.config.max_bad_images
+        if len(names) > limit:  # of all processes, each of which has compared only its own
             raise UserError(
-                f"{len(names)} images are unreadable, more than max_bad_images={self.config.max_bad_images} allows, "
-                f"the last: {names[-1]}; repair or remove them."
+                f"{len(names)} images are unreadable, more than max_bad_images={limit} allows, the last: {names[-1]}; "
+                "repair or remove them."
             )
         if not any(shard.images for shard in shards):
             raise UserError(f"none of the images of {self.images.path} can be read: repair them.")

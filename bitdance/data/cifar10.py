@@ -15,7 +15,7 @@ from PIL import Image
 
 from bitdance.data.decoding import MAX_FILE_BYTES, reason
 from bitdance.data.image_dataset import FORMATS, ImageDataset
-from bitdance.data.tar import read_at, walk
+from bitdance.data.tar import walk
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.pickle_guard import check_pickle
 
@@ -27,6 +27,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 METADATA_FILES = {"batches.meta": "", "batches.meta.txt": ".bin"}
 """Names of the file with the class names, and the suffix of the batch files beside it: pickles have none."""
 
+GZIP = b"\x1f\x8b"
 MAX_MEMBERS = 100  # at the beginning of a tar, of which nine are CIFAR-10's
 _PIXELS = 3 * 32 * 32
 
@@ -63,9 +64,9 @@ class CifarImages(ImageDataset):
                 raise ValueError("it names no classes")
             for name in batches[metadata]:
                 x, y = (_decode_pickle if is_pickle else _decode_binary)(files.pop(name))
-                if x.shape != (len(y), _PIXELS) or not len(y):
+                if x.shape != (len(y), _PIXELS):
                     raise ValueError(f"pixels of shape {x.shape} do not match {len(y)} labels")
-                if y.min() < 0 or y.max() >= len(self.classes):
+                if not 0 <= y.min() <= y.max() < len(self.classes):
                     raise ValueError(f"a label is outside 0 to {len(self.classes) - 1}")
                 pixels.append(x)
                 labels.append(y)
@@ -81,12 +82,6 @@ class CifarImages(ImageDataset):
         return f"{self.classes[self.labels[index]]}/{range(len(self))[index]:05d}.png"
 
 
-def is_gzip(path: pathlib.Path) -> bool:
-    """Whether a file is compressed by gzip."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
 def _read_files(path: pathlib.Path, names: set[str]) -> dict[str, bytes]:
     """Reads the files with these names from a folder, or from any folder of a tar; at most 256 MB are decompressed."""
     if path.is_dir():
@@ -94,11 +89,13 @@ def _read_files(path: pathlib.Path, names: set[str]) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in found if file.stat().st_size <= MAX_FILE_BYTES}
     files: dict[str, bytes] = {}
     try:
-        with gzip.open(path) if is_gzip(path) else open(path, "rb") as stream:
+        with open(path, "rb") as file:
+            stream: Any = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file
             for member in itertools.islice(walk(stream, 0, MAX_FILE_BYTES), MAX_MEMBERS):
                 name = member.name.rpartition("/")[2]
-                if name in names and member.kind == b"0":
-                    files[name] = read_at(stream, member.offset, member.size)
+                if name in names and member.isreg():
+                    stream.seek(member.offset_data)
+                    files[name] = stream.read(member.size)
     except Exception as error:  # besides ValueError: EOFError, zlib.error, OSError
         raise UserError(f"{path} is damaged ({reason(error)}), or not in a format that is read ({FORMATS}).") from error
     return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -11,9 +12,6 @@ from collections.abc import Sequence
 
 from bitdance.runtime.errors import UserError
 
-_ID = re.compile(r"-?[0-9]{1,20}")
-_WORDNET_ID = re.compile(r"n[0-9]{8}")
-
 
 def _key(name: str) -> str:
     """Normalizes a name: case, spaces, underscores, dashes, quotes and the Unicode form make no difference."""
@@ -21,8 +19,8 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_\-\u2010-\u2015]+", " ", name).strip()
 
 
-def _shorten(query: str) -> str:
-    return repr(query if len(query) <= 60 else query[:59] + "…")
+def _shorten(query: object) -> str:
+    return repr(query[:59] + "…" if isinstance(query, str) and len(query) > 60 else query)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,37 +28,28 @@ class ClassNames:
     """The names of a model's classes, in the order of their ids.
 
     Attributes:
-        names: the names of each class; the first is its label.
-        wordnet_ids: the WordNet id of each class ("n02099601"), if the classes are WordNet's.
-        definitions: a short definition of each class, which distinguishes classes with the same name.
+        names: the names of each class, at least one; the first is its label.
+        wordnet_ids: the WordNet id of each class ("n02099601"); empty if the classes are not WordNet's.
+        definitions: a short definition of each class, which distinguishes classes with the same name; or empty.
     """
 
     names: tuple[tuple[str, ...], ...]
-    wordnet_ids: tuple[str, ...] | None = None
-    definitions: tuple[str, ...] | None = None
+    wordnet_ids: tuple[str, ...] = ()
+    definitions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names:
             raise UserError("a model needs at least one class, and this one has none.")
-        assert all(self.names), "every class has a name"
-        assert self.wordnet_ids is None or len(self.wordnet_ids) == len(self.names)
-        assert self.definitions is None or len(self.definitions) == len(self.names)
 
     @classmethod
     def from_labels(cls, labels: Sequence[str]) -> ClassNames:
         """Makes names from one label per class, such as folder names; WordNet ids of ImageNet get ImageNet's names."""
-        if labels and all(_WORDNET_ID.fullmatch(label) for label in labels):
-            known = imagenet()
-            found = [known._index.get(label, []) for label in labels]
-            if all(found):
-                return known._subset([classes[0] for classes in found])
+        known = imagenet()
+        ids = {wordnet_id: i for i, wordnet_id in enumerate(known.wordnet_ids)}
+        if labels and ids.keys() >= set(labels):
+            rows = [ids[label] for label in labels]
+            return cls(tuple(known.names[i] for i in rows), tuple(labels), tuple(known.definitions[i] for i in rows))
         return cls(tuple((label,) for label in labels))
-
-    def _subset(self, classes: Sequence[int]) -> ClassNames:
-        def chosen(values: Sequence[str] | None) -> tuple[str, ...] | None:
-            return None if values is None else tuple(values[i] for i in classes)
-
-        return ClassNames(tuple(self.names[i] for i in classes), chosen(self.wordnet_ids), chosen(self.definitions))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -82,16 +71,12 @@ class ClassNames:
         Raises:
             UserError: no class matches, or more than one; the message lists similar names, or all matching classes.
         """
-        if not isinstance(query, str):
-            try:
-                if isinstance(query, bool):
-                    raise TypeError
+        if isinstance(query, str) and re.fullmatch(r"-?[0-9]{1,20}", query.strip()):
+            query = int(query)
+        if not isinstance(query, str | bool):
+            with contextlib.suppress(TypeError):  # no integer
                 return self._checked(operator.index(query))
-            except TypeError:
-                raise UserError(f"{query!r} is not a class: give an id, a name or a WordNet id.") from None
-        if _ID.fullmatch(query.strip()):
-            return self._checked(int(query.strip()))
-        key = _key(query)
+        key = _key(query) if isinstance(query, str) else ""
         if not key:
             raise UserError(f"{_shorten(query)} is not a class: give an id, a name or a WordNet id.")
         classes = self._index.get(key, [])
@@ -99,8 +84,8 @@ class ClassNames:
             listed = "; ".join(self._distinguish(i, key) for i in classes)
             raise UserError(f"{_shorten(query)} means {len(classes)} classes, give the id of one: {listed}.")
         if not classes:
-            near = self._nearest(key)
-            advice = f"did you mean {', '.join(near)}?" if near else f"give a name or an id, {self._range()}."
+            near = ", ".join(self._nearest(key))
+            advice = f"did you mean {near}?" if near else f"give a name or an id, 0 to {len(self) - 1}."
             raise UserError(f"there is no class {_shorten(query)}: {advice}")
         return classes[0]
 
@@ -130,8 +115,7 @@ class ClassNames:
         """Classes in ascending order by the key of a name, of all names joined, or of a WordNet id."""
         index: dict[str, list[int]] = {}
         for i, names in enumerate(self.names):
-            wordnet_id = self.wordnet_ids[i : i + 1] if self.wordnet_ids else ()
-            for key in {_key(name) for name in (*names, ", ".join(names), *wordnet_id)}:
+            for key in {_key(name) for name in (*names, ", ".join(names), *self.wordnet_ids[i : i + 1])}:
                 index.setdefault(key, []).append(i)
         return index
 
@@ -139,33 +123,26 @@ class ClassNames:
         if 0 <= index < len(self):
             return index
         shown = index if abs(index) < 10**20 else "with such a large id"  # Python refuses to print the largest
-        raise UserError(f"class {shown} does not exist: the model has classes {self._range()}.")
-
-    def _range(self) -> str:
-        return f"0 to {len(self) - 1}"
+        raise UserError(f"class {shown} does not exist: the model has classes 0 to {len(self) - 1}.")
 
     def _distinguish(self, index: int, key: str) -> str:
         others = ", ".join(name for name in self.names[index] if _key(name) != key)
-        if not others and self.definitions is not None:
+        if not others and self.definitions:
             others = self.definitions[index].replace(";", ",")
         return f"{index} ({others})" if others else str(index)
 
     def _nearest(self, key: str) -> list[str]:
         """Returns up to three "name (id)": names that contain the query's words, then names with a similar spelling."""
-        import difflib
+        from difflib import get_close_matches
 
-        matcher = difflib.SequenceMatcher(autojunk=False)
-        matcher.set_seq2(key[:100])
-        ranked = []
-        for i, names in enumerate(self.names):
-            best = (False, 0.0, "")
-            for name in names:
-                matcher.set_seq1(_key(name)[:100])
-                best = max(best, (f" {key} " in f" {_key(name)} ", matcher.ratio(), name))
-            if best[0] or best[1] >= 0.6:
-                ranked.append((best, i))
-        ranked.sort(key=lambda found: found[0][:2], reverse=True)
-        return [f"{name} ({i})" for (_, _, name), i in ranked[:3]]
+        names = {_key(name): name for names in self.names for name in names}
+        with_words = [other for other in names if f" {key} " in f" {other} "]
+        near = get_close_matches(key[:100], with_words, cutoff=0) + get_close_matches(key[:100], names)
+        found: dict[int, str] = {}
+        for other in near:
+            for i in self._index[other]:
+                found.setdefault(i, f"{names[other]} ({i})")
+        return list(found.values())[:3]
 
 
 @functools.cache

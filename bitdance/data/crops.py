@@ -7,50 +7,34 @@ published models were trained. All functions are pure: random numbers are argume
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
-
-if TYPE_CHECKING:
-    import torch
 
 MIN_CROP_FRACTION = 0.8  # of the short side that the smallest random crop covers
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scales the short side to `size` pixels and cuts out the central square.
-
-    Args:
-        image: RGB, of any size.
-        size: side of the result in pixels.
-
-    Returns:
-        RGB, size x size; an image of this size keeps its pixels.
-    """
+    """Scales the short side to `size` pixels and cuts out the central square."""
     image = _scale_short_side(image, size)
-    width, height = image.size
-    return _crop(image, (height - size) // 2, (width - size) // 2, size)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(image: Image.Image, size: int, draws: tuple[float, float, float]) -> Image.Image:
     """Scales the short side to a random length in [size, ceil(size / 0.8)] and cuts out a random square.
 
     Args:
-        image: RGB, of any size.
-        size: side of the result in pixels.
         draws: uniform numbers in [0, 1) for the length of the short side, the top and the left edge.
-
-    Returns:
-        RGB, size x size.
 
     Raises:
         ValueError: a draw outside [0, 1).
     """
-    longest = math.ceil(size / MIN_CROP_FRACTION)
-    image = _scale_short_side(image, size + _choose(longest - size + 1, draws[0]))
-    width, height = image.size
-    return _crop(image, _choose(height - size + 1, draws[1]), _choose(width - size + 1, draws[2]), size)
+    lengths = math.ceil(size / MIN_CROP_FRACTION) - size + 1
+    image = _scale_short_side(image, size + _choose(lengths, draws[0]))
+    top, left = _choose(image.height - size + 1, draws[1]), _choose(image.width - size + 1, draws[2])
+    return image.crop((left, top, left + size, top + size))
 
 
 def horizontal_flip(image: Image.Image) -> Image.Image:
@@ -75,12 +59,9 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: another shape or type.
     """
-    import torch
-
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images must be uint8 of shape (B, H, W, 3), not {images.dtype} of shape {tuple(images.shape)}."
-        )
+    dtype, shape = images.dtype, tuple(images.shape)
+    if dtype != torch.uint8 or len(shape) != 4 or shape[-1] != 3:
+        raise ValueError(f"images must be uint8 of shape (B, H, W, 3), not {dtype} of shape {shape}.")
     return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
@@ -92,10 +73,6 @@ def _scale_short_side(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-
-
-def _crop(image: Image.Image, top: int, left: int, size: int) -> Image.Image:
-    return image.crop((left, top, left + size, top + size))
 
 
 def _choose(count: int, draw: float) -> int:

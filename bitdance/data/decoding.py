@@ -31,11 +31,10 @@ def read_image(path: pathlib.Path) -> Image.Image:
     """
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-                raise UserError(f"the image {path} has more than {MAX_FILE_BYTES} bytes; remove it or scale it down.")
-            return decode_image(file.read(), str(path))
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror or error}; check its permissions.") from error
+    return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -45,11 +44,11 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     not applied, as in ADM and torchvision.
 
     Args:
-        data: contents of the file.
+        data: contents of the file, at most MAX_FILE_BYTES.
         where: name of the image for error messages.
 
     Raises:
-        UserError: the bytes are not an image, are damaged, or have too many pixels.
+        UserError: the bytes are not an image or are damaged, or the file or the image is too large.
     """
     try:
         if len(data) > MAX_FILE_BYTES:

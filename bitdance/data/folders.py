@@ -62,10 +62,8 @@ class ZipImages(NamedImages):
         where = f"{member} in {self.path}"
         try:
             archive, lock = self._open()
-            with lock:
-                if archive.getinfo(member).file_size > MAX_FILE_BYTES:
-                    raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
-                data = archive.read(member)
+            with lock, archive.open(member) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:  # for each kind of damage, for encryption and for a missing file there is another
             raise UserError(f"cannot read the image {where}: {reason(error)}; make the zip again.") from error
         return decode_image(data, where)

@@ -63,7 +63,7 @@ class NamedImages(ImageDataset):
 
     def __init__(self, path: pathlib.Path, names: list[str]) -> None:
         folders = [name.split("/", 1)[0] for name in names]
-        known = imagenet().wordnet_ids or ()
+        known = imagenet().wordnet_ids
         self.path = path
         self.classes = known if set(folders) <= set(known) else tuple(sorted(set(folders)))
         label_of = {name: label for label, name in enumerate(self.classes)}
@@ -83,9 +83,8 @@ def sort_by_class(path: pathlib.Path, members: Collection[str], is_archive: bool
     """Sorts images by class and then by name.
 
     Args:
-        path: where the images are, for error messages.
-        members: names of files of any type, and names of folders with a trailing "/". The top-level folders are the
-            classes.
+        path: for error messages.
+        members: names of files of any type, and of folders with a trailing "/"; top-level folders are the classes.
         is_archive: whether the class folders may be inside one common folder.
 
     Returns:
@@ -96,19 +95,18 @@ def sort_by_class(path: pathlib.Path, members: Collection[str], is_archive: bool
     """
     members = [member for member in members if not is_hidden(member)]
     images = [name.split("/") for name in members if is_image(name)]
+    expected = f"images are expected in one folder per class, as in {path}/<class>/<image>.jpg"
+    if not images:
+        raise UserError(f"no images in {path}: {expected}, in a format such as JPEG or PNG.")
     prefix = ""
     if is_archive and len({parts[0] for parts in images}) == 1 and all(len(parts) > 2 for parts in images):
         prefix = images[0][0] + "/"
-    inside = {member[len(prefix) :] for member in members if member.startswith(prefix)}
+    inside = {member[len(prefix) :] for member in members if member.startswith(prefix) and "/" in member[len(prefix) :]}
     # Sorted by parts: as strings "dog-2/a" < "dog/a", although the class "dog" < "dog-2".
     names = sorted(filter(is_image, inside), key=lambda name: name.split("/"))
-    expected = f"images are expected in one folder per class, as in {path}/<class>/<image>.jpg"
-    if not names:
-        raise UserError(f"no images in {path}: {expected}, in a format such as JPEG or PNG.")
-    names = [name for name in names if "/" in name]
     if not names:
         raise UserError(f"{path} holds images but no class folders: {expected}; move them into class folders.")
-    folders, classes = ({name.split("/", 1)[0] for name in group if "/" in name} for group in (inside, names))
+    folders, classes = ({name.split("/", 1)[0] for name in group} for group in (inside, names))
     if empty := sorted(folders - classes):  # skipping it would number the next classes unlike in a complete copy
         raise UserError(f"the class folder {empty[0]!r} in {path} holds no images; fill it or remove it.")
     return prefix, names

@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from bitdance.data.cifar10 import MAX_MEMBERS, METADATA_FILES, SPLITS, CifarImages, Split, is_gzip
+from bitdance.data.cifar10 import GZIP, MAX_MEMBERS, METADATA_FILES, SPLITS, CifarImages, Split
 from bitdance.data.folders import FolderImages, ZipImages
 from bitdance.data.image_dataset import FORMATS, ImageDataset
 from bitdance.data.parquet import ParquetImages, find_parquet
@@ -57,7 +57,7 @@ def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageDataset] | N
         magic = file.read(6)
     if magic[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return ZipImages
-    if is_gzip(path):
+    if magic[:2] == GZIP:
         return None
     if magic[:3] == b"BZh" or magic == b"\xfd7zXZ\0":
         raise UserError(f"{path} is compressed by bzip2 or xz: decompress it; a tar is read without unpacking it.")

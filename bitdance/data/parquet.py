@@ -7,9 +7,11 @@ in order; from a tar it decodes 800 in either order. For many epochs use class f
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,43 +44,43 @@ class ParquetImages(ImageDataset):
             raise UserError(f"{path} is parquet, which needs pyarrow: pip install 'bitdance[data]'.") from error
         self.path = path
         self._files = find_parquet(path)
-        self._footers, labels, groups, names = [], [], [], None
+        self._footers, labels, groups, sizes = [], [], [], []
         for number, file in enumerate(self._files):
             try:
                 with pq.ParquetFile(file, memory_map=True) as opened:
-                    _check_columns(opened.schema_arrow)
                     labels.append(_read_labels(opened))
                     self._footers.append(opened.metadata)
-                    names = _class_names(opened.schema_arrow) if names is None else names
-                sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
-                if sum(sizes) != len(labels[-1]):
-                    raise ValueError(f"it has {len(labels[-1])} labels for {sum(sizes)} rows")
-                groups += [(number, group, size) for group, size in enumerate(sizes)]
+                    schema = opened.schema_arrow
+                rows = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+                if sum(rows) != len(labels[-1]):
+                    raise ValueError(f"it has {len(labels[-1])} labels for {sum(rows)} rows")
+                groups += [(number, group) for group in range(len(rows))]
+                sizes += rows
             except Exception as error:  # pyarrow has its own exceptions, and raises others too on damaged files
                 raise UserError(f"cannot read {file}: {reason(error)}; download or make it again.") from error
         self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"no images in {path}: its parquet files have no rows.")
-        self.classes = _classes(names, int(self.labels.max()) + 1, path)
-        table = np.array(groups, dtype=np.int64)
-        self._groups, self._ends = table[:, :2], np.cumsum(table[:, 2])
-        self._reader = threading.local()
+        self.classes = _find_classes(schema, int(self.labels.max()) + 1, path)
+        self._groups = groups
+        self._starts = np.cumsum([0, *sizes])
+        self._local = threading.local()
 
     def name(self, index: int) -> str:
-        index = range(len(self))[index]
         number, _, _, row = self._find(index)
         return f"{self.classes[self.labels[index]]}/{self._files[number].stem}/{row:06d}"
 
     def read(self, index: int) -> Image.Image:
-        number, group, row, row_of_file = self._find(range(len(self))[index])
+        number, group, row, row_of_file = self._find(index)
         where = f"in row {row_of_file} of {self._files[number]}"
-        reader = getattr(self._reader, "group", None)  # each thread continues in the row group that it read last
         try:
-            if reader is None or reader.position != (number, group) or reader.first > row:
-                reader = _GroupReader(self._files[number], self._footers[number], (number, group))
-            self._reader.group = None  # after an error the group is opened again
-            data = reader.read(row)
-            self._reader.group = reader
+            # Each thread continues in the row group that it read last.
+            position, following, images = getattr(self._local, "cursor", None) or (None, 0, iter(()))
+            if position != (number, group) or following > row:
+                following, images = 0, self._read_group(number, group)
+            self._local.cursor = None  # after an error the group is opened again
+            data = next(itertools.islice(images, row - following, None)).as_py()
+            self._local.cursor = (number, group), row + 1, images
             if data is None:
                 raise ValueError("the row holds no bytes of an image")
         except Exception as error:  # see above
@@ -87,39 +89,25 @@ class ParquetImages(ImageDataset):
 
     def _find(self, index: int) -> tuple[int, int, int, int]:
         """Returns the numbers of an image's file and row group, and its rows in the group and in the file."""
-        i = int(np.searchsorted(self._ends, index, side="right"))
-        number, group = map(int, self._groups[i])
-        first, first_of_file = (int(self._ends[j - 1]) if j else 0 for j in (i, i - group))
-        return number, group, index - first, index - first_of_file
+        index = range(len(self))[index]
+        i = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, group = self._groups[i]
+        return number, group, index - int(self._starts[i]), index - int(self._starts[i - group])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _reader=threading.local())
-
-
-class _GroupReader:
-    """Reads the encoded images of one row group forward, a few rows at a time.
-
-    Attributes:
-        position: the numbers of the file and the group.
-        first: the first row that can still be read.
-    """
-
-    def __init__(self, file: pathlib.Path, footer: Any, position: tuple[int, int]) -> None:
+    def _read_group(self, number: int, group: int) -> Iterator[Any]:
+        """Yields the encoded images of a row group as Arrow scalars, decompressed a few rows at a time."""
         import pyarrow.parquet as pq
 
-        self.position, self.first = position, 0
-        self._batch: Any = ()  # an Arrow array
-        opened = pq.ParquetFile(file, metadata=footer, memory_map=True)  # 0.05 ms with the footer
-        self._batches = opened.iter_batches(_BATCH, [position[1]], ["image.bytes"], use_threads=False)
+        # With the footer, opening takes 0.05 ms.
+        opened = pq.ParquetFile(self._files[number], metadata=self._footers[number], memory_map=True)
+        for batch in opened.iter_batches(_BATCH, [group], ["image.bytes"], use_threads=False):
+            yield from batch.column(0).field(0)
 
-    def read(self, row: int) -> bytes | None:
-        while row >= self.first + len(self._batch):
-            self.first += len(self._batch)
-            self._batch = next(self._batches).column(0).field(0)
-        return self._batch[row - self.first].as_py()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=threading.local())
 
 
 def find_parquet(path: pathlib.Path) -> list[pathlib.Path]:
@@ -140,10 +128,11 @@ def find_parquet(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.parent.glob(path.name)) if path.match("*[*?]*.parquet") else []
 
 
-def _check_columns(schema: Any) -> None:
+def _read_labels(file: Any) -> np.ndarray:
+    """Checks the columns of an opened file and reads its labels, (N,) int64."""
     import pyarrow as pa
 
-    types = dict(zip(schema.names, schema.types, strict=True))
+    types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
     image, label = types.get("image"), types.get("label", pa.null())
     fields = {field.name: field.type for field in image} if isinstance(image, pa.StructType) else {}
     if fields.get("bytes") not in (pa.binary(), pa.large_binary()) or not pa.types.is_integer(label):
@@ -151,10 +140,6 @@ def _check_columns(schema: Any) -> None:
             f"it has the columns {', '.join(types)[:200] or 'none'}, where an 'image' with 'bytes' and an integer "
             "'label' are expected"
         )
-
-
-def _read_labels(file: Any) -> np.ndarray:
-    """Reads the labels of an opened file, (N,) int64."""
     column = file.read(columns=["label"], use_threads=False).column(0)
     if column.null_count:
         raise ValueError(f"row {column.to_pylist().index(None)} has no label")
@@ -164,20 +149,15 @@ def _read_labels(file: Any) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _class_names(schema: Any) -> list[str] | None:
-    """Returns the names of the labels that the hub's library wrote into a schema."""
+def _find_classes(schema: Any, count: int, path: pathlib.Path) -> tuple[str, ...]:
+    """Returns the names of all classes, of which `count` have labels."""
+    wordnet_ids = imagenet().wordnet_ids
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def _classes(names: list[str] | None, count: int, path: pathlib.Path) -> tuple[str, ...]:
-    """Returns the names of all classes, of which `count` have labels."""
-    if names is not None and len(names) < count:
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, RecursionError):  # other programs write none
+        return wordnet_ids if count == len(wordnet_ids) else tuple(map(str, range(count)))
+    if len(names) < count:
         raise UserError(f"{path} names {len(names)} classes and has a label {count - 1}; download or make it again.")
-    wordnet_ids = imagenet().wordnet_ids or ()
-    if are_imagenet(names) if names is not None else count == len(wordnet_ids):
-        return wordnet_ids
-    return tuple(names) if names is not None else tuple(map(str, range(count)))
+    return wordnet_ids if are_imagenet(names) else tuple(names)

@@ -118,16 +118,13 @@ class TokenDataset:
         self.classes, self._files = self.info.classes, list(shards)
         opened, stop = [], 0
         for file, digest in shards.items():
-            contents = read_shard(file, self.info, verify=False)
-            if contents.metadata["digest"] != digest:
+            shard, entry, covered = read_shard(file, self.info)
+            if entry.digest != digest or covered.start != stop:
                 raise UserError(f"{file} is not the shard that {MANIFEST} lists: {AGAIN}.")
-            start, end = (contents.config or {})["covered"]
-            if start != stop:
-                break
-            opened.append(contents.states[KIND])
-            stop = end
-        if stop != self.info.images or len(opened) != len(shards):
-            raise UserError(f"{path / MANIFEST} does not list all shards in their order: {AGAIN}.")
+            opened.append(shard)
+            stop = covered.stop
+        if stop != self.info.images:
+            raise UserError(f"{path / MANIFEST} does not list all shards: {AGAIN}.")
         self._bits, self._checksums = ([shard[name].numpy() for shard in opened] for name in ("bits", "checksums"))
         self._starts = np.cumsum([0, *map(len, self._bits)])
         self.labels = np.concatenate([shard["labels"].numpy() for shard in opened])
@@ -185,16 +182,8 @@ def names_digest(images: ImageDataset) -> str:
 
 def write_shard(
     path: pathlib.Path, info: TokenCacheInfo, images: ImageDataset, covered: range, kept: list[int], bits: Tensor
-) -> None:
-    """Writes a shard atomically.
-
-    Args:
-        path: the file.
-        info: of the token cache.
-        images: the data set.
-        covered: indices of the shard's images in the data set, including bad ones.
-        kept: indices of those that could be read.
-        bits: of these, (n, crops, flips, N, C / 8) uint8.
+) -> Shard:
+    """Writes a shard atomically: the bits of the images `kept`, (n, crops, flips, N, C / 8) uint8, of those `covered`.
 
     Raises:
         UserError: the file cannot be written.
@@ -206,16 +195,19 @@ def write_shard(
     bad_images = [images.name(index) for index in sorted(set(covered).difference(kept))]
     config = {"info": dataclasses.asdict(info), "covered": [covered.start, covered.stop], "bad_images": bad_images}
     tensors = {"bits": bits, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
-    weights_file.save_tensors(path, tensors, KIND, config)
+    return Shard(path.name, len(kept), weights_file.save_tensors(path, tensors, KIND, config), tuple(bad_images))
 
 
-def read_shard(path: pathlib.Path, info: TokenCacheInfo, verify: bool) -> weights_file.Contents:
+def read_shard(
+    path: pathlib.Path, info: TokenCacheInfo, verify: bool = False
+) -> tuple[dict[str, Tensor], Shard, range]:
     """Maps the tensors of a shard, and checks their shapes and that they belong to the token cache.
 
     Args:
-        path: the file.
-        info: of the token cache.
         verify: read all bytes, and compare them with their digest.
+
+    Returns:
+        The tensors, the entry in the manifest, and the indices of the images that the shard covers.
 
     Raises:
         UserError: the shard is missing, damaged, or of another token cache.
@@ -237,4 +229,5 @@ def read_shard(path: pathlib.Path, info: TokenCacheInfo, verify: bool) -> weight
     is_whole = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == expected
     if not is_whole or (count and not 0 <= state["labels"].min() <= state["labels"].max() < len(info.classes)):
         raise UserError(f"{path} holds other tensors than its metadata describe: {AGAIN}.")
-    return contents
+    entry = Shard(path.name, count, contents.metadata["digest"], tuple(config["bad_images"]))
+    return state, entry, range(*config["covered"])
