@@ -23,6 +23,7 @@ from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 
 FORMAT, FORMAT_VERSION = "bitdance-features", 2
+ARRAYS = ("pool", "logits", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,9 @@ class Collector:
     """
 
     def __init__(self, extractor: FeatureExtractor, total: int, keep: int | None = None) -> None:
-        self._extractor = extractor
+        self._extractor, self._count = extractor, 0
         self._kept = np.zeros(total, bool)
         self._kept[evenly_spaced(total, keep)] = True
-        self._count = 0
         self._accumulators: dict[str, StatisticsAccumulator] = {}
         self._pool: list[np.ndarray] = []
         self._logits: list[np.ndarray] = []
@@ -72,31 +72,20 @@ class Collector:
         self._pool.append(pool[self._kept[self._count : self._count + len(pool)]])
         self._count += len(pool)
         for name in ("pool", "spatial"):
-            if name in features:
-                rows = features[name]
+            if (rows := features.get(name)) is not None:
                 self._accumulators.setdefault(name, StatisticsAccumulator(rows.shape[1])).add(rows)
         if "logits" in features and self._kept.all():
             self._logits.append(features["logits"])
 
     def finish(self, about: dict[str, Any], labels: np.ndarray | None) -> FeatureSet:
         """Returns the set of all images added."""
-        about = {
-            "count": self._count,
-            **about,
-            "extractor": self._extractor.name,
-            "extractor_digest": self._extractor.digest,
-            "classifies": self._extractor.classifies,
-        }
+        names = {"extractor": "name", "extractor_digest": "digest", "classifies": "classifies"}
+        about = {"count": self._count, **about, **{key: getattr(self._extractor, name) for key, name in names.items()}}
         accumulators = self._accumulators if self._count >= 2 else {}
         statistics = {name: accumulator.statistics() for name, accumulator in accumulators.items()}
-        return FeatureSet(
-            about,
-            np.concatenate(self._pool),
-            statistics.get("pool"),
-            statistics.get("spatial"),
-            np.concatenate(self._logits) if self._logits else None,
-            labels,
-        )
+        logits = np.concatenate(self._logits) if self._logits else None
+        pool = np.concatenate(self._pool)
+        return FeatureSet(about, pool, statistics.get("pool"), statistics.get("spatial"), logits, labels)
 
 
 def extract_features(
@@ -215,7 +204,7 @@ def write_feature_set(path: pathlib.Path, features: FeatureSet) -> None:
     """
     about = {**features.about, "format": FORMAT, "format_version": FORMAT_VERSION}
     arrays: dict[str, np.ndarray] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
-    for name in ("pool", "logits", "labels"):
+    for name in ARRAYS:
         if (array := getattr(features, name)) is not None:
             arrays[name] = array
     for suffix, statistics in (("", features.statistics), ("_s", features.spatial)):
@@ -234,24 +223,25 @@ def read_feature_set(path: str | os.PathLike[str]) -> FeatureSet | None:
         UserError: the file is damaged, or holds invalid features.
     """
     path = pathlib.Path(path)
+    about: dict[str, Any] = {"source": str(path)}
     with npz_errors(path), np.load(path, allow_pickle=False) as file:
-        if "about" not in file and ("arr_0" in file or "mu" not in file):
-            return None
-        arrays = {name: np.asarray(file[name]) for name in ("about", "pool", "logits", "labels") if name in file}
-        about: dict[str, Any] = {"source": str(path)}
-        if "about" in arrays:
-            about = json.loads(arrays["about"].tobytes())
+        if "about" in file:
+            about = json.loads(file["about"].tobytes())
             if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
                 raise UserError(f"{path} is not of format {FORMAT} {FORMAT_VERSION}: extract the features again.")
-    for name in ("pool", "logits"):
-        if name in arrays:
-            arrays[name] = validate_features(arrays[name], f"{path}: {name}")
-    count, labels = about.get("count"), arrays.get("labels")
-    if "logits" in arrays and len(arrays["logits"]) != count:
-        raise UserError(f"{path} holds {len(arrays['logits'])} logits for {count} images: extract them again.")
+        elif "arr_0" in file or "mu" not in file:
+            return None
+        pool, logits, labels = (np.asarray(file[name]) if name in file else None for name in ARRAYS)
+    count = about.get("count")
+    if pool is not None:
+        pool = validate_features(pool, f"{path}: pool")
+    if logits is not None:
+        logits = validate_features(logits, f"{path}: logits")
+        if len(logits) != count:
+            raise UserError(f"{path} holds {len(logits)} logits for {count} images: extract them again.")
     if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise UserError(f"{path} holds labels of type {labels.dtype} and shape {labels.shape} for {count} images.")
-    return FeatureSet(about, arrays.get("pool"), *read_statistics(path), arrays.get("logits"), labels)
+    return FeatureSet(about, pool, *read_statistics(path), logits, labels)
 
 
 def read_statistics(path: pathlib.Path) -> tuple[Statistics | None, Statistics | None]:

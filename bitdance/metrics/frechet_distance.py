@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from bitdance.metrics.statistics import Statistics, validate_statistics
@@ -26,26 +28,17 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def trace_sqrt(a: np.ndarray, b: np.ndarray) -> float:
-    """Computes tr((A B)^(1/2)) of two covariances from eigenvalues only.
+    """Computes tr((A B)^(1/2)) of two covariances, (D, D) float64, from eigenvalues only.
 
     For any factor A = R R^T, A B has the eigenvalues of the symmetric R^T B R, which are not negative. Rank-deficient
     covariances cost about 1e-5 of accuracy.
-
-    Args:
-        a, b: (D, D) float64, symmetric and positive semidefinite up to rounding.
     """
-    factor, other = _cholesky(a), b
-    if factor is None:
-        factor, other = _cholesky(b), a
-    if factor is None:  # both are rank-deficient
+    for first, second in ((a, b), (b, a)):
+        with contextlib.suppress(np.linalg.LinAlgError):
+            factor, other = np.linalg.cholesky(first), second
+            break
+    else:  # both are rank-deficient
         values, vectors = np.linalg.eigh(a)
         factor, other = vectors * np.sqrt(values.clip(0)), b
     values = np.linalg.eigvalsh(factor.T @ other @ factor)
     return float(np.sqrt(values.clip(0)).sum())
-
-
-def _cholesky(a: np.ndarray) -> np.ndarray | None:
-    try:
-        return np.linalg.cholesky(a)
-    except np.linalg.LinAlgError:
-        return None

@@ -9,11 +9,12 @@ import abc
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
-from typing import IO
+from typing import Any
 
 import numpy as np
 
@@ -104,74 +105,53 @@ class NpzSource(ImageSource):
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         with npz_errors(path), zipfile.ZipFile(path) as archive:
-            self._member = self._find(archive)
-            with archive.open(self._member) as file:
-                shape, self.dtype = _read_header(file)
-                start = file.tell()
+            headers = {name: _read_header(archive, name) for name in archive.namelist() if name.endswith(".npy")}
+            images = {"arr_0.npy"} & headers.keys() or {name for name in headers if len(headers[name][0]) == 4}
+            if len(images) != 1:
+                raise UserError(
+                    f"{path} holds no arr_0 ({len(headers)} arrays, {len(images)} of four dimensions): expected images "
+                    "of shape (N, H, W, 3) under that name."
+                )
+            self._member = images.pop()
+            shape, self.dtype, is_fortran, self._start = headers[self._member]
             if len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or self.dtype.kind not in "uif":
                 raise UserError(f"{path} holds {self.dtype} of shape {shape}: expected numbers of shape (N, H, W, 3).")
-            expected = start + int(np.prod(shape, dtype=object)) * self.dtype.itemsize
-            if archive.getinfo(self._member).file_size != expected:
-                raise UserError(f"{path}: {self._member} is truncated: create or download it again.")
+            if is_fortran:
+                raise UserError(f"{path} holds an array in Fortran order: save it in C order.")
             self.shape = shape
-            self.labels = self._read_labels(archive)
+            self._image_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+            if archive.getinfo(self._member).file_size != self._start + len(self) * self._image_bytes:
+                raise UserError(f"{path}: {self._member} is truncated: create or download it again.")
+            if self._member == "arr_0.npy" and "arr_1.npy" in headers:
+                self.labels = self._read_labels(archive, headers["arr_1.npy"])
 
-    def _find(self, archive: zipfile.ZipFile) -> str:
-        names = [name for name in archive.namelist() if name.endswith(".npy")]
-        if "arr_0.npy" in names:
-            return "arr_0.npy"
-        images = []
-        for name in names:
-            with archive.open(name) as file:
-                if len(_read_header(file)[0]) == 4:
-                    images.append(name)
-        if len(images) != 1:
-            raise UserError(
-                f"{self.path} holds no arr_0 ({len(names)} arrays, {len(images)} of them of four dimensions): expected "
-                "images of shape (N, H, W, 3) under that name."
-            )
-        return images[0]
-
-    def _read_labels(self, archive: zipfile.ZipFile) -> np.ndarray | None:
-        if self._member != "arr_0.npy" or "arr_1.npy" not in archive.namelist():
-            return None
+    def _read_labels(self, archive: zipfile.ZipFile, header: tuple[Any, ...]) -> np.ndarray:
+        shape, dtype, _, start = header
+        if shape != (len(self),) or dtype.kind not in "iu":
+            raise UserError(f"{self.path}: arr_1 is {dtype} of shape {shape}: expected {len(self)} integer labels.")
         with archive.open("arr_1.npy") as file:
-            shape, dtype = _read_header(file)
-            if shape != (len(self),) or dtype.kind not in "iu":
-                raise UserError(f"{self.path}: arr_1 is {dtype} of shape {shape}: expected {len(self)} integer labels.")
-            labels = np.frombuffer(_read_bytes(file, len(self) * dtype.itemsize), dtype).astype(np.int64)
+            data = file.read(start + len(self) * dtype.itemsize)
+        labels = np.frombuffer(data, dtype, len(self), start).astype(np.int64)
         if labels.min() < 0:
             raise UserError(f"{self.path}: arr_1 holds the label {labels.min()}: labels start at 0.")
         return labels
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        image_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self._member) as file:
-            _read_header(file)
-            for block, start in enumerate(range(0, len(self), size)):
-                count = min(size, len(self) - start)
-                if block % ranks != rank:
-                    file.seek(count * image_bytes, os.SEEK_CUR)
-                    continue
-                pixels = np.frombuffer(_read_bytes(file, count * image_bytes), self.dtype)
+            file.read(self._start)  # a seek would end the comparison with the checksum
+            for block in range(rank, -(-len(self) // size), ranks):
+                first, count = block * size, min(size, len(self) - block * size)
+                file.seek(self._start + first * self._image_bytes)
+                pixels = np.frombuffer(file.read(count * self._image_bytes), self.dtype)
                 yield block, pixels.reshape(count, *self.shape[1:])
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    """Returns shape and dtype of an array, whether it is in Fortran order, and the offset of its data in the member."""
     formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = formats[np.lib.format.read_magic(file)](file)
-    if fortran and len(shape) > 1:
-        raise UserError("an array of images is stored in Fortran order: save it in C order.")
-    return shape, dtype
-
-
-def _read_bytes(file: IO[bytes], count: int) -> bytearray:
-    data = bytearray()
-    while len(data) < count:
-        if not (more := file.read(count - len(data))):
-            raise EOFError
-        data += more
-    return data
+    with archive.open(name) as file:
+        shape, is_fortran, dtype = formats[np.lib.format.read_magic(file)](file)
+        return shape, dtype, is_fortran and len(shape) > 1, file.tell()
 
 
 class ImageFileSource(ImageSource):
@@ -211,9 +191,9 @@ class ImageFileSource(ImageSource):
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            for block, start in enumerate(range(0, len(self), size)):
-                if block % ranks == rank:
-                    yield block, np.stack(list(pool.map(self._read, range(start, min(start + size, len(self))))))
+            for block in range(rank, -(-len(self) // size), ranks):
+                positions = range(block * size, min((block + 1) * size, len(self)))
+                yield block, np.stack(list(pool.map(self._read, positions)))
 
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,6 @@ PUBLISHED_DIGEST = "6726825d"
 FILE_NAMES = (PLAIN_FILES["inception"].rpartition("/")[2], "weights-inception-2015-12-05-6726825d.pth")
 
 
-# ---------------------------------------------------------------- resizing
-
-
 def resize(images: Tensor, side: int = SIDE) -> Tensor:
     """Resizes bilinearly as TensorFlow 1's ResizeBilinear does by default; bit-identical on a CPU.
 
@@ -45,8 +43,7 @@ def resize(images: Tensor, side: int = SIDE) -> Tensor:
     arithmetic is float32.
 
     Args:
-        images: (N, H, W, C) of any type; converted to float32.
-        side: height and width of the result.
+        images: (N, H, W, C) of any type.
 
     Returns:
         (N, side, side, C) float32, in the range of `images`.
@@ -77,16 +74,13 @@ def _source_pixels(length: int, side: int, device: torch.device) -> tuple[Tensor
     return low.to(device), (low + 1).clamp_max(length - 1).to(device), weight.to(device)
 
 
-# ---------------------------------------------------------------- the network
-
-
 class Conv(nn.Module):
-    """Convolution, batch normalization with the stored statistics, and ReLU."""
+    """Convolution, batch normalization with the stored statistics, and ReLU; strides are without padding."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (kernel[0] // 2, kernel[1] // 2) if pad else 0
+        padding = (kernel[0] // 2, kernel[1] // 2) if pad and stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
 
@@ -104,35 +98,41 @@ class Conv(nn.Module):
         self.bn = nn.Identity()
 
 
-def _avg_pool(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_pool(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
-    return F.max_pool2d(x, 3, stride, padding)
+_avg_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_max_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
+_wide_max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
 class Block(nn.Module):
     """Concatenation of branches of the same input: chains of convolutions, the one called `branch_pool` after a pool.
 
-    A tuple in a chain is a pair of convolutions whose outputs are concatenated.
+    Args:
+        inputs: channels.
+        pool: the pool.
+        branches: arguments of the convolutions after their inputs; a list of two is a pair whose outputs are
+            concatenated.
     """
 
-    def __init__(self, pool: Callable[[Tensor], Tensor], **branches: list[Conv | tuple[Conv, Conv]]):
+    def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor], **branches: list[Any]):
         super().__init__()
-        self.pool, self.branches = pool, branches
+        self.pool = pool
+        self.branches: dict[str, list[list[Conv]]] = {}
         for name, chain in branches.items():
+            self.branches[name], width = [], inputs
             for i, layer in enumerate(chain, 1):
-                number = f"_{i}" if len(chain) > 1 else ""
-                for letter, conv in zip("ab", layer, strict=True) if isinstance(layer, tuple) else [("", layer)]:
-                    self.add_module(f"{name}{number}{letter}", conv)
+                pair = layer if isinstance(layer, list) else [layer]
+                convs = [Conv(width, *arguments) for arguments in pair]
+                width = sum(outputs for outputs, *_ in pair)
+                for letter, conv in zip("ab" if len(pair) > 1 else [""], convs, strict=True):
+                    self.add_module(name + (f"_{i}" if len(chain) > 1 else "") + letter, conv)
+                self.branches[name].append(convs)
 
     def forward(self, x: Tensor) -> Tensor:
         results = []
         for name, chain in self.branches.items():
             y = self.pool(x) if name == "branch_pool" else x
-            for layer in chain:
-                y = layer(y) if isinstance(layer, Conv) else torch.cat([conv(y) for conv in layer], 1)
+            for convs in chain:
+                y = torch.cat([conv(y) for conv in convs], 1) if len(convs) > 1 else convs[0](y)
             results.append(y)
         return torch.cat(results, 1)
 
@@ -140,65 +140,51 @@ class Block(nn.Module):
 def block_a(inputs: int, pool: int) -> Block:
     """Mixed_5b to Mixed_5d, on 35 x 35."""
     return Block(
+        inputs,
         _avg_pool,
-        branch1x1=[Conv(inputs, 64, 1)],
-        branch5x5=[Conv(inputs, 48, 1), Conv(48, 64, 5)],
-        branch3x3dbl=[Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)],
-        branch_pool=[Conv(inputs, pool, 1)],
+        branch1x1=[(64, 1)],
+        branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+        branch_pool=[(pool, 1)],
     )
 
 
 def block_b(inputs: int) -> Block:
     """Mixed_6a, from 35 x 35 to 17 x 17."""
     return Block(
-        _max_pool,
-        branch3x3=[Conv(inputs, 384, 3, stride=2, pad=False)],
-        branch3x3dbl=[Conv(inputs, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, stride=2, pad=False)],
-        branch_pool=[],
+        inputs, _max_pool, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[]
     )
 
 
 def block_c(width: int) -> Block:
     """Mixed_6b to Mixed_6e, on 17 x 17."""
-
-    def row(outputs: int = width) -> Conv:
-        return Conv(width, outputs, (1, 7))
-
-    def column(outputs: int = width) -> Conv:
-        return Conv(width, outputs, (7, 1))
-
+    row, column = (width, (1, 7)), (width, (7, 1))
     return Block(
+        768,
         _avg_pool,
-        branch1x1=[Conv(768, 192, 1)],
-        branch7x7=[Conv(768, width, 1), row(), column(192)],
-        branch7x7dbl=[Conv(768, width, 1), column(), row(), column(), row(192)],
-        branch_pool=[Conv(768, 192, 1)],
+        branch1x1=[(192, 1)],
+        branch7x7=[(width, 1), row, (192, (7, 1))],
+        branch7x7dbl=[(width, 1), column, row, column, (192, (1, 7))],
+        branch_pool=[(192, 1)],
     )
 
 
 def block_d() -> Block:
     """Mixed_7a, from 17 x 17 to 8 x 8."""
-    rows, columns, last = Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)), Conv(192, 192, 3, stride=2, pad=False)
-    return Block(
-        _max_pool,
-        branch3x3=[Conv(768, 192, 1), Conv(192, 320, 3, stride=2, pad=False)],
-        branch7x7x3=[Conv(768, 192, 1), rows, columns, last],
-        branch_pool=[],
-    )
+    branch7x7x3 = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
+    return Block(768, _max_pool, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=branch7x7x3, branch_pool=[])
 
 
 def block_e(inputs: int, pool: Callable[[Tensor], Tensor]) -> Block:
     """Mixed_7b and Mixed_7c, on 8 x 8."""
-
-    def pair() -> tuple[Conv, Conv]:
-        return Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
-
+    pair = [(384, (1, 3)), (384, (3, 1))]
     return Block(
+        inputs,
         pool,
-        branch1x1=[Conv(inputs, 320, 1)],
-        branch3x3=[Conv(inputs, 384, 1), pair()],
-        branch3x3dbl=[Conv(inputs, 448, 1), Conv(448, 384, 3), pair()],
-        branch_pool=[Conv(inputs, 192, 1)],
+        branch1x1=[(320, 1)],
+        branch3x3=[(384, 1), pair],
+        branch3x3dbl=[(448, 1), (384, 3), pair],
+        branch_pool=[(192, 1)],
     )
 
 
@@ -207,7 +193,7 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, pad=False)
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, pad=False)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
@@ -222,7 +208,7 @@ class Inception(nn.Module):
         self.Mixed_6e = block_c(192)
         self.Mixed_7a = block_d()
         self.Mixed_7b = block_e(1280, _avg_pool)
-        self.Mixed_7c = block_e(2048, partial(_max_pool, stride=1, padding=1))
+        self.Mixed_7c = block_e(2048, _wide_max_pool)
         self.fc = nn.Linear(POOL_SIZE, 1008)
         self.eval().requires_grad_(False)
 
@@ -270,9 +256,6 @@ def _full_float32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-# ---------------------------------------------------------------- weights
 
 
 def find_weights(path: pathlib.Path | None = None, folder: pathlib.Path = EVALUATION_FOLDER) -> pathlib.Path:

@@ -20,10 +20,6 @@ def inception_score(logits: np.ndarray, chunk: int = CHUNK) -> float:
 
     Args:
         logits: (N, classes) float32, without the bias of the classifier to agree with ADM.
-        chunk: images per chunk.
-
-    Returns:
-        Between 1 and the number of classes.
 
     Raises:
         UserError: no rows, or values that are not finite.
@@ -31,17 +27,16 @@ def inception_score(logits: np.ndarray, chunk: int = CHUNK) -> float:
     logits = validate_features(logits, "logits")
     if chunk < 1:
         raise UserError(f"chunk={chunk} is invalid: it must be at least 1.")
-    return float(np.mean([_score(logits[start : start + chunk]) for start in range(0, len(logits), chunk)]))
+    scores = []
+    for start in range(0, len(logits), chunk):
+        # In float32, as in ADM, a probability that underflows to 0 gives NaN; here 0 log 0 is 0.
+        log_p = torch.from_numpy(logits[start : start + chunk]).double().log_softmax(1)
+        p = log_p.exp()
+        marginal = p.mean(0)  # (classes,)
+        scores.append(((p * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()).exp().item())
+    return float(np.mean(scores))
 
 
 def shuffled_inception_score(logits: np.ndarray, chunk: int = CHUNK, seed: int = 0) -> float:
     """Computes `inception_score` after a shuffle that depends only on the seed and the number of images."""
     return inception_score(logits[np.random.RandomState(seed).permutation(len(logits))], chunk)
-
-
-def _score(logits: np.ndarray) -> float:
-    # In float32, as in ADM, a probability that underflows to 0 gives NaN; here 0 log 0 is 0.
-    log_p = torch.from_numpy(logits).double().log_softmax(1)
-    p = log_p.exp()
-    marginal = p.mean(0)  # (classes,)
-    return ((p * log_p).sum(1).mean() - torch.xlogy(marginal, marginal).sum()).exp().item()

@@ -6,6 +6,7 @@ on the number of images.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,25 +36,20 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
         UserError: fewer than two rows, different dimensions, or values that are not finite.
     """
     x, y = validate_pair(x, y, at_least=2)
-    m, n = len(x), len(y)
-    within = _kernel_sum(x) / (m * (m - 1)) + _kernel_sum(y) / (n * (n - 1))
-    return within - 2 * _kernel_sum(x, y) / (m * n)
+    within = sum((_kernel_sum(z, z) - _diagonal_sum(z)) / (len(z) * (len(z) - 1)) for z in (x, y))
+    return within - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
 
 def subset_kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0) -> KIDResult:
-    """Computes the estimate over random subsets of both sets, drawn without replacement.
+    """Computes the estimate over random subsets of `size` rows of both sets, drawn without replacement.
 
     Args:
         x: (M, D) float32.
         y: (N, D) float32.
-        subsets: number of subsets.
-        size: rows of each set in a subset.
-        seed: seed of the subsets.
 
     Raises:
         UserError: sets smaller than a subset, different dimensions, or values that are not finite.
     """
-    x, y = validate_pair(x, y, at_least=2)
     if subsets < 1 or not 2 <= size <= min(len(x), len(y)):
         raise UserError(f"subsets={subsets} of size={size} cannot be drawn from {len(x)} and {len(y)} rows.")
     random = np.random.RandomState(seed)
@@ -61,17 +57,15 @@ def subset_kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 100
     return KIDResult(float(np.mean(values)), float(np.std(values)))
 
 
-def _kernel_sum(x: np.ndarray, y: np.ndarray | None = None) -> float:
-    """Sums the kernel over all pairs of rows of x and y, or over all pairs of different rows of x."""
-    total, columns = 0.0, x if y is None else y
-    for i in range(0, len(x), BLOCK):
-        rows = x[i : i + BLOCK].astype(np.float64)
-        for j in range(i if y is None else 0, len(columns), BLOCK):
-            kernel = (rows @ columns[j : j + BLOCK].astype(np.float64).T / x.shape[1] + 1) ** 3
-            if y is not None:
-                total += kernel.sum()
-            elif i == j:
-                total += kernel.sum() - np.trace(kernel)
-            else:
-                total += 2 * kernel.sum()
-    return float(total)
+def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
+    """Sums the kernel over all pairs of a row of x and a row of y."""
+    return sum(float(((a @ b.T / x.shape[1] + 1) ** 3).sum()) for a in _blocks(x) for b in _blocks(y))
+
+
+def _diagonal_sum(x: np.ndarray) -> float:
+    """Sums the kernel over the pairs of a row with itself."""
+    return sum(float(((np.square(a).mean(1) + 1) ** 3).sum()) for a in _blocks(x))
+
+
+def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    return (x[i : i + BLOCK].astype(np.float64) for i in range(0, len(x), BLOCK))

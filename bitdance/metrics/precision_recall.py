@@ -63,14 +63,13 @@ def squared_radii(features: np.ndarray, k: int = 3, adm_fp16: bool = False) -> n
 
     Args:
         features: (N, D) float32.
-        k: at least 1.
-        adm_fp16: see `precision_recall`.
+        k, adm_fp16: as in `precision_recall`.
 
     Returns:
         (N,) float32.
 
     Raises:
-        UserError: k or fewer rows, or values that are not finite.
+        UserError: k or fewer rows, k below 1, or values that are not finite.
     """
     if k < 1:
         raise UserError(f"k={k} is invalid: it must be at least 1.")

@@ -48,7 +48,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y
     c1, c2 = (K1 * 255) ** 2, (K2 * 255) ** 2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
-    )
-    return similarity.flatten(1).mean(1).view(-1, 3).mean(1)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).flatten(1).mean(1).view(-1, 3).mean(1)

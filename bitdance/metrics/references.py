@@ -17,7 +17,7 @@ from bitdance.metrics.feature_set import (
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, load_feature_extractor
-from bitdance.metrics.image_sources import ImageSource, NpzSource, open_source
+from bitdance.metrics.image_sources import ImageSource, open_source
 from bitdance.metrics.inception import NAME as INCEPTION
 from bitdance.metrics.inception import find_weights, load_inception
 from bitdance.runtime.errors import UserError
@@ -35,29 +35,29 @@ class FeatureExtractors:
     def __call__(self) -> tuple[FeatureExtractor, ...]:
         """Returns the extractors, the Inception network first.
 
-        The Inception network is left out if other extractors are given and its weights are neither given nor
-        downloaded.
+        It is left out if other extractors are given and its weights are neither given nor downloaded.
 
         Raises:
             UserError: a file is missing, damaged, or something else.
         """
-        if not self._loaded:
-            loaded = [load_feature_extractor(name) for name in self._config.features]
-            given = self._config.inception_weights
-            try:
-                weights = find_weights(given)
-            except UserError:
-                if given is not None or not loaded:
-                    raise
-                if self._world.is_main:
-                    note = "Inception is left out: run `bitdance download inception` to add it."
-                    print(f"bitdance: {note}", file=sys.stderr)
-            else:
-                loaded.insert(0, load_inception(weights, self._world.device))
-            if len({extractor.name for extractor in loaded}) < len(loaded):
-                raise UserError("two feature extractors have the same name: rename one.")
-            self._loaded = tuple(loaded)
+        self._loaded = self._loaded or self._load()
         return self._loaded
+
+    def _load(self) -> tuple[FeatureExtractor, ...]:
+        loaded = [load_feature_extractor(name) for name in self._config.features]
+        try:
+            weights = find_weights(self._config.inception_weights)
+        except UserError:
+            if self._config.inception_weights is not None or not loaded:
+                raise
+            if self._world.is_main:
+                note = "Inception is left out: run `bitdance download inception` to add it."
+                print(f"bitdance: {note}", file=sys.stderr)
+        else:
+            loaded.insert(0, load_inception(weights, self._world.device))
+        if len({extractor.name for extractor in loaded}) < len(loaded):
+            raise UserError("two feature extractors have the same name: rename one.")
+        return tuple(loaded)
 
 
 def find_reference(
@@ -78,14 +78,12 @@ def find_reference(
     if config.reference == NO_REFERENCE:
         return None
     path = pathlib.Path(config.reference).expanduser() if config.reference else _published_reference(side)
-    if path.is_file() and path.suffix.lower() == ".npz":
-        if (stored := read_feature_set(path)) is not None:
-            return {stored.about.get("extractor", INCEPTION): stored}
-        source: ImageSource = open_source(path)
-    else:
-        source = open_source(path, side, config.reference_split, config.reference_limit)
-    found = _extract_cached(source, extractors(), world, config)
-    if isinstance(source, NpzSource) and INCEPTION in found:
+    is_npz = path.is_file() and path.suffix.lower() == ".npz"
+    if is_npz and (stored := read_feature_set(path)) is not None:
+        return {stored.about.get("extractor", INCEPTION): stored}
+    options = () if is_npz else (side, config.reference_split, config.reference_limit)
+    found = _extract_cached(open_source(path, *options), extractors(), world, config)
+    if is_npz and INCEPTION in found:
         statistics, spatial = read_statistics(path)
         if statistics is not None:  # ADM's reference batch holds statistics of more images than it contains
             found[INCEPTION] = dataclasses.replace(found[INCEPTION], statistics=statistics, spatial=spatial)
@@ -111,24 +109,21 @@ def _extract_cached(
     """Reads the features of a reference from the cache; those that are missing are extracted and cached."""
     key = world.broadcast(_cache_key(source, config) if world.is_main else "")
     files = {extractor.name: config.cache / f"{key[:16]}-{extractor.key}.npz" for extractor in extractors}
-    missing = world.broadcast([name for name, file in files.items() if not file.exists()])
-    wanted = [extractor for extractor in extractors if extractor.name in missing]
-    progress, extracted = f"features of {source.path.name}", []
-    if wanted:
-        extracted = extract_features(source, wanted, world, config.feature_batch_size, progress=progress)
-    if not world.is_main:
-        return {}
-    found = {features.about["extractor"]: features for features in extracted}
-    for name, features in found.items():
+    stored = world.broadcast([name for name, file in files.items() if file.exists()])
+    missing, extracted = [extractor for extractor in extractors if extractor.name not in stored], []
+    if missing:
+        progress = f"features of {source.path.name}"
+        extracted = extract_features(source, missing, world, config.feature_batch_size, progress=progress)
+    for features in extracted:
         try:
-            write_feature_set(files[name], features)
+            write_feature_set(files[features.about["extractor"]], features)
         except UserError as error:
             print(f"bitdance: features of {source.path} are not cached: {error}", file=sys.stderr)
-    for name in files.keys() - found.keys():
-        stored = read_feature_set(files[name])
-        assert stored is not None
-        found[name] = stored
-    return {name: found[name] for name in files}
+    found = {features.about["extractor"]: features for features in extracted}
+    for name in stored if world.is_main else ():
+        if (cached := read_feature_set(files[name])) is not None:
+            found[name] = cached
+    return {name: found[name] for name in files if name in found}
 
 
 def _cache_key(source: ImageSource, config: EvaluationConfig) -> str:

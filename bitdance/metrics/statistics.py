@@ -26,7 +26,7 @@ class Statistics:
 
 
 class StatisticsAccumulator:
-    """Accumulates the mean and covariance of features.
+    """Accumulates the mean and covariance of features of `dim` dimensions.
 
     Rows are processed in blocks of `BLOCK` however they arrive, so the batch size does not change the result. Blocks
     are centred on their own means and merged as in Chan, Golub and LeVeque (1979), so large means lose no precision.
@@ -39,10 +39,7 @@ class StatisticsAccumulator:
         self._pending: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Adds the rows of an array.
-
-        Args:
-            features: (n, D) float32; n may be 0.
+        """Adds (n, D) float32 features; n may be 0.
 
         Raises:
             UserError: wrong shape, or values that are not finite; nothing is added then.
@@ -73,8 +70,8 @@ class StatisticsAccumulator:
         Raises:
             UserError: fewer than two rows.
         """
-        if self._pending and len(rest := np.concatenate(self._pending)):
-            self._merge(rest)
+        if sum(map(len, self._pending)):
+            self._merge(np.concatenate(self._pending))
         if self._count < 2:
             raise UserError(f"the covariance of {self._count} images is undefined: give at least 2.")
         covariance = self._scatter / (self._count - 1)
