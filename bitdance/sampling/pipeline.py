@@ -287,8 +287,12 @@ def load_pipeline(
         UserError: a file is missing or damaged, or model and autoencoder do not belong together.
     """
     contents = weights_file.read(find_weights(name))
-    place = find_weights(autoencoder, "autoencoder") if autoencoder is not None else find_autoencoder_of(contents)
-    source = place if isinstance(place, weights_file.Contents) else weights_file.read(place)
+    if autoencoder is not None:
+        source = weights_file.read(find_weights(autoencoder, "autoencoder"))
+    elif "autoencoder" in contents.states:
+        source = contents
+    else:
+        source = weights_file.read(find_autoencoder_of(contents.path))
     device = device if isinstance(device, torch.device) else choose_device(device)
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
     model = weights_file.load_model(contents, weights, dtype)
