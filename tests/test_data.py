@@ -439,21 +439,15 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.dstack([columns, rows, np.zeros_like(rows)]).astype(np.uint8))
 
 
-def test_center_crop_leaves_an_image_of_the_size_alone() -> None:
-    image = Image.fromarray(picture(0, (32, 32)))
-    np.testing.assert_array_equal(crops.to_array(crops.center_crop(image, 32)), picture(0, (32, 32)))
-
-
-def test_center_crop_takes_the_middle() -> None:
+def test_center_crop() -> None:
+    small = picture(0, (32, 32))
+    np.testing.assert_array_equal(crops.to_array(crops.center_crop(Image.fromarray(small), 32)), small)
     pixels = crops.to_array(crops.center_crop(gradient(45, 32), 32))
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
     assert pixels[0, 0].tolist() == [6, 0, 0]  # (45 - 32) // 2, rounded down
     assert pixels[31, 31].tolist() == [37, 31, 0]
     assert crops.to_array(crops.center_crop(gradient(32, 45), 32))[0, 0].tolist() == [0, 6, 0]
-
-
-def test_center_crop_halves_with_a_box() -> None:
-    """At exactly four times the size nothing is left for the bicubic step: the result is the mean of 2 x 2, twice."""
+    # At four times the size nothing is left for the bicubic step: the result is the mean of 2 x 2, twice.
     pixels = picture(1, (128, 152))
     expected = pixels.astype(np.int64)
     for _ in range(2):
@@ -462,68 +456,43 @@ def test_center_crop_halves_with_a_box() -> None:
     np.testing.assert_array_equal(crops.to_array(crops.center_crop(Image.fromarray(pixels), 32)), expected[3:35])
 
 
-def test_no_halving_below_twice_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[tuple[tuple[int, int], int]] = []
-    resize = Image.Image.resize
-
-    def recorded(self: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-        steps.append((size, int(resample)))
-        return resize(self, size, resample)
-
-    monkeypatch.setattr(Image.Image, "resize", recorded)
-    box, bicubic = int(Image.Resampling.BOX), int(Image.Resampling.BICUBIC)
-    for image_size, expected in [
-        ((63, 100), [((32, 51), bicubic)]),  # 100 * 32 / 63 = 50.8
-        ((64, 101), [((32, 50), box), ((32, 50), bicubic)]),
-        (
-            (301, 500),
-            [((150, 250), box), ((75, 125), box), ((37, 62), box), ((32, 54), bicubic)],
-        ),  # 62 * 32 / 37 = 53.6
-        ((20, 25), [((32, 40), bicubic)]),
-    ]:
-        steps.clear()
-        assert crops.center_crop(gradient(*image_size), 32).size == (32, 32)
-        assert steps == expected
+BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
-def test_random_crop_reaches_every_offset() -> None:
-    image = gradient(37, 35)
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((63, 100), [((32, 51), BICUBIC)]),  # 100 * 32 / 63 = 50.8
+        ((64, 101), [((32, 50), BOX), ((32, 50), BICUBIC)]),
+        ((301, 500), [((150, 250), BOX), ((75, 125), BOX), ((37, 62), BOX), ((32, 54), BICUBIC)]),  # 62 * 32 / 37
+        ((20, 25), [((32, 40), BICUBIC)]),
+    ],
+)
+def test_no_halving_below_twice_the_size(monkeypatch: pytest.MonkeyPatch, size: Any, expected: list[Any]) -> None:
+    steps, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args: steps.append(args) or resize(self, *args))
+    assert crops.center_crop(gradient(*size), 32).size == (32, 32)
+    assert steps == expected
+
+
+def test_random_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def corner(image: Image.Image, size: int, *draws: float) -> tuple[int, int]:
+        left, top, _ = crops.to_array(crops.random_crop(image, size, draws))[0, 0].tolist()  # type: ignore[arg-type]
+        return top, left
+
     # With the first draw 0 the short side stays 35 = size + 0, so a crop of 35 moves only along the columns.
-    corners = [
-        crops.to_array(crops.random_crop(image, 35, (0, 0.99, x)))[0, 0].tolist()
-        for x in (0, 0.3, 0.34, 0.6, 0.67, 0.999999)
-    ]
-    assert corners == [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [2, 0, 0], [2, 0, 0]]
-
-
-def test_random_crop_draws_the_short_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
-    corners: list[tuple[int, int]] = []
-    scale, crop = crops._scale_short_side, crops._crop
-
-    def recorded_scale(image: Image.Image, size: int) -> Image.Image:
-        lengths.append(size)
-        return scale(image, size)
-
-    def recorded_crop(image: Image.Image, top: int, left: int, size: int) -> Image.Image:
-        corners.append((top, left))
-        return crop(image, top, left, size)
-
-    monkeypatch.setattr(crops, "_scale_short_side", recorded_scale)
-    monkeypatch.setattr(crops, "_crop", recorded_crop)
-    image = gradient(90, 80)
-    uniform = (np.arange(0, 400) + 0.5) / 400
+    wide = gradient(37, 35)
+    assert [corner(wide, 35, 0, 0.99, x)[1] for x in (0, 0.3, 0.34, 0.6, 0.67, 0.999)] == [0, 0, 1, 1, 2, 2]
+    uniform = ((np.arange(0, 400) + 0.5) / 400).tolist()
+    exact = gradient(45, 40)  # the largest length, 40 = ceil(32 / 0.8), keeps it: 9 rows and 14 columns to begin at
+    assert {corner(exact, 32, 0.9999, draw, 0.5)[0] for draw in uniform} == set(range(9))
+    assert {corner(exact, 32, 0.9999, 0.5, draw)[1] for draw in uniform} == set(range(14))
+    lengths, scale = [], crops._scale_short_side
+    monkeypatch.setattr(crops, "_scale_short_side", lambda image, size: lengths.append(size) or scale(image, size))
     for draw in uniform:
-        assert crops.random_crop(image, 32, (float(draw), 0.0, 0.0)).size == (32, 32)
-    assert sorted(set(lengths)) == list(range(32, 41))  # 40 = ceil(32 / 0.8), both ends included
+        assert crops.random_crop(exact, 32, (draw, 0.0, 0.0)).size == (32, 32)
     counts = np.bincount(lengths)[32:]
-    assert counts.min() >= 44 and counts.max() <= 45  # 400 / 9
-    corners.clear()
-    for draw in uniform:
-        crops.random_crop(image, 32, (0.9999, float(draw), 0.5))
-        crops.random_crop(image, 32, (0.9999, 0.5, float(draw)))
-    # 90 x 80 halves to 45 x 40, which the short side of 40 keeps: 9 rows and 14 columns to begin at.
-    assert {top for top, _ in corners} == set(range(9)) and {left for _, left in corners} == set(range(14))
+    assert len(counts) == 9 and counts.min() >= 44 and counts.max() <= 45  # 400 / 9, both ends included
 
 
 def test_crop_arguments() -> None:
