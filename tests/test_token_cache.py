@@ -130,10 +130,10 @@ def test_metadata_of_a_cache(data, weights, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_one_process_and_two_write_the_same_bytes(data, weights, tmp_path, capfd):
-    options = "--image-size 16 --batch-size 4 --shard-size 5 --num-workers 2 --device cpu --threads 1 --crops 2".split()
+    options = "--image-size 16 --batch-size 4 --shard-size 5 --num-workers 2 --device cpu --threads 1 --crops 2"
     for processes in (1, 2):
-        paths = ["--data-path", data, "--autoencoder", weights, "--output", tmp_path / str(processes)]
-        small.run_forked(functools.partial(main, ["encode", *options, *map(str, paths)]), processes)
+        command = f"encode --data-path {data} --autoencoder {weights} --output {tmp_path}/{processes} {options}"
+        small.run_forked(functools.partial(main, command.split()), processes)
         result = json.loads(capfd.readouterr().out.splitlines()[-1])
         counts = [result[name] for name in ("images", "bad_images", "shards", "encoded", "processes")]
         assert counts == [12, 0, 3, 12 if processes == 1 else 7, processes]
