@@ -35,7 +35,8 @@ def test_an_installed_wheel_samples_without_the_checkout(tmp_path):
     site = str(tmp_path / "site")
     location = run(tmp_path, "-c", "import bitdance; print(bitdance.__file__)", PYTHONPATH=site)
     assert pathlib.Path(location).is_relative_to(site)
-    run(tmp_path, *"-m bitdance sample --per-class 1 --num-steps 2 --output out".split(), PYTHONPATH=site)
+    options = ("--per-class", 1, "--num-steps", 2, "--output", "out")
+    run(tmp_path, "-m", "bitdance", "sample", *options, PYTHONPATH=site)
     assert len(list((tmp_path / "out").glob("0*.png"))) == 10 and (tmp_path / "out" / "grid.png").exists()
 
 

@@ -98,9 +98,11 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     lock = folder.with_name(folder.name + ".lock")
     message = f"another process works in {folder}: wait for it to finish, or stop it first."
     with lock_file(lock, PATIENCE, message):
-        remove_leftovers(folder)
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            remove_leftovers(folder)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def to_json(sections: Sections) -> dict[str, dict[str, Any]]:
@@ -147,7 +149,10 @@ def _check(
     stored: dict[str, Any] = {}
     if path.exists():
         stored = read_json(path, f"delete {folder} to start over")
-        if differences := compare(stored, sections, extensible=is_finished(stored)):
+        extensible = False
+        with contextlib.suppress(KeyError, TypeError):  # the file may be incomplete
+            extensible = is_finished(stored)
+        if differences := compare(stored, sections, extensible):
             raise UserError(
                 f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
                 "another folder."
