@@ -101,13 +101,6 @@ def test_damaged_settings_are_refused(tmp_path, content):
         check(tmp_path)
 
 
-def test_incomplete_settings_are_not_those_of_finished_work(tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
-    sections = {"run": Settings(0, epochs=12)}
-    with pytest.raises(UserError, match=r"run\.epochs was 10, is 12"):
-        check_settings(tmp_path, sections, SINGLE, lambda stored: stored["run"]["total_steps"] > 0)
-
-
 def test_number_of_threads():
     before = torch.get_num_threads()
     Machine.apply({"threads": before + 1}, SINGLE)

@@ -149,10 +149,7 @@ def _check(
     stored: dict[str, Any] = {}
     if path.exists():
         stored = read_json(path, f"delete {folder} to start over")
-        extensible = False
-        with contextlib.suppress(KeyError, TypeError):  # the file may be incomplete
-            extensible = is_finished(stored)
-        if differences := compare(stored, sections, extensible):
+        if differences := compare(stored, sections, extensible=is_finished(stored)):
             raise UserError(
                 f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
                 "another folder."
