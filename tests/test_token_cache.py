@@ -15,7 +15,6 @@ import pytest
 import small
 import torch
 from PIL import Image
-from test_training import CPU, SIZES, config, log
 
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
@@ -32,9 +31,10 @@ from bitdance.runtime.process_group import World
 from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
-from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes
 from bitdance.weights import weights_file
 
+CPU = torch.device("cpu")
 SINGLE = World(0, 1, CPU)
 FILES = ["000000.safetensors", "000001.safetensors", "000002.safetensors", "settings.json", "token_cache.json"]
 
@@ -231,9 +231,13 @@ def test_invalid_settings_are_refused(data, weights, tmp_path, changes, words):
 
 
 def train(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, parallel_num: int = 1, **changes: object):
-    run = config(data, folder, **{"epochs": 3, **changes})
-    sizes = dataclasses.replace(SIZES, parallel_num=parallel_num)
-    return weights_file.read(train_model(run, sizes, LossConfig(perturb_rate=0.2), weights, "cpu"))
+    config = small.train_config(data, folder, **{"epochs": 3, **changes})
+    sizes = ModelSizes(**small.SIZES, parallel_num=parallel_num)
+    return weights_file.read(train_model(config, sizes, LossConfig(perturb_rate=0.2), weights, "cpu"))
+
+
+def loader(images: Any, rank: int = 0, size: int = 1, **changes: object) -> Loader:
+    return Loader(images, small.train_config(images.path, pathlib.Path("unused"), **changes), World(rank, size, CPU))
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])
@@ -243,7 +247,7 @@ def test_training_from_a_cache_equals_training_from_images(data, weights, shared
     assert images.config == tokens.config
     for key in ("digest", "autoencoder_digest"):
         assert images.metadata[key] == tokens.metadata[key]  # the same weights, bit for bit
-    a, b = ([(line["loss"], line["grad_norm"]) for line in log(tmp_path / folder)] for folder in ("a", "b"))
+    a, b = ([(line["loss"], line["grad_norm"]) for line in small.read_log(tmp_path / folder)] for folder in ("a", "b"))
     assert a == b and len(a) == 9
     previews = [next((tmp_path / folder).glob("preview-*.png")).read_bytes() for folder in ("a", "b")]
     assert previews[0] == previews[1]  # decoded by the autoencoder
@@ -278,25 +282,25 @@ def views_seen(batches: Loader, found: TokenDataset, steps: range) -> list[tuple
 
 def test_crops_and_flips_are_drawn_anew_each_epoch(data, weights, tmp_path):
     found = encoded(data, weights, tmp_path, crops=3, batch_size=100)
-    whole = Loader(found, config(data), SINGLE)
+    whole = loader(found)
     seen = views_seen(whole, found, range(90))  # 30 epochs
     assert [index for index, _, _ in seen] == [int(i) for step in range(90) for i in whole.image_indices(step)]
     # As from images: only random crops until `aug_decay_start_epoch`.
     assert {crop for _, crop, _ in seen} == {1, 2}
     assert sum(crop == 1 for _, crop, _ in seen) / 360 == pytest.approx(0.5, abs=0.1)
     assert sum(flip for _, _, flip in seen) / 360 == pytest.approx(0.5, abs=0.1)
-    parts = [Loader(found, config(data), World(rank, 2, CPU)) for rank in range(2)]
+    parts = [loader(found, rank, 2) for rank in range(2)]
     for step in (0, 7):
         expected = whole.load(step)
         assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), expected.inputs)
         assert torch.equal(torch.cat([part.load(step).labels for part in parts]), expected.labels)
-    late = Loader(found, config(data, aug_decay_start_epoch=0, aug_decay_end_epoch=2), SINGLE)
+    late = loader(found, aug_decay_start_epoch=0, aug_decay_end_epoch=2)
     assert {crop for _, crop, _ in views_seen(late, found, range(6, 12))} == {0}
 
 
 def test_a_cache_without_flips_is_never_mirrored(data, weights, tmp_path):
     found = encoded(data, weights, tmp_path, flips=False)
-    assert {flip for _, _, flip in views_seen(Loader(found, config(data), SINGLE), found, range(9))} == {0}
+    assert {flip for _, _, flip in views_seen(loader(found), found, range(9))} == {0}
 
 
 def test_a_run_from_a_cache_resumes_bit_for_bit(data, weights, tmp_path):
@@ -315,12 +319,12 @@ def test_validation_on_a_cache_compares_the_digest_of_the_autoencoder_file(data,
     cache = tmp_path / "cache"
     encode(data, weights, cache)
     train(cache, weights, tmp_path / "run", val_path=cache, val_every=2, max_steps=2)
-    (loss,) = [line["val_loss"] for line in log(tmp_path / "run") if "val_loss" in line]
+    (loss,) = [line["val_loss"] for line in small.read_log(tmp_path / "run") if "val_loss" in line]
     assert 0 < loss < 10
     with pytest.raises(UserError, match=f"{shared} was made by another autoencoder"):
         train(cache, weights, tmp_path / "run2", val_path=shared, max_steps=2)
     with pytest.raises(UserError, match="an autoencoder is validated on images"):
-        run = config(data, tmp_path / "run3", val_path=cache, max_steps=1)
+        run = small.train_config(data, tmp_path / "run3", val_path=cache, max_steps=1)
         train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
 
 
@@ -331,7 +335,7 @@ def test_a_cache_of_another_autoencoder_or_size_is_refused(weights, shared, tmp_
     with pytest.raises(UserError, match="was made from images of 16 px: set image_size=16"):
         train(shared, weights, tmp_path / "run", image_size=32)
     with pytest.raises(UserError, match="an autoencoder is trained on images"):
-        train_autoencoder(config(shared, tmp_path / "run"), small.NETWORK, AutoencoderLossConfig(), "cpu")
+        train_autoencoder(small.train_config(shared, tmp_path / "run"), small.NETWORK, AutoencoderLossConfig(), "cpu")
     assert not (tmp_path / "run").exists()
 
 
@@ -349,7 +353,7 @@ def test_the_launchers_train_from_a_cache(data, tmp_path):
 
 
 def test_batches_hold_packed_bits(data, shared):
-    batch = next(Loader(TokenDataset(shared), config(data), SINGLE).stream(0, 1))
+    batch = next(loader(TokenDataset(shared)).stream(0, 1))
     assert batch.inputs.dtype == torch.uint8 and tuple(batch.inputs.shape) == (4, 16, 1)
     assert tuple(unpack(batch.inputs).shape) == (4, 16, 8)
 
@@ -370,7 +374,7 @@ def damaged(data, tmp_path) -> pathlib.Path:
 
 def test_bad_images_are_named_once_and_replaced(damaged, capsys):
     images = open_images(damaged)
-    whole = Loader(images, config(damaged), SINGLE)
+    whole = loader(images)
     batches = [whole.load(step) for step in range(9)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(whole.bad_images) == 3
@@ -379,7 +383,7 @@ def test_bad_images_are_named_once_and_replaced(damaged, capsys):
         assert line.startswith(start.format(number))
     assert all(sum(name in line for line in lines) == 1 for name in BAD)
     # The next readable image in the epoch's order replaces it, with its own label and crop.
-    bad, crop = {1, 6, 7}, Loader(images, config(damaged), SINGLE)
+    bad, crop = {1, 6, 7}, loader(images)
     for step, batch in enumerate(batches):
         order, draws = crop._draws(step // 3)
         for place, (pixels, label) in enumerate(zip(batch.inputs, batch.labels.tolist(), strict=True)):
@@ -388,16 +392,16 @@ def test_bad_images_are_named_once_and_replaced(damaged, capsys):
             assert label == images.labels[index]
             assert np.array_equal(pixels, crop._crop(images, index, draws[index], 1.0))
     # For any number of processes and threads, and after any step.
-    parts = [Loader(images, config(damaged), World(rank, 2, CPU)) for rank in range(2)]
+    parts = [loader(images, rank, 2) for rank in range(2)]
     for step in (8, 2):
         assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), batches[step].inputs)
-    for a, b in zip(Loader(images, config(damaged), SINGLE).stream(4, 9), batches[4:], strict=True):
+    for a, b in zip(loader(images).stream(4, 9), batches[4:], strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
 
 
 def test_a_run_with_bad_images_resumes_bit_for_bit(damaged, weights, tmp_path):
     whole = train(damaged, weights, tmp_path / "whole")
-    assert log(tmp_path / "whole")[-1]["bad_images"] == 3
+    assert small.read_log(tmp_path / "whole")[-1]["bad_images"] == 3
     train(damaged, weights, tmp_path / "parts", max_steps=4)
     parts = train(damaged, weights, tmp_path / "parts", max_bad_images=3)
     assert parts.metadata["digest"] == whole.metadata["digest"]
@@ -409,7 +413,7 @@ def test_too_many_bad_images_stop_a_run(damaged, weights, tmp_path):
     for path in damaged.rglob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"no image of .* can be read"):
-        Loader(open_images(damaged), config(damaged), SINGLE).load(0)
+        loader(open_images(damaged)).load(0)
     with pytest.raises(UserError, match=r"none of the images of .* can be read"):
         encode(damaged, weights, tmp_path / "cache")
 
