@@ -51,12 +51,12 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 def settings(place: pathlib.Path, results: pathlib.Path, **changes: object) -> TrainConfig:
     fixed: dict[str, object] = {
-        "image_size": 16, "epochs": 4, "global_batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
-        "ema": 0.9, "mixed_precision": "none", "num_workers": 2, "log_every": 1, "preview_every": 0,
+        "image_size": 16, "epochs": 4, "batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
+        "ema": 0.9, "precision": "fp32", "num_workers": 2, "log_every": 1, "preview_every": 0,
         "eval_every": 5, "eval_images": IMAGES, "eval_reference": str(place / "reference.npz"), "eval_num_steps": 3,
         "eval_cfg_scale": 2.0,
     }  # fmt: skip
-    return TrainConfig(data_path=place / "pictures", results_dir=results, **{**fixed, **changes})  # type: ignore[arg-type]
+    return TrainConfig(data_path=place / "pictures", output=results, **{**fixed, **changes})  # type: ignore[arg-type]
 
 
 def train(place: pathlib.Path, results: pathlib.Path, **changes: object) -> None:
@@ -126,8 +126,8 @@ def test_two_processes_give_the_same_figures(place, tmp_path):
     for processes in (1, 2):
         flags = {
             "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures",
-            "results_dir": tmp_path / str(processes), "image_size": 16, **small.SIZES, "global_batch_size": 4,
-            "max_steps": 2, "lr": 0, "mixed_precision": "none", "num_workers": 1, "eval_every": 1,
+            "output": tmp_path / str(processes), "image_size": 16, **small.SIZES, "batch_size": 4,
+            "max_steps": 2, "lr": 0, "precision": "fp32", "num_workers": 1, "eval_every": 1,
             "eval_images": IMAGES, "eval_reference": place / "reference.npz", "eval_num_steps": 3, "log_every": 1,
             "preview_every": 0, "device": "cpu",
         }  # fmt: skip
@@ -143,7 +143,7 @@ def test_two_processes_give_the_same_figures(place, tmp_path):
 
 
 def test_in_bf16(place, tmp_path):
-    train(place, tmp_path / "run", mixed_precision="bf16", max_steps=2)
+    train(place, tmp_path / "run", precision="bf16", max_steps=2)
     train(place, tmp_path / "plain", max_steps=2)
     a, b = (log(tmp_path / name)[-1]["eval_fid"] for name in ("run", "plain"))
     assert a > 0 and a != b
@@ -151,7 +151,7 @@ def test_in_bf16(place, tmp_path):
 
 def test_images_are_of_the_classes_that_occur(place, tmp_path):
     objective = BitDanceLoss(small.model(), small.autoencoder(), LossConfig(), seed=3)
-    run = settings(place, tmp_path, eval_reference="none", eval_images=7, global_batch_size=400)
+    run = settings(place, tmp_path, eval_reference="none", eval_images=7, batch_size=400)
     evaluation = Evaluation(objective, run, np.array([2, 2, 0, 2]), ALONE, in_bf16=False)
     labels = evaluation._samples.labels
     assert labels is not None and sorted(np.bincount(labels).tolist()) == [0, 3, 4]

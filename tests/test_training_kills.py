@@ -37,9 +37,9 @@ def place(tmp_path_factory) -> pathlib.Path:
 def command(place: pathlib.Path, results: pathlib.Path, processes: int = 1, **settings: object) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     flags = {
-        "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures", "results_dir": results,
-        "image_size": 16, **small.SIZES, "global_batch_size": 4, "epochs": STEPS // 3, "lr": 3e-3, "warmup_steps": 0,
-        "mixed_precision": "none", "ema": 0.9, "drop_rate": 0.1, "perturb_rate": 0.3, "num_workers": 1,
+        "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures", "output": results,
+        "image_size": 16, **small.SIZES, "batch_size": 4, "epochs": STEPS // 3, "lr": 3e-3, "warmup_steps": 0,
+        "precision": "fp32", "ema": 0.9, "drop_rate": 0.1, "perturb_rate": 0.3, "num_workers": 1,
         "log_every": 5, "save_every": 4, "preview_every": 0, "device": "cpu", **settings,
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
