@@ -37,7 +37,7 @@ from bitdance.training.loader import Batch, Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer
 from bitdance.training.train_config import LossConfig, TrainConfig
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files
 
 
 def make_pictures(folder: pathlib.Path, count: int, side: int) -> None:
@@ -129,7 +129,7 @@ def main() -> None:
         folder = pathlib.Path(name)
         make_pictures(folder / "pictures", options.batch_size, side)
         images = open_images(folder / "pictures")
-        digest = weights_file.digest(autoencoder.state_dict())
+        digest = safetensors_files.digest(autoencoder.state_dict())
         with torch.autocast(device.type, torch.bfloat16, enabled=fastest == "bf16"):
             writer = CacheWriter(
                 images, autoencoder, digest, folder / "bits", side, flips=False, batch_size=options.batch_size

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bitdance.cli.main import main
-from bitdance.weights import weights_file
+from bitdance.weights import network_config, weights_file
 
 ASSETS = importlib.resources.files("bitdance") / "assets"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -23,9 +23,9 @@ def files():
 def test_it_is_small_and_knows_its_classes_and_its_autoencoder(files):
     model, autoencoder = (weights_file.read(str(file)) for file in files)
     assert sum(len(file.read_bytes()) for file in files) <= 10_000_000
-    config = weights_file.describe_model(model).config
+    config = network_config.describe_model(model).config
     assert config.class_names == CLASSES
-    assert config.grid * weights_file.describe_autoencoder(autoencoder).config.down_size == 32
+    assert config.grid * network_config.describe_autoencoder(autoencoder).config.down_size == 32
     assert model.metadata["autoencoder_digest"] == autoencoder.metadata["digest"]
 
 

@@ -30,7 +30,7 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 
 ALONE = World(0, 1, CPU)
 FILES = ["000000.safetensors", "000001.safetensors", "000002.safetensors", "job.json", "token_cache.json"]
@@ -70,7 +70,7 @@ def cache(shared, tmp_path) -> pathlib.Path:
 def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
     file = weights_file.read(weights)
     settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
-    digest = weights_file.digest(file.states["autoencoder"])
+    digest = safetensors_files.digest(file.states["autoencoder"])
     return CacheWriter(open_images(data), weights_file.load_autoencoder(file), digest, folder, **settings).run(ALONE)
 
 

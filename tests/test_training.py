@@ -466,7 +466,7 @@ def test_a_step_that_is_not_finite_changes_nothing(data, pair, tmp_path, monkeyp
         steps.append(None)
         return right(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
 
-    def train(folder: str, stop: int) -> weights_file.Contents:
+    def train(folder: str, stop: int) -> weights_file.WeightsFile:
         run = config(data, tmp_path / folder, max_steps=stop, log_every=100)
         train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
         return weights_file.read(tmp_path / folder / f"checkpoint-{stop:07d}.safetensors")

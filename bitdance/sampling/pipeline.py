@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.layout import Weights, WeightsFile
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
-
-if TYPE_CHECKING:
-    from bitdance.weights.weights_file import Weights
 
 Output = Literal["pil", "np", "pt"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -288,13 +286,13 @@ def load_pipeline(
     """
     contents = weights_file.read(find_weights(name))
     place = find_weights(autoencoder, "autoencoder") if autoencoder is not None else find_autoencoder_of(contents)
-    source = place if isinstance(place, weights_file.Contents) else weights_file.read(place)
+    source = place if isinstance(place, WeightsFile) else weights_file.read(place)
     device = device if isinstance(device, torch.device) else choose_device(device)
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
     trained_with = contents.metadata.get("autoencoder_digest")
-    if trained_with and trained_with != weights_file.digest(source.states["autoencoder"]):
+    if trained_with and trained_with != safetensors_files.digest(source.states["autoencoder"]):
         print(
             f"bitdance: warning: {contents.path} was not trained with {source.path}: unless it is the same "
             "autoencoder in another precision, the images will be noise.",
@@ -304,7 +302,7 @@ def load_pipeline(
     return Pipeline(
         model.to(device),
         decoder.to(device),
-        f"{contents.path.stem}-{weights_file.choose_weights(contents, weights)}",
+        f"{contents.path.stem}-{contents.choose_weights(weights)}",
         released.sampling if released else SamplingDefaults(),
     )
 

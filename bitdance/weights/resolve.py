@@ -14,7 +14,7 @@ from bitdance.runtime.errors import UserError
 from bitdance.weights import hub
 
 if TYPE_CHECKING:
-    from bitdance.weights.weights_file import Contents
+    from bitdance.weights.layout import WeightsFile
 
 DEMO = "demo"
 
@@ -52,7 +52,7 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.
     raise UserError(f"there is no {part} {text!r}: name a file, the folder of a run, {DEMO}, or {known}.")
 
 
-def find_autoencoder_of(model: Contents) -> pathlib.Path | Contents:
+def find_autoencoder_of(model: WeightsFile) -> pathlib.Path | WeightsFile:
     """Finds the autoencoder of a model: inside its file, beside it, or as recorded in the settings of its run.
 
     Raises:
