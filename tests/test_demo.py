@@ -12,7 +12,7 @@ from bitdance.cli.main import main
 from bitdance.models.philox import normal
 from bitdance.models.transformer import BitDance
 from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
-from bitdance.weights import weights_file
+from bitdance.weights import network_config, weights_file
 from bitdance.weights.resolve import find_weights
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -37,9 +37,9 @@ def test_files():
     paths = [find_weights("demo", part) for part in ("model", "autoencoder")]
     model, autoencoder = (weights_file.read(path) for path in paths)
     assert sum(path.stat().st_size for path in paths) <= 10_000_000
-    config = weights_file.describe_model(model).config
+    config = network_config.describe_model(model).config
     assert config.class_names == CLASSES
-    assert config.grid * weights_file.describe_autoencoder(autoencoder).config.down_size == 32
+    assert config.grid * network_config.describe_autoencoder(autoencoder).config.down_size == 32
     assert model.metadata["autoencoder_digest"] == autoencoder.metadata["digest"]
 
 

@@ -32,7 +32,7 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 
 CPU = torch.device("cpu")
 SINGLE = World(0, 1, CPU)
@@ -73,7 +73,7 @@ def cache(shared, tmp_path) -> pathlib.Path:
 def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
     file = weights_file.read(weights)
     settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
-    digest, network = weights_file.digest(file.states["autoencoder"]), weights_file.load_autoencoder(file)
+    digest, network = safetensors_files.digest(file.states["autoencoder"]), weights_file.load_autoencoder(file)
     return CacheWriter(open_images(data), network, digest, folder, EncodeConfig(**settings)).run(SINGLE)
 
 

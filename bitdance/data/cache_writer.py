@@ -71,7 +71,7 @@ class CacheWriter:
     Args:
         images: the data set.
         autoencoder: on its device, in the dtype to compute in.
-        digest: of the autoencoder's tensors in their file, from `weights_file.digest`.
+        digest: of the autoencoder's tensors in their file, from `safetensors_files.digest`.
         folder: where to write the token cache.
         config: settings.
 

@@ -294,11 +294,11 @@ def _version(path: pathlib.Path) -> dict[str, int]:
 def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:
     import torch
 
-    from bitdance.weights import weights_file
+    from bitdance.weights import safetensors_files
 
     tensors = {name: torch.from_numpy(array) for name, array in index.items()}
     try:
-        weights_file.save_tensors(file, tensors, _KIND, _version(path))
+        safetensors_files.save_tensors(file, tensors, _KIND, _version(path))
     except UserError as error:  # the index is made again at the next start
         _warn(f"warning: {error}")
 

@@ -41,7 +41,7 @@ from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
 from bitdance.sampling.writers import write_npz, write_png_folder
-from bitdance.weights.weights_file import digest
+from bitdance.weights.safetensors_files import digest
 
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
 """Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
