@@ -73,7 +73,7 @@ def cache(shared, tmp_path) -> pathlib.Path:
 def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
     file = weights_file.read(weights)
     settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
-    digest, network = weights_file.digest(file.states["autoencoder"]), weights_file.load_autoencoder(file)
+    network, digest = weights_file.load_autoencoder(file), file.metadata["digest"]
     return CacheWriter(open_images(data), network, digest, folder, EncodeConfig(**settings)).run(SINGLE)
 
 
