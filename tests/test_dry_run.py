@@ -27,7 +27,7 @@ from bitdance.weights import weights_file
 NEEDED = ["--data-path", "/path/to/imagenet/train/", "--autoencoder", "models/BitDance-ImageNet/ae_d16c32.pt"]
 TINY = [
     "--image-size", "16", "--dim", "64", "--n-layer", "2", "--head-dim", "64", "--head-layers", "2", "--head-ada-ln",
-    "1", "--cls-token-num", "2", "--global-batch-size", "4", "--num-workers", "1", "--ema", "0.9", "--device", "cpu",
+    "1", "--cls-token-num", "2", "--batch-size", "4", "--num-workers", "1", "--ema", "0.9", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_a_recipe_is_the_original_s_command(resolved, name):
     script, arguments = small.script_and_arguments(small.published_commands("training")[name])
     assert folder in arguments
     theirs = resolved(small.LAUNCHERS[script], arguments)
-    ours = resolved(command.main, ["--model", name, *NEEDED, "--results-dir", folder])
+    ours = resolved(command.main, ["--model", name, *NEEDED, "--output", folder])
     for part in ("run", "sizes", "loss", "autoencoder"):
         assert ours[part] == theirs[part], part
     assert ours["run"].lr == 6e-4 and not ours["dry_run"]
@@ -66,10 +66,10 @@ def test_a_recipe_is_the_original_s_command(resolved, name):
 
 @pytest.mark.parametrize("spelled", ["BitDance-L-1X", "l-1x"])
 def test_a_flag_wins_over_the_recipe(resolved, spelled):
-    flags = ["--lr", "1e-4", "--no-compile", "--perturb-rate", "0.2", "--dim", "512", "--results-dir", "here"]
+    flags = ["--lr", "1e-4", "--no-compile", "--perturb-rate", "0.2", "--dim", "512", "--output", "here"]
     got = resolved(command.main, [*flags, f"--model={spelled}", *NEEDED])
     run, sizes, loss = got["run"], got["sizes"], got["loss"]
-    assert (run.lr, run.compile, run.epochs, str(run.results_dir)) == (1e-4, False, 800, "here")
+    assert (run.lr, run.compile, run.epochs, str(run.output)) == (1e-4, False, 800, "here")
     assert (sizes.dim, sizes.n_layer, loss.perturb_rate) == (512, 32, 0.2)
     last = resolved(command.main, ["--model", "B-4X", *NEEDED, "--model", "B-16X"])
     assert last["sizes"].parallel_num == 16
@@ -117,7 +117,7 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 def arguments(place: pathlib.Path, results: pathlib.Path, *others: object) -> list[str]:
     fixed = ["--data-path", place / "pictures", "--autoencoder", place / "autoencoder.safetensors", *TINY]
-    return ["train", *map(str, [*fixed, "--results-dir", results, *others])]
+    return ["train", *map(str, [*fixed, "--output", results, *others])]
 
 
 def foreseen(capsys, *command_line: Any) -> tuple[str, dict[str, Any]]:
@@ -160,7 +160,7 @@ def test_without_an_average_there_is_none(place, tmp_path, capsys):
 
 def test_less_memory_by_parts_and_by_computing_twice(place, tmp_path, capsys):
     def activations(*flags: object) -> int:
-        _, facts = foreseen(capsys, place, tmp_path / "run", "--global-batch-size", 8, *flags)
+        _, facts = foreseen(capsys, place, tmp_path / "run", "--batch-size", 8, *flags)
         return int(facts["memory"]["activations"])
 
     whole = activations()
@@ -193,13 +193,13 @@ def test_one_that_does_not_fit_says_what_helps(place, tmp_path, capsys, monkeypa
 
 
 WRONG = [
-    (["--global-batch-size", "13"], "fewer than one batch"),
+    (["--batch-size", "13"], "fewer than one batch"),
     (["--accumulate", "3"], "--accumulate 3 does not divide"),
     (["--num-classes", "2"], "more than --num-classes 2"),
     (["--image-size", "18"], "--image-size 18"),
     (["--data-path", "nowhere"], "nowhere"),
     (["--autoencoder", "nothing.pt"], "nothing.pt"),
-    (["--results-dir", __file__], "cannot make the folder"),
+    (["--output", __file__], "cannot make the folder"),
 ]
 
 
@@ -224,9 +224,9 @@ def test_the_launchers_have_it_too(tmp_path, capsys):
     weights_file.save(tmp_path / "ae.safetensors", network)
     small.pictures(tmp_path / "pictures", classes=2, each=4, side=64)
     flags = [
-        *("--model", "BitDance-Tiny", "--image-size", "64", "--num-classes", "2", "--global-batch-size", "4"),
+        *("--model", "BitDance-Tiny", "--image-size", "64", "--num-classes", "2", "--batch-size", "4"),
         *("--trained-vae", str(tmp_path / "ae.safetensors"), "--data-path", str(tmp_path / "pictures")),
-        *("--results-dir", str(tmp_path / "run"), "--dry-run"),
+        *("--output", str(tmp_path / "run"), "--dry-run"),
     ]
     before = everything(tmp_path)
     original_cli.train_parallel(flags)

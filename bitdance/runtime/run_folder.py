@@ -144,25 +144,37 @@ def check_settings(
 def _check(
     folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
 ) -> ResumedSettings:
-    path, ours = folder / SETTINGS, to_json(sections)
+    ours, stored = to_json(sections), read_settings(folder, sections, is_finished)
     changes: list[str] = []
-    stored: dict[str, Any] = {}
-    if path.exists():
-        stored = read_json(path, f"delete {folder} to start over")
-        if differences := compare(stored, sections, extensible=is_finished(stored)):
-            raise UserError(
-                f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
-                "another folder."
-            )
-        for name, field, old, new in _fields(stored, sections):
-            if field.metadata.get("resume") == "stored":
-                ours[name][field.name] = old
-            elif field.metadata.get("resume") == "extend" and old != new:
-                changes.append(f"{name}.{field.name} extended from {old} to {new}")
+    for name, field, old, new in _fields(stored, sections) if stored else ():
+        if field.metadata.get("resume") == "stored":
+            ours[name][field.name] = old
+        elif field.metadata.get("resume") == "extend" and old != new:
+            changes.append(f"{name}.{field.name} extended from {old} to {new}")
     written = {"format_version": FORMAT_VERSION, **ours}
     if written != stored:
-        write_json(path, written)
+        write_json(folder / SETTINGS, written)
     return ResumedSettings(ours, changes)
+
+
+def read_settings(
+    folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any]:
+    """Returns the stored settings, empty for a new folder, after comparing them; arguments as of `check_settings`.
+
+    Raises:
+        UserError: the folder belongs to work with other settings, or its settings cannot be read.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    stored = read_json(path, f"delete {folder} to start over")
+    if differences := compare(stored, sections, extensible=is_finished(stored)):
+        raise UserError(
+            f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
+            "another folder."
+        )
+    return stored
 
 
 def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = False) -> list[str]:

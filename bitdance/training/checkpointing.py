@@ -80,6 +80,11 @@ def list_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
+def newest_step(folder: pathlib.Path) -> int:
+    """Returns the step of the newest checkpoint by its file name, without reading it; 0 if there is none."""
+    return max((int(path.stem.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
+
+
 def read_newest(folder: pathlib.Path) -> weights_file.Contents | None:
     """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import time
@@ -25,11 +26,11 @@ from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
-from bitdance.runtime.run_folder import FREE, check_settings, exclusive
+from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
-from bitdance.training.checkpointing import Checkpointer, read_newest
+from bitdance.training.checkpointing import Checkpointer, newest_step, read_newest
 from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
@@ -298,18 +299,13 @@ class Trainer:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
         contents = read_newest(self.config.output) if self.world.is_main else None
         done = int(contents.metadata["step"]) if contents else 0
-        if contents is not None and not (self.config.output / "settings.json").exists():
+        if contents is not None and not (self.config.output / SETTINGS).exists():
             raise UserError(
-                f"{self.config.output} has checkpoints but no settings.json: restore it, or delete the folder to start "
+                f"{self.config.output} has checkpoints but no {SETTINGS}: restore it, or delete the folder to start "
                 "over."
             )
-
-        def is_finished(stored: Mapping[str, Any]) -> bool:
-            return done >= stored["run"]["total_steps"]
-
-        sections = {"run": self.info, "train": self.config, "loss": self.objective.config, "data": self.data}
-        sections[self.kind] = self.network.config
-        settings, changes = check_settings(self.config.output, sections, self.world, is_finished)
+        is_finished = functools.partial(_is_finished, done)
+        settings, changes = check_settings(self.config.output, self._sections(), self.world, is_finished)
         path = self.world.broadcast(contents.path if contents else None)
         if path is not None:
             self.load(contents or weights_file.read(path))
@@ -318,6 +314,21 @@ class Trainer:
             for change in changes:
                 print(change)
                 self.log.write(self.step, self.step / self.loader.steps_per_epoch, {"note": change})
+
+    def steps_left(self) -> int:
+        """Returns the number of steps that `train` would take, by the names of the checkpoints in the run folder.
+
+        Raises:
+            UserError: the folder belongs to another run.
+        """
+        done = newest_step(self.config.output)
+        read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
+        return max(0, self.last_step - done)
+
+    def _sections(self) -> dict[str, Any]:
+        """Returns the sections of `settings.json`."""
+        sections = {"run": self.info, "train": self.config, "loss": self.objective.config, "data": self.data}
+        return {**sections, self.kind: self.network.config}
 
     def load(self, contents: weights_file.Contents) -> None:
         """Loads the state of a checkpoint."""
@@ -401,6 +412,13 @@ class Trainer:
                 classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
                 pictures, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
         write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(pictures, columns=columns, scale=2))
+
+
+def _is_finished(step: int, stored: Mapping[str, Any]) -> bool:
+    """Returns whether a run with these stored settings has finished after `step` steps."""
+    run = stored.get("run")
+    total = run.get("total_steps") if isinstance(run, dict) else None
+    return isinstance(total, int) and step >= total
 
 
 def _with_waiting_time(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
