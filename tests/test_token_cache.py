@@ -34,6 +34,7 @@ from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes
 from bitdance.weights import weights_file
 
+pytestmark = pytest.mark.usefixtures("quick_previews")
 CPU = torch.device("cpu")
 SINGLE = World(0, 1, CPU)
 FILES = ["000000.safetensors", "000001.safetensors", "000002.safetensors", "settings.json", "token_cache.json"]
