@@ -66,7 +66,7 @@ def test_finished_work_may_be_extended(epochs, is_allowed):
 
 
 def check(folder: pathlib.Path, is_finished: bool = False, **changes: Any) -> run_folder.ResumedSettings:
-    return check_settings(folder, {"run": Settings(**{"seed": 0, **changes})}, SINGLE, lambda stored: is_finished)
+    return check_settings(folder, {"run": Settings(**{"seed": 0, **changes})}, SINGLE, True, lambda stored: is_finished)
 
 
 def test_settings_are_written_once(tmp_path, monkeypatch):
@@ -150,3 +150,13 @@ def test_leftovers_are_removed_by_the_first_process(tmp_path):
         assert len(list(folder.iterdir())) == 2
     with exclusive(folder, SINGLE):
         assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+def test_without_parts_the_settings_may_change(tmp_path):
+    check_settings(tmp_path, {"run": Settings(seed=0)}, SINGLE, has_parts=False)
+    check_settings(tmp_path, {"run": Settings(seed=1)}, SINGLE, has_parts=False)
+    assert json.loads((tmp_path / "settings.json").read_text())["run"]["seed"] == 1
+    (tmp_path / "settings.json").write_text("{")
+    check_settings(tmp_path, {"run": Settings(seed=2)}, SINGLE, has_parts=False)
+    with pytest.raises(UserError, match=r"run\.seed was 2, is 3"):
+        check_settings(tmp_path, {"run": Settings(seed=3)}, SINGLE, has_parts=True)

@@ -35,7 +35,9 @@ from bitdance.training.losses import BitDanceLoss
 from bitdance.training.trainer import PREVIEW_IMAGES, Trainer
 
 MAX_SECONDS = 20.0
-"""Target for the duration of a timed step; of longer steps a part is timed."""
+"""Maximum duration of a timed step; of longer steps a part is timed."""
+REPEAT_SECONDS = 4.0
+"""Duration of all repetitions of a short step, whose time varies more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +167,10 @@ def _print(trainer: Trainer, memory: Memory, free: int, steps: int, seconds: flo
         rows.append(("time", f"{seconds:.3g} s per step, {rate:.4g} images/s, {format_duration(total)} for all steps"))
     print("\n".join(f"  {name:<13}{value}".rstrip() for name, value in rows))
     if needed > free:
-        remedies = ["increase `accumulate`"] if len(trainer.loader.indices) > config.accumulate else []
-        remedies += [] if config.grad_checkpointing else ["set `grad_checkpointing`"]
-        remedies += ["train on a token cache (`bitdance encode`)"] if encodes else []
-        remedies += ["use more processes", "use a machine with more memory"]
-        print(f"The run does not fit into memory. What helps: {', '.join(remedies)}.")
+        remedies = ["a larger `accumulate`"] if len(trainer.loader.indices) > config.accumulate else []
+        remedies += [] if config.grad_checkpointing else ["`grad_checkpointing`"]
+        remedies += ["a token cache (`bitdance encode`)"] if encodes else []
+        print(f"The run does not fit into memory. What helps: {', '.join([*remedies, 'more processes or memory'])}.")
     space = shutil.disk_usage(_existing_parent(config.output)).free
     if disk > space:
         print(f"The disk of {config.output} is too small ({_format_bytes(space)} free): lower `keep_checkpoints`.")
@@ -360,8 +361,7 @@ def measure_time(trainer: Trainer, memory: Memory, images: int, free: int) -> tu
     size = world.broadcast(min(fitting, 2))
     seconds = timed(size, repeats=1)
     size = world.broadcast(min(fitting, max(size, int(size * MAX_SECONDS / seconds))))
-    # Short steps vary more and are repeated more often.
-    seconds = timed(size, repeats=max(3, min(20, int(4 / seconds))))
+    seconds = timed(size, repeats=max(3, min(20, int(REPEAT_SECONDS / seconds))))
     if size == local:
         return seconds, size
     if size == images:

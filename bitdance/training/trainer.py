@@ -305,7 +305,9 @@ class Trainer:
                 "over."
             )
         is_finished = functools.partial(_is_finished, done)
-        settings, changes = check_settings(self.config.output, self._sections(), self.world, is_finished)
+        settings, changes = check_settings(
+            self.config.output, self._sections(), self.world, contents is not None, is_finished
+        )
         path = self.world.broadcast(contents.path if contents else None)
         if path is not None:
             self.load(contents or weights_file.read(path))
