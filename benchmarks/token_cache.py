@@ -97,10 +97,13 @@ def main() -> None:
         folder = pathlib.Path(name)
         write_images(folder / "images", options.batch_size, side)
         images = open_images(folder / "images")
+<<<<<<< HEAD
         digest = safetensors_files.digest(autoencoder.state_dict())
+=======
+>>>>>>> w-rest
         encode_config = EncodeConfig(image_size=side, flips=False, batch_size=options.batch_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            cache = CacheWriter(images, autoencoder, digest, folder / "tokens", encode_config).run(world)
+            cache = CacheWriter(images, autoencoder, "", folder / "tokens", encode_config).run(world)
         print(f"{cache.images} images encoded in {cache.seconds:.1f} s, {cache.bytes} bytes")
         config = TrainConfig(
             folder / "images",
