@@ -36,7 +36,7 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.train_config import LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
-from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights import weights_file
 
 
 def write_images(folder: pathlib.Path, count: int, side: int) -> None:
@@ -97,10 +97,6 @@ def main() -> None:
         folder = pathlib.Path(name)
         write_images(folder / "images", options.batch_size, side)
         images = open_images(folder / "images")
-<<<<<<< HEAD
-        digest = safetensors_files.digest(autoencoder.state_dict())
-=======
->>>>>>> w-rest
         encode_config = EncodeConfig(image_size=side, flips=False, batch_size=options.batch_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             cache = CacheWriter(images, autoencoder, "", folder / "tokens", encode_config).run(world)

@@ -12,7 +12,7 @@ from bitdance.cli.main import main
 from bitdance.models.philox import normal
 from bitdance.models.transformer import BitDance
 from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
-from bitdance.weights import network_config, weights_file
+from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -36,17 +36,10 @@ def sample(model: BitDance, batch_size: int) -> Tensor:
 def test_files(model):
     paths = [find_weights("demo", part) for part in ("model", "autoencoder")]
     assert sum(path.stat().st_size for path in paths) <= 10_000_000
-<<<<<<< HEAD
-    config = network_config.describe_model(model).config
-    assert config.class_names == CLASSES
-    assert config.grid * network_config.describe_autoencoder(autoencoder).config.down_size == 32
-    assert model.metadata["autoencoder_digest"] == autoencoder.metadata["digest"]
-=======
     assert model.config.class_names == CLASSES
     assert model.config.grid * weights_file.load_autoencoder("demo").config.down_size == 32
     metadata = [weights_file.read(path).metadata for path in paths]
     assert metadata[0]["autoencoder_digest"] == metadata[1]["digest"]
->>>>>>> w-rest
 
 
 def test_it_distinguishes_classes(model):

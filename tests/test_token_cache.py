@@ -32,7 +32,7 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes
-from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights import weights_file
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
 CPU = torch.device("cpu")
@@ -74,11 +74,7 @@ def cache(shared, tmp_path) -> pathlib.Path:
 def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
     file = weights_file.read(weights)
     settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
-<<<<<<< HEAD
-    digest, network = safetensors_files.digest(file.states["autoencoder"]), weights_file.load_autoencoder(file)
-=======
     network, digest = weights_file.load_autoencoder(file), file.metadata["digest"]
->>>>>>> w-rest
     return CacheWriter(open_images(data), network, digest, folder, EncodeConfig(**settings)).run(SINGLE)
 
 
