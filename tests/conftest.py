@@ -20,6 +20,15 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture
+def quick_previews(monkeypatch):
+    """Previews with two solver steps, since every training run writes one."""
+    from bitdance.config import SamplingDefaults
+    from bitdance.training import trainer
+
+    monkeypatch.setattr(trainer, "PREVIEW_SAMPLING", SamplingDefaults(cfg_scale=2.0, num_steps=2, chunk_size=1))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Results that are compared to the last bit need equal numbers of threads."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -10,6 +12,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +22,12 @@ from PIL import Image
 from torch import nn
 
 from bitdance.cli import original_cli
+from bitdance.cli.main import main
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.sampling import pipeline, sampler
+from bitdance.training.train_config import TrainConfig
 from bitdance.weights import weights_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -33,6 +39,9 @@ LAUNCHERS = {
 }
 NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks processes that have imported torch already."""
+SERVER.set_forkserver_preload(["pytest", "bitdance.training.setup", "bitdance.sampling.job", "tqdm"])
 
 
 def randomize(network: nn.Module, seed: int) -> None:
@@ -75,6 +84,50 @@ def pictures(folder: pathlib.Path, classes: int = 3, each: int = 4, side: int = 
             pixels[number : number + side // 3, 2 * number : 2 * number + side // 3] = 250
             Image.fromarray(pixels).save(folder / f"class-{label}" / f"{number}.png")
     return folder
+
+
+def train_config(data_path: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainConfig:
+    """Settings of a training run on `pictures`, with 3 steps per epoch."""
+    settings: dict[str, Any] = {
+        "image_size": 16, "epochs": 4, "batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0, "ema": 0.9,
+        "precision": "fp32", "num_workers": 2, "log_every": 1,
+    }  # fmt: skip
+    return TrainConfig(data_path, output, **{**settings, **changes})
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def start(
+    folder: pathlib.Path, arguments: Sequence[str], size: int = 1, prepare: Callable[[], None] | None = None
+) -> list[BaseProcess]:
+    """Starts `bitdance` in processes without a launcher; their output is in the files out<rank> and err<rank>."""
+    port = free_port()
+    processes: list[BaseProcess] = []
+    for rank in range(size):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        values = zip(names, map(str, (rank, size, rank, size, "127.0.0.1", port)), strict=True)
+        variables = dict(values) if size > 1 else {}
+        processes.append(SERVER.Process(target=_run, args=(folder, arguments, rank, variables, prepare), daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def _run(folder: pathlib.Path, arguments: Sequence[str], rank: int, variables: dict[str, str], prepare: Any) -> None:
+    os.environ.update(variables)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    main([*arguments, "--threads", "1"])
 
 
 def published_commands(document: str) -> dict[str, str]:
@@ -127,6 +180,23 @@ def run(*command: object, processes: int = 1, check: bool = True) -> subprocess.
     )
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def run_forked(function: Callable[[], object], size: int) -> None:
+    """Calls a function in `size` forked processes with the environment of torchrun, which takes longer to start."""
+    port = str(free_port())
+
+    def call(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=port)
+        function()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=call, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * size
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Sequence[int]], bool]) -> None:

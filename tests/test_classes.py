@@ -51,7 +51,7 @@ def test_imagenet_is_in_the_standard_order() -> None:
     [207, "207", "207 ", " 207\n", "0207", "golden retriever", "Golden_Retriever", " GOLDEN-retriever ", "n02099601",
      "N02099601", "golden  retriever", "golden\u2010retriever", "golden\u00a0retriever", "ｇｏｌｄｅｎ retriever"],
 )  # fmt: skip
-def test_one_class_has_many_spellings(query: str | int) -> None:
+def test_spellings_of_a_class(query: str | int) -> None:
     assert imagenet().find(query) == 207
 
 
@@ -77,7 +77,7 @@ def test_huge_ids_are_refused_in_a_short_sentence(query: str | int) -> None:
 
 
 @pytest.mark.parametrize("query", ["", " ", "\t", "-", "_ _", True, False, None, 207.0, b"207", np.bool_(True)])
-def test_what_is_no_class_at_all(query: object) -> None:
+def test_what_is_no_class(query: object) -> None:
     assert message(imagenet(), query).endswith("is not a class: give an id, a name or a WordNet id.")
 
 
@@ -113,7 +113,7 @@ def test_an_ambiguous_name_lists_its_classes() -> None:
     crawfish = message(imagenet(), "crawfish")
     assert listed(crawfish) == [123, 124]
     assert "spiny lobster" in crawfish and "crawdad" in crawfish
-    assert "lobster, crawfish" not in crawfish  # only its other names are told
+    assert "lobster, crawfish" not in crawfish  # only its other names are listed
     for query, classes in (("missile", [657, 744]), ("maillot", [638, 639]), ("panda", [387, 388])):
         assert listed(message(imagenet(), query)) == classes  # a label does not hide another class of that name
 
@@ -140,7 +140,7 @@ def test_labels_that_are_wordnet_ids_get_names() -> None:
     names = ClassNames.from_labels(["n02099601", "n02012849", "n01440764"])
     assert [names.label(i) for i in range(3)] == ["golden retriever", "crane", "tench"]
     assert names.wordnet_ids == ("n02099601", "n02012849", "n01440764")
-    assert names.find("crane") == 1  # the machine is not among these
+    assert names.find("crane") == 1  # the machine is not one of these
     assert names.find("n01440764") == 2
     assert ClassNames.from_labels(imagenet().wordnet_ids or ()) == imagenet()
     for labels in (["n02099601", "cat"], ["n02099601", "n99999999"]):

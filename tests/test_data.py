@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bitdance.data import crops, decoding
@@ -135,13 +136,13 @@ def test_every_route_gives_the_same_images(tmp_path: pathlib.Path, route: str) -
             found.read(len(NAMES))
 
 
-def test_zip_of_one_class_is_not_taken_for_a_wrapper(tmp_path: pathlib.Path) -> None:
+def test_one_class_in_a_zip_is_no_common_folder(tmp_path: pathlib.Path) -> None:
     found = open_images(write_zip(tmp_path / "one.zip", {"cat/a.png": b"", "cat/b.png": b""}))
     assert found.classes == ("cat",) and [found.name(0), found.name(1)] == ["cat/a.png", "cat/b.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_child_opens_the_zip_anew_even_under_a_held_lock(tmp_path: pathlib.Path) -> None:
+def test_a_forked_process_reopens_the_zip_under_a_held_lock(tmp_path: pathlib.Path) -> None:
     found = open_images(write_zip(tmp_path / "a.zip"))
     assert isinstance(found, ZipImages)
     mine, lock = found._open()
@@ -269,13 +270,13 @@ BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 
 
 def cifar_batch(number: int) -> tuple[np.ndarray, list[int]]:
-    """Four images as the archive keeps them, planes of red, green, blue: (4, 3072) uint8, labels."""
+    """Four images in the layout of the archive, planes of red, green, blue: (4, 3072) uint8, labels."""
     rng = np.random.default_rng(number)
     return rng.integers(0, 256, (4, 3072), dtype=np.uint8), [int(label) for label in rng.integers(0, 3, 4)]
 
 
 def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """A batch in the very opcodes of the official files, which Python 2 and an early numpy wrote."""
+    """A batch in the opcodes of the official files, which Python 2 and an early NumPy wrote."""
 
     def text(data: bytes) -> bytes:
         return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
@@ -386,7 +387,7 @@ def test_errors_of_cifar10(tmp_path: pathlib.Path) -> None:
     fails(write(tmp_path / "x.tar.gz", packed[:-2000]), "is damaged")
 
 
-def test_mutated_cifar10_pickles_never_raise_anything_else(tmp_path: pathlib.Path) -> None:
+def test_mutated_cifar10_pickles_raise_only_user_errors(tmp_path: pathlib.Path) -> None:
     files = cifar_files("python2")
     folder, refused = write_folder(tmp_path, files), 0
     for name in ("batches.meta", "test_batch"):
@@ -515,8 +516,6 @@ def test_flips_and_arrays() -> None:
 
 
 def test_normalize() -> None:
-    import torch  # here, so that spawned processes need not wait for it
-
     batch = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(2, 16, 8, 3)
     result = crops.normalize(batch)
     assert result.shape == (2, 3, 16, 8) and result.dtype == torch.float32 and result.is_contiguous()

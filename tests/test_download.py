@@ -420,19 +420,13 @@ def test_a_folder_that_cannot_be(fails, tmp_path):
 # Where other commands name a released model
 
 
-def contents(path, *states):
-    return types.SimpleNamespace(path=path, states=dict.fromkeys(states))
-
-
 @pytest.mark.parametrize("name", ["BitDance-B-16X", "b-16x"])
 def test_a_model_and_its_autoencoder_come_by_themselves(server, name):
     model = resolve.find_weights(name)
     assert model == TARGET and TARGET.read_bytes() == B16
-    inside = contents(model, "model", "autoencoder")
-    assert resolve.find_autoencoder_of(inside) is inside
     assert len(files()) == 1
     for _ in range(2):
-        assert resolve.find_autoencoder_of(contents(model, "model")) == FOLDER / "ae_d16c32.pt"
+        assert resolve.find_autoencoder_of(model) == FOLDER / "ae_d16c32.pt"
     assert len(server.storage.ranges) == 2
 
 
@@ -442,7 +436,7 @@ def test_nothing_is_fetched_for_other_files_or_offline(server, monkeypatch):
     with pytest.raises(UserError, match="bitdance download H-1X --folder there"):
         resolve.find_weights("there/BitDance_H_1X.pt")
     with pytest.raises(UserError, match="holds no autoencoder and none lies beside it"):
-        resolve.find_autoencoder_of(contents(pathlib.Path("run/model.safetensors"), "model"))
+        resolve.find_autoencoder_of(pathlib.Path("run/model.safetensors"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in RELEASED_MODELS:
         with pytest.raises(UserError, match="is not there: downloading is switched off"):

@@ -59,7 +59,7 @@ def run_share(job: SamplingJob, rank: int, size: int) -> None:
     world = Independent(rank, size, CPU)
     sections = {"sampling": job.sampling, "job": job.config, "networks": job.networks,
                 "machine": run_folder.Machine.of(world)}  # fmt: skip
-    run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU))
+    run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU), has_parts=False)
     batches = list(split_batches(job.config.num_images, job.config.batch_size))
     labels = balanced_labels(job.config.num_images, job.pipeline.model.config.num_classes, job.config.seed)
     job._sample_batches(job._missing_results(), world, batches, list(range(len(batches))), labels, print)

@@ -22,7 +22,7 @@ from bitdance.cli import original_cli
 from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.weights import weights_file
+from bitdance.weights import network_config, torch_files, weights_file
 
 NAMES = ("B-1X", "B-4X", "B-16X", "L-1X", "H-1X")
 MODELS = pathlib.Path("models/BitDance-ImageNet")
@@ -69,8 +69,8 @@ def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name)
     network = small.model(bits=32, num_classes=1000, parallel_num=release.config.parallel_num)
     autoencoder = small.autoencoder(config=AutoencoderConfig(widths=(32, 32, 32), blocks=1))
     (tmp_path / MODELS).mkdir(parents=True)
-    weights_file.save_released(tmp_path / MODELS / release.file, network)
-    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
+    torch_files.save_released(tmp_path / MODELS / release.file, network)
+    torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
     monkeypatch.setitem(original_cli.MODEL_SIZES, release.family, network.config)
     monkeypatch.chdir(tmp_path)
     script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
@@ -84,7 +84,7 @@ def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name)
 def released(path: pathlib.Path, network: BitDance | Autoencoder) -> Iterator[None]:
     """A file of the released layout, for as long as it is used: random weights for a network on the meta device."""
     small.randomize(network.to_empty(device="cpu"), seed=1)
-    weights_file.save_released(path, network)
+    torch_files.save_released(path, network)
     network.to("meta")
     try:
         yield
@@ -186,7 +186,7 @@ def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes
     assert all(0 < line["loss"] < 10 and line["grad_norm"] > 0 for line in lines)
     state = weights_file.read(folder / "checkpoint-0000002.safetensors")
     assert set(state.states) == {"model", "ema", "optimizer"} and state.metadata["step"] == "2"
-    found = weights_file.describe_model(weights_file.read(folder / "model.safetensors")).config
+    found = network_config.describe_model(weights_file.read(folder / "model.safetensors")).config
     assert len(found.class_names) == 1000 and found.class_names[1] == "n01443537"
     assert dataclasses.replace(found, class_names=()) == config
 
@@ -207,7 +207,7 @@ def test_training_commands_run_on_stand_ins(tmp_path, monkeypatch, name):
     """The whole run in this process, with a tiny model and small images."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
-    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
     monkeypatch.chdir(tmp_path)
     command = filled_in(small.published_commands("training")[name], pathlib.Path("train"), 1)
     script, arguments = small.script_and_arguments(command)
@@ -219,7 +219,7 @@ def test_a_training_command_runs_word_for_word(tmp_path):
     """Under bash and torchrun, with two processes; how the others reach their scripts is the same."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
-    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
     command = filled_in(small.published_commands("training")["B-4X"], tmp_path / "train", 2)
     done = run_in_bash(command, [*SHORTER, *SMALLER], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from bitdance.sampling.sampler import SamplingConfig
 from bitdance.sampling.writers import write_npz
 from bitdance.training.setup import train_autoencoder
 from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 
 NAMES = ("cat", "dog", "sea lion")
 
@@ -177,7 +177,7 @@ def test_raw_weights_on_request(tmp_path):
     tensors = {f"model/{name}": value for name, value in raw.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in averaged.state_dict().items()}
     config = {"model": dataclasses.asdict(raw.config)}
-    weights_file.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, network="model")
+    safetensors_files.save_tensors(tmp_path / "checkpoint.safetensors", tensors, "training", config, network="model")
     weights_file.save(tmp_path / "raw.safetensors", raw)
     weights_file.save(tmp_path / "averaged.safetensors", averaged)
     weights_file.save(tmp_path / "autoencoder.safetensors", small.autoencoder())

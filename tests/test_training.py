@@ -1,4 +1,4 @@
-"""Training: schedules, optimizer, batches, draws, and whole runs of a few steps."""
+"""Training: schedules, optimizer, batches, random draws, FLOPs, and whole runs of a few steps."""
 
 from __future__ import annotations
 
@@ -7,52 +7,61 @@ import json
 import math
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 import small
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance.cli.main import main
 from bitdance.data.images import open_images
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
+from bitdance.training import flops
 from bitdance.training.loader import Batch, Loader, random_crop_probability
-from bitdance.training.losses import BitDanceLoss
-from bitdance.training.optimizer import EMA, build_optimizer, learning_rate, parameter_groups
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate, parameter_groups
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.weights import weights_file
+from bitdance.weights.layout import WeightsFile
+
+pytestmark = pytest.mark.usefixtures("quick_previews")
 
 CPU = torch.device("cpu")
+SIZES = ModelSizes(**small.SIZES)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
-    return small.pictures(tmp_path_factory.mktemp("data") / "pictures")
+    """A folder of 12 images, and autoencoder.safetensors beside it."""
+    folder = tmp_path_factory.mktemp("data")
+    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
+    return small.pictures(folder / "pictures")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> pathlib.Path:
-    """A folder with model.safetensors and autoencoder.safetensors."""
-    return small.save_pair(tmp_path_factory.mktemp("pair")).parent
+def config(data: pathlib.Path, **changes: Any) -> TrainConfig:
+    return small.train_config(data, pathlib.Path("unused"), **changes)
 
 
-def config(data: pathlib.Path, results: pathlib.Path = pathlib.Path("unused"), **changes: object) -> TrainConfig:
-    settings: dict[str, object] = {
-        "image_size": 16, "epochs": 4, "global_batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "decay_start": 0,
-        "ema": 0.9, "mixed_precision": "none", "num_workers": 2, "log_every": 1,
-    }  # fmt: skip
-    return TrainConfig(data_path=data, results_dir=results, **{**settings, **changes})  # type: ignore[arg-type]
+def train(
+    data: pathlib.Path, output: pathlib.Path, loss: LossConfig | None = None, sizes: ModelSizes = SIZES, **changes: Any
+) -> pathlib.Path | None:
+    run = small.train_config(data, output, **changes)
+    return train_model(run, sizes, loss or LossConfig(), data.parent / "autoencoder.safetensors", "cpu")
 
 
-SIZES = ModelSizes(dim=64, n_layer=2, head_dim=64, head_layers=2, head_ada_ln=1, cls_token_num=2)
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def log(folder: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def read(folder: pathlib.Path, step: int) -> WeightsFile:
+    return weights_file.read(folder / f"checkpoint-{step:07d}.safetensors")
 
 
 # ------------------------------------------------------------ schedules and optimizer
@@ -139,75 +148,117 @@ def test_ema():
         assert network.weight.item() == value
 
 
+def test_a_skipped_step_changes_nothing():
+    network = torch.nn.Linear(3, 2)
+    optimizer, ema = build_optimizer(network, TrainConfig(pathlib.Path("x"), lr=0.1)), EMA(network, 0.5)
+    guard = NonFiniteGuard(CPU)
+
+    def step(gradient: float) -> None:
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        skipped = guard.check(torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0))
+        optimizer.found_inf = skipped
+        optimizer.step()
+        ema.update(network, skipped)
+
+    def state() -> list[torch.Tensor]:
+        moments = [value for parameter in network.parameters() for value in optimizer.state[parameter].values()]
+        return [value.detach().clone() for value in (*network.parameters(), *moments, *ema.state.values())]
+
+    step(1.0)
+    before = state()
+    for gradient in (float("nan"), float("inf")):
+        step(gradient)
+        assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert (int(guard.skipped), int(guard.consecutive)) == (2, 2)
+    step(1.0)
+    assert all(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert (int(guard.skipped), int(guard.consecutive)) == (2, 0)
+
+
 # ------------------------------------------------------------ batches
 
 
-def join(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels", "rows"))
+def loader(data: pathlib.Path, rank: int = 0, size: int = 1, **changes: Any) -> Loader:
+    return Loader(open_images(data), config(data, **changes), World(rank, size, CPU))
+
+
+def epochs(batches: Loader, count: int) -> list[list[int]]:
+    """The images of some epochs, in their order."""
+    size = batches.steps_per_epoch
+    return [
+        torch.cat([batches.image_indices(size * epoch + i) for i in range(size)]).tolist() for epoch in range(count)
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_global_batch_is_the_same_for_any_number_of_processes(data, size):
-    images = open_images(data)
-    run = config(data)
-    whole = Loader(images, run, World(0, 1, CPU))
-    parts = [Loader(images, run, World(rank, size, CPU)) for rank in range(size)]
+    whole, parts = loader(data), [loader(data, rank, size) for rank in range(size)]
     for step in (0, 2, 3, 7):
-        expected, found = whole.load(step), join([part.load(step) for part in parts])
-        assert torch.equal(found[2], torch.arange(4))
-        assert torch.equal(found[0], expected.inputs) and torch.equal(found[1], expected.labels)
+        expected, found = whole.load(step), [part.load(step) for part in parts]
+        inputs, labels, indices = (torch.cat(values) for values in zip(*found, strict=True))
+        assert torch.equal(indices, torch.arange(4))
+        assert torch.equal(inputs, expected.inputs) and torch.equal(labels, expected.labels)
 
 
-def test_every_image_comes_once_an_epoch_and_epochs_differ(data):
-    batches = Loader(open_images(data), config(data), World(0, 1, CPU))
-    assert batches.steps_per_epoch == 3
-    epochs = [torch.cat([batches.indices(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = Loader(open_images(data), config(data, global_seed=1), World(0, 1, CPU))
-    assert torch.cat([other.indices(i) for i in range(3)]).tolist() != epochs[0]
+def test_each_image_occurs_once_per_epoch_and_epochs_differ(data):
+    found = epochs(loader(data), 3)
+    assert all(sorted(epoch) == list(range(12)) for epoch in found)
+    assert len({tuple(epoch) for epoch in found}) == 3
+    assert epochs(loader(data, seed=1), 1) != found[:1]
 
 
-def test_images_that_do_not_fill_a_batch_wait_for_another_epoch(data):
-    batches = Loader(open_images(data), config(data, global_batch_size=5), World(0, 1, CPU))
-    assert batches.steps_per_epoch == 2
-    seen = [torch.cat([batches.indices(2 * epoch), batches.indices(2 * epoch + 1)]) for epoch in range(8)]
-    assert all(len(set(epoch.tolist())) == 10 for epoch in seen)
-    assert set(torch.cat(seen).tolist()) == set(range(12))
+def test_images_that_do_not_fill_a_batch_are_left_to_other_epochs(data):
+    found = epochs(loader(data, batch_size=5), 8)
+    assert all(len(set(epoch)) == len(epoch) == 10 for epoch in found)
+    assert set().union(*found) == set(range(12))
 
 
-def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(data):
-    images, run = open_images(data), config(data)
-    whole = list(Loader(images, run, World(0, 1, CPU)).stream(0, 8))
-    rest = list(Loader(images, run, World(0, 1, CPU)).stream(5, 8))
+def test_epochs_may_be_requested_in_any_order(data):
+    """With one batch per epoch, threads read more epochs at a time than are kept."""
+    expected = epochs(loader(data, batch_size=12), 6)
+    assert len({tuple(order) for order in expected}) == 6
+    batches = loader(data, batch_size=12)
+    for step in (3, 2, 1, 0, 5, 0, 4, 3):
+        assert batches.image_indices(step).tolist() == expected[step]
+
+
+def test_a_resumed_stream_continues_identically(data):
+    whole, rest = list(loader(data).stream(0, 8)), list(loader(data).stream(5, 8))
     assert len(whole) == 8 and len(rest) == 3
     for a, b in zip(whole[5:], rest, strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
-    assert list(Loader(images, run, World(0, 1, CPU)).stream(8, 8)) == []
+    assert list(loader(data).stream(8, 8)) == []
 
 
-def test_centre_crops_are_the_images_themselves_half_of_them_mirrored(data):
-    images = open_images(data)
-    batches = Loader(images, config(data, random_crop=False), World(0, 1, CPU))
-    mirrored = 0
+def test_centre_crops_are_the_images_half_of_them_flipped(data):
+    images, batches = open_images(data), loader(data, random_crop=False)
+    count = 0
     for step in range(30):
         batch = batches.load(step)
-        for pixels, label, index in zip(batch.inputs, batch.labels, batches.indices(step).tolist(), strict=True):
+        for pixels, label, index in zip(batch.inputs, batch.labels, batches.image_indices(step).tolist(), strict=True):
             original = torch.from_numpy(np.array(images.read(index)))
             assert label == images.labels[index]
             flipped = torch.equal(pixels, original.flip(1))
             assert flipped or torch.equal(pixels, original)
-            mirrored += flipped
-    assert 0.35 < mirrored / 120 < 0.65
+            count += flipped
+    assert 0.35 < count / 120 < 0.65
 
 
 def test_random_crops_differ_between_epochs(data):
-    batches = Loader(open_images(data), config(data), World(0, 1, CPU))
+    batches = loader(data)
     views: dict[int, set[bytes]] = {}
     for step in range(9):
-        for index, pixels in zip(batches.indices(step).tolist(), batches.load(step).inputs, strict=True):
+        for index, pixels in zip(batches.image_indices(step).tolist(), batches.load(step).inputs, strict=True):
             views.setdefault(index, set()).add(pixels.numpy().tobytes())
     assert sum(map(len, views.values())) > 2.5 * len(views)  # of 3
+
+
+def test_microbatches_are_parts_of_the_batch_in_order():
+    batch = Batch(torch.arange(6).view(6, 1, 1, 1), torch.arange(6), torch.arange(6))
+    found = list(batch.split_microbatches(3))
+    assert [part.labels.tolist() for part in found] == [[0, 1], [2, 3], [4, 5]]
+    assert torch.equal(torch.cat([part.inputs for part in found]), batch.inputs)
 
 
 # ------------------------------------------------------------ draws
@@ -221,38 +272,29 @@ def random_tokens(batch: int) -> torch.Tensor:
     return torch.randint(0, 2, (batch, 16, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
 
 
-def test_epochs_may_be_asked_for_in_any_order(data):
-    """Of a set of one batch an epoch, readers work on more epochs at a time than are kept."""
-    batches, alone = (Loader(open_images(data), config(data, global_batch_size=12), World(0, 1, CPU)) for _ in range(2))
-    expected = [alone.indices(step).tolist() for step in range(6)]
-    assert len({tuple(order) for order in expected}) == 6
-    for step in (3, 2, 1, 0, 5, 0, 4, 3):
-        assert batches.indices(step).tolist() == expected[step]
-
-
 @pytest.mark.parametrize("parallel_num", [1, 4])
-def test_draws_depend_on_the_place_in_the_global_batch_alone(parallel_num):
+def test_draws_depend_only_on_the_index_in_the_global_batch(parallel_num):
     loss = LossConfig(diff_batch_mul=3, class_dropout=0.5, perturb_rate=0.5)
     part = objective(loss, parallel_num)
-    tokens, labels, rows = random_tokens(8), torch.arange(8) % 3, torch.arange(8)
+    tokens, labels, indices = random_tokens(8), torch.arange(8) % 3, torch.arange(8)
     steps = 16 // parallel_num
-    inputs, dropped, t, x_0 = part.draw(tokens, labels, rows, 5)
+    inputs, dropped, t, x_0 = part.draw(tokens, labels, indices, 5)
     assert inputs.shape == tokens.shape
     assert t.shape == (3 * 8 * steps,) and x_0.shape == (3 * 8 * steps, parallel_num, 8)
     times, noise = t.view(3, 8, steps), x_0.view(3, 8, steps, parallel_num, 8)
-    for places in ([0, 1, 2, 3], [4, 5, 6, 7], [6]):
-        few = part.draw(tokens[places], labels[places], rows[places], 5)
-        assert torch.equal(few[0], inputs[places]) and torch.equal(few[1], dropped[places])
+    for part_of in ([0, 1, 2, 3], [4, 5, 6, 7], [6]):
+        few = part.draw(tokens[part_of], labels[part_of], indices[part_of], 5)
+        assert torch.equal(few[0], inputs[part_of]) and torch.equal(few[1], dropped[part_of])
         # The words are equal; logarithms may differ in the last bit with the length of a vector.
-        torch.testing.assert_close(few[2].view(3, -1, steps), times[:, places], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(few[3].view(3, -1, steps, parallel_num, 8), noise[:, places], rtol=1e-6, atol=1e-6)
-    other = part.draw(tokens, labels, rows, 6)
+        torch.testing.assert_close(few[2].view(3, -1, steps), times[:, part_of], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(few[3].view(3, -1, steps, parallel_num, 8), noise[:, part_of], rtol=1e-6, atol=1e-6)
+    other = part.draw(tokens, labels, indices, 6)
     assert not torch.equal(other[2], t) and not torch.equal(other[3], x_0) and not torch.equal(other[0], inputs)
-    # All rows, copies and groups have noise of their own.
+    # All images, copies and groups have their own noise.
     assert len(torch.unique(t)) == len(t) and len(torch.unique(x_0)) > 0.99 * x_0.numel()
 
 
-def test_rate_of_dropped_classes_and_of_flipped_bits():
+def test_rates_of_dropped_classes_and_flipped_bits():
     part = objective(LossConfig(diff_batch_mul=1, class_dropout=0.1, perturb_rate=0.4))
     tokens, labels = random_tokens(2000), torch.arange(2000) % 3
     inputs, dropped, _, _ = part.draw(tokens, labels, torch.arange(2000), 0)
@@ -267,24 +309,24 @@ def test_rate_of_dropped_classes_and_of_flipped_bits():
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_law_of_times(shift):
-    tokens, labels, rows = random_tokens(1000), torch.zeros(1000, dtype=torch.int64), torch.arange(1000)
+def test_distribution_of_timesteps(shift):
+    tokens, labels, indices = random_tokens(1000), torch.zeros(1000, dtype=torch.int64), torch.arange(1000)
     part = objective(LossConfig(diff_batch_mul=2), time_shift=shift)
-    t = part.draw(tokens, labels, rows, 0)[2].double()
+    t = part.draw(tokens, labels, indices, 0)[2].double()
     assert t.min() > 0 and t.max() < 1
     # logit(t) ~ N(-0.8, 0.8); a shift s subtracts log s.
     logit = torch.log(t / (1 - t)) + math.log(shift)
     assert logit.mean().item() == pytest.approx(-0.8, abs=0.02)
     assert logit.std().item() == pytest.approx(0.8, abs=0.02)
     uniform = objective(LossConfig(diff_batch_mul=2, time_schedule="uniform"), time_shift=shift)
-    u = uniform.draw(tokens, labels, rows, 0)[2].double()
+    u = uniform.draw(tokens, labels, indices, 0)[2].double()
     u = u * shift / (1 + u * (shift - 1))  # undoes the shift
     assert u.min() >= 0 and u.max() < 1
     tenths = torch.arange(1, 10).double() / 10
     assert torch.quantile(u, tenths).tolist() == pytest.approx(tenths.tolist(), abs=0.01)
 
 
-def test_the_fixed_autoencoder_is_no_part_of_what_is_trained():
+def test_the_frozen_autoencoder_is_not_trained():
     part = objective(LossConfig())
     own = {f"network.{name}" for name, _ in part.network.named_parameters()}
     assert {name for name, _ in part.named_parameters()} == own == set(part.state_dict())
@@ -311,206 +353,45 @@ def test_grad_checkpointing_gives_the_same_gradients(parallel_num):
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
 
 
-# ------------------------------------------------------------ whole runs
-
-
-def test_an_autoencoder_learns_and_leaves_its_files(data, tmp_path, capsys):
-    run = config(data, tmp_path / "run", epochs=14, save_every=0, keep_epochs=7, random_crop=False)
-    path = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
-    lines = log(tmp_path / "run")
-    assert [line["step"] for line in lines] == list(range(1, 43))
-    psnr = [line["psnr"] for line in lines]
-    assert sum(psnr[-6:]) / 6 > sum(psnr[:6]) / 6 + 1.5  # dB
-    assert {"loss", "grad_norm", "lr", "images_per_second", "waiting", "epoch", "entropy_sample"} <= lines[0].keys()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "autoencoder.safetensors", "checkpoint-0000042.safetensors", "settings.json",
-        "epoch_14.safetensors", "epoch_7.safetensors",
-        "log.jsonl", "preview-0000042.png",
-    ]  # fmt: skip
-    network = weights_file.load_autoencoder(path)
-    assert network.config == small.NETWORK
-    state = weights_file.read(tmp_path / "run" / "checkpoint-0000042.safetensors").states
-    assert all(torch.equal(value, state["ema"][name]) for name, value in network.state_dict().items())
-    with Image.open(tmp_path / "run" / "preview-0000042.png") as preview:
-        assert preview.size == (4 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2)  # images above reconstructions
-    assert capsys.readouterr().err.count("42/42")
-
-
 @pytest.mark.parametrize("parallel_num", [1, 4])
-def test_a_model_learns_and_leaves_its_files(data, pair, tmp_path, parallel_num):
-    run = config(data, tmp_path / "run", epochs=20)
-    sizes = dataclasses.replace(SIZES, parallel_num=parallel_num)
-    path = train_model(run, sizes, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    losses = [line["loss"] for line in log(tmp_path / "run")]
-    assert len(losses) == 60
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint-0000060.safetensors", "settings.json", "log.jsonl", "model.safetensors", "preview-0000060.png",
-    ]  # fmt: skip
-    network = weights_file.load_model(path)
-    assert network.config.class_names == ("class-0", "class-1", "class-2")
-    assert (network.config.num_classes, network.config.grid, network.config.parallel_num) == (3, 4, parallel_num)
-    contents = weights_file.read(tmp_path / "run" / "checkpoint-0000060.safetensors")
-    assert contents.states.keys() == {"ema", "model", "optimizer"}
-    assert not any(name.startswith(("encoder", "decoder", "vae")) for name in contents.states["model"])
-    raw = contents.states["model"]
-    assert any(not torch.equal(value, raw[name]) for name, value in contents.states["ema"].items())
+def test_grad_checkpointing_keeps_fewer_activations(parallel_num):
+    """Counts the bytes that transformer and head keep for the backward pass."""
+    network = small.model(parallel_num=parallel_num, n_layer=4, head_layers=4).train()
+    tokens = torch.ones(8, 16, 8)
+    rows = 4 * 8 * 16 // parallel_num
+    t, x_0 = torch.full((rows,), 0.5), torch.zeros(rows, parallel_num, 8)
+    cond, target = torch.zeros(rows, parallel_num, 64, requires_grad=True), torch.ones(rows, parallel_num, 8)
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
+    def kept(function) -> int:
+        storages: dict[int, int] = {}
 
-def test_without_ema_the_raw_weights_are_what_is_kept(data, pair, tmp_path):
-    run = config(data, tmp_path, ema=-1.0, max_steps=2)
-    path = train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    contents = weights_file.read(tmp_path / "checkpoint-0000002.safetensors")
-    assert contents.states.keys() == {"model", "optimizer"}
-    kept = weights_file.load_model(path).state_dict()
-    assert all(torch.equal(value, kept[name]) for name, value in contents.states["model"].items())
+        def note(value: torch.Tensor) -> torch.Tensor:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return value
 
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            result = function()
+        assert result.requires_grad
+        return sum(storages.values())
 
-def test_an_interrupted_run_ends_like_one_that_was_not(data, pair, tmp_path):
-    loss = LossConfig(perturb_rate=0.3)
-
-    def train(folder: str, **changes: object) -> None:
-        run = config(data, tmp_path / folder, epochs=3, warmup_steps=4, decay_start=4, **changes)
-        train_model(run, dataclasses.replace(SIZES, drop_rate=0.1), loss, pair / "autoencoder.safetensors", "cpu")
-
-    train("whole")
-    train("parts", max_steps=2)
-    train("parts", max_steps=5, num_workers=1, log_every=2)
-    train("parts")
-    a, b = (weights_file.read(tmp_path / folder / "checkpoint-0000009.safetensors") for folder in ("whole", "parts"))
-    assert a.metadata["step"] == b.metadata["step"] == "9"
-    assert a.metadata["digest"] == b.metadata["digest"]  # of parameters, EMA and optimizer, bit for bit
-    assert a.states["optimizer"].keys() == b.states["optimizer"].keys()
-    finished = [weights_file.read(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
-    assert finished[0].metadata["digest"] == finished[1].metadata["digest"]
-    train("parts")  # nothing is left to do
-    assert (
-        weights_file.read(tmp_path / "parts" / "checkpoint-0000009.safetensors").metadata["digest"]
-        == a.metadata["digest"]
-    )
-
-
-def test_an_interrupted_autoencoder_run_ends_like_one_that_was_not(data, tmp_path):
-    for folder, stops in (("whole", (4,)), ("parts", (1, 4))):
-        for stop in stops:
-            run = config(data, tmp_path / folder, max_steps=stop)
-            train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
-    a, b = (weights_file.read(tmp_path / folder / "checkpoint-0000004.safetensors") for folder in ("whole", "parts"))
-    assert a.metadata["digest"] == b.metadata["digest"] and a.metadata["step"] == "4"
-
-
-def test_a_run_of_other_settings_is_refused_with_the_differences(data, pair, tmp_path):
-    train_model(config(data, tmp_path, max_steps=1), SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    other = config(data, tmp_path, max_steps=2, lr=1e-4, global_seed=7)
-    loss = LossConfig(perturb_rate=0.1)
-    with pytest.raises(UserError) as error:
-        train_model(other, dataclasses.replace(SIZES, n_layer=3), loss, pair / "autoencoder.safetensors", "cpu")
-    message = str(error.value)
-    assert "checkpoint-0000001.safetensors belongs to another run" in message
-    for change in ("run.lr was 0.003, is 0.0001", "run.global_seed was 0, is 7", "model.n_layer was 2, is 3"):
-        assert change in message
-    assert "loss.perturb_rate was 0.0, is 0.1" in message
-    assert "max_steps" not in message and "weight_decay" not in message
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_another_set_of_as_many_images_makes_another_run(data, pair, tmp_path):
-    def train(folder: pathlib.Path) -> None:
-        train_model(
-            config(folder, tmp_path / "run", max_steps=1), SIZES, LossConfig(), pair / "autoencoder.safetensors"
+    found = {}
+    for enabled in (False, True):
+        network.set_grad_checkpointing(enabled)
+        found[enabled] = (
+            kept(lambda: network(tokens, torch.zeros(8, dtype=torch.int64))),
+            kept(lambda: network.head.loss(target, cond, t, x_0)),
         )
-
-    train(data)
-    moved = pathlib.Path(shutil.copytree(data, tmp_path / "moved"))
-    train(moved)  # where the images lie does not matter
-    first = sorted(moved.rglob("*.png"))[0]
-    first.rename(first.with_name("renamed.png"))
-    with pytest.raises(UserError, match=r"images was .* is"):
-        train(moved)
-
-
-def test_another_autoencoder_makes_another_run(data, pair, tmp_path):
-    run = config(data, tmp_path / "run", max_steps=1)
-    train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    weights_file.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
-    with pytest.raises(UserError, match=r"autoencoder\.digest was "):
-        train_model(run, SIZES, LossConfig(), tmp_path / "other.safetensors", "cpu")
-
-
-def test_bf16_autocast_trains_float32_weights(data, pair, tmp_path):
-    run = config(data, tmp_path, mixed_precision="bf16", max_steps=2, grad_checkpointing=True)
-    path = train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    assert all(math.isfinite(line["loss"]) for line in log(tmp_path))
-    assert {value.dtype for value in weights_file.read(path).states["model"].values()} == {torch.float32}
-
-
-def test_too_many_skipped_steps_stop_the_run_and_leave_the_batch(data, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
-    run = config(data, tmp_path, max_skipped=3, log_every=2)
-    with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to step 4: its batch is in .*bad-batch-4"):
-        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    assert not list(tmp_path.glob("checkpoint*")) and not (tmp_path / "model.safetensors").exists()
-    contents = weights_file.read(tmp_path / "bad-batch-4.safetensors")
-    expected = Loader(open_images(data), run, World(0, 1, CPU)).load(3)
-    assert contents.metadata["step"] == "4"
-    for name in ("inputs", "labels", "rows"):
-        assert torch.equal(contents.states["batch"][name], getattr(expected, name))
-
-
-def test_a_step_that_is_not_finite_changes_nothing(data, pair, tmp_path, monkeypatch):
-    """Weights, average and optimizer are as after the step before; the count outlives an interruption."""
-    right, steps = BitDance.loss, []
-
-    def wrong_at_the_second_step(self, *arguments):
-        steps.append(None)
-        return right(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
-
-    def train(folder: str, stop: int) -> weights_file.Contents:
-        run = config(data, tmp_path / folder, max_steps=stop, log_every=100)
-        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-        return weights_file.read(tmp_path / folder / f"checkpoint-{stop:07d}.safetensors")
-
-    one = train("one", 1)
-    monkeypatch.setattr(BitDance, "loss", wrong_at_the_second_step)
-    two = train("two", 2)
-    assert two.metadata["digest"] == one.metadata["digest"]
-    assert (two.metadata["skipped"], two.metadata["consecutive"]) == ("1", "1")
-    first, second = log(tmp_path / "one")[-1], log(tmp_path / "two")[-1]
-    assert second["skipped"] == 1 and second["loss"] == first["loss"] and second["grad_norm"] == first["grad_norm"]
-    four = train("two", 4)
-    assert (four.metadata["skipped"], four.metadata["consecutive"]) == ("1", "0")
-    assert four.metadata["digest"] != one.metadata["digest"]
-    assert all(value.isfinite().all() for value in four.states["model"].values())
-
-
-def test_a_first_step_that_is_not_finite(data, pair, tmp_path, monkeypatch):
-    """The optimizer has no state of its own yet."""
-    monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
-    run = config(data, tmp_path, max_steps=1)
-    train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-    states = weights_file.read(tmp_path / "checkpoint-0000001.safetensors").states
-    assert all(torch.equal(value, states["model"][name]) for name, value in states["ema"].items())
-    assert not any(value.any() for value in states["optimizer"].values())
-    assert log(tmp_path)[0]["loss"] is None and log(tmp_path)[0]["skipped"] == 1
-
-
-def test_a_resumed_run_does_not_log_a_step_twice(data, pair, tmp_path, monkeypatch):
-    def train(**changes: object) -> None:
-        run = config(data, tmp_path, epochs=3, log_every=1, **changes)
-        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cpu")
-
-    train(max_steps=2)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write(json.dumps({"step": 3, "loss": 1.0}) + "\n")  # as if it had been killed before the next checkpoint
-    train(max_steps=4)
-    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4]
+    for plain, checkpointed in zip(found[False], found[True], strict=True):
+        assert checkpointed < 0.4 * plain
 
 
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
-def test_compiling_takes_two_graphs_however_many_steps(grad_checkpointing):
-    """The step's number must not be compiled in: each step would be compiled anew."""
-    part = objective(LossConfig(perturb_rate=0.2))
+def test_compiling_needs_two_graphs_for_any_number_of_steps(grad_checkpointing):
+    """The number of the step must not be a constant of the graph: each step would be compiled again."""
+    part = objective(LossConfig(perturb_rate=0.2), n_layer=1, head_layers=1)
     part.network.set_grad_checkpointing(grad_checkpointing)
     part.train()
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
@@ -529,47 +410,320 @@ def test_compiling_takes_two_graphs_however_many_steps(grad_checkpointing):
     assert 1 <= len(graphs) <= 2
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_gpu_trains_and_resumes(data, pair, tmp_path, compiled):
-    def train(folder: str, **changes: object) -> list[float]:
-        run = config(
-            data, tmp_path / folder, epochs=2, mixed_precision="none", compile=compiled, log_every=1, **changes
-        )
-        train_model(run, SIZES, LossConfig(), pair / "autoencoder.safetensors", "cuda")
-        return [line["loss"] for line in log(tmp_path / folder)]
-
-    whole = train("whole")
-    train("parts", max_steps=3)
-    assert train("parts") == pytest.approx(whole, rel=1e-4)
+# ------------------------------------------------------------ FLOPs
 
 
-def test_more_classes_than_the_images_have(data, pair, tmp_path, capsys):
-    sizes = dataclasses.replace(SIZES, num_classes=5)
-    run = config(data, tmp_path, max_steps=1)
-    path = train_model(run, sizes, LossConfig(), pair / "autoencoder.safetensors", "cpu")
+@pytest.mark.parametrize("parallel_num", [1, 4])
+@pytest.mark.parametrize("encodes", [True, False])
+def test_flops_of_a_step_of_a_model(parallel_num, encodes):
+    part = objective(LossConfig(diff_batch_mul=3), parallel_num, head_layers=4, head_ada_ln=2).train()
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    labels, indices = torch.arange(5) % 3, torch.arange(5)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if encodes:
+            part(images, labels, indices, 0)[0].backward()
+        else:
+            inputs, dropped, t, x_0 = part.draw(torch.ones(5, 16, 8), labels, indices, 0)
+            part.network.loss(torch.ones(5, 16, 8), dropped, t, x_0, inputs).backward()
+    assert flops.step_flops(part, 5, 16, encodes) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_flops_of_a_step_of_an_autoencoder():
+    part = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        part(images, torch.zeros(2), torch.arange(2), 0)[0].backward()
+    assert flops.step_flops(part, 2, 32, encodes=True) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA H100 PCIe", 756),
+     ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA H20", 148), ("NVIDIA A10G", 0),
+     ("NVIDIA RTX A4000", 0), ("NVIDIA RTX A1000 Laptop GPU", 0), ("Another GPU", 0)],
+)  # fmt: skip
+def test_peak_of_a_gpu(device, tflops):
+    assert flops.peak_bf16(device) == (tflops * 1e12 or None)
+
+
+# ------------------------------------------------------------ whole runs
+
+
+def test_an_autoencoder_learns_and_leaves_its_files(data, tmp_path):
+    held_out = small.pictures(tmp_path / "held-out", each=2)
+    settings = {"epochs": 14, "save_every": 0, "keep_epochs": 7, "random_crop": False, "val_every": 0}
+    run = small.train_config(data, tmp_path / "run", val_path=held_out, **settings)
+    path = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+    lines = small.read_log(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 43))
+    assert ["val_loss" in line for line in lines] == [False] * 41 + [True]
+    psnr = [line["psnr"] for line in lines]
+    assert sum(psnr[-6:]) / 6 > sum(psnr[:6]) / 6 + 1.5  # dB
+    assert {"loss", "grad_norm", "lr", "images_per_second", "waiting", "epoch", "entropy_sample"} <= lines[0].keys()
+    assert names(tmp_path / "run") == [
+        "autoencoder.safetensors", "checkpoint-0000042.safetensors", "epoch_14.safetensors", "epoch_7.safetensors",
+        "log.jsonl", "preview-0000042.png", "settings.json",
+    ]  # fmt: skip
+    assert names(tmp_path) == ["held-out", "run"]  # no lock is left
+    network = weights_file.load_autoencoder(path)
+    assert network.config == small.NETWORK
+    state = read(tmp_path / "run", 42).states
+    assert all(torch.equal(value, state["ema"][name]) for name, value in network.state_dict().items())
+    with Image.open(tmp_path / "run" / "preview-0000042.png") as preview:
+        assert preview.size == (4 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2)  # images above reconstructions
+
+
+@pytest.mark.parametrize("parallel_num", [1, 4])
+def test_a_model_learns_and_leaves_its_files(data, tmp_path, parallel_num):
+    path = train(data, tmp_path / "run", sizes=dataclasses.replace(SIZES, parallel_num=parallel_num), epochs=12)
+    losses = [line["loss"] for line in small.read_log(tmp_path / "run")]
+    assert len(losses) == 36
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert names(tmp_path / "run") == [
+        "checkpoint-0000036.safetensors", "log.jsonl", "model.safetensors", "preview-0000036.png", "settings.json",
+    ]  # fmt: skip
     network = weights_file.load_model(path)
-    assert network.config.num_classes == 5
-    assert network.config.class_names == ("class-0", "class-1", "class-2", "class 3", "class 4")
-    assert f"warning: {data} has images of 3 classes only, and the model 5" in capsys.readouterr().err
+    assert network.config.class_names == ("class-0", "class-1", "class-2")
+    assert (network.config.num_classes, network.config.grid, network.config.parallel_num) == (3, 4, parallel_num)
+    states = read(tmp_path / "run", 36).states
+    assert states.keys() == {"ema", "model", "optimizer"}
+    assert not any(name.startswith(("encoder", "decoder", "vae")) for name in states["model"])
+    assert any(not torch.equal(value, states["model"][name]) for name, value in states["ema"].items())
 
 
-def test_two_processes_train_like_one(data, pair, tmp_path):
-    """Same global batch, same draws: the losses agree to rounding, also of a run that goes on with another number."""
-    script = tmp_path / "train.py"
-    script.write_text("from bitdance.cli.main import main\nmain()\n")
-    settings = ["train", "--autoencoder", pair / "autoencoder.safetensors", "--data-path", data, "--image-size", 16,
-                "--dim", 64, "--n-layer", 2, "--head-dim", 64, "--head-layers", 2, "--head-ada-ln", 1,
-                "--cls-token-num", 2, "--global-batch-size", 4, "--max-steps", 4, "--lr", 3e-3, "--warmup-steps", 0,
-                "--perturb-rate", 0.3, "--mixed-precision", "none", "--ema", 0.9, "--num-workers", 1, "--log-every", 1,
-                "--device", "cpu", "--results-dir"]  # fmt: skip
-    main([*map(str, settings), str(tmp_path / "1")])
-    small.run(script, *settings, tmp_path / "2", processes=2)
-    one, two = log(tmp_path / "1"), log(tmp_path / "2")
-    assert len(one) == len(two) == 4
+def test_without_ema_the_raw_weights_are_kept(data, tmp_path):
+    path = train(data, tmp_path, ema=-1.0, max_steps=2)
+    states = read(tmp_path, 2).states
+    assert states.keys() == {"model", "optimizer"}
+    kept = weights_file.load_model(path).state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in states["model"].items())
+
+
+def test_bf16_autocast_trains_float32_weights(data, tmp_path):
+    path = train(data, tmp_path, precision="bf16", max_steps=2, grad_checkpointing=True)
+    assert all(math.isfinite(line["loss"]) for line in small.read_log(tmp_path))
+    assert {value.dtype for value in weights_file.read(path).states["model"].values()} == {torch.float32}
+
+
+def test_more_classes_than_the_images_have(data, tmp_path, capsys):
+    path = train(data, tmp_path, sizes=dataclasses.replace(SIZES, num_classes=5), max_steps=1)
+    config = weights_file.load_model(path).config
+    assert config.num_classes == 5
+    assert config.class_names == ("class-0", "class-1", "class-2", "class 3", "class 4")
+    assert f"warning: {data} has images of 3 classes, and the model 5" in capsys.readouterr().err
+
+
+def test_microbatches_train_like_the_whole_batch(data, tmp_path):
+    for count in (1, 2, 4):
+        train(data, tmp_path / str(count), LossConfig(perturb_rate=0.3), accumulate=count, max_steps=8)
+    whole = small.read_log(tmp_path / "1")
+    assert len(whole) == 8
+    for count in (2, 4):
+        for a, b in zip(whole, small.read_log(tmp_path / str(count)), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    with pytest.raises(UserError, match="accumulate=3 does not divide the 4 images of a process"):
+        train(data, tmp_path / "3", accumulate=3)
+
+
+def test_two_processes_train_like_one(data, tmp_path):
+    """Same global batch and draws: losses agree to rounding, also when another number of processes resumes the run."""
+    settings = {
+        "autoencoder": data.parent / "autoencoder.safetensors", "data_path": data, "image_size": 16, **small.SIZES,
+        "batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "perturb_rate": 0.3, "precision": "fp32", "ema": 0.9,
+        "num_workers": 1, "log_every": 1, "device": "cpu",
+    }  # fmt: skip
+    flags = ["train", *small.flags(settings)]
+    processes = small.start(tmp_path, [*flags, "--output", str(tmp_path / "2"), "--max-steps", "4"], size=2)
+    main([*flags, "--output", str(tmp_path / "1"), "--max-steps", "6"])
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+    assert json.loads((tmp_path / "2" / "settings.json").read_text())["run"]["processes"] == 2
+    assert len(small.read_log(tmp_path / "2")) == 4
+    main([*flags, "--output", str(tmp_path / "2"), "--max-steps", "6"])
+    one, two = small.read_log(tmp_path / "1"), small.read_log(tmp_path / "2")
+    assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    networks = [weights_file.load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("1", "2")]
-    for name, value in networks[0].items():
-        assert (value - networks[1][name]).abs().max() < 1e-3
+    states = [weights_file.load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("1", "2")]
+    assert all((value - states[1][name]).abs().max() < 1e-3 for name, value in states[0].items())
+
+
+# ------------------------------------------------------------ resuming
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path):
+    def run(folder: str, **changes: Any) -> None:
+        sizes = dataclasses.replace(SIZES, drop_rate=0.1)
+        train(data, tmp_path / folder, LossConfig(perturb_rate=0.3), sizes,
+              epochs=3, warmup_steps=4, decay_start=4, **changes)  # fmt: skip
+
+    run("whole")
+    run("parts", max_steps=2)
+    run("parts", max_steps=5, num_workers=1, log_every=2)
+    run("parts")
+    a, b = (read(tmp_path / folder, 9) for folder in ("whole", "parts"))
+    assert a.metadata["step"] == b.metadata["step"] == "9"
+    assert a.metadata["digest"] == b.metadata["digest"]  # of parameters, EMA and optimizer, bit for bit
+    assert a.states["optimizer"].keys() == b.states["optimizer"].keys()
+    finished = [weights_file.read(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts")]
+    assert finished[0].metadata["digest"] == finished[1].metadata["digest"]
+    run("parts")  # no step is left
+    assert read(tmp_path / "parts", 9).metadata["digest"] == a.metadata["digest"]
+
+
+def test_an_interrupted_autoencoder_run_ends_like_an_uninterrupted_one(data, tmp_path):
+    for folder, stops in (("whole", (4,)), ("parts", (1, 4))):
+        for stop in stops:
+            run = small.train_config(data, tmp_path / folder, max_steps=stop)
+            train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+    a, b = (read(tmp_path / folder, 4) for folder in ("whole", "parts"))
+    assert a.metadata["digest"] == b.metadata["digest"] and a.metadata["step"] == "4"
+
+
+def test_other_settings_are_refused_with_the_differences(data, tmp_path):
+    train(data, tmp_path, max_steps=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError) as error:
+        train(data, tmp_path, LossConfig(perturb_rate=0.1), dataclasses.replace(SIZES, n_layer=3), max_steps=2, lr=1e-4,
+              seed=7, num_workers=1)  # fmt: skip
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path} belongs to a run with other settings (")
+    for change in ("train.lr was 0.003, is 0.0001", "train.seed was 0, is 7", "model.n_layer was 2, is 3"):
+        assert change in message
+    assert "loss.perturb_rate was 0.0, is 0.1" in message
+    assert "max_steps" not in message and "weight_decay" not in message and "num_workers" not in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_images_or_another_autoencoder_are_refused(data, tmp_path):
+    place = tmp_path / "place"
+    shutil.copytree(data.parent, place)
+    train(data, tmp_path / "run", max_steps=1)
+    train(place / "pictures", tmp_path / "run", max_steps=2)  # images and autoencoder may be moved
+    first = sorted((place / "pictures").rglob("*.png"))[0]
+    first.rename(first.with_name("renamed.png"))
+    with pytest.raises(UserError, match=r"\(data\.digest was \w+, is \w+\)"):
+        train(place / "pictures", tmp_path / "run")
+    first.with_name("renamed.png").rename(first)
+    weights_file.save(place / "autoencoder.safetensors", small.autoencoder(seed=9))
+    with pytest.raises(UserError, match=r"\(data\.autoencoder was \w+, is \w+\)"):
+        train(place / "pictures", tmp_path / "run")
+
+
+def test_a_setting_of_a_later_release_has_its_default_in_older_runs(data, tmp_path):
+    train(data, tmp_path, max_steps=1)
+    stored = json.loads((tmp_path / "settings.json").read_text())
+    assert stored["train"].pop("weight_decay") == 0.05
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"\(train.weight_decay was 0.05, is 0.1\)"):
+        train(data, tmp_path, max_steps=2, weight_decay=0.1)
+    train(data, tmp_path, max_steps=2)
+    assert json.loads((tmp_path / "settings.json").read_text())["train"]["weight_decay"] == 0.05
+
+
+def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
+    train(data, tmp_path / "whole", epochs=3)
+    train(data, tmp_path / "run", epochs=2, max_steps=4)
+    with pytest.raises(UserError, match=r"\(train.epochs was 2, is 3\)"):  # it is not finished
+        train(data, tmp_path / "run", epochs=3)
+    train(data, tmp_path / "run", epochs=2)
+    capsys.readouterr()
+    train(data, tmp_path / "run", epochs=3)
+    change = "train.epochs extended from 2 to 3"
+    assert capsys.readouterr().out.splitlines() == [change, f"9 steps: {tmp_path / 'run' / 'model.safetensors'}"]
+    lines = small.read_log(tmp_path / "run")
+    assert [(line["step"], line.get("note")) for line in lines] == [
+        *((step, None) for step in range(1, 7)), (6, change), *((step, None) for step in range(7, 10)),
+    ]  # fmt: skip
+    # With a constant learning rate it ends like a run that had three epochs from the start.
+    assert read(tmp_path / "run", 9).metadata["digest"] == read(tmp_path / "whole", 9).metadata["digest"]
+    with pytest.raises(UserError, match=r"\(train.epochs was 3, is 2\)"):
+        train(data, tmp_path / "run", epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (None, "has checkpoints but no settings.json: restore it, or delete the folder to start over."),
+        ("{", "settings.json cannot be read"),
+        ('{"sampling": {"num_steps": 100}}', "belongs to a run with other settings (run.kind was None, is model; "),
+        ('{"run": []}', "belongs to a run with other settings (run.kind was None, is model; "),
+    ],
+)
+def test_a_folder_with_missing_or_other_settings(data, tmp_path, settings, sentence):
+    train(data, tmp_path, max_steps=1)
+    (tmp_path / "settings.json").unlink()
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    before = names(tmp_path)
+    with pytest.raises(UserError) as error:
+        train(data, tmp_path, max_steps=2)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert names(tmp_path) == before
+
+
+# ------------------------------------------------------------ steps that are not finite
+
+
+def test_too_many_skipped_steps_stop_the_run_and_leave_the_batch(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
+    sentence = r"not finite in 4 consecutive steps, up to step 4: the batch is in .*bad-batch-4"
+    with pytest.raises(UserError, match=sentence):
+        train(data, tmp_path, max_skipped=3, log_every=2)
+    assert not list(tmp_path.glob("checkpoint*")) and not (tmp_path / "model.safetensors").exists()
+    contents = weights_file.read(tmp_path / "bad-batch-4.safetensors")
+    assert contents.metadata["step"] == "4"
+    for name, value in loader(data).load(3)._asdict().items():
+        assert torch.equal(contents.states["batch"][name], value)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, monkeypatch):
+    """Weights, EMA and optimizer are those after the step before; the count survives an interruption."""
+    loss, steps = BitDance.loss, []
+
+    def bad_at_the_second_step(self, *arguments):
+        steps.append(None)
+        return loss(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
+
+    def run(folder: str, stop: int) -> WeightsFile:
+        train(data, tmp_path / folder, max_steps=stop, log_every=100)
+        return read(tmp_path / folder, stop)
+
+    one = run("one", 1)
+    monkeypatch.setattr(BitDance, "loss", bad_at_the_second_step)
+    two = run("two", 2)
+    assert two.metadata["digest"] == one.metadata["digest"]
+    assert (two.metadata["skipped"], two.metadata["consecutive"]) == ("1", "1")
+    first, second = small.read_log(tmp_path / "one")[-1], small.read_log(tmp_path / "two")[-1]
+    assert second["skipped"] == 1 and second["loss"] == first["loss"] and second["grad_norm"] == first["grad_norm"]
+    four = run("two", 4)
+    assert (four.metadata["skipped"], four.metadata["consecutive"]) == ("1", "0")
+    assert four.metadata["digest"] != one.metadata["digest"]
+    assert all(value.isfinite().all() for value in four.states["model"].values())
+
+
+def test_a_first_step_that_is_not_finite(data, tmp_path, monkeypatch):
+    """The optimizer has no state of its own yet."""
+    monkeypatch.setattr(BitDance, "loss", lambda self, tokens, *rest: self.norm.weight.sum() * float("nan"))
+    train(data, tmp_path, max_steps=1)
+    states = read(tmp_path, 1).states
+    assert all(torch.equal(value, states["model"][name]) for name, value in states["ema"].items())
+    assert not any(value.any() for value in states["optimizer"].values())
+    line = small.read_log(tmp_path)[0]
+    assert line["loss"] is None and line["skipped"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_trains_and_resumes(data, tmp_path, compiled):
+    def run(folder: str, **changes: Any) -> list[float]:
+        config = small.train_config(data, tmp_path / folder, epochs=2, compile=compiled, **changes)
+        train_model(config, SIZES, LossConfig(), data.parent / "autoencoder.safetensors", "cuda")
+        return [line["loss"] for line in small.read_log(tmp_path / folder)]
+
+    whole = run("whole")
+    run("parts", max_steps=3)
+    assert run("parts") == pytest.approx(whole, rel=1e-4)

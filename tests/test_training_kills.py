@@ -1,4 +1,4 @@
-"""Runs that are interrupted: by signals, which they end well by, and by kills, after which they go on bit for bit."""
+"""Runs that are interrupted: signals end them with a checkpoint; after kills they resume bit for bit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import pytest
 import small
 
+from bitdance.cli.main import main
+from bitdance.models.transformer import BitDance
+from bitdance.runtime import run_folder
 from bitdance.weights import weights_file
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 KILLS = 20
 STEPS = 60
@@ -26,7 +31,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
-    """A folder with autoencoder.safetensors, pictures/, and train.py that is `bitdance train`."""
+    """A folder with autoencoder.safetensors, pictures/, and train.py, which is `bitdance`."""
     folder = tmp_path_factory.mktemp("place")
     weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
     small.pictures(folder / "pictures")
@@ -34,16 +39,19 @@ def place(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def command(place: pathlib.Path, results: pathlib.Path, processes: int = 1, **settings: object) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    flags = {
-        "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures", "results_dir": results,
-        "image_size": 16, **small.SIZES, "global_batch_size": 4, "epochs": STEPS // 3, "lr": 3e-3, "warmup_steps": 0,
-        "mixed_precision": "none", "ema": 0.9, "drop_rate": 0.1, "perturb_rate": 0.3, "num_workers": 1,
-        "log_every": 5, "save_every": 4, "preview_every": 0, "device": "cpu", **settings,
+def arguments(place: pathlib.Path, output: pathlib.Path, **settings: object) -> list[str]:
+    defaults = {
+        "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures", "output": output,
+        "image_size": 16, **small.SIZES, "batch_size": 4, "epochs": STEPS // 3, "lr": 3e-3, "warmup_steps": 0,
+        "precision": "fp32", "ema": 0.9, "drop_rate": 0.1, "perturb_rate": 0.3, "num_workers": 1,
+        "log_every": 1, "save_every": 0, "preview_every": 0, "device": "cpu",
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, *torchrun, str(place / "train.py"), "train", *words]
+    return ["train", *small.flags(defaults | settings)]
+
+
+def command(place: pathlib.Path, words: list[str], processes: int = 1) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, str(place / "train.py"), *words]
 
 
 def start(words: list[str], **settings: str) -> subprocess.Popen[str]:
@@ -58,15 +66,15 @@ def start(words: list[str], **settings: str) -> subprocess.Popen[str]:
     )
 
 
-def steps_done(results: pathlib.Path) -> int:
+def steps_done(output: pathlib.Path) -> int:
     """The step of the newest line of the log."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(json.loads((results / "log.jsonl").read_text().splitlines()[-1])["step"])
+        return int(json.loads((output / "log.jsonl").read_text().splitlines()[-1])["step"])
     return 0
 
 
-def wait_for(process: subprocess.Popen[str], results: pathlib.Path, step: int) -> None:
-    while process.poll() is None and steps_done(results) < step:
+def wait_for(is_running: Callable[[], bool], output: pathlib.Path, step: int) -> None:
+    while is_running() and steps_done(output) < step:
         time.sleep(0.002)
 
 
@@ -81,129 +89,85 @@ def gone(pid: int) -> bool:
         return True
 
 
-def newest_step(results: pathlib.Path) -> int:
-    return max(int(path.stem.split("-")[1]) for path in results.glob("checkpoint-*.safetensors"))
+def newest_step(output: pathlib.Path) -> int:
+    return max(int(path.stem.split("-")[1]) for path in output.glob("checkpoint-*.safetensors"))
+
+
+def interrupted(name: str, step: int) -> str:
+    return f"bitdance: interrupted by {name} at step {step} of 3000: run the same command again to resume."
+
+
+# ------------------------------------------------------------ signals
+
+
+def end(processes: list[BaseProcess], folder: pathlib.Path) -> list[str]:
+    """Waits for the processes and returns what each wrote to stderr."""
+    for process in processes:
+        process.join(60)
+    return [(folder / f"err{rank}").read_text() for rank in range(len(processes))]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_ends_a_run(place, tmp_path, name):
-    words = command(place, tmp_path / "run", save_every=0, log_every=1, epochs=1000)
-    process = start(words)
-    wait_for(process, tmp_path / "run", 3)
-    process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + getattr(signal, name), err
+def test_a_signal_ends_a_run_with_a_checkpoint(place, tmp_path, capsys, monkeypatch, name):
+    """And a second training in the same folder is refused while the first one goes on."""
+    words = arguments(place, tmp_path / "run", epochs=1000)
+    (process,) = small.start(tmp_path, words)
+    wait_for(process.is_alive, tmp_path / "run", 3)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    refused = steps_done(tmp_path / "run")
+    message = f"another process works in {tmp_path / 'run'}: wait for it to finish, or stop it first."
+    assert stop.value.code == 2 and capsys.readouterr().err == f"bitdance: {message}\n"
+    wait_for(process.is_alive, tmp_path / "run", refused + 3)
+    os.kill(process.pid, getattr(signal, name))
+    (err,) = end([process], tmp_path)
     step = newest_step(tmp_path / "run")
-    sentence = f"bitdance: interrupted by {name} at step {step} of 3000: run the same command again to go on."
-    assert err.splitlines()[-1] == sentence and "Traceback" not in err
-    assert steps_done(tmp_path / "run") == step >= 3
+    assert err == interrupted(name, step) + "\n"  # and no progress bar, since this is not a terminal
+    assert process.exitcode == 128 + getattr(signal, name)
+    lines = small.read_log(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, step + 1)) and step >= refused + 3
     weights_file.read(tmp_path / "run" / f"checkpoint-{step:07d}.safetensors")
 
 
-@pytest.mark.parametrize("target", ["launcher", "one process"])
-def test_a_signal_through_torchrun_ends_all_processes_at_one_step(place, tmp_path, target):
-    words = command(place, tmp_path / "run", 2, save_every=0, log_every=1, epochs=1000)
-    process = start(words)
-    wait_for(process, tmp_path / "run", 3)
-    workers = children(process.pid)
-    assert len(workers) == 2
-    os.kill(process.pid if target == "launcher" else workers[1], signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and all(map(gone, workers))
+def test_a_signal_to_one_process_ends_all_after_the_same_step(place, tmp_path):
+    processes = small.start(tmp_path, arguments(place, tmp_path / "run", epochs=1000), size=2)
+    wait_for(processes[0].is_alive, tmp_path / "run", 3)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    errors = end(processes, tmp_path)
     step = newest_step(tmp_path / "run")
-    assert err.count(f"bitdance: interrupted by SIGTERM at step {step} of 3000: run the same command again") == 1
-    assert "ends because" not in err  # nobody was torn away
+    assert errors == [interrupted("SIGTERM", step) + "\n", ""]
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
     assert steps_done(tmp_path / "run") == step >= 3
 
 
-def strike(process: subprocess.Popen[str], workers: list[int], number: int) -> None:
-    """Kills all processes, the launcher, or one worker, in turns, and waits until all of them are gone."""
-    kind = ("all", "launcher", "one")[number % 3] if workers else "all"
-    for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=100)
-    before = time.perf_counter()
-    while not all(map(gone, workers)):
-        assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
-        time.sleep(0.01)
+def make_steps_of_process_1_non_finite() -> None:
+    loss, steps = BitDance.loss, []
+
+    def bad(self, *arguments):
+        steps.append(None)
+        is_bad = os.environ["RANK"] == "1" and (len(steps) == 2 or len(steps) > 4)
+        return loss(self, *arguments) * (float("nan") if is_bad else 1)
+
+    BitDance.loss = bad
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, KILLS), (2, KILLS // 2)])
-def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, processes, kills):
-    settings = {"log_every": 1, "save_every": 4, "keep_epochs": 10}
-    undisturbed, results = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start(command(place, undisturbed, processes, **settings)).wait(timeout=100) == 0
-    words = command(place, results, processes, **settings)
-    hits, resumed = 0, 0
-    for kill in range(kills):
-        process = start(words)
-        # From before the first step to the writing of the finished weights.
-        while process.poll() is None and not (results / "settings.json").exists():
-            time.sleep(0.002)
-        wait_for(process, results, round(kill * STEPS / (kills - 1)))
-        workers = children(process.pid) if processes > 1 and process.poll() is None else []
-        hits += process.poll() is None and not (results / "model.safetensors").exists()
-        strike(process, workers, kill)
-        resumed += bool(list(results.glob("checkpoint-*.safetensors")))
-    assert hits >= 0.75 * kills, "too few of the kills hit a run"
-    assert resumed >= kills // 2
-    assert start(words).wait(timeout=100) == 0
-    names = sorted(path.name for path in undisturbed.iterdir())
-    assert sorted(path.name for path in results.iterdir()) == names  # nothing half-written is left either
-    for name in names:
-        if name.endswith(".safetensors"):
-            found, expected = (weights_file.read(folder / name) for folder in (results, undisturbed))
-            # All with the digest of the tensors; the order of a file's metadata is left to chance.
-            assert (found.metadata, found.config) == (expected.metadata, expected.config), name
-        elif name.endswith(".png"):
-            assert (results / name).read_bytes() == (undisturbed / name).read_bytes()
-    lines = [
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for folder in (undisturbed, results)
-    ]
-    said = [[(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in log] for log in lines]
-    assert said[0] == said[1] and len(said[0]) == STEPS
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(place, tmp_path):
+    """After too many of them, each process leaves its part of the batch."""
+    words = arguments(place, tmp_path / "run", max_skipped=3, save_every=4)
+    processes = small.start(tmp_path, words, 2, make_steps_of_process_1_non_finite)
+    errors = end(processes, tmp_path)
+    assert all(process.exitcode == 2 for process in processes)
+    assert all("gradients were not finite in 3 consecutive steps, up to step 7" in err for err in errors)
+    lines = small.read_log(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 2, 3]  # the last step has no line
+    assert [line["loss"] is None for line in lines] == [False, True, False, False, True, True]
+    batches = [weights_file.read(tmp_path / "run" / f"bad-batch-7-{rank}.safetensors") for rank in (0, 1)]
+    assert [batch.states["batch"]["indices"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+    assert newest_step(tmp_path / "run") == 4
 
 
-SHARDS = 32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, processes):
-    small.pictures(tmp_path / "pictures", classes=4, each=SHARDS // 4)
-    kills = 6
-
-    def encode(store: pathlib.Path, number: int) -> list[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number > 1 else []
-        flags = {
-            "autoencoder": place / "autoencoder.safetensors", "output": store, "image_size": 16, "crops": 16,
-            "batch_size": 4, "shard_size": 1, "num_workers": 1, "device": "cpu", "threads": 1,
-        }  # fmt: skip
-        words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return [sys.executable, *torchrun, str(place / "train.py"), "encode", str(tmp_path / "pictures"), *words]
-
-    def made(store: pathlib.Path) -> int:
-        return len(list(store.glob("[0-9]*.safetensors")))
-
-    undisturbed, results = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start(encode(undisturbed, 1)).wait(timeout=100) == 0 and made(undisturbed) == SHARDS
-    hits = 0
-    for kill in range(kills):
-        process = start(encode(results, processes))
-        # From the first lines of the job to the last shards.
-        wanted = round(kill * (SHARDS - 2) / (kills - 1))
-        while process.poll() is None and not (made(results) >= wanted and (results / "job.json").exists()):
-            time.sleep(0.002)
-        workers = children(process.pid) if processes > 1 and process.poll() is None else []
-        hits += process.poll() is None and not (results / "token_cache.json").exists()
-        strike(process, workers, kill)
-    assert hits >= kills - 1, "too few of the kills hit a running job"
-    assert start(encode(results, processes)).wait(timeout=100) == 0
-    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (undisturbed, results)]
-    assert files[0] == files[1] and len(files[0]) == SHARDS + 2  # nothing half-written is left either
+# ------------------------------------------------------------ Slurm
 
 
 SCONTROL = """#!/bin/sh
@@ -237,67 +201,148 @@ def start_on_slurm(script: str, folder: pathlib.Path) -> subprocess.Popen[str]:
     )
 
 
-def test_the_recipe_for_slurm_on_one_machine(place, tmp_path):
-    """The batch script of the documentation gets SIGUSR1 and asks for the job to be run again."""
+def test_slurm_script_for_one_machine(place, tmp_path):
+    """The batch script of the documentation, through torchrun: SIGUSR1 ends all processes, and the job is requeued."""
     script, _ = small.slurm_scripts()
     published = script[script.index("torchrun --standalone") : script.index("&\nrun=$!")]
-    settings = {"save_every": 0, "log_every": 1, "epochs": 1000}
-    results = tmp_path / "run"
-    process = start_on_slurm(script.replace(published, shlex.join(command(place, results, 2, **settings))), tmp_path)
-    wait_for(process, results, 3)
+    output, words = tmp_path / "run", arguments(place, tmp_path / "run", epochs=1000)
+    process = start_on_slurm(script.replace(published, shlex.join(command(place, words, 2))), tmp_path)
+    wait_for(lambda: process.poll() is None, output, 3)
+    launchers = children(process.pid)
+    workers = [child for launcher in launchers for child in children(launcher)]
+    assert len(launchers) == 1 and len(workers) == 2
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
-    step = newest_step(results)
-    assert process.returncode != 0 and f"interrupted by SIGTERM at step {step} of 3000" in err
+    step = newest_step(output)
+    assert process.returncode != 0 and all(map(gone, workers))
+    assert err.count(interrupted("SIGTERM", step)) == 1
+    assert "ends because" not in err and "Traceback" not in err.split("torch/distributed")[0] and "\r" not in err
+    assert steps_done(output) == step >= 3
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
-    # What Slurm runs again ends by itself, and asks for nothing.
-    words = command(place, results, 2, **settings, max_steps=step + 3)
-    process = start_on_slurm(script.replace(published, shlex.join(words)), tmp_path)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    # A job that ends by itself is not requeued, and its status is that of the command.
+    assert start_on_slurm(script.replace(published, "true"), tmp_path).wait(60) == 0
+    assert start_on_slurm(script.replace(published, "sh -c 'exit 3'"), tmp_path).wait(60) == 3
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
-    assert newest_step(results) == step + 3
+    main([*words, "--max-steps", str(step + 3)])
+    assert newest_step(output) == step + 3
 
 
-def test_the_recipe_for_slurm_on_several_machines(place, tmp_path):
+def test_slurm_script_for_several_machines(place, tmp_path):
     _, script = small.slurm_scripts()
     published = script[script.index("train_parallel.py") : script.index("' &\nrun=$!")]
-    words = command(place, tmp_path / "run", save_every=0, log_every=1, epochs=1000)
-    script = script.replace(published, shlex.join(words[1:])).replace("--nproc_per_node=8", "--nproc_per_node=1")
+    words = [str(place / "train.py"), *arguments(place, tmp_path / "run", epochs=1000)]
+    script = script.replace(published, shlex.join(words)).replace("--nproc_per_node=8", "--nproc_per_node=1")
     process = start_on_slurm(script.replace("12345", str(small.free_port())), tmp_path)
-    wait_for(process, tmp_path / "run", 3)
+    wait_for(lambda: process.poll() is None, tmp_path / "run", 3)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     step = newest_step(tmp_path / "run")
     assert process.returncode != 0
-    assert err.count(f"bitdance: interrupted by SIGTERM at step {step} of 3000: run the same command again") == 1
+    assert err.count(interrupted("SIGTERM", step)) == 1
     assert "ends because" not in err and (tmp_path / "asked").read_text() == "requeue 77\n"
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["run"]["processes"] == 2
 
 
-def test_a_part_that_is_not_finite_is_skipped_by_all_processes(place, tmp_path):
-    """And where it goes on for too long, each leaves its part of the batch."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import os\n"
-        "from bitdance.cli.main import main\n"
-        "from bitdance.models.transformer import BitDance\n"
-        "right, steps = BitDance.loss, []\n"
-        "def wrong(self, *arguments):\n"
-        "    steps.append(None)\n"
-        "    bad = os.environ['RANK'] == '1' and (len(steps) == 2 or len(steps) > 4)\n"
-        "    return right(self, *arguments) * (float('nan') if bad else 1)\n"
-        "BitDance.loss = wrong\n"
-        "main()\n"
+# ------------------------------------------------------------ kills
+
+
+def kill(process: subprocess.Popen[str], workers: list[int], number: int) -> None:
+    """Kills all processes, the launcher, or one worker, in turn, and waits until all of them are gone."""
+    kind = ("all", "launcher", "one")[number % 3] if workers else "all"
+    for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=100)
+    deadline = time.monotonic() + 100
+    while not all(map(gone, workers)):
+        assert time.monotonic() < deadline, f"a process outlived the others ({kind})"
+        time.sleep(0.01)
+
+
+def kill_repeatedly(
+    words: list[str], kills: int, is_due: Callable[[int], bool], is_finished: Callable[[], bool]
+) -> int:
+    """Starts a command and kills it when it is due, several times; returns how often it was running then."""
+    hits = 0
+    for number in range(kills):
+        process = start(words)
+        while process.poll() is None and not is_due(number):
+            time.sleep(0.002)
+        is_running = process.poll() is None
+        workers = children(process.pid) if "torch.distributed.run" in words and is_running else []
+        hits += is_running and not is_finished()
+        kill(process, workers, number)
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [(1, KILLS), (2, KILLS // 2)])
+def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, processes, kills):
+    undisturbed, killed = (
+        command(place, arguments(place, tmp_path / name, save_every=4, keep_epochs=10), processes)
+        for name in ("undisturbed", "killed")
     )
-    words = command(place, tmp_path / "run", 2, log_every=1, max_skipped=3, save_every=4)
-    words[words.index(str(place / "train.py"))] = str(script)
-    process = start(words)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "the gradients were not finite in 3 steps in a row, up to step 7" in err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 2, 3]  # the line that is not good is not written
-    assert [line["loss"] is None for line in lines] == [False, True, False, False, True, True]
-    batches = [weights_file.read(tmp_path / "run" / f"bad-batch-7-{rank}.safetensors") for rank in (0, 1)]
-    assert [batch.states["batch"]["rows"].tolist() for batch in batches] == [[0, 1], [2, 3]]
-    assert newest_step(tmp_path / "run") == 4
+    assert start(undisturbed).wait(timeout=100) == 0
+    expected, output = tmp_path / "undisturbed", tmp_path / "killed"
+    resumed = []
+
+    def is_due(number: int) -> bool:
+        """From before the first step to the writing of the final weights."""
+        if not (output / "settings.json").exists() or steps_done(output) < round(number * STEPS / (kills - 1)):
+            return False
+        resumed.append(bool(list(output.glob("checkpoint-*.safetensors"))))
+        return True
+
+    hits = kill_repeatedly(killed, kills, is_due, (output / "model.safetensors").exists)
+    assert hits >= 0.75 * kills, "too few of the kills hit a run"
+    assert sum(resumed) >= kills // 2
+    assert start(killed).wait(timeout=100) == 0
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in output.iterdir()) == names  # no temporary file is left
+    for name in names:
+        if name.endswith(".safetensors"):
+            a, b = (weights_file.read(folder / name) for folder in (output, expected))
+            # With the digest of the tensors; the order of a file's metadata is not fixed.
+            assert (a.metadata, a.config) == (b.metadata, b.config), name
+        elif name.endswith(".png"):
+            assert (output / name).read_bytes() == (expected / name).read_bytes()
+    lines = [
+        [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in small.read_log(folder)]
+        for folder in (expected, output)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == STEPS
+
+
+SHARDS = 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, processes):
+    small.pictures(tmp_path / "pictures", classes=4, each=SHARDS // 4)
+    kills = 6
+
+    def encode(output: pathlib.Path, number: int) -> list[str]:
+        settings = {
+            "autoencoder": place / "autoencoder.safetensors", "data_path": tmp_path / "pictures", "output": output,
+            "image_size": 16, "crops": 16, "batch_size": 4, "shard_size": 1, "num_workers": 1, "device": "cpu",
+            "threads": 1,
+        }  # fmt: skip
+        return command(place, ["encode", *small.flags(settings)], number)
+
+    def shards(output: pathlib.Path) -> int:
+        return len(list(output.glob("[0-9]*.safetensors")))
+
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(encode(undisturbed, 1)).wait(timeout=100) == 0 and shards(undisturbed) == SHARDS
+
+    def is_due(number: int) -> bool:
+        """From the start of the job to the last shards."""
+        wanted = round(number * (SHARDS - 2) / (kills - 1))
+        return shards(output) >= wanted and (output / "settings.json").exists()
+
+    hits = kill_repeatedly(encode(output, processes), kills, is_due, (output / "token_cache.json").exists)
+    assert hits >= kills - 1, "too few of the kills hit a running job"
+    assert start(encode(output, processes)).wait(timeout=100) == 0
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (undisturbed, output)]
+    assert files[0] == files[1] and len(files[0]) == SHARDS + 2  # no temporary file is left

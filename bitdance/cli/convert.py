@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
     from bitdance.models.autoencoder import Autoencoder
     from bitdance.models.transformer import BitDance
-    from bitdance.weights import weights_file
+    from bitdance.weights import torch_files, weights_file
     from bitdance.weights.resolve import find_weights
 
     contents = weights_file.read(find_weights(command.source, command.part or "model"))
@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> None:
         place = find_weights(command.autoencoder, "autoencoder") if command.autoencoder else None
         source = weights_file.read(place) if place else contents
         inside = weights_file.load_autoencoder(source) if "autoencoder" in source.parts else None
-        name = weights_file.choose_weights(contents, command.weights) if part == "model" else "ema"
-        weights_file.save_released(command.target, network, inside, name, dtype)
+        name = contents.choose_weights(command.weights) if part == "model" else "ema"
+        torch_files.save_released(command.target, network, inside, name, dtype)
         note = "released layout" + (", with its autoencoder" if inside and part == "model" else "")
     else:
         digest = weights_file.save(command.target, network, dtype=dtype, metadata=kept)

@@ -27,7 +27,7 @@ from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, is_image
 from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, sort_by_class
 from bitdance.runtime.atomic_files import lock_file
 from bitdance.runtime.errors import UserError
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME_BYTES = 1 << 16
@@ -228,7 +228,7 @@ def _version(path: pathlib.Path) -> dict[str, int]:
 def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:
     tensors = {name: torch.from_numpy(array) for name, array in index.items()}
     try:
-        weights_file.save_tensors(file, tensors, _KIND, _version(path))
+        safetensors_files.save_tensors(file, tensors, _KIND, _version(path))
     except UserError as error:  # the index is made again at the next start
         _warn(f"warning: {error}")
 

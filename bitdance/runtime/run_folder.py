@@ -98,9 +98,11 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     lock = folder.with_name(folder.name + ".lock")
     message = f"another process works in {folder}: wait for it to finish, or stop it first."
     with lock_file(lock, PATIENCE, message):
-        remove_leftovers(folder)
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            remove_leftovers(folder)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def to_json(sections: Sections) -> dict[str, dict[str, Any]]:
@@ -114,6 +116,7 @@ def check_settings(
     folder: pathlib.Path,
     sections: Sections,
     world: World,
+    has_parts: bool,
     is_finished: Callable[[Mapping[str, Any]], bool] = lambda stored: False,
 ) -> ResumedSettings:
     """Writes the settings of new work, or compares them with those the folder was begun with; called by all processes.
@@ -122,6 +125,7 @@ def check_settings(
         folder: the run folder; made if it does not exist.
         sections: the settings.
         world: the processes; the first one reads and writes.
+        has_parts: whether there are parts, made with the stored settings; without them the settings may change.
         is_finished: tells from the stored settings whether the work is finished, so that it may be extended.
 
     Raises:
@@ -130,7 +134,7 @@ def check_settings(
     error, resumed = None, None
     if world.is_main:
         try:
-            resumed = _check(folder, sections, is_finished)
+            resumed = _check(folder, sections, has_parts, is_finished)
         except UserError as problem:
             error = str(problem)
     error, resumed = world.broadcast((error, resumed))
@@ -140,27 +144,39 @@ def check_settings(
 
 
 def _check(
-    folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
+    folder: pathlib.Path, sections: Sections, has_parts: bool, is_finished: Callable[[Mapping[str, Any]], bool]
 ) -> ResumedSettings:
-    path, ours = folder / SETTINGS, to_json(sections)
+    ours, stored = to_json(sections), read_settings(folder, sections, is_finished) if has_parts else {}
     changes: list[str] = []
-    stored: dict[str, Any] = {}
-    if path.exists():
-        stored = read_json(path, f"delete {folder} to start over")
-        if differences := compare(stored, sections, extensible=is_finished(stored)):
-            raise UserError(
-                f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
-                "another folder."
-            )
-        for name, field, old, new in _fields(stored, sections):
-            if field.metadata.get("resume") == "stored":
-                ours[name][field.name] = old
-            elif field.metadata.get("resume") == "extend" and old != new:
-                changes.append(f"{name}.{field.name} extended from {old} to {new}")
+    for name, field, old, new in _fields(stored, sections) if stored else ():
+        if field.metadata.get("resume") == "stored":
+            ours[name][field.name] = old
+        elif field.metadata.get("resume") == "extend" and old != new:
+            changes.append(f"{name}.{field.name} extended from {old} to {new}")
     written = {"format_version": FORMAT_VERSION, **ours}
     if written != stored:
-        write_json(path, written)
+        write_json(folder / SETTINGS, written)
     return ResumedSettings(ours, changes)
+
+
+def read_settings(
+    folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any]:
+    """Returns the stored settings, empty for a new folder, after comparing them; arguments as of `check_settings`.
+
+    Raises:
+        UserError: the folder belongs to work with other settings, or its settings cannot be read.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    stored = read_json(path, f"delete {folder} to start over")
+    if differences := compare(stored, sections, extensible=is_finished(stored)):
+        raise UserError(
+            f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
+            "another folder."
+        )
+    return stored
 
 
 def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = False) -> list[str]:

@@ -41,7 +41,7 @@ from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
 from bitdance.sampling.writers import write_npz, write_png_folder
-from bitdance.weights.weights_file import digest
+from bitdance.weights.safetensors_files import digest
 
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
 """Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
@@ -205,7 +205,7 @@ class SamplingJob:
                 if world.is_main:
                     shutil.rmtree(self.run_folder, ignore_errors=True)  # left by a job killed in its last moment
                 return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
-            settings = check_settings(self.run_folder, sections, world).settings
+            settings = check_settings(self.run_folder, sections, world, any(self.run_folder.glob("*.npz"))).settings
             Machine.apply(settings["machine"], world)
             missing = world.broadcast(self._missing_batches(kinds, batches) if world.is_main else [])
             start = time.perf_counter()

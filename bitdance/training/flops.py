@@ -1,11 +1,13 @@
-"""How many floating-point operations a training step takes, by formula; and how many a GPU could do in that time.
+"""FLOPs of a training step by formula, and the peak throughput of GPUs, for the model-FLOP utilization.
 
-A multiplication and an addition count as two. Only matrix products and convolutions count, and what activation
-checkpointing computes again does not, as is usual for model-FLOP utilisation (appendix B of arXiv 2204.02311).
-Attention counts in full, although the mask hides almost half of it.
+A multiplication and an addition are two FLOPs. As usual (appendix B of arXiv 2204.02311), only matrix products and
+convolutions count, and recomputation by activation checkpointing does not. Attention counts in full, although the mask
+hides almost half of it.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import nn
@@ -14,9 +16,10 @@ from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 
-# Dense bf16, from the vendor's data sheets; the first name that a device's name contains.
-_PEAKS = {
+# FLOP/s without sparsity, from NVIDIA's data sheets. The first name that occurs in the device's name counts.
+_PEAK_BF16 = {
     "B200": 2250e12,
+    "GB200": 2500e12,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
@@ -38,18 +41,18 @@ _PEAKS = {
 
 
 def peak_bf16(device_name: str) -> float | None:
-    """Operations a second of a GPU in bf16, by its name as CUDA gives it; None for one that is not known."""
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    """Returns the peak FLOP/s of a GPU in bf16 by its CUDA device name; None if it is not known."""
+    return next((peak for name, peak in _PEAK_BF16.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def step_flops(objective: AutoencoderLoss | BitDanceLoss, images: int, side: int, encodes: bool) -> float:
-    """Operations of a training step, forward and backward.
+    """Returns the FLOPs of a training step, forward and backward.
 
     Args:
-        objective: what is trained.
-        images: of the step.
+        objective: the loss with its network.
+        images: images per step.
         side: of the images, in pixels.
-        encodes: whether each step makes the tokens of a model from images; else they are stored.
+        encodes: whether the autoencoder encodes the images of a model in each step; otherwise tokens are cached.
     """
     if isinstance(objective, AutoencoderLoss):
         return autoencoder_flops(objective.network, images, side)
@@ -58,11 +61,11 @@ def step_flops(objective: AutoencoderLoss | BitDanceLoss, images: int, side: int
 
 
 def model_flops(network: BitDance, images: int, copies: int) -> float:
-    """Operations of a training step of a model on the tokens of images, with so many copies of each token."""
+    """Returns the FLOPs of a training step of a model on tokens, with `copies` noisy copies of each token."""
     config = network.config
     tokens, p = config.num_tokens, config.parallel_num
     length = config.cls_token_num + tokens - 1
-    # Forward; the backward pass takes twice that, but once for the first layers, whose input needs no gradient.
+    # Of the forward pass; the backward pass needs twice as many, except for layers whose input needs no gradient.
     trunk = 2 * length * _weights(network.layers) + 2 * (tokens - p) * _weights(network.proj_in)
     trunk += config.n_layer * 4 * length**2 * config.dim
     net = network.head.net
@@ -76,13 +79,13 @@ def model_flops(network: BitDance, images: int, copies: int) -> float:
 
 
 def autoencoder_flops(network: Autoencoder, images: int, side: int) -> float:
-    """Operations of a training step of an autoencoder on images of side x side pixels, forward and backward."""
+    """Returns the FLOPs of a training step of an autoencoder on images of side x side pixels."""
     first = 2 * side**2 * _weights(network.encoder.conv_in)
     return float(images * (3 * (encoder_flops(network, side) + _decoder_flops(network, side)) - first))
 
 
 def encoder_flops(network: Autoencoder, side: int) -> int:
-    """Operations of encoding one image of side x side pixels."""
+    """Returns the FLOPs of encoding one image of side x side pixels."""
     encoder = network.encoder
     total = side**2 * _weights(encoder.conv_in)
     for level in encoder.down:
@@ -106,6 +109,6 @@ def _decoder_flops(network: Autoencoder, side: int) -> int:
 
 
 def _weights(module: nn.Module | torch.Tensor) -> int:
-    """Weights that take part in products: those of linear layers and convolutions, without biases."""
+    """Returns the number of weights of linear layers and convolutions, without biases."""
     assert isinstance(module, nn.Module)
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))

@@ -22,8 +22,8 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
-from bitdance.weights import weights_file
-from bitdance.weights.resolve import find_weights
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.resolve import DEMO, find_weights
 
 
 def train_autoencoder(
@@ -91,7 +91,7 @@ def train_model(
         if expected not in (None, found):
             raise UserError(f"{name}={expected} contradicts {contents.path}, which has {found}: leave it out.")
     _check_image_size(config.image_size, tokenizer.config.down_size)
-    digest = weights_file.digest(contents.states["autoencoder"])
+    digest = safetensors_files.digest(contents.states["autoencoder"])
     del contents  # holds the tensors a second time
     with init_distributed(device, threads) as world:
         images: ImageDataset | TokenDataset
@@ -113,11 +113,18 @@ def train_model(
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
         identity = images.digest if isinstance(images, TokenDataset) else names_digest(images)
         data = DataInfo(len(images), identity, digest)
-        trainer = Trainer(objective, config, Loader(images, config, world), world, data, os.fspath(autoencoder))
+        trainer = Trainer(objective, config, Loader(images, config, world), world, data, _recorded_name(autoencoder))
         if dry_run:
             print_estimate(trainer)
             return None
         return trainer.train()
+
+
+def _recorded_name(autoencoder: str | os.PathLike[str]) -> str:
+    """Returns what the settings record: a path as an absolute one, so that the model can be sampled from anywhere."""
+    text = os.fspath(autoencoder)
+    path = pathlib.Path(text).expanduser()
+    return os.path.abspath(path) if text != DEMO and path.exists() else text
 
 
 def _complete_sizes(

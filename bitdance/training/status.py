@@ -133,21 +133,31 @@ def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'bitdance[plots]'.") from None
-    figure = Figure(figsize=(9.6, 4.8 * len(curves)), layout="constrained")
-    for axes, (title, found) in zip(np.atleast_1d(figure.subplots(len(curves))), curves.items(), strict=True):
+    figure = Figure(figsize=(9.6, 2 + 3 * len(curves)), layout="constrained")
+    figure.suptitle(folder.resolve().name)
+    all_axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, found) in zip(all_axes, curves.items(), strict=True):
+        lows, highs = [], []
         for key, name in found:
             x, y = (np.array(values, float) for values in zip(*_points(lines, key), strict=True))
-            is_noisy = key == "loss" and len(y) >= 20
-            axes.plot(x, y, label=name, marker="." if len(y) < 20 else None, alpha=0.4 if is_noisy else 1.0)
-            if is_noisy:
-                window = max(2, len(y) // 50)
+            window = len(y) // 50 if key == "loss" else 1
+            axes.plot(x, y, label=name, marker="." if len(y) < 20 else None, alpha=0.4 if window >= 4 else 1.0)
+            if window >= 4:
                 mean = np.convolve(y, np.full(window, 1 / window), "valid")
-                axes.plot(x[window // 2 :][: len(mean)], mean, label=f"loss, mean of {window} lines", color="C0")
-                axes.set_ylim(top=np.quantile(y, 0.98) + 0.05 * np.ptp(y))  # the first values would set the scale
-        axes.set(title=f"{folder.resolve().name}: {title}", xlabel="step")
+                axes.plot(x[window // 2 :][: len(mean)], mean, label=f"mean of {window} lines", color="C0")
+            lows.append(y.min())
+            # The loss of the first lines would set the scale.
+            highs.append(np.quantile(y, 0.98) if key == "loss" and len(y) >= 20 else y.max())
+        if max(highs) > min(lows):
+            margin = 0.05 * (max(highs) - min(lows))
+            axes.set_ylim(min(lows) - margin, max(highs) + margin)
+        axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         if any(name for _, name in found):
             axes.legend()
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    all_axes[-1].xaxis.set_major_formatter("{x:,.0f}")
     with atomic_write(folder / PLOT) as path:
         figure.savefig(path, format="png", dpi=100)
     return folder / PLOT

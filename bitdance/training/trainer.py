@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import time
@@ -25,11 +26,11 @@ from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
-from bitdance.runtime.run_folder import FREE, check_settings, exclusive
+from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
-from bitdance.training.checkpointing import Checkpointer, read_newest
+from bitdance.training.checkpointing import Checkpointer, newest_step, read_newest
 from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
@@ -38,7 +39,8 @@ from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate
 from bitdance.training.preemption import PreemptionHandler
 from bitdance.training.train_config import TrainConfig
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.layout import WeightsFile
 
 PREVIEW_IMAGES = 16
 PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
@@ -270,7 +272,7 @@ class Trainer:
             return
         rank = f"-{self.world.rank}" if self.world.size > 1 else ""
         path = self.config.output / f"bad-batch-{self.step}{rank}.safetensors"
-        weights_file.save_tensors(path, batch._asdict(), "batch", {}, step=str(self.step))
+        safetensors_files.save_tensors(path, batch._asdict(), "batch", {}, step=str(self.step))
         self.checkpointer.finish()
         self.world.barrier()  # otherwise the first process to end would end the others before they have written theirs
         raise UserError(
@@ -298,18 +300,15 @@ class Trainer:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
         contents = read_newest(self.config.output) if self.world.is_main else None
         done = int(contents.metadata["step"]) if contents else 0
-        if contents is not None and not (self.config.output / "settings.json").exists():
+        if contents is not None and not (self.config.output / SETTINGS).exists():
             raise UserError(
-                f"{self.config.output} has checkpoints but no settings.json: restore it, or delete the folder to start "
+                f"{self.config.output} has checkpoints but no {SETTINGS}: restore it, or delete the folder to start "
                 "over."
             )
-
-        def is_finished(stored: Mapping[str, Any]) -> bool:
-            return done >= stored["run"]["total_steps"]
-
-        sections = {"run": self.info, "train": self.config, "loss": self.objective.config, "data": self.data}
-        sections[self.kind] = self.network.config
-        settings, changes = check_settings(self.config.output, sections, self.world, is_finished)
+        is_finished = functools.partial(_is_finished, done)
+        settings, changes = check_settings(
+            self.config.output, self._sections(), self.world, contents is not None, is_finished
+        )
         path = self.world.broadcast(contents.path if contents else None)
         if path is not None:
             self.load(contents or weights_file.read(path))
@@ -319,7 +318,22 @@ class Trainer:
                 print(change)
                 self.log.write(self.step, self.step / self.loader.steps_per_epoch, {"note": change})
 
-    def load(self, contents: weights_file.Contents) -> None:
+    def steps_left(self) -> int:
+        """Returns the number of steps that `train` would take, by the names of the checkpoints in the run folder.
+
+        Raises:
+            UserError: the folder belongs to another run.
+        """
+        done = newest_step(self.config.output)
+        read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
+        return max(0, self.last_step - done)
+
+    def _sections(self) -> dict[str, Any]:
+        """Returns the sections of `settings.json`."""
+        sections = {"run": self.info, "train": self.config, "loss": self.objective.config, "data": self.data}
+        return {**sections, self.kind: self.network.config}
+
+    def load(self, contents: WeightsFile) -> None:
         """Loads the state of a checkpoint."""
 
         def copy(value: Tensor) -> Tensor:
@@ -401,6 +415,13 @@ class Trainer:
                 classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
                 pictures, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
         write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(pictures, columns=columns, scale=2))
+
+
+def _is_finished(step: int, stored: Mapping[str, Any]) -> bool:
+    """Returns whether a run with these stored settings has finished after `step` steps."""
+    run = stored.get("run")
+    total = run.get("total_steps") if isinstance(run, dict) else None
+    return isinstance(total, int) and step >= total
 
 
 def _with_waiting_time(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
