@@ -11,12 +11,7 @@ from bitdance.runtime.errors import UserError
 
 
 class BadImages:
-    """The unreadable images of a process, shared by its threads.
-
-    Args:
-        limit: how many images may be skipped.
-        before: how many images were skipped earlier or by other processes.
-    """
+    """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`."""
 
     def __init__(self, limit: int, before: int = 0) -> None:
         self.limit, self.before = limit, before

@@ -72,8 +72,7 @@ class CacheWriter:
         images: the data set.
         autoencoder: on its device, in the dtype to compute in.
         digest: of the autoencoder's tensors in their file, from `safetensors_files.digest`.
-        folder: where to write the token cache.
-        config: settings.
+        folder: of the token cache.
 
     Raises:
         UserError: the size of the images does not fit the autoencoder.

@@ -37,10 +37,6 @@ class CifarImages(ImageDataset):
 
     Args:
         path: an archive of pickles or of binary files, or the folder that it unpacks to.
-        split: "train" or "test".
-
-    Attributes:
-        pixels: (N, 32, 32, 3) uint8.
 
     Raises:
         UserError: the path is not CIFAR-10, is incomplete, or is damaged.

@@ -54,11 +54,7 @@ class NamedImages(ImageDataset):
     """Image files with names of the form `<class>/...`.
 
     If all classes are WordNet ids of ImageNet, `classes` are the 1000 classes of ImageNet in their order. Otherwise the
-    classes are numbered in the order of their names.
-
-    Args:
-        path: where the images are.
-        names: relative names with "/", from `sort_by_class`.
+    classes are numbered in the order of their names. `names` are those of the images, from `sort_by_class`.
     """
 
     def __init__(self, path: pathlib.Path, names: list[str]) -> None:

@@ -73,9 +73,6 @@ class TarImages(NamedImages):
         self._open()
 
 
-# ------------------------------------------------------------ headers
-
-
 class _Headers:
     """The bytes of a file before `stop`, as `tarfile` reads headers; without large reads, which hostile ones cause."""
 
@@ -136,9 +133,6 @@ def first_names(path: pathlib.Path, count: int) -> list[str]:
         for member in itertools.islice(walk(stream, 0, path.stat().st_size), count):
             names.append(member.name)
     return names
-
-
-# ------------------------------------------------------------ the index
 
 
 def _open_index(path: pathlib.Path) -> Index:
@@ -209,15 +203,17 @@ def _walk_classes(stream: Any, stop: int) -> Iterator[tarfile.TarInfo]:
     """Walks over a tar; a tar `<class>.tar` in it is walked over as a folder `<class>/`."""
     for member in walk(stream, 0, stop):
         stem, suffix = os.path.splitext(member.name)
-        is_class = suffix.lower() == ".tar" and member.isreg() and not is_hidden(member.name)
+        if suffix.lower() != ".tar" or not member.isreg() or is_hidden(member.name):
+            yield member
+            continue
+        member.name = f"{stem}/"
+        yield member
         try:
-            for inner in walk(stream, member.offset_data, member.offset_data + member.size) if is_class else ():
+            for inner in walk(stream, member.offset_data, member.offset_data + member.size):
                 inner.name = f"{stem}/{inner.name}"
                 yield inner
         except ValueError as error:
-            raise ValueError(f"in {member.name}: {error}") from error
-        member.name = f"{stem}/" if is_class else member.name
-        yield member
+            raise ValueError(f"in {stem}{suffix}: {error}") from error
 
 
 def _version(path: pathlib.Path) -> dict[str, int]:

@@ -91,10 +91,8 @@ class Shard:
 class TokenDataset:
     """A complete token cache, opened for reading by any number of threads. Its tensors are mapped, not loaded.
 
-    Args:
-        path: the folder.
-
     Attributes:
+        path: the folder.
         info: how it was made.
         classes: class names; `classes[label]` is the name of `label`.
         labels: (n,) int64, of the images in it.
@@ -147,11 +145,7 @@ class TokenDataset:
         return view
 
     def check(self, autoencoder: str, image_size: int) -> None:
-        """Checks that a model with this image size can be trained on the token cache.
-
-        Args:
-            autoencoder: digest of the autoencoder that will decode.
-            image_size: side of the images in pixels.
+        """Checks that a model of this image size, with the autoencoder of this digest, can be trained on the cache.
 
         Raises:
             UserError: it was made by another autoencoder, or from images of another size.
@@ -165,7 +159,7 @@ class TokenDataset:
 
 
 def is_token_cache(path: pathlib.Path) -> bool:
-    """Returns whether a folder is a token cache, complete or not."""
+    """Whether a folder is a token cache, complete or not."""
     try:
         return (path / MANIFEST).is_file() or SECTION in json.loads((path / SETTINGS).read_text())
     except (OSError, ValueError, TypeError):

@@ -79,8 +79,9 @@ class Collector:
 
     def finish(self, about: dict[str, Any], labels: np.ndarray | None) -> FeatureSet:
         """Returns the set of all images added."""
-        names = {"extractor": "name", "extractor_digest": "digest", "classifies": "classifies"}
-        about = {"count": self._count, **about, **{key: getattr(self._extractor, name) for key, name in names.items()}}
+        extractor = self._extractor
+        about = {"count": self._count, **about, "extractor": extractor.name, "extractor_digest": extractor.digest}
+        about["classifies"] = extractor.classifies
         accumulators = self._accumulators if self._count >= 2 else {}
         statistics = {name: accumulator.statistics() for name, accumulator in accumulators.items()}
         logits = np.concatenate(self._logits) if self._logits else None
@@ -110,22 +111,18 @@ def extract_features(
     """
     collectors = [Collector(extractor, len(source), keep) for extractor in extractors]
     summaries: list[PixelSummary] = []
-    num_blocks = -(-len(source) // batch_size)
     blocks = _prefetch(source.blocks(batch_size, world.rank, world.size))
     hidden = progress is None or not world.is_main
     with progress_bar(len(source), progress or "", "images", disable=hidden, leave=False) as bar:
-        for first in range(0, num_blocks, world.size):
-            own = None
-            if first + world.rank < num_blocks:
-                _, images = next(blocks)
-                summary = summarize_pixels(images)  # checks the pixels
-                own = [extractor(images) for extractor in extractors], summary
-            for part in world.gather(own):
-                if part is not None:
-                    for collector, features in zip(collectors, part[0], strict=True):
-                        collector.add(features)
-                    summaries.append(part[1])
-                    bar.update(len(part[1].digests))
+        for _ in range(0, len(source), batch_size * world.size):
+            images, own = next(blocks, None), None  # some processes have none in the last round
+            if images is not None:
+                own = summarize_pixels(images), [extractor(images) for extractor in extractors]
+            for summary, features in filter(None, world.gather(own)):
+                summaries.append(summary)
+                for collector, arrays in zip(collectors, features, strict=True):
+                    collector.add(arrays)
+                bar.update(len(summary.digests))
     if not world.is_main:
         return []
     _, height, width, _ = source.shape
@@ -134,16 +131,13 @@ def extract_features(
     return [collector.finish(about, source.labels) for collector in collectors]
 
 
-def _prefetch(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """Reads each block while the previous one is processed."""
+def _prefetch(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Yields the images of each block, and reads the next one meanwhile."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, blocks, None)
         while (block := future.result()) is not None:
             future = pool.submit(next, blocks, None)
-            yield block
-
-
-# ---------------------------------------------------------------- pixels
+            yield block[1]
 
 
 class PixelSummary(NamedTuple):
@@ -189,11 +183,8 @@ def describe_pixels(summaries: Iterable[PixelSummary], dtype: str, labels: np.nd
 
 def content_digest(source: ImageSource, batch_size: int = 256) -> str:
     """Computes the `content` of `describe_pixels` from the pixels of a source."""
-    summaries = [summarize_pixels(images) for _, images in _prefetch(source.blocks(batch_size))]
+    summaries = [summarize_pixels(images) for images in _prefetch(source.blocks(batch_size))]
     return str(describe_pixels(summaries, str(source.dtype), source.labels)["content"])
-
-
-# ---------------------------------------------------------------- files
 
 
 def write_feature_set(path: pathlib.Path, features: FeatureSet) -> None:

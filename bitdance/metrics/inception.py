@@ -106,11 +106,8 @@ _wide_max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 class Block(nn.Module):
     """Concatenation of branches of the same input: chains of convolutions, the one called `branch_pool` after a pool.
 
-    Args:
-        inputs: channels.
-        pool: the pool.
-        branches: arguments of the convolutions after their inputs; a list of two is a pair whose outputs are
-            concatenated.
+    A branch lists (outputs, kernel) or (outputs, kernel, stride) of its convolutions; a list of two of these is a pair
+    of convolutions whose outputs are concatenated.
     """
 
     def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor], **branches: list[Any]):

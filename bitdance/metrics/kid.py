@@ -29,8 +29,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
     """Computes the unbiased estimate over all pairs, with the kernel (x . y / D + 1)^3.
 
     Args:
-        x: (M, D) float32.
-        y: (N, D) float32.
+        x, y: (M, D) and (N, D) float32.
 
     Raises:
         UserError: fewer than two rows, different dimensions, or values that are not finite.
@@ -44,8 +43,7 @@ def subset_kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 100
     """Computes the estimate over random subsets of `size` rows of both sets, drawn without replacement.
 
     Args:
-        x: (M, D) float32.
-        y: (N, D) float32.
+        x, y: (M, D) and (N, D) float32.
 
     Raises:
         UserError: sets smaller than a subset, different dimensions, or values that are not finite.

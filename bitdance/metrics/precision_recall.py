@@ -36,8 +36,7 @@ def precision_recall(reference: np.ndarray, sample: np.ndarray, k: int = 3, adm_
     """Computes precision and recall of samples with respect to references.
 
     Args:
-        reference: (R, D) float32.
-        sample: (S, D) float32.
+        reference, sample: (R, D) and (S, D) float32.
         k: the neighbour whose distance is the radius.
         adm_fp16: use the float16 rounding of ADM on a GPU, which published values contain.
 

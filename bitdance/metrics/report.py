@@ -98,47 +98,36 @@ def check_extractor(name: str, digest: str, reference: FeatureSet) -> None:
 
 def find_problems(samples: FeatureSet, reference: FeatureSet | None, metrics: dict[str, float]) -> list[str]:
     """Finds properties of the images that distort metrics; returns a sentence for each."""
-    about, count, problems = samples.about, samples.about["count"], []
+    about, labels, problems = samples.about, samples.labels, []
+    count, low, high, height = (about[name] for name in ("count", "minimum", "maximum", "height"))
     if count < PUBLISHED_COUNT:
         problems.append(
             f"{count} images instead of {PUBLISHED_COUNT}: FID and sFID are too high (the bias is proportional to "
             "1/N), and precision and recall of different counts cannot be compared."
         )
-    if about.get("type") not in (None, "uint8"):
+    if about["type"] != "uint8":
         problems.append(
             f"pixels are {about['type']}, not uint8: they are used as they are, as in ADM; rounding to bytes would "
             "change the metrics slightly."
         )
-    low, high = about.get("minimum", 0), about.get("maximum", 255)
     if low < 0 or high > 255 or high <= 2:
         problems.append(f"pixels lie between {low:g} and {high:g} instead of 0 and 255: all metrics are meaningless.")
-    if about.get("duplicates"):
+    if about["duplicates"]:
         problems.append(
             f"{about['duplicates']} images are exact copies of others: recall falls, FID rises, and an image that "
             f"occurs more than {K} times has a radius of zero in precision and recall."
         )
-    if about.get("height") != about.get("width"):
-        problems.append(f"images are {about['width']} x {about['height']}: they are resized to squares.")
-    other = None if reference is None else reference.about.get("height")
-    if other is not None and other != about.get("height"):
+    if height != about["width"]:
+        problems.append(f"images are {about['width']} x {height}: they are resized to squares.")
+    other = reference.about.get("height") if reference else None
+    if other not in (None, height):
         problems.append(
-            f"images are {about['height']} px high, those of the reference {other} px: FID and sFID also measure the "
-            "difference in sharpness."
+            f"images are {height} px high, those of the reference {other} px: FID and sFID also measure the difference "
+            "in sharpness."
         )
-    problems += _find_label_problems(samples, metrics)
-    if about.get("extractor") == INCEPTION and not about["extractor_digest"].startswith(PUBLISHED_DIGEST):
-        problems.append(
-            "the Inception weights are not the published file (by SHA-256): the metrics cannot be compared with "
-            "published ones."
-        )
-    return problems
-
-
-def _find_label_problems(samples: FeatureSet, metrics: dict[str, float]) -> list[str]:
-    labels, count, problems = samples.labels, samples.about["count"], []
-    ordered, shuffled = metrics.get("inception_score_in_order"), metrics.get("inception_score")
+    ordered, shuffled = metrics.get("inception_score_in_order", 0.0), metrics.get("inception_score", 0.0)
     if labels is not None:
-        counts = np.bincount(labels, minlength=samples.about.get("num_classes") or int(labels.max()) + 1)
+        counts = np.bincount(labels, minlength=about["num_classes"] or int(labels.max()) + 1)
         if counts.max() - counts.min() > 1:
             problems.append(
                 f"classes have between {counts.min()} and {counts.max()} images: against a balanced reference FID and "
@@ -146,10 +135,15 @@ def _find_label_problems(samples: FeatureSet, metrics: dict[str, float]) -> list
             )
         if count > CHUNK and (np.diff(labels) >= 0).all() and counts.astype(bool).sum() > 1:
             problems.append("images are sorted by class: the Inception Score in order, which is ADM's, is too low.")
-    elif shuffled is not None and ordered is not None and count > CHUNK and ordered < 0.9 * shuffled:
+    elif count > CHUNK and ordered < 0.9 * shuffled:
         problems.append(
             "the Inception Score in order is more than 10 % lower than in random order: the images seem to be sorted "
             "by class, which makes ADM's score too low."
+        )
+    if about["extractor"] == INCEPTION and not about["extractor_digest"].startswith(PUBLISHED_DIGEST):
+        problems.append(
+            "the Inception weights are not the published file (by SHA-256): the metrics cannot be compared with "
+            "published ones."
         )
     return problems
 
@@ -171,18 +165,17 @@ def evaluate_features(
         UserError: the reference lacks an extractor, or as in `compute_metrics`.
     """
     metrics: dict[str, float] = {}
-    warnings: list[str] = []
-    for index, features in enumerate(samples):
+    warnings: list[str] | None = None
+    for features in samples:
         extractor = features.about["extractor"]
-        other = None
-        if reference is not None and (other := reference.get(extractor)) is None:
+        other = None if reference is None else reference.get(extractor)
+        if reference is not None and other is None:
             raise UserError(f"the reference has no features of {extractor}: give it as images.")
         own = compute_metrics(features, other, config.adm_fp16, config.kid)
-        if index == 0:
-            warnings = find_problems(features, other, own)
+        warnings = find_problems(features, other, own) if warnings is None else warnings
         prefix = "" if extractor == INCEPTION else f"{extractor}:"
         metrics |= {prefix + name: value for name, value in own.items()}
-    return {"metrics": metrics, "warnings": warnings, "about": [features.about for features in samples]}
+    return {"metrics": metrics, "warnings": warnings or [], "about": [features.about for features in samples]}
 
 
 def build_report(

@@ -97,10 +97,10 @@ def validate_statistics(statistics: Statistics, name: str) -> Statistics:
         UserError: wrong shapes, values that are not finite, or a matrix that is no covariance.
     """
     mean, covariance = np.atleast_1d(statistics.mean), np.atleast_2d(statistics.covariance)
-    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-        raise UserError(f"{name} must be floats, not {mean.dtype} and {covariance.dtype}.")
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or len(mean) == 0:
-        raise UserError(f"{name} must have shapes (D,) and (D, D), not {mean.shape} and {covariance.shape}.")
+    has_shapes = mean.ndim == 1 and len(mean) > 0 and covariance.shape == (len(mean), len(mean))
+    if not has_shapes or mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        found = f"{mean.dtype} of shape {mean.shape} and {covariance.dtype} of shape {covariance.shape}"
+        raise UserError(f"{name} must be floats of shapes (D,) and (D, D), not {found}.")
     covariance = covariance.astype(np.float64, copy=False)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{name} must be finite: a feature was infinite or NaN.")
@@ -129,11 +129,7 @@ def validate_features(features: np.ndarray, name: str, at_least: int = 1) -> np.
 
 
 def validate_pair(reference: np.ndarray, sample: np.ndarray, at_least: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both sets of features as `validate_features` does.
-
-    Raises:
-        UserError: also if their dimensions differ.
-    """
+    """Returns both sets of features as `validate_features` does; their dimensions must be equal too."""
     reference = validate_features(reference, "reference features", at_least)
     sample = validate_features(sample, "sample features", at_least)
     if reference.shape[1] != sample.shape[1]:
