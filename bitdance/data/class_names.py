@@ -72,7 +72,7 @@ class ClassNames:
             UserError: no class matches, or more than one; the message lists similar names, or all matching classes.
         """
         if isinstance(query, str) and re.fullmatch(r"-?[0-9]{1,20}", query.strip()):
-            query = int(query)
+            query = int(query.strip())  # which strips more than int() does
         if not isinstance(query, str | bool):
             with contextlib.suppress(TypeError):  # no integer
                 return self._checked(operator.index(query))
