@@ -137,7 +137,7 @@ class ClassNames:
 
         names = {_key(name): name for names in self.names for name in names}
         with_words = [other for other in names if f" {key} " in f" {other} "]
-        near = get_close_matches(key[:100], with_words, cutoff=0) + get_close_matches(key[:100], names)
+        near = get_close_matches(key[:100], with_words, 10, 0) + get_close_matches(key[:100], names, 10)
         found: dict[int, str] = {}
         for other in near:
             for i in self._index[other]:
