@@ -77,22 +77,25 @@ class _Headers:
     """The bytes of a file before `stop`, as `tarfile` reads headers; without large reads, which hostile ones cause."""
 
     def __init__(self, stream: Any, stop: int) -> None:
-        self._stream, self._stop, self.reads = stream, stop, 0
-        self.seek, self.tell = stream.seek, stream.tell
+        self._stream, self._stop, self.reads, self.last = stream, stop, 0, b""
+        self.tell = stream.tell
+
+    def seek(self, position: int) -> None:
+        self._stream.seek(max(0, position))  # before Python 3.11 `tarfile` seeks -1 after a first block of zeros
 
     def read(self, size: int) -> bytes:
         self.reads += 1
         if not 0 <= size <= _MAX_NAME_BYTES or self.reads > _MAX_READS:
             raise ValueError(f"too long a name at byte {self.tell()}")
-        data: bytes = self._stream.read(max(0, min(size, self._stop - self.tell())))
-        return data
+        self.last = self._stream.read(max(0, min(size, self._stop - self.tell())))
+        return self.last
 
 
 def walk(stream: Any, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar. Their names have no "./"; those of folders end in "/", the root's is empty.
 
     Args:
-        stream: a binary file, only ever read forward, except for the last block.
+        stream: a binary file, only ever read forward.
         start, stop: range of bytes of the tar in the file; `stop` may be an upper bound for a whole file.
 
     Raises:
@@ -116,13 +119,11 @@ def walk(stream: Any, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
     except tarfile.TarError as error:
         raise ValueError(f"a header is damaged: {error}") from error
     # `tarfile` ends at any block that is not a header.
-    headers.seek(archive.offset)
-    end = headers.read(_BLOCK)
-    if any(end):
+    if any(headers.last):
         raise ValueError(f"a header is damaged, at byte {archive.offset}")
     # A block of zeros at the end tells a whole tar from one that was cut between two members. Some programs omit it in
     # a tar inside another one, which is whole if the outer one is.
-    if len(end) < _BLOCK and start == 0:
+    if len(headers.last) < _BLOCK and start == 0:
         raise ValueError(f"it ends at byte {archive.offset} without an end mark")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
@@ -30,7 +31,6 @@ class FeatureExtractors:
 
     def __init__(self, config: EvaluationConfig, world: World) -> None:
         self._config, self._world = config, world
-        self._loaded: tuple[FeatureExtractor, ...] = ()
 
     def __call__(self) -> tuple[FeatureExtractor, ...]:
         """Returns the extractors, the Inception network first.
@@ -40,10 +40,10 @@ class FeatureExtractors:
         Raises:
             UserError: a file is missing, damaged, or something else.
         """
-        self._loaded = self._loaded or self._load()
         return self._loaded
 
-    def _load(self) -> tuple[FeatureExtractor, ...]:
+    @functools.cached_property
+    def _loaded(self) -> tuple[FeatureExtractor, ...]:
         loaded = [load_feature_extractor(name) for name in self._config.features]
         try:
             weights = find_weights(self._config.inception_weights)
