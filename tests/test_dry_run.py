@@ -188,7 +188,7 @@ def test_one_that_does_not_fit_says_what_helps(place, tmp_path, capsys, monkeypa
     monkeypatch.setattr(estimate, "_free_memory", lambda device: 0)
     said, facts = foreseen(capsys, place, tmp_path / "run")
     assert not facts["fits"] and facts["seconds_per_step"] is None
-    for word in ("does not fit", "--accumulate", "--grad-checkpointing", "bitdance encode"):
+    for word in ("does not fit", "`accumulate`", "`grad_checkpointing`", "bitdance encode"):
         assert word in said
 
 

@@ -98,9 +98,11 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     lock = folder.with_name(folder.name + ".lock")
     message = f"another process works in {folder}: wait for it to finish, or stop it first."
     with lock_file(lock, PATIENCE, message):
-        remove_leftovers(folder)
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            remove_leftovers(folder)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def to_json(sections: Sections) -> dict[str, dict[str, Any]]:

@@ -181,9 +181,9 @@ def _print(trainer: Trainer, memory: Memory, free: int, seconds: float | None) -
         "device": str(world.device),
     }
     if needed > free:
-        helps = ["a larger --accumulate"] if len(trainer.loader.indices) > config.accumulate else []
-        helps += [] if config.grad_checkpointing else ["--grad-checkpointing"]
-        helps += ["stored bits (`bitdance encode`)"] if encodes else []
+        helps = ["a larger `accumulate`"] if len(trainer.loader.indices) > config.accumulate else []
+        helps += [] if config.grad_checkpointing else ["`grad_checkpointing`"]
+        helps += ["a token cache (`bitdance encode`)"] if encodes else []
         helps += ["more processes or a larger machine"]
         print(
             f"This does not fit: {_gigabytes(needed)} are needed, {_gigabytes(free)} are free. What helps: "
@@ -191,7 +191,7 @@ def _print(trainer: Trainer, memory: Memory, free: int, seconds: float | None) -
         )
     space = _free_disk(config.output)
     if disk > space:
-        print(f"The disk is too small: {_gigabytes(space)} are free in {config.output}; lower --keep-checkpoints.")
+        print(f"The disk is too small: {_gigabytes(space)} are free in {config.output}; lower `keep_checkpoints`.")
     print(json.dumps(facts), flush=True)
 
 
