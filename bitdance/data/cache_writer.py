@@ -76,7 +76,7 @@ class CacheWriter:
         config: settings.
 
     Raises:
-        UserError: the size of the images does not fit the autoencoder.
+        UserError: the size of the images does not match the autoencoder.
     """
 
     images: ImageDataset
