@@ -351,3 +351,13 @@ def test_info_prints_odd_args(released, info):
     assert len(info(path)) < 10_000 and "\x1b" not in info(path)
     facts = json.loads(info(path, "--json"), parse_constant=pytest.fail)
     assert facts["args"]["bomb"] == "<list>" and facts["args"]["3"] == "<Tensor>" and facts["args"]["nan"] == "nan"
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """As in `bitdance evaluate --help | head`."""
+    code = "from bitdance.cli.main import main; main(['evaluate', '--help'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1

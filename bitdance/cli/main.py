@@ -112,6 +112,10 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         _end_with_launcher()
     try:
         command([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the program that reads the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
         if "--debug" in arguments:
             raise

@@ -177,7 +177,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
             batch_size=how.batch_size,
             chunk_size=chunk_size,
             output="np",
-            callback=lambda step, steps, tokens: bar.update(len(tokens)),
+            callback=lambda step, steps, tokens: bar.update(min(len(tokens), total - bar.n)),  # halves start again
         )
     settings = {name: value for group in ("what", "model", "how", "results", "where", "evaluation")
                 for name, value in dataclasses.asdict(getattr(command, group)).items()}  # fmt: skip
