@@ -191,7 +191,7 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, capsys, change: Call
     index["offsets"], index["sizes"] = change(index["offsets"], index["sizes"])
     tar_reader._write_index(index_of(path), path, index)
     assert_same(open_images(path))
-    assert "does not fit the tar: it is made again" in capsys.readouterr().err
+    assert "does not match the tar: it is made again" in capsys.readouterr().err
     assert_same(open_images(path))
     assert capsys.readouterr().err == ""
 
@@ -201,7 +201,7 @@ def test_a_stale_or_damaged_index_is_made_again(tmp_path, capsys) -> None:
     open_images(path)
     write(path, tar_of_tars(ORDER[:2]))
     assert_same(open_images(path), ORDER[:2], LABELS[:2])
-    assert "does not fit the tar: it is made again" in capsys.readouterr().err
+    assert "does not match the tar: it is made again" in capsys.readouterr().err
     good, remade = index_of(path).read_bytes(), 0
     for number, data in enumerate([b"hello", *mutations(good, 100, 4)]):
         write(index_of(path), data[: 37 * number % len(data)] if number % 4 == 1 else data)

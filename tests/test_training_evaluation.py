@@ -75,13 +75,13 @@ def weights(folder: pathlib.Path) -> str:
 
 def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_path, capsys):
     run = tmp_path / "run"
-    train(place, run, log_every=4)  # so that some lines are of an evaluation only
+    train(place, run, epochs=2, eval_every=2, log_every=3)  # so that some lines are of an evaluation only
     lines = [line for line in small.read_log(run) if "eval_fid" in line]
-    assert [line["step"] for line in lines] == [5, 10, 12] and set(LOGGED) < set(lines[-1])
+    assert [line["step"] for line in lines] == [2, 4, 6] and set(LOGGED) < set(lines[-1])
     assert ["loss" in line for line in lines] == [False, False, True]
     assert not any(set(LOGGED) & set(line) for line in small.read_log(run) if line not in lines)
     assert len({line["eval_fid"] for line in lines}) == 3  # the weights change
-    (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 5: ")]
+    (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2: ")]
     assert f"FID {lines[0]['eval_fid']:.4g}, IS " in printed and printed.endswith(f" of {IMAGES} images")
     # Of the same images, sampled from the file that the run ends with.
     model = weights_file.load_model(run / "model.safetensors")
@@ -98,7 +98,7 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
 
     facts = status.describe_run(run)
     assert facts["evaluation"] == {name: lines[-1][name] for name in ("step", *LOGGED)}
-    assert facts["step"] == 12 and facts["loss"] == lines[-1]["loss"] and facts["seconds_since_last_line"] < 100
+    assert facts["step"] == 6 and facts["loss"] == lines[-1]["loss"] and facts["seconds_since_last_line"] < 100
     main(["info", str(run)])
     assert f"evaluation            FID {lines[-1]['eval_fid']:.4g}, IS " in (out := capsys.readouterr().out), out
     pytest.importorskip("matplotlib")
@@ -109,17 +109,17 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
 
 
 def test_evaluation_does_not_change_the_training(place, tmp_path):
-    train(place, tmp_path / "plain", eval_every=0)
-    train(place, tmp_path / "evaluated", eval_every=2)
+    train(place, tmp_path / "plain", epochs=2, eval_every=0)
+    train(place, tmp_path / "evaluated", epochs=2, eval_every=2)
     plain, evaluated = small.read_log(tmp_path / "plain"), small.read_log(tmp_path / "evaluated")
-    assert sum("eval_fid" in line for line in evaluated) == 6 and not any("eval_fid" in line for line in plain)
+    assert sum("eval_fid" in line for line in evaluated) == 3 and not any("eval_fid" in line for line in plain)
     for name in ("loss", "grad_norm", "lr"):
         assert [line[name] for line in plain] == [line[name] for line in evaluated]
     assert weights(tmp_path / "plain") == weights(tmp_path / "evaluated")
     # A run may be resumed without it, and with other settings of it.
-    train(place, tmp_path / "both", eval_every=2, max_steps=5)
-    train(place, tmp_path / "both", eval_every=0, eval_images=4, max_steps=8)
-    train(place, tmp_path / "both", eval_every=3, eval_num_steps=2, eval_cfg_scale=1.0)
+    train(place, tmp_path / "both", epochs=2, eval_every=2, max_steps=2)
+    train(place, tmp_path / "both", epochs=2, eval_every=0, eval_images=4, max_steps=4)
+    train(place, tmp_path / "both", epochs=2, eval_every=3, eval_num_steps=2, eval_cfg_scale=1.0)
     assert weights(tmp_path / "both") == weights(tmp_path / "plain")
 
 

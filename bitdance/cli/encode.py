@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 
-from bitdance.cli.options import DeviceOptions
+from bitdance.cli.options import PrecisionOptions
 from bitdance.cli.parsing import parse
 from bitdance.data.encode_config import EncodeConfig
 
@@ -32,7 +32,7 @@ class Encode:
     autoencoder: str
     output: pathlib.Path
     how: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
-    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
+    where: PrecisionOptions = dataclasses.field(default_factory=PrecisionOptions)
 
 
 def main(arguments: list[str]) -> None:

@@ -75,7 +75,7 @@ class CacheWriter:
         folder: of the token cache.
 
     Raises:
-        UserError: the size of the images does not fit the autoencoder.
+        UserError: the size of the images does not match the autoencoder.
     """
 
     images: ImageDataset

@@ -153,7 +153,7 @@ def _open_index(path: pathlib.Path) -> Index:
                 index = _read_index(file, path)  # another process may have made it in the meantime
                 if index is None:
                     if file.exists():
-                        _warn(f"the index {file} is damaged or does not fit the tar: it is made again.")
+                        _warn(f"the index {file} is damaged or does not match the tar: it is made again.")
                     index = _make_index(path)
                     _write_index(file, path, index)
                 return index

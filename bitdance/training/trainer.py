@@ -289,7 +289,11 @@ class Trainer:
         """Puts the network into evaluation mode, with the EMA weights if there are any."""
         self.network.eval()
         try:
-            with self.ema.swapped_in(self.network) if self.ema is not None else contextlib.nullcontext():
+            with (
+                self.ema.swapped_in(self.network) if self.ema is not None else contextlib.nullcontext(),
+                warnings.catch_warnings(),
+            ):
+                warnings.filterwarnings("ignore", "Mismatch dtype")  # norms of bf16 with float32 weights are only slow
                 yield
         finally:
             self.network.train()
@@ -403,8 +407,7 @@ class Trainer:
         """Writes samples of fixed classes and noise, or the first images above their reconstructions."""
         if not self.world.is_main:
             return
-        with self._ema_weights(), self.autocast(), torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Mismatch dtype")  # norms of bf16 with float32 weights are only slow
+        with self._ema_weights(), self.autocast(), torch.no_grad():
             if isinstance(self.network, Autoencoder):
                 images = self.loader.load(0).inputs[:PREVIEW_IMAGES]
                 pixels = normalize(images.to(self.world.device))

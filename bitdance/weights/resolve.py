@@ -19,12 +19,12 @@ Part = Literal["model", "autoencoder"]
 
 
 def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.Path:
-    """Finds a file of weights; a released file that is not there is downloaded.
+    """Finds a file of weights; a released file that is missing is downloaded.
 
     Args:
         name: `demo`; a released model such as `B-16X` or `BitDance-B-16X`, in any case; `autoencoder`, the released
             one; the folder of a training run, whose finished weights, or else newest checkpoint, are meant; or a file.
-        part: which network `demo` and a folder with both stand for.
+        part: the network to find for `demo`, or in a folder with both.
 
     Raises:
         UserError: there is no such file, or it cannot be downloaded.
@@ -44,7 +44,7 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.
     files = {release.file.lower(): key for key, release in RELEASED_MODELS.items()}
     files[hub.AUTOENCODER_FILE.lower()] = "autoencoder"
     if meant := files.get(path.name.lower()):
-        raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --folder {path.parent}`.")
+        raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
     raise UserError(f"there is no {part} {text!r}: name a file, the folder of a run, {DEMO}, or {known}.")
 
@@ -67,7 +67,7 @@ def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
         pass
     if model in (hub.find(hub.FOLDER / release.file) for release in RELEASED_MODELS.values()):
         return _download("autoencoder")
-    raise UserError(f"{model} holds no autoencoder and none lies beside it: name one with `autoencoder`.")
+    raise UserError(f"{model} holds no autoencoder, and there is none beside it: name one with `autoencoder`.")
 
 
 def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:
