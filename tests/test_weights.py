@@ -38,8 +38,8 @@ State = dict[str, Tensor]
 
 def random_state(config: BitDanceConfig | AutoencoderConfig, seed: int) -> State:
     generator = torch.Generator().manual_seed(seed)
-    shapes = network_config.tensor_shapes(config)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    parameters = network_config.empty_network(config).named_parameters()
+    return {name: torch.randn(value.shape, generator=generator) for name, value in parameters}
 
 
 EMA, RAW, VAE = random_state(MODEL, 1), random_state(MODEL, 2), random_state(AUTOENCODER, 3)
