@@ -17,7 +17,7 @@ from bitdance.runtime import run_folder
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.sampling.job import JobConfig, SamplingJob
-from bitdance.sampling.labels import balanced_labels
+from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
 
@@ -61,7 +61,7 @@ def run_share(job: SamplingJob, rank: int, size: int) -> None:
                 "machine": run_folder.Machine.of(world)}  # fmt: skip
     run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU), has_parts=False)
     batches = list(split_batches(job.config.num_images, job.config.batch_size))
-    labels = balanced_labels(job.config.num_images, job.pipeline.model.config.num_classes, job.config.seed)
+    labels = make_labels("balanced", job.config.num_images, job.pipeline.model.config.num_classes, job.config.seed)
     job._sample_batches(job._missing_results(), world, batches, list(range(len(batches))), labels, print)
 
 
@@ -72,7 +72,7 @@ def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monk
     assert names(tmp_path) == [f"{path.stem}.json", f"{path.stem}.npz"]
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
-        assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
+        assert np.array_equal(file["arr_1"], make_labels("balanced", 7, 3, 1))
         expected = pipeline.generate([3, 4, 5], file["arr_1"][3:6].tolist(), job.sampling, seed=1).pixels
         assert np.array_equal(file["arr_0"][3:6], expected)
     settings = json.loads(job.settings_file.read_text())

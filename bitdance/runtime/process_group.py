@@ -198,10 +198,8 @@ def _read_environment() -> tuple[int, int, int, int]:
     present = "WORLD_SIZE" if size > 1 else "RANK"
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ("WORLD_SIZE",) if "RANK" in os.environ else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
-        raise UserError(
-            f"the environment sets {present} but not {', '.join(missing)}: start the processes with torchrun, or unset "
-            f"{present}."
-        )
+        problem = f"the environment sets {present} but not {', '.join(missing)}"
+        raise UserError(f"{problem}: start the processes with torchrun, or unset {present}.")
     rank = _read_integer("RANK", 0, 0, size - 1)
     local_rank, local_size = _read_integer("LOCAL_RANK", 0, 0), _read_integer("LOCAL_WORLD_SIZE", size, 1)
     if size > 1:
@@ -209,10 +207,8 @@ def _read_environment() -> tuple[int, int, int, int]:
         try:
             socket.getaddrinfo(address, port)  # TCPStore would retry silently for minutes
         except OSError as error:
-            raise UserError(
-                f"MASTER_ADDR={address} in the environment cannot be resolved ({error.strerror}): set it to the host "
-                "name or the address of the machine of process 0."
-            ) from None
+            problem = f"MASTER_ADDR={address} in the environment cannot be resolved ({error.strerror})"
+            raise UserError(f"{problem}: set it to the host name or the address of the machine of process 0.") from None
     return rank, size, local_rank, local_size
 
 
@@ -223,9 +219,8 @@ def _read_integer(name: str, default: int, lowest: int, highest: int | None = No
         if lowest <= value and (highest is None or value <= highest):
             return value
     limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-    raise UserError(
-        f"{name}={text} in the environment must be an integer {limits}: start the processes with torchrun, or unset it."
-    )
+    problem = f"{name}={text} in the environment must be an integer {limits}"
+    raise UserError(f"{problem}: start the processes with torchrun, or unset it.")
 
 
 def _open_store(hosts_store: bool) -> dist.Store:

@@ -96,8 +96,7 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
         yield
         return
     lock = folder.with_name(folder.name + ".lock")
-    message = f"another process works in {folder}: wait for it to finish, or stop it first."
-    with lock_file(lock, PATIENCE, message):
+    with lock_file(lock, PATIENCE, f"another process works in {folder}: wait for it to finish, or stop it first."):
         try:
             remove_leftovers(folder)
             yield
@@ -168,11 +167,9 @@ def read_settings(
     if not path.exists():
         return {}
     stored = read_json(path, f"delete {folder} to start over")
-    if differences := compare(stored, sections, extensible=is_finished(stored)):
-        raise UserError(
-            f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
-            "another folder."
-        )
+    if differences := "; ".join(compare(stored, sections, extensible=is_finished(stored))):
+        reason = f"{folder} belongs to a run with other settings ({differences})"
+        raise UserError(f"{reason}: use those settings, or another folder.")
     return stored
 
 

@@ -77,12 +77,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return next((candidate for candidate in (path, other) if candidate.exists()), None)
 
 
-def download(
-    names: Iterable[str],
-    folder: pathlib.Path = FOLDER,
-    evaluation_folder: pathlib.Path = EVALUATION_FOLDER,
-    verify: bool = False,
-) -> Iterator[DownloadResult]:
+def download(names: Iterable[str], folder: pathlib.Path = FOLDER, verify: bool = False) -> Iterator[DownloadResult]:
     """Downloads published files that are not there yet; yields each as soon as it is at its destination.
 
     Before the first transfer all files are looked up on their servers, and the free disk space is compared with what
@@ -92,8 +87,7 @@ def download(
     Args:
         names: released models such as B-16X or BitDance-B-16X, autoencoder, reference-256, reference-512, inception;
             all means the models and the autoencoder.
-        folder: of the models and the autoencoder.
-        evaluation_folder: of the other files.
+        folder: of the models and the autoencoder; the other files go to `EVALUATION_FOLDER`.
         verify: compare the SHA-256 of files that are there already, not only their sizes.
 
     Raises:
@@ -102,7 +96,7 @@ def download(
     from huggingface_hub import constants
 
     places = {name: find(folder / file) or folder / file for name, file in HUB_FILES.items()}
-    places |= {name: evaluation_folder / url.rpartition("/")[2] for name, url in PLAIN_FILES.items()}
+    places |= {name: EVALUATION_FOLDER / url.rpartition("/")[2] for name, url in PLAIN_FILES.items()}
     targets = {name: places[name] for name in _resolve(names)}
     if constants.HF_HUB_OFFLINE:
         for target in targets.values():
@@ -187,10 +181,8 @@ def _check_space(remotes: list[_Remote]) -> None:
         device, free = folder.stat().st_dev, shutil.disk_usage(folder).free
         needed[device] += remote.size
         if needed[device] > free:
-            raise UserError(
-                f"there is no space for {remote.target}: {needed[device] / 1e9:.2f} GB are needed and "
-                f"{free / 1e9:.2f} GB are free; free some or choose another folder."
-            )
+            sizes = f"{needed[device] / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+            raise UserError(f"there is no space for {remote.target}: {sizes}; free some or choose another folder.")
 
 
 def _fetch(remote: _Remote, verify: bool) -> DownloadResult:

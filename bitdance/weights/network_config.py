@@ -81,10 +81,8 @@ def _model_sizes(state: State) -> dict[str, Any]:
     classes, class_width = _shape(state, "cls_embedding.weight", 2)
     tokens = _shape(state, "pos_for_diff.weight", 2)[0]
     if class_width % dim:
-        raise UserError(
-            f"tensor cls_embedding.weight has rows of {class_width} numbers, which is not a multiple of the width "
-            f"{dim}: no BitDance model has that."
-        )
+        sizes = f"rows of {class_width} numbers, which is not a multiple of the width {dim}"
+        raise UserError(f"tensor cls_embedding.weight has {sizes}: no BitDance model has that.")
     if math.isqrt(tokens) ** 2 != tokens:
         raise UserError(f"tensor pos_for_diff.weight has {tokens} rows, not a square: no BitDance model has that.")
     return {
@@ -154,10 +152,8 @@ def _settings_in_file(stored: Any, part: str, names: list[str], found: dict[str,
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     for name in found.keys() & settings.keys():
         if settings[name] != found[name]:
-            raise UserError(
-                f"its configuration has {name}={printable(repr(settings[name]))} and its tensors {found[name]}: "
-                "the file is damaged."
-            )
+            values = f"{name}={printable(repr(settings[name]))} and its tensors {found[name]}"
+            raise UserError(f"its configuration has {values}: the file is damaged.")
     return settings
 
 

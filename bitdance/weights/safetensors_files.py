@@ -24,8 +24,7 @@ from bitdance.weights.layout import State, WeightsFile, damaged, split_bare_stat
 FORMAT = "bitdance"
 VERSION = 2
 KINDS = ("model", "autoencoder", "training", "batch", "tokens", "index")
-"""What a file of ours holds: one network, a checkpoint of a training run, a batch that was skipped, a shard of a token
-cache, or the index of a tar."""
+"""What a file of ours holds: one network, a checkpoint, a skipped batch, a shard of tokens, or the index of a tar."""
 
 
 def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:

@@ -94,16 +94,14 @@ def _split(path: pathlib.Path, data: Mapping[Any, Any]) -> tuple[dict[str, State
 
 
 def _check_state(path: pathlib.Path, key: str, state: Mapping[Any, Any]) -> State:
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"{path}: {key} holds {printable(repr(name))}, which is not a named tensor: it is not a file of "
-                "weights."
-            )
-    # Views can repeat a few numbers without limit.
-    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
-        raise UserError(f"{path}: the tensors of {key} have more bytes than the file: it is not a file of weights.")
-    return dict(state)
+    bad = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if bad:
+        reason = f"{key} holds {printable(repr(bad[0]))}, which is not a named tensor"
+    elif sum(value.nbytes for value in state.values()) > path.stat().st_size:
+        reason = f"the tensors of {key} have more bytes than the file"  # views can repeat a few numbers without limit
+    else:
+        return dict(state)
+    raise UserError(f"{path}: {reason}: it is not a file of weights.")
 
 
 def _to_json(args: Mapping[Any, Any] | argparse.Namespace | None) -> dict[str, Any]:
@@ -147,13 +145,13 @@ def _check_pickles(path: pathlib.Path) -> None:
     """Checks the pickles of a torch file without a zip: magic number, version, system, weights, names."""
     with open(path, "rb") as file:
         data = file.read(5 * (_MAX_PICKLE + 1))
-    for _ in range(5):
-        try:
+    try:
+        for _ in range(5):
             data = data[_check_pickle(path, data) :]
-        except UserError:
-            raise
-        except Exception:
-            return  # not a pickle: an error of the caller
+    except UserError:
+        raise
+    except Exception:  # not a pickle, which the caller notices
+        pass
 
 
 def _check_pickle(path: pathlib.Path, data: bytes) -> int:

@@ -140,9 +140,8 @@ def save(
         UserError: the file cannot be written, or a value is not finite in this dtype.
     """
     kind = "model" if isinstance(network, BitDance) else "autoencoder"
-    tensors = {name: value.detach() for name, value in (state or network.state_dict()).items()}
-    if dtype is not None:
-        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    source = state or network.state_dict()
+    tensors = {name: value.detach().to(dtype or value.dtype) for name, value in source.items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {name} has values that are not finite in {value.dtype}.")
