@@ -134,21 +134,14 @@ def test_an_earlier_call_leaves_nothing_and_foreign_files_stay(model, tmp_path):
 
 
 def test_whatever_the_record_of_an_earlier_call_says_it_does_not_stand_in_the_way(model, tmp_path):
-    folder = tmp_path / "out"
+    """Nor can it make the command remove files elsewhere."""
+    folder, victim = tmp_path / "out", tmp_path / "victim.png"
     (folder / "inner").mkdir(parents=True)
-    files = [{"file": "inner"}, {"file": 3}, {"file": "x" * 300}, {"file": ""}]
-    (folder / "samples.json").write_text(json.dumps({"images": files}))
+    victim.write_bytes(b"mine")
+    names = ["inner", 3, "x" * 300, "", "../victim.png", str(victim)]
+    (folder / "samples.json").write_text(json.dumps({"images": [{"file": name} for name in names]}))
     sample(model, folder, "dog", "--per-class", 1)
     assert (folder / "0000-dog.png").exists() and (folder / "inner").is_dir()
-
-
-def test_a_record_cannot_make_the_command_remove_files_elsewhere(model, tmp_path):
-    victim = tmp_path / "victim.png"
-    victim.write_bytes(b"mine")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "samples.json").write_text(json.dumps({"images": [{"file": "../victim.png"}, {"file": str(victim)}]}))
-    sample(model, folder, "dog", "--per-class", 1)
     assert victim.read_bytes() == b"mine"
 
 
@@ -313,6 +306,14 @@ def test_every_split_of_balanced_labels_has_most_classes():
     assert all(np.bincount(split).max() < 30 for split in splits)
 
 
+def test_random_labels():
+    labels = make_labels("random", 30_000, 10, seed=4)
+    assert labels.min() == 0 and labels.max() == 9
+    assert np.abs(np.bincount(labels) - 3000).max() < 300 and len(set(np.bincount(labels))) > 5
+    assert not np.array_equal(labels, make_labels("random", 30_000, 10, seed=5))
+    assert np.array_equal(labels[:10], make_labels("random", 10, 10, seed=4))
+
+
 def test_split_batches():
     assert list(split_batches(10, 4)) == [range(0, 4), range(4, 8), range(8, 10)]
     assert list(split_batches(4, 100)) == [range(0, 4)]
@@ -372,14 +373,6 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
     # The same bits, decoded in float32, are the same pictures but for rounding.
     difference = np.abs(load_pipeline(model, device="cpu").decode_tokens(tokens).numpy().astype(int) - pixels)
     assert 0 < difference.mean() < 2
-
-
-def test_random_labels():
-    labels = make_labels("random", 30_000, 10, seed=4)
-    assert labels.min() == 0 and labels.max() == 9
-    assert np.abs(np.bincount(labels) - 3000).max() < 300 and len(set(np.bincount(labels))) > 5
-    assert not np.array_equal(labels, make_labels("random", 30_000, 10, seed=5))
-    assert np.array_equal(labels[:10], make_labels("random", 10, 10, seed=4))
 
 
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):

@@ -33,7 +33,7 @@ from bitdance.metrics.feature_set import (
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
@@ -64,6 +64,9 @@ class JobConfig:
     seed: int = 0
     labels: str = "balanced"
     chunk_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "num_images batch_size", lambda value: value >= 1, "be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,17 @@ class SamplingJob:
         return Networks(model, autoencoder, precision, compiled=self.pipeline.denoise is not None)
 
     @functools.cached_property
+    def batches(self) -> list[range]:
+        """The sample ids of each batch."""
+        return list(split_batches(self.config.num_images, self.config.batch_size))
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The class of each image, (N,) int64."""
+        num_classes = self.pipeline.model.config.num_classes
+        return make_labels(self.config.labels, self.config.num_images, num_classes, self.config.seed)
+
+    @functools.cached_property
     def path(self) -> pathlib.Path:
         """Path of the results without their endings; its name tells the settings."""
         sampling, config, networks = self.sampling, self.config, self.networks
@@ -177,9 +191,6 @@ class SamplingJob:
             UserError: a setting is out of range, the results or parts there have other settings, or a file cannot be
                 written.
         """
-        batches = list(split_batches(self.config.num_images, self.config.batch_size))
-        num_classes = self.pipeline.model.config.num_classes
-        labels = make_labels(self.config.labels, self.config.num_images, num_classes, self.config.seed)
         sections = {
             "sampling": self.sampling,
             "job": self.config,
@@ -197,15 +208,15 @@ class SamplingJob:
                 return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
             settings = check_settings(self.run_folder, sections, world, any(self.run_folder.glob("*.npz"))).settings
             Machine.apply(settings["machine"], world)
-            missing = world.broadcast(self._missing_batches(kinds, batches) if world.is_main else [])
+            missing = world.broadcast(self._missing_batches(kinds) if world.is_main else [])
             start = time.perf_counter()
-            sampled = self._sample_batches(kinds, world, batches, missing, labels, log)
+            sampled = self._sample_batches(kinds, world, missing, log)
             seconds = time.perf_counter() - start
             log(f"{sampled} images in {seconds:.1f} s, peak memory {world.peak_memory() / 1e9:.2f} GB; waiting for all")
             world.barrier()
             if world.is_main:
                 log("writing the results")
-                self._write_results(kinds, batches, labels, settings)
+                self._write_results(kinds, settings)
                 shutil.rmtree(self.run_folder, ignore_errors=True)
             world.barrier()
             log(f"finished: {', '.join(map(str, self.results.values()))}")
@@ -229,14 +240,14 @@ class SamplingJob:
         what = "nothing to do" if not missing else "all images are sampled again for the other results"
         print(f"{there}: exists, {what}.", file=sys.stderr)
 
-    def _missing_batches(self, kinds: list[str], batches: list[range]) -> list[int]:
+    def _missing_batches(self, kinds: list[str]) -> list[int]:
         """Returns the batches whose part lacks an array that the results need, undamaged and of the right shape."""
 
         def is_complete(path: pathlib.Path, count: int) -> bool:
             shapes = self._part_shapes(kinds, count)
             return path.exists() and all(_read_array(path, name, shape) is not None for name, shape in shapes.items())
 
-        return [index for index, ids in enumerate(batches) if not is_complete(self.part(index), len(ids))]
+        return [index for index, ids in enumerate(self.batches) if not is_complete(self.part(index), len(ids))]
 
     def _needed_extractors(self, kinds: list[str]) -> list[FeatureExtractor]:
         return [extractor for extractor in self.extractors if f"{FEATURES}.{extractor.key}" in kinds]
@@ -253,15 +264,7 @@ class SamplingJob:
             shapes |= {f"{extractor.key}.pool": (count, extractor.size), "extremes": (2,), "digests": (count, 32)}
         return shapes
 
-    def _sample_batches(
-        self,
-        kinds: list[str],
-        world: World,
-        batches: list[range],
-        missing: list[int],
-        labels: np.ndarray,
-        log: Callable[[str], None],
-    ) -> int:
+    def _sample_batches(self, kinds: list[str], world: World, missing: list[int], log: Callable[[str], None]) -> int:
         """Samples this process's share of the missing batches and returns the number of images.
 
         A part is written while the next batch is sampled.
@@ -273,7 +276,7 @@ class SamplingJob:
             halved.append(line)
             log(line)
 
-        there = config.num_images - sum(len(batches[index]) for index in missing)
+        there = config.num_images - sum(len(self.batches[index]) for index in missing)
         with (
             progress_bar(config.num_images, "sampling", "images", there, disable=not world.is_main) as bar,
             concurrent.futures.ThreadPoolExecutor(1) as writer,
@@ -282,10 +285,11 @@ class SamplingJob:
             for first in range(0, len(missing), world.size):
                 round_ = missing[first : first + world.size]
                 if world.rank < len(round_):
-                    ids = batches[round_[world.rank]]
+                    batch = round_[world.rank]
+                    ids = self.batches[batch]
                     # The last batch is padded, so that all batches are computed in the same shapes.
                     padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
-                    classes = [int(labels[min(i, config.num_images - 1)]) for i in padded]
+                    classes = [int(self.labels[min(i, config.num_images - 1)]) for i in padded]
                     pixels, bits = self.pipeline.generate(
                         padded, classes, self.sampling, config.seed, config.chunk_size, report=report
                     )
@@ -294,12 +298,12 @@ class SamplingJob:
                     halved.clear()
                     if writing is not None:
                         writing.result()  # raises what went wrong
-                    writing = writer.submit(_write_part, self.part(round_[world.rank]), arrays)
+                    writing = writer.submit(_write_part, self.part(batch), arrays)
                     sampled += len(ids)
                     rate = sampled / (time.perf_counter() - start)
-                    log(f"batch {round_[world.rank]}: images {ids.start} to {ids.stop - 1}, {rate:.2f} images/s so far")
+                    log(f"batch {batch}: images {ids.start} to {ids.stop - 1}, {rate:.2f} images/s so far")
                     bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {world.peak_memory() / 1e9:.1f} GB")
-                bar.update(sum(len(batches[index]) for index in round_))
+                bar.update(sum(len(self.batches[index]) for index in round_))
             if writing is not None:
                 writing.result()
         return sampled
@@ -324,23 +328,21 @@ class SamplingJob:
             raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
         return array
 
-    def _write_results(
-        self, kinds: list[str], batches: list[range], labels: np.ndarray, settings: dict[str, Any]
-    ) -> None:
+    def _write_results(self, kinds: list[str], settings: dict[str, Any]) -> None:
         """Writes the missing results from the parts.
 
         Everything is written in the run folder first, where leftovers of killed processes are removed.
         """
 
         def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
-            with progress_bar(len(batches), f"writing {name}", "batches") as bar:
-                for index, ids in enumerate(batches):
+            with progress_bar(len(self.batches), f"writing {name}", "batches") as bar:
+                for index, ids in enumerate(self.batches):
                     yield ids, self._read_part(index, name, shapes[name] and (len(ids), *shapes[name][1:]))
                     bar.update()
 
-        shapes = self._part_shapes(kinds, len(batches[0]))
+        shapes = self._part_shapes(kinds, len(self.batches[0]))
         # The batches that did not fit into the memory of a GPU as a whole.
-        halved = [index for index in range(len(batches)) if self._read_part(index, "halved", ())]
+        halved = [index for index in range(len(self.batches)) if self._read_part(index, "halved", ())]
         settings = {"format_version": FORMAT_VERSION, **settings, "halved_batches": halved}
         write_json(self.run_folder / "result.json", settings)
         rename(self.run_folder / "result.json", self.settings_file)
@@ -349,23 +351,23 @@ class SamplingJob:
             result, temporary = self.results[kind], self.run_folder / ("images" if kind == PNGS else "result.npz")
             if kind == PNGS:
                 shutil.rmtree(temporary, ignore_errors=True)
-                write_png_folder(temporary, read_all("images"), labels)
+                write_png_folder(temporary, read_all("images"), self.labels)
             elif kind in extractors:
-                write_feature_set(temporary, self._collect_features(extractors[kind], batches, labels))
+                write_feature_set(temporary, self._collect_features(extractors[kind]))
             else:
                 name = "images" if kind == NPZ else "bits"
                 shape = (self.config.num_images, *shapes[name][1:])
-                write_npz(temporary, (array for _, array in read_all(name)), shape, labels)
+                write_npz(temporary, (array for _, array in read_all(name)), shape, self.labels)
             try:
                 rename(temporary, result)
             except OSError as error:
                 reason = f"{result} is in the way ({error.strerror})"
                 raise UserError(f"{reason}: move it, then run the same command again.") from error
 
-    def _collect_features(self, extractor: FeatureExtractor, batches: list[range], labels: np.ndarray) -> FeatureSet:
+    def _collect_features(self, extractor: FeatureExtractor) -> FeatureSet:
         """Returns the features of all parts, as if they had been extracted from the file of the images."""
         collector, summaries = Collector(extractor, self.config.num_images), []
-        for index, ids in enumerate(batches):
+        for index, ids in enumerate(self.batches):
             found = {name: _read_array(self.part(index), f"{extractor.key}.{name}") for name in Features._fields}
             features = {name: array for name, array in found.items() if array is not None and len(array) == len(ids)}
             collector.add(features)
@@ -374,7 +376,7 @@ class SamplingJob:
             summaries.append(PixelSummary(low, high, [row.tobytes() for row in digests]))
         size, num_classes = self.pipeline.image_size, self.pipeline.model.config.num_classes
         about = {"source": str(self.path), "height": size, "width": size, "num_classes": num_classes}
-        return collector.finish({**about, **describe_pixels(summaries, "uint8", labels)}, labels)
+        return collector.finish({**about, **describe_pixels(summaries, "uint8", self.labels)}, self.labels)
 
     @contextlib.contextmanager
     def _open_log(self, world: World) -> Iterator[Callable[[str], None]]:
