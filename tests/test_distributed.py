@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import multiprocessing
 import os
@@ -51,13 +52,13 @@ def run(
     peer_monitor.HEARTBEAT_INTERVAL, peer_monitor.HEARTBEAT_TIMEOUT, peer_monitor.GRACE = 0.1, timeout, grace
     process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=min(timeout, 10))
 
-    def command() -> None:
+    def command(_: list[str]) -> None:
         with init_distributed("cpu", 1) as world:
             assert world.broadcast(world.rank) == 0
             print("joined")
             body(world)
 
-    call(command)
+    call(command, [])
 
 
 class Job:
@@ -153,23 +154,15 @@ def test_processes_end_with_the_store_of_torchrun(job):
         assert status == 1 and "was lost (process 0 or its torchrun has ended)" in line
 
 
-def fail_first(world: World) -> None:
-    if world.rank == 0:
-        raise UserError("an image cannot be read: remove it.")
-    time.sleep(100)
-
-
-def fail_second(world: World) -> None:
-    if world.rank == 1:
+def fail(failed: int, world: World) -> None:
+    if world.rank == failed:
         raise UserError("an image cannot be read: remove it.")
     time.sleep(100)
 
 
 def test_an_error_of_one_process_ends_the_others(job):
     cases = [
-        (job(3, agent).start(body), failed)
-        for agent in (False, True)
-        for body, failed in ((fail_first, 0), (fail_second, 1))
+        (job(3, agent).start(functools.partial(fail, failed)), failed) for agent in (False, True) for failed in (0, 1)
     ]
     for running, failed in cases:
         assert running.end(failed) == (2, "bitdance: an image cannot be read: remove it.")
@@ -305,18 +298,13 @@ TWO = environment(0, 2, 12345, False)
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment must be an integer of at least 1: start the"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE= in the environment must be an integer of at least 1"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment must be an integer of at least 1"),
-        ({**TWO, "RANK": "x"}, "RANK=x in the environment must be an integer from 0 to 1"),
         ({**TWO, "RANK": "2"}, "RANK=2 in the environment must be an integer from 0 to 1"),
         ({**TWO, "RANK": "-1"}, "RANK=-1 in the environment must be an integer from 0 to 1"),
         ({**TWO, "LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0 in the environment must be an integer of at least 0"),
         ({**TWO, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment must be an integer of at least 1"),
-        ({**TWO, "LOCAL_WORLD_SIZE": "?"}, "LOCAL_WORLD_SIZE=? in the environment must be an integer of at least 1"),
         ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be an integer from 1 to 65535"),
         ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 in the environment must be an integer from 1 to 65535"),
-        (
-            {"RANK": "1"},
-            "the environment sets RANK but not WORLD_SIZE: start the processes with torchrun",
-        ),
+        ({"RANK": "1"}, "the environment sets RANK but not WORLD_SIZE: start the processes with torchrun"),
         ({"WORLD_SIZE": "2"}, "sets WORLD_SIZE but not RANK, MASTER_ADDR, MASTER_PORT: start the processes with"),
         ({**TWO, "MASTER_PORT": ""}, "sets WORLD_SIZE but not MASTER_PORT: start the processes with torchrun"),
         ({**TWO, "MASTER_ADDR": "node"}, "MASTER_ADDR=node in the environment cannot be resolved (Name or service not"),

@@ -21,23 +21,18 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_file_appears_when_it_is_complete(tmp_path):
-    path = tmp_path / "file.txt"
-    with atomic_write(path) as temporary:
-        assert temporary.parent == tmp_path, "a rename between file systems would not be atomic"
-        temporary.write_text("new")
-        assert not path.exists()
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_old_file_is_kept_until_then(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
+@pytest.mark.parametrize("old", [None, "old"])
+def test_the_file_appears_when_it_is_complete(tmp_path, old):
+    path = tmp_path / "a" / "b" / "file.txt"
+    if old:
+        path.parent.mkdir(parents=True)
+        path.write_text(old)
     with atomic_write(str(path)) as temporary:
+        assert temporary.parent == path.parent, "a rename between file systems would not be atomic"
         temporary.write_text("new")
-        assert path.read_text() == "old"
+        assert path.read_text() == old if old else not path.exists()
     assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), FileNotFoundError(2, "gone", "other")])
@@ -50,13 +45,6 @@ def test_an_error_inside_is_raised_and_leaves_nothing(tmp_path, error):
     assert raised.value is error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_missing_folders_are_created(tmp_path):
-    path = tmp_path / "a" / "b" / "file.txt"
-    with atomic_write(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
 
 
 @pytest.mark.parametrize("name", ["file/inside", "file/deeper/inside"])

@@ -17,8 +17,8 @@ from bitdance.runtime import run_folder
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.sampling.job import JobConfig, SamplingJob
-from bitdance.sampling.labels import balanced_labels
-from bitdance.sampling.pipeline import Pipeline, split_batches
+from bitdance.sampling.labels import make_labels
+from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.sampler import SamplingConfig
 
 CPU = torch.device("cpu")
@@ -60,9 +60,7 @@ def run_share(job: SamplingJob, rank: int, size: int) -> None:
     sections = {"sampling": job.sampling, "job": job.config, "networks": job.networks,
                 "machine": run_folder.Machine.of(world)}  # fmt: skip
     run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU), has_parts=False)
-    batches = list(split_batches(job.config.num_images, job.config.batch_size))
-    labels = balanced_labels(job.config.num_images, job.pipeline.model.config.num_classes, job.config.seed)
-    job._sample_batches(job._missing_results(), world, batches, list(range(len(batches))), labels, print)
+    job._sample_batches(job._missing_results(), world, list(range(len(job.batches))), print)
 
 
 def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monkeypatch):
@@ -72,7 +70,7 @@ def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monk
     assert names(tmp_path) == [f"{path.stem}.json", f"{path.stem}.npz"]
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
-        assert np.array_equal(file["arr_1"], balanced_labels(7, 3, 1))
+        assert np.array_equal(file["arr_1"], make_labels("balanced", 7, 3, 1))
         expected = pipeline.generate([3, 4, 5], file["arr_1"][3:6].tolist(), job.sampling, seed=1).pixels
         assert np.array_equal(file["arr_0"][3:6], expected)
     settings = json.loads(job.settings_file.read_text())
@@ -201,23 +199,23 @@ def test_a_missing_file_inside_of_a_job_is_not_taken_for_a_lock(pipeline, tmp_pa
         make(pipeline, tmp_path).run(ALONE)
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "not a zip"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "other shape", "not a zip"])
 def test_a_damaged_part_is_sampled_again(pipeline, tmp_path, damage):
     expected = run(make(pipeline, tmp_path / "expected", 4, 2))
     job = make(pipeline, tmp_path / "made", 4, 2)
     run_share(job, 1, 2)
-    data = bytearray(job.part(1).read_bytes())
-    if damage == "torn":
-        data = data[:-100]
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-    elif damage == "empty":
-        data = bytearray()
-    elif damage == "not a zip":
-        data = bytearray(b"\x93NUMPY" * 100)
-    job.part(1).write_bytes(data)
+    data = job.part(1).read_bytes()
+    middle = len(data) // 2
+    with np.load(job.part(1)) as file:
+        arrays = dict(file)
     if damage == "another":
         np.savez(job.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
+    elif damage == "other shape":
+        np.savez(job.part(1), **{**arrays, "images": arrays["images"][:, :8]})
+    else:
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        contents = {"torn": data[:-100], "flipped": flipped, "empty": b"", "not a zip": b"\x93NUMPY" * 100}
+        job.part(1).write_bytes(contents[damage])
     assert run(job).read_bytes() == expected.read_bytes()
 
 
@@ -246,16 +244,6 @@ def test_a_job_writes_a_folder_of_pngs(pipeline, tmp_path, monkeypatch):
     assert names(tmp_path) == [path.name, f"{path.name}.json", f"{path.name}.npz"]
     monkeypatch.setattr(Pipeline, "generate", lambda *_: pytest.fail("images were sampled again"))
     assert run(job) == path  # a finished folder is not written again
-
-
-def test_parts_of_another_shape_are_sampled_again(pipeline, tmp_path):
-    expected = run(make(pipeline, tmp_path / "expected", 4, 2))
-    job = make(pipeline, tmp_path / "made", 4, 2)
-    run_share(job, 1, 2)
-    with np.load(job.part(1)) as file:
-        arrays = dict(file)
-    np.savez(job.part(1), **{**arrays, "images": arrays["images"][:, :8]})
-    assert run(job).read_bytes() == expected.read_bytes()
 
 
 def test_a_disk_that_fills_up_while_pngs_are_written_is_named(pipeline, tmp_path, monkeypatch):

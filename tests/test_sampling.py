@@ -20,7 +20,7 @@ from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
 from bitdance.runtime.errors import UserError
-from bitdance.sampling.labels import balanced_labels, make_labels
+from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
 from bitdance.sampling.writers import write_npz
@@ -134,21 +134,14 @@ def test_an_earlier_call_leaves_nothing_and_foreign_files_stay(model, tmp_path):
 
 
 def test_whatever_the_record_of_an_earlier_call_says_it_does_not_stand_in_the_way(model, tmp_path):
-    folder = tmp_path / "out"
+    """Nor can it make the command remove files elsewhere."""
+    folder, victim = tmp_path / "out", tmp_path / "victim.png"
     (folder / "inner").mkdir(parents=True)
-    files = [{"file": "inner"}, {"file": 3}, {"file": "x" * 300}, {"file": ""}]
-    (folder / "samples.json").write_text(json.dumps({"images": files}))
+    victim.write_bytes(b"mine")
+    names = ["inner", 3, "x" * 300, "", "../victim.png", str(victim)]
+    (folder / "samples.json").write_text(json.dumps({"images": [{"file": name} for name in names]}))
     sample(model, folder, "dog", "--per-class", 1)
     assert (folder / "0000-dog.png").exists() and (folder / "inner").is_dir()
-
-
-def test_a_record_cannot_make_the_command_remove_files_elsewhere(model, tmp_path):
-    victim = tmp_path / "victim.png"
-    victim.write_bytes(b"mine")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "samples.json").write_text(json.dumps({"images": [{"file": "../victim.png"}, {"file": str(victim)}]}))
-    sample(model, folder, "dog", "--per-class", 1)
     assert victim.read_bytes() == b"mine"
 
 
@@ -296,21 +289,29 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(model, monkeypatch):
 
 @pytest.mark.parametrize(("count", "classes"), [(50, 10), (57, 10), (7, 10), (1000, 1000), (10, 3)])
 def test_balanced_labels(count, classes):
-    found = balanced_labels(count, classes, seed=3)
+    found = make_labels("balanced", count, classes, seed=3)
     assert found.shape == (count,) and found.dtype == np.int64
     counts = np.bincount(found, minlength=classes)
     whole, rest = divmod(count, classes)
     assert set(counts.tolist()) <= {whole, whole + 1} and (counts == whole + 1).sum() == rest
-    assert np.array_equal(found, balanced_labels(count, classes, seed=3))
-    assert not np.array_equal(found, balanced_labels(count, classes, seed=4))
+    assert np.array_equal(found, make_labels("balanced", count, classes, seed=3))
+    assert not np.array_equal(found, make_labels("balanced", count, classes, seed=4))
     assert not np.array_equal(found, np.sort(found))
 
 
 def test_every_split_of_balanced_labels_has_most_classes():
     """The Inception Score takes tenths of the images as they come."""
-    splits = balanced_labels(10_000, 100, seed=0).reshape(10, 1000)
+    splits = make_labels("balanced", 10_000, 100, seed=0).reshape(10, 1000)
     assert all(len(set(split.tolist())) == 100 for split in splits)
     assert all(np.bincount(split).max() < 30 for split in splits)
+
+
+def test_random_labels():
+    labels = make_labels("random", 30_000, 10, seed=4)
+    assert labels.min() == 0 and labels.max() == 9
+    assert np.abs(np.bincount(labels) - 3000).max() < 300 and len(set(np.bincount(labels))) > 5
+    assert not np.array_equal(labels, make_labels("random", 30_000, 10, seed=5))
+    assert np.array_equal(labels[:10], make_labels("random", 10, 10, seed=4))
 
 
 def test_split_batches():
@@ -372,15 +373,6 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
     # The same bits, decoded in float32, are the same pictures but for rounding.
     difference = np.abs(load_pipeline(model, device="cpu").decode_tokens(tokens).numpy().astype(int) - pixels)
     assert 0 < difference.mean() < 2
-
-
-def test_random_labels():
-    labels = make_labels("random", 30_000, 10, seed=4)
-    assert labels.min() == 0 and labels.max() == 9
-    assert np.abs(np.bincount(labels) - 3000).max() < 300 and len(set(np.bincount(labels))) > 5
-    assert not np.array_equal(labels, make_labels("random", 30_000, 10, seed=5))
-    assert np.array_equal(labels[:10], make_labels("random", 10, 10, seed=4))
-    assert np.array_equal(make_labels("balanced", 30, 10, 4), balanced_labels(30, 10, 4))
 
 
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):

@@ -72,7 +72,12 @@ def make_folder(path: pathlib.Path) -> None:
 def rename(source: pathlib.Path, target: pathlib.Path) -> None:
     """Renames a file or folder, replacing an existing file, and syncs the parent folder."""
     os.replace(source, target)
-    _sync_folder(target.parent)
+    if os.name == "posix":  # Windows cannot open a folder
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -136,39 +141,26 @@ def lock_file(path: pathlib.Path, patience: float, message: str) -> Iterator[Bin
 
 
 def _open_locked(path: pathlib.Path) -> BinaryIO | None:
+    """Returns None if another process holds the lock."""
     try:
         file = open(path, "ab", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
-    if _try_lock(file):
-        # If the other process has renamed or removed the file meanwhile, a lock on it excludes nobody.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+    # If the other process has renamed or removed the file meanwhile, a lock on it excludes nobody.
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        _lock(file)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
     file.close()
     return None
 
 
-def _try_lock(file: BinaryIO) -> bool:
+def _lock(file: BinaryIO) -> None:
     try:
         import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError:
-        return True  # some network file systems have no locks
-    return True
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    """Makes a rename in `folder` durable, where the system allows a folder to be opened at all."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise
+    except (ImportError, OSError):  # Windows and some network file systems have no locks
+        pass

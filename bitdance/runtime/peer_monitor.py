@@ -82,8 +82,11 @@ class PeerMonitor:
             if failure:
                 self._store.compare_set(VERDICT, "", f"process {self._rank} failed ({failure})")
             self._store.set(state_key(self._rank), LEFT)
-            if self._hosts_store:
-                self._await_others(3 * HEARTBEAT_INTERVAL if failure else HEARTBEAT_TIMEOUT)
+            if self._hosts_store:  # keep the store until the others no longer need it
+                deadline = time.monotonic() + (3 * HEARTBEAT_INTERVAL if failure else HEARTBEAT_TIMEOUT)
+                keys = [state_key(rank) for rank in range(1, self._size)]
+                while time.monotonic() < deadline and any(state != LEFT for state in self._read(*keys)):
+                    time.sleep(0.05)
 
     def _watch_peers(self) -> None:
         others = range(1, self._size) if self._rank == 0 else range(1)
@@ -134,13 +137,6 @@ class PeerMonitor:
             flush=True,
         )
         os._exit(1)
-
-    def _await_others(self, seconds: float) -> None:
-        """Keeps the store until the others no longer need it."""
-        deadline = time.monotonic() + seconds
-        keys = [state_key(rank) for rank in range(1, self._size)]
-        while time.monotonic() < deadline and any(state != LEFT for state in self._read(*keys)):
-            time.sleep(0.05)
 
     def _read(self, *keys: str) -> list[str]:
         return [value.decode() for value in self._store.multi_get(list(keys))]

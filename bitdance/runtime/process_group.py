@@ -57,12 +57,11 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Returns the value of rank 0, which has to be picklable."""
+        box = [value]
         if self.size > 1:
-            box = [value]
             with _peer_errors(self.rank):
                 dist.broadcast_object_list(box, src=0)
-            value = box[0]
-        return value
+        return box[0]
 
     def gather(self, value: T) -> list[T]:
         """Returns the picklable values of all processes, ordered by rank, on rank 0 and an empty list on the others."""
@@ -115,7 +114,7 @@ class NonBlockingMax:
         """
         if self._group is None:
             return value
-        maximum = self._wait()
+        maximum = self.close()
         tensor = torch.tensor([value])
         with _peer_errors(self._rank):
             work = dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group, async_op=True)
@@ -123,17 +122,14 @@ class NonBlockingMax:
         self._pending = (work, tensor)
         return maximum
 
-    def _wait(self) -> int:
+    def close(self) -> int:
+        """Waits for the last reduction and returns its result, 0 if there is none; called by all processes."""
         if self._pending is None:
             return 0
         (work, tensor), self._pending = self._pending, None
         with _peer_errors(self._rank):
             work.wait()
         return int(tensor)
-
-    def close(self) -> None:
-        """Waits for the last reduction; called by all processes."""
-        self._wait()
 
 
 @contextlib.contextmanager
@@ -174,6 +170,7 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         monitor = PeerMonitor(_open_store(False), rank, size, hosts_store)
         _await_all(store, rank, size, local_size)
     monitor.start()
+    failure = ""
     try:
         with _user_errors(*cannot_join):
             dist.init_process_group(
@@ -185,32 +182,24 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
                 device_id=world.device if on_gpu else None,
             )
         yield world
-    except Interrupted:  # raised by all processes after the same step
-        _leave(monitor)
-        raise
     except BaseException as error:
-        monitor.leave(failure=_first_line(error))
-        raise  # without destroy_process_group, which with NCCL could wait for processes that have ended
-    _leave(monitor)
-
-
-def _leave(monitor: PeerMonitor) -> None:
-    monitor.leave()
-    dist.destroy_process_group()
+        if not isinstance(error, Interrupted):  # which all processes raise after the same step
+            failure = _first_line(error)
+        raise
+    finally:
+        monitor.leave(failure)
+        if not failure:  # with NCCL it could wait for processes that have ended
+            dist.destroy_process_group()
 
 
 def _read_environment() -> tuple[int, int, int, int]:
     """Returns rank, number of processes, rank on this machine and number of processes on it, as torchrun sets them."""
     size = _read_integer("WORLD_SIZE", 1, 1)
-    needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] if size > 1 else []
-    if "RANK" in os.environ:
-        needed.append("WORLD_SIZE")
+    present = "WORLD_SIZE" if size > 1 else "RANK"
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ("WORLD_SIZE",) if "RANK" in os.environ else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
-        present = "WORLD_SIZE" if size > 1 else "RANK"
-        raise UserError(
-            f"the environment sets {present} but not {', '.join(missing)}: start the processes with torchrun, or unset "
-            f"{present}."
-        )
+        problem = f"the environment sets {present} but not {', '.join(missing)}"
+        raise UserError(f"{problem}: start the processes with torchrun, or unset {present}.")
     rank = _read_integer("RANK", 0, 0, size - 1)
     local_rank, local_size = _read_integer("LOCAL_RANK", 0, 0), _read_integer("LOCAL_WORLD_SIZE", size, 1)
     if size > 1:
@@ -218,10 +207,8 @@ def _read_environment() -> tuple[int, int, int, int]:
         try:
             socket.getaddrinfo(address, port)  # TCPStore would retry silently for minutes
         except OSError as error:
-            raise UserError(
-                f"MASTER_ADDR={address} in the environment cannot be resolved ({error.strerror}): set it to the host "
-                "name or the address of the machine of process 0."
-            ) from None
+            problem = f"MASTER_ADDR={address} in the environment cannot be resolved ({error.strerror})"
+            raise UserError(f"{problem}: set it to the host name or the address of the machine of process 0.") from None
     return rank, size, local_rank, local_size
 
 
@@ -232,43 +219,32 @@ def _read_integer(name: str, default: int, lowest: int, highest: int | None = No
         if lowest <= value and (highest is None or value <= highest):
             return value
     limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-    raise UserError(
-        f"{name}={text} in the environment must be an integer {limits}: start the processes with torchrun, or unset it."
-    )
+    problem = f"{name}={text} in the environment must be an integer {limits}"
+    raise UserError(f"{problem}: start the processes with torchrun, or unset it.")
 
 
 def _open_store(hosts_store: bool) -> dist.Store:
     """Opens the store at MASTER_ADDR:MASTER_PORT, which torchrun or process 0 hosts.
 
-    PyTorch's own rendezvous would do the same, but where process 0 hosts the store, it waits there for all others and
-    cannot tell which are missing.
+    PyTorch's own rendezvous waits there for all others if process 0 hosts it, and cannot tell which are missing.
     """
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=hosts_store,
-        timeout=JOIN_TIMEOUT,
-        wait_for_workers=False,
-    )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=hosts_store, timeout=JOIN_TIMEOUT, wait_for_workers=False)
     # After a restart by torchrun the store still holds the keys of the earlier processes.
     return dist.PrefixStore(f"bitdance/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _await_all(store: dist.Store, rank: int, size: int, local_size: int) -> None:
-    """Waits until all processes have written their keys.
-
-    Raises:
-        UserError: some did not in time; it names them and their machines.
-    """
-    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
-    absent = list(range(size))
+    """Waits until all processes have written their keys; the error names those that did not in time."""
+    patience = JOIN_TIMEOUT.total_seconds()
+    deadline, absent = time.monotonic() + patience, list(range(size))
     while absent := [other for other in absent if not store.check([state_key(other)])]:
         if time.monotonic() > deadline:
-            nodes = sorted({other // local_size for other in absent})
+            nodes = ", ".join(map(str, sorted({other // local_size for other in absent})))
+            ranks = ", ".join(map(str, absent[:8])) + ", ..." * (len(absent) > 8)
             raise UserError(
-                f"process {rank} waited {JOIN_TIMEOUT.total_seconds():.0f} s for {len(absent)} of {size} processes: "
-                f"node {', '.join(map(str, nodes))} did not join (ranks {', '.join(map(str, absent[:8]))}"
-                f"{', ...' if len(absent) > 8 else ''}): start it, or check that it reaches "
+                f"process {rank} waited {patience:.0f} s for {len(absent)} of {size} processes: node {nodes} did not "
+                f"join (ranks {ranks}): start it, or check that it reaches "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
             )
         time.sleep(0.2)
@@ -291,4 +267,4 @@ def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
+    return (str(error).strip().splitlines() or [""])[0][:120].rstrip(". ") or type(error).__name__

@@ -96,8 +96,7 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
         yield
         return
     lock = folder.with_name(folder.name + ".lock")
-    message = f"another process works in {folder}: wait for it to finish, or stop it first."
-    with lock_file(lock, PATIENCE, message):
+    with lock_file(lock, PATIENCE, f"another process works in {folder}: wait for it to finish, or stop it first."):
         try:
             remove_leftovers(folder)
             yield
@@ -105,11 +104,9 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def to_json(sections: Sections) -> dict[str, dict[str, Any]]:
-    """Converts sections to what JSON would return for them."""
-    plain = {name: dataclasses.asdict(section) for name, section in sections.items()}
-    converted: dict[str, dict[str, Any]] = json.loads(json.dumps(plain, default=str))
-    return converted
+def _to_json(value: Any) -> Any:
+    """Converts a value to what JSON would return for it."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def check_settings(
@@ -131,27 +128,26 @@ def check_settings(
     Raises:
         UserError: the folder belongs to work with other settings, or cannot be read or written.
     """
-    error, resumed = None, None
+    result: ResumedSettings | str = ""
     if world.is_main:
         try:
-            resumed = _check(folder, sections, has_parts, is_finished)
-        except UserError as problem:
-            error = str(problem)
-    error, resumed = world.broadcast((error, resumed))
-    if error is not None or resumed is None:
-        raise UserError(error)
-    return resumed
+            stored = read_settings(folder, sections, is_finished) if has_parts else {}
+            result = _update(folder, sections, stored)
+        except UserError as error:
+            result = str(error)
+    result = world.broadcast(result)
+    if isinstance(result, str):
+        raise UserError(result)
+    return result
 
 
-def _check(
-    folder: pathlib.Path, sections: Sections, has_parts: bool, is_finished: Callable[[Mapping[str, Any]], bool]
-) -> ResumedSettings:
-    ours, stored = to_json(sections), read_settings(folder, sections, is_finished) if has_parts else {}
+def _update(folder: pathlib.Path, sections: Sections, stored: Mapping[str, Any]) -> ResumedSettings:
+    ours: dict[str, dict[str, Any]] = {name: {} for name in sections}
     changes: list[str] = []
-    for name, field, old, new in _fields(stored, sections) if stored else ():
-        if field.metadata.get("resume") == "stored":
-            ours[name][field.name] = old
-        elif field.metadata.get("resume") == "extend" and old != new:
+    for name, field, old, new in _fields(stored, sections):
+        rule = field.metadata.get("resume") if stored else None
+        ours[name][field.name] = old if rule == "stored" else new
+        if rule == "extend" and old != new:
             changes.append(f"{name}.{field.name} extended from {old} to {new}")
     written = {"format_version": FORMAT_VERSION, **ours}
     if written != stored:
@@ -171,11 +167,9 @@ def read_settings(
     if not path.exists():
         return {}
     stored = read_json(path, f"delete {folder} to start over")
-    if differences := compare(stored, sections, extensible=is_finished(stored)):
-        raise UserError(
-            f"{folder} belongs to a run with other settings ({'; '.join(differences)}): use those settings, or "
-            "another folder."
-        )
+    if differences := "; ".join(compare(stored, sections, extensible=is_finished(stored))):
+        reason = f"{folder} belongs to a run with other settings ({differences})"
+        raise UserError(f"{reason}: use those settings, or another folder.")
     return stored
 
 
@@ -199,22 +193,22 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
             continue
         differences.append(f"{name}.{field.name} was {printable(str(old))}, is {new}")
     for name, section in sections.items():
+        found = stored.get(name, {})
         known = {field.name for field in dataclasses.fields(section)}
-        found = stored.get(name)
-        unknown = sorted(set(found) - known) if isinstance(found, dict) else [] if found is None else ["?"]
+        unknown = sorted(set(found) - known) if isinstance(found, dict) else ["?"]
         differences += [f"{name}.{printable(other)} is unknown to this release" for other in unknown]
     return differences
 
 
 def _fields(stored: Mapping[str, Any], sections: Sections) -> Iterator[tuple[str, dataclasses.Field[Any], Any, Any]]:
     """Yields (section, field, stored value, new value); the default where nothing is stored."""
-    ours = to_json(sections)
     for name, section in sections.items():
-        found = stored.get(name)
-        found = found if isinstance(found, dict) else {}
+        found, ours = stored.get(name), _to_json(dataclasses.asdict(section))
         for field in dataclasses.fields(section):
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            default = None if default is dataclasses.MISSING else json.loads(json.dumps(default, default=str))
-            yield name, field, found.get(field.name, default), ours[name][field.name]
+            if isinstance(found, dict) and field.name in found:
+                old = found[field.name]
+            elif field.default_factory is not dataclasses.MISSING:
+                old = _to_json(field.default_factory())
+            else:
+                old = None if field.default is dataclasses.MISSING else _to_json(field.default)
+            yield name, field, old, ours[field.name]

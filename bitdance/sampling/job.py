@@ -33,7 +33,7 @@ from bitdance.metrics.feature_set import (
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
@@ -45,9 +45,6 @@ from bitdance.weights.safetensors_files import digest
 
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
 """Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
-
-HALVED = "halved_batches"
-"""In the settings beside a result: indices of the batches that did not fit into the memory of a GPU as a whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,9 @@ class JobConfig:
     labels: str = "balanced"
     chunk_size: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self, "num_images batch_size", lambda value: value >= 1, "be at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
@@ -77,16 +77,6 @@ class Networks:
     autoencoder: str
     precision: str
     compiled: bool
-
-    @classmethod
-    def of(cls, pipeline: Pipeline) -> Networks:
-        """Describes those of a pipeline."""
-        return cls(
-            digest(pipeline.model.state_dict()),
-            digest(pipeline.autoencoder.state_dict()),
-            str(pipeline.dtype).removeprefix("torch."),
-            pipeline.denoise is not None,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,29 +118,41 @@ class SamplingJob:
     kinds: tuple[str, ...] = (NPZ,)
     extractors: tuple[FeatureExtractor, ...] = ()
 
-    def __post_init__(self) -> None:
-        assert self.kinds or self.extractors, "a job without results"
-
     @functools.cached_property
     def networks(self) -> Networks:
         """The networks of the pipeline; computed once, since the digests read all tensors."""
-        return Networks.of(self.pipeline)
+        model, autoencoder = (digest(part.state_dict()) for part in (self.pipeline.model, self.pipeline.autoencoder))
+        precision = str(self.pipeline.dtype).removeprefix("torch.")
+        return Networks(model, autoencoder, precision, compiled=self.pipeline.denoise is not None)
+
+    @functools.cached_property
+    def batches(self) -> list[range]:
+        """The sample ids of each batch."""
+        return list(split_batches(self.config.num_images, self.config.batch_size))
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The class of each image, (N,) int64."""
+        num_classes = self.pipeline.model.config.num_classes
+        return make_labels(self.config.labels, self.config.num_images, num_classes, self.config.seed)
 
     @functools.cached_property
     def path(self) -> pathlib.Path:
         """Path of the results without their endings; its name tells the settings."""
         sampling, config, networks = self.sampling, self.config, self.networks
-        others = [] if sampling.solver == "euler-maruyama" else [sampling.solver]
-        others += [] if sampling.cfg_schedule == "linear" else [sampling.cfg_schedule]
-        others += ["shared-first"] if sampling.share_first else []
-        others += [] if config.labels == "balanced" else [f"{config.labels}-labels"]
+        others = {
+            sampling.solver: sampling.solver != "euler-maruyama",
+            sampling.cfg_schedule: sampling.cfg_schedule != "linear",
+            "shared-first": sampling.share_first,
+            f"{config.labels}-labels": config.labels != "balanced",
+        }
         parts = [
             self.pipeline.name,
             f"{self.pipeline.model.config.parallel_num}x",
             f"size-{self.pipeline.image_size}",
             f"steps-{sampling.num_steps}",
             f"cfg-{sampling.cfg_scale:g}",
-            *others,
+            *(name for name, is_unusual in others.items() if is_unusual),
             f"seed-{config.seed}",
             {"float32": "fp32", "bfloat16": "bf16"}.get(networks.precision, networks.precision),
             f"n-{config.num_images}",
@@ -161,20 +163,22 @@ class SamplingJob:
     @property
     def results(self) -> dict[str, pathlib.Path]:
         """The files and folders that the job writes, by kind; of features `features.<key of the extractor>`."""
-        names = {NPZ: ".npz", PNGS: "", BITS: "-bits.npz"}
-        names = {kind: names[kind] for kind in self.kinds}
-        names |= {f"{FEATURES}.{extractor.key}": f"-features-{extractor.key}.npz" for extractor in self.extractors}
-        return {kind: self.path.with_name(self.path.name + end) for kind, end in names.items()}
+        ends = {kind: {NPZ: ".npz", PNGS: "", BITS: "-bits.npz"}[kind] for kind in self.kinds}
+        ends |= {f"{FEATURES}.{extractor.key}": f"-features-{extractor.key}.npz" for extractor in self.extractors}
+        return {kind: self._beside(end) for kind, end in ends.items()}
 
     @property
     def run_folder(self) -> pathlib.Path:
         """The folder of the unfinished job."""
-        return self.path.with_name(self.path.name + ".job")
+        return self._beside(".job")
 
     @property
     def settings_file(self) -> pathlib.Path:
         """The settings beside the results of a finished job."""
-        return self.path.with_name(self.path.name + ".json")
+        return self._beside(".json")
+
+    def _beside(self, end: str) -> pathlib.Path:
+        return self.path.with_name(self.path.name + end)
 
     def part(self, batch: int) -> pathlib.Path:
         """The file of a finished batch."""
@@ -187,9 +191,6 @@ class SamplingJob:
             UserError: a setting is out of range, the results or parts there have other settings, or a file cannot be
                 written.
         """
-        batches = list(split_batches(self.config.num_images, self.config.batch_size))
-        num_classes = self.pipeline.model.config.num_classes
-        labels = make_labels(self.config.labels, self.config.num_images, num_classes, self.config.seed)
         sections = {
             "sampling": self.sampling,
             "job": self.config,
@@ -207,21 +208,19 @@ class SamplingJob:
                 return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
             settings = check_settings(self.run_folder, sections, world, any(self.run_folder.glob("*.npz"))).settings
             Machine.apply(settings["machine"], world)
-            missing = world.broadcast(self._missing_batches(kinds, batches) if world.is_main else [])
+            missing = world.broadcast(self._missing_batches(kinds) if world.is_main else [])
             start = time.perf_counter()
-            sampled = self._sample_batches(kinds, world, batches, missing, labels, log)
+            sampled = self._sample_batches(kinds, world, missing, log)
             seconds = time.perf_counter() - start
             log(f"{sampled} images in {seconds:.1f} s, peak memory {world.peak_memory() / 1e9:.2f} GB; waiting for all")
             world.barrier()
             if world.is_main:
                 log("writing the results")
-                self._write_results(kinds, batches, labels, settings)
+                self._write_results(kinds, settings)
                 shutil.rmtree(self.run_folder, ignore_errors=True)
             world.barrier()
             log(f"finished: {', '.join(map(str, self.results.values()))}")
         return JobResult(self.results, self.settings_file, sampled, seconds, world.peak_memory())
-
-    # ------------------------------------------------------------ state
 
     def _missing_results(self) -> list[str]:
         """Kinds of results that are not there; each file or folder appears only when it is complete."""
@@ -241,14 +240,17 @@ class SamplingJob:
         what = "nothing to do" if not missing else "all images are sampled again for the other results"
         print(f"{there}: exists, {what}.", file=sys.stderr)
 
-    def _missing_batches(self, kinds: list[str], batches: list[range]) -> list[int]:
-        return [index for index, ids in enumerate(batches) if not self._is_complete(kinds, index, len(ids))]
+    def _missing_batches(self, kinds: list[str]) -> list[int]:
+        """Returns the batches whose part lacks an array that the results need, undamaged and of the right shape."""
 
-    def _is_complete(self, kinds: list[str], batch: int, count: int) -> bool:
-        """Whether a part has all arrays that the results need, undamaged and of the right shapes."""
-        path = self.part(batch)
-        arrays = self._part_shapes(kinds, count)
-        return path.exists() and all(_read_array(path, name, shape) is not None for name, shape in arrays.items())
+        def is_complete(path: pathlib.Path, count: int) -> bool:
+            shapes = self._part_shapes(kinds, count)
+            return path.exists() and all(_read_array(path, name, shape) is not None for name, shape in shapes.items())
+
+        return [index for index, ids in enumerate(self.batches) if not is_complete(self.part(index), len(ids))]
+
+    def _needed_extractors(self, kinds: list[str]) -> list[FeatureExtractor]:
+        return [extractor for extractor in self.extractors if f"{FEATURES}.{extractor.key}" in kinds]
 
     def _part_shapes(self, kinds: list[str], count: int) -> dict[str, tuple[int, ...]]:
         """Returns the arrays that a part of `count` images must have, and their shapes."""
@@ -258,22 +260,11 @@ class SamplingJob:
             shapes["images"] = (count, size, size, 3)
         if BITS in kinds:
             shapes["bits"] = (count, config.num_tokens, config.bits // 8)
-        for extractor in self.extractors:
-            if f"{FEATURES}.{extractor.key}" in kinds:
-                shapes |= {f"{extractor.key}.pool": (count, extractor.size), "extremes": (2,), "digests": (count, 32)}
+        for extractor in self._needed_extractors(kinds):
+            shapes |= {f"{extractor.key}.pool": (count, extractor.size), "extremes": (2,), "digests": (count, 32)}
         return shapes
 
-    # ------------------------------------------------------------ parts
-
-    def _sample_batches(
-        self,
-        kinds: list[str],
-        world: World,
-        batches: list[range],
-        missing: list[int],
-        labels: np.ndarray,
-        log: Callable[[str], None],
-    ) -> int:
+    def _sample_batches(self, kinds: list[str], world: World, missing: list[int], log: Callable[[str], None]) -> int:
         """Samples this process's share of the missing batches and returns the number of images.
 
         A part is written while the next batch is sampled.
@@ -285,7 +276,7 @@ class SamplingJob:
             halved.append(line)
             log(line)
 
-        there = config.num_images - sum(len(batches[index]) for index in missing)
+        there = config.num_images - sum(len(self.batches[index]) for index in missing)
         with (
             progress_bar(config.num_images, "sampling", "images", there, disable=not world.is_main) as bar,
             concurrent.futures.ThreadPoolExecutor(1) as writer,
@@ -294,10 +285,11 @@ class SamplingJob:
             for first in range(0, len(missing), world.size):
                 round_ = missing[first : first + world.size]
                 if world.rank < len(round_):
-                    ids = batches[round_[world.rank]]
+                    batch = round_[world.rank]
+                    ids = self.batches[batch]
                     # The last batch is padded, so that all batches are computed in the same shapes.
                     padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
-                    classes = [int(labels[min(i, config.num_images - 1)]) for i in padded]
+                    classes = [int(self.labels[min(i, config.num_images - 1)]) for i in padded]
                     pixels, bits = self.pipeline.generate(
                         padded, classes, self.sampling, config.seed, config.chunk_size, report=report
                     )
@@ -306,107 +298,90 @@ class SamplingJob:
                     halved.clear()
                     if writing is not None:
                         writing.result()  # raises what went wrong
-                    writing = writer.submit(_write_part, self.part(round_[world.rank]), arrays)
+                    writing = writer.submit(_write_part, self.part(batch), arrays)
                     sampled += len(ids)
                     rate = sampled / (time.perf_counter() - start)
-                    log(f"batch {round_[world.rank]}: images {ids.start} to {ids.stop - 1}, {rate:.2f} images/s so far")
+                    log(f"batch {batch}: images {ids.start} to {ids.stop - 1}, {rate:.2f} images/s so far")
                     bar.set_postfix_str(f"{rate * world.size:.2f} images/s, {world.peak_memory() / 1e9:.1f} GB")
-                bar.update(sum(len(batches[index]) for index in round_))
+                bar.update(sum(len(self.batches[index]) for index in round_))
             if writing is not None:
                 writing.result()
         return sampled
 
     def _part_arrays(self, kinds: list[str], pixels: np.ndarray, bits: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of a part, which has only what the missing results need."""
-        arrays: dict[str, np.ndarray] = {}
-        if NPZ in kinds or PNGS in kinds:
-            arrays["images"] = pixels
+        arrays = {"images": pixels} if NPZ in kinds or PNGS in kinds else {}
         if BITS in kinds:
             arrays["bits"] = bits
-        for extractor in self.extractors:
-            if f"{FEATURES}.{extractor.key}" in kinds:
-                arrays |= {f"{extractor.key}.{name}": array for name, array in extractor(pixels).items()}
-                summary = summarize_pixels(pixels)
-                arrays["extremes"] = np.array([summary.minimum, summary.maximum], np.uint8)
-                arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
+        for extractor in self._needed_extractors(kinds):
+            arrays |= {f"{extractor.key}.{name}": array for name, array in extractor(pixels).items()}
+            summary = summarize_pixels(pixels)
+            arrays["extremes"] = np.array([summary.minimum, summary.maximum], np.uint8)
+            arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
         return arrays
 
     def _read_part(self, batch: int, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Reads an array of a part.
-
-        Raises:
-            UserError: it is missing, damaged or of another shape; the part has been removed.
-        """
+        """Reads an array of a part, which is removed if the array is missing, damaged or of another shape."""
         array = _read_array(self.part(batch), name, shape)
         if array is None:
             self.part(batch).unlink(missing_ok=True)
             raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
         return array
 
-    # ------------------------------------------------------------ results
-
-    def _write_results(
-        self, kinds: list[str], batches: list[range], labels: np.ndarray, settings: dict[str, Any]
-    ) -> None:
+    def _write_results(self, kinds: list[str], settings: dict[str, Any]) -> None:
         """Writes the missing results from the parts.
 
         Everything is written in the run folder first, where leftovers of killed processes are removed.
         """
 
         def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
-            with progress_bar(len(batches), f"writing {name}", "batches") as bar:
-                for index, ids in enumerate(batches):
+            with progress_bar(len(self.batches), f"writing {name}", "batches") as bar:
+                for index, ids in enumerate(self.batches):
                     yield ids, self._read_part(index, name, shapes[name] and (len(ids), *shapes[name][1:]))
                     bar.update()
 
-        shapes = self._part_shapes(kinds, len(batches[0]))
-        halved = [index for index in range(len(batches)) if self._read_part(index, "halved", ())]
-        write_json(self.run_folder / "result.json", {"format_version": FORMAT_VERSION, **settings, HALVED: halved})
+        shapes = self._part_shapes(kinds, len(self.batches[0]))
+        # The batches that did not fit into the memory of a GPU as a whole.
+        halved = [index for index in range(len(self.batches)) if self._read_part(index, "halved", ())]
+        settings = {"format_version": FORMAT_VERSION, **settings, "halved_batches": halved}
+        write_json(self.run_folder / "result.json", settings)
         rename(self.run_folder / "result.json", self.settings_file)
-        temporary = self.run_folder / "result.npz"
+        extractors = {f"{FEATURES}.{extractor.key}": extractor for extractor in self.extractors}
         for kind in kinds:
-            result = self.results[kind]
+            result, temporary = self.results[kind], self.run_folder / ("images" if kind == PNGS else "result.npz")
             if kind == PNGS:
-                folder = self.run_folder / "images"
-                shutil.rmtree(folder, ignore_errors=True)
-                write_png_folder(folder, read_all("images"), labels)
-                try:
-                    rename(folder, result)
-                except OSError as error:
-                    raise UserError(
-                        f"{result} is in the way ({error.strerror}): move it, then run the same command again."
-                    ) from error
-            elif kind in (NPZ, BITS):
+                shutil.rmtree(temporary, ignore_errors=True)
+                write_png_folder(temporary, read_all("images"), self.labels)
+            elif kind in extractors:
+                write_feature_set(temporary, self._collect_features(extractors[kind]))
+            else:
                 name = "images" if kind == NPZ else "bits"
                 shape = (self.config.num_images, *shapes[name][1:])
-                write_npz(temporary, (array for _, array in read_all(name)), shape, labels)
+                write_npz(temporary, (array for _, array in read_all(name)), shape, self.labels)
+            try:
                 rename(temporary, result)
-        for extractor in self.extractors:
-            if (kind := f"{FEATURES}.{extractor.key}") in kinds:
-                write_feature_set(temporary, self._collect_features(extractor, batches, labels))
-                rename(temporary, self.results[kind])
+            except OSError as error:
+                reason = f"{result} is in the way ({error.strerror})"
+                raise UserError(f"{reason}: move it, then run the same command again.") from error
 
-    def _collect_features(self, extractor: FeatureExtractor, batches: list[range], labels: np.ndarray) -> FeatureSet:
+    def _collect_features(self, extractor: FeatureExtractor) -> FeatureSet:
         """Returns the features of all parts, as if they had been extracted from the file of the images."""
         collector, summaries = Collector(extractor, self.config.num_images), []
-        for index, ids in enumerate(batches):
-            keys = {name: f"{extractor.key}.{name}" for name in Features._fields}
-            found = {name: _read_array(self.part(index), key) for name, key in keys.items()}
-            collector.add(
-                {name: array for name, array in found.items() if array is not None and len(array) == len(ids)}
-            )
+        for index, ids in enumerate(self.batches):
+            found = {name: _read_array(self.part(index), f"{extractor.key}.{name}") for name in Features._fields}
+            features = {name: array for name, array in found.items() if array is not None and len(array) == len(ids)}
+            collector.add(features)
             low, high = self._read_part(index, "extremes", (2,)).tolist()
             digests = self._read_part(index, "digests", (len(ids), 32))
             summaries.append(PixelSummary(low, high, [row.tobytes() for row in digests]))
-        size = self.pipeline.image_size
-        num_classes = self.pipeline.model.config.num_classes
+        size, num_classes = self.pipeline.image_size, self.pipeline.model.config.num_classes
         about = {"source": str(self.path), "height": size, "width": size, "num_classes": num_classes}
-        return collector.finish({**about, **describe_pixels(summaries, "uint8", labels)}, labels)
+        return collector.finish({**about, **describe_pixels(summaries, "uint8", self.labels)}, self.labels)
 
     @contextlib.contextmanager
     def _open_log(self, world: World) -> Iterator[Callable[[str], None]]:
         """Yields a function that writes a line with the time to this process's log."""
-        path = self.path.with_name(f"{self.path.name}.rank{world.rank}.log")
+        path = self._beside(f".rank{world.rank}.log")
         make_folder(path.parent)
         with open(path, "a", buffering=1) as file:
 

@@ -16,7 +16,9 @@ def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.n
     """Returns the class of each image of a job: (N,) int64.
 
     Args:
-        kind: `balanced` (see `balanced_labels`), or `random` for independent uniform classes.
+        kind: `random` for independent uniform classes; `balanced` for equal counts in random order, where a remainder
+            goes to distinct, evenly spaced classes. In class order each split of the Inception Score, which are
+            consecutive images, would have few classes.
         num_images: N.
         num_classes: classes are in [0, num_classes).
         seed: 0 <= seed < 2**32.
@@ -24,23 +26,13 @@ def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.n
     Raises:
         UserError: unknown kind.
     """
-    if kind == "balanced":
-        return balanced_labels(num_images, num_classes, seed)
-    if kind != "random":
+    ids = torch.arange(num_images)
+    if kind == "random":
+        words = philox.words(seed, ids, 1, stream=philox.SAMPLE_LABEL, step=0)[0, :, 0].numpy()
+        return words * num_classes >> 32  # words are uniform on [0, 2^32)
+    if kind != "balanced":
         raise UserError(f"labels={kind!r} is unknown: use {' or '.join(LABELS)}.")
-    words = philox.words(seed, torch.arange(num_images), 1, stream=philox.SAMPLE_LABEL, step=0)[0, :, 0].numpy()
-    return words * num_classes >> 32  # words are uniform on [0, 2^32)
-
-
-def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
-    """Returns labels with equal counts in random order; a remainder goes to distinct, evenly spaced classes.
-
-    The Inception Score uses splits of consecutive images, so in class order each split would have few classes.
-
-    Returns:
-        (N,) int64.
-    """
-    keys = philox.words(seed, torch.arange(num_images), 4, stream=philox.SAMPLE_ORDER, step=0)[0].numpy()
+    keys = philox.words(seed, ids, 4, stream=philox.SAMPLE_ORDER, step=0)[0].numpy()
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     whole, rest = divmod(num_images, num_classes)
     labels = np.repeat(np.arange(num_classes), whole)

@@ -131,7 +131,8 @@ class Pipeline:
         Raises:
             UserError: an unknown class, or a setting that is out of range.
         """
-        config = self.sampling_config(cfg_scale, num_steps, cfg_schedule, share_first, solver)
+        others = {"cfg_schedule": cfg_schedule, "share_first": share_first, "solver": solver}
+        config = self.sampling_config(cfg_scale, num_steps, **others)
         labels = self.classes.find_all([classes] if isinstance(classes, str | int) else classes)
         if output not in ("pil", "np", "pt"):
             raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
@@ -142,25 +143,15 @@ class Pipeline:
         return self._convert(np.concatenate(batches), output)
 
     def sampling_config(
-        self,
-        cfg_scale: float | None = None,
-        num_steps: int | None = None,
-        cfg_schedule: str = "linear",
-        share_first: bool = False,
-        solver: str = "euler-maruyama",
+        self, cfg_scale: float | None = None, num_steps: int | None = None, **others: Any
     ) -> SamplingConfig:
-        """Completes sampling settings with the pipeline's defaults.
+        """Completes sampling settings with the pipeline's defaults; `others` are further fields of `SamplingConfig`.
 
         Raises:
             UserError: a setting is out of range.
         """
-        return SamplingConfig(
-            self.defaults.num_steps if num_steps is None else num_steps,
-            self.defaults.cfg_scale if cfg_scale is None else cfg_scale,
-            cfg_schedule,
-            share_first,
-            solver,
-        )
+        num_steps = self.defaults.num_steps if num_steps is None else num_steps
+        return SamplingConfig(num_steps, self.defaults.cfg_scale if cfg_scale is None else cfg_scale, **others)
 
     def generate(
         self,
@@ -206,11 +197,11 @@ class Pipeline:
         # Outside of the except clause, where the exception and with it the frames that hold the tensors are gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        half = len(sample_ids) // 2
         report(
             f"not enough memory for {len(sample_ids)} images at once: images {sample_ids[0]} to {sample_ids[-1]} are "
             "sampled in two halves, which can differ by rounding from a whole batch."
         )
+        half = len(sample_ids) // 2
         halves = [
             self.generate(sample_ids[part], labels[part], config, seed, chunk_size, callback, report)
             for part in (slice(half), slice(half, None))

@@ -102,7 +102,7 @@ def sample_tokens(
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     cache = model.new_cache(len(labels))
-    head = _HeadSampler(model, config, denoise)
+    sample_head = _head_sampler(model, config, denoise)
     groups: list[Tensor] = []
     for i in range(steps):
         cond = model.prefill(labels, cache) if i == 0 else model.step(groups[-1], cache)  # (R, P, D)
@@ -111,7 +111,7 @@ def sample_tokens(
         noise = noise_fn(i, False)  # (draws, B, P, C)
         if guided and not shared:
             noise = torch.cat([noise, noise_fn(i, True)], dim=1)  # (draws, 2 B, P, C)
-        x = head.sample(cond, noise, scale if shared else None)
+        x = sample_head(cond, noise, scale if shared else None)
         new = torch.where(x > 0, 1.0, -1.0)
         groups.append(torch.cat([new, new]) if shared else new)  # (R, P, C)
         if callback is not None:
@@ -119,34 +119,31 @@ def sample_tokens(
     return torch.cat(groups, dim=1)[:b]
 
 
-class _HeadSampler:
-    """Samples tokens from the head; the embeddings of the solver's timesteps are computed once."""
+def _head_sampler(
+    model: BitDance, config: SamplingConfig, denoise: DenoiseFn | None
+) -> Callable[[Tensor, Tensor, float | None], Tensor]:
+    """Returns a function that samples tokens from the head; the solver's timesteps are embedded only once.
 
-    def __init__(self, model: BitDance, config: SamplingConfig, denoise: DenoiseFn | None) -> None:
-        self.config, self.shift = config, model.config.time_shift
-        self.cond_embed = model.head.net.cond_embed
-        self.denoise = denoise or model.head.net.denoise
-        timesteps = flow.evaluation_timesteps(config.solver, config.num_steps, self.shift)
-        embedded = model.head.net.time_embed(timesteps.to(model.norm.weight.device))  # (evaluations, d)
-        self.time_embeddings = embedded[:, None, None]  # (evaluations, 1, 1, d)
+    It integrates from noise to data and takes cond (R, P, D), noise (draws, R, P, C) and the guidance scale. With a
+    scale the second half of the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves.
+    """
+    net, shift = model.head.net, model.config.time_shift
+    denoise_fn = denoise or net.denoise
+    timesteps = flow.evaluation_timesteps(config.solver, config.num_steps, shift)
+    time_embeddings = net.time_embed(timesteps.to(model.norm.weight.device))[:, None, None]  # (evaluations, 1, 1, d)
 
-    def sample(self, cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
-        """Integrates x from noise to data; the signs of the result are the bits.
-
-        Args:
-            cond: (R, P, D); with guidance the second half of the rows is unconditional.
-            noise: (draws, R, P, C); with guidance R / 2 rows, shared by both halves.
-            scale: guidance scale, or None without guidance.
-        """
-        embedded = self.cond_embed(cond)
+    def sample(cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
+        embedded = net.cond_embed(cond)
 
         def velocity_fn(x: Tensor, t: Tensor, index: int) -> Tensor:
             rows = x if scale is None else torch.cat([x, x])
-            x_pred = self.denoise(rows.to(cond.dtype), self.time_embeddings[index], embedded).float()
+            x_pred = denoise_fn(rows.to(cond.dtype), time_embeddings[index], embedded).float()
             v = flow.velocity(x_pred, rows, t)
             if scale is None:
                 return v
             v_cond, v_null = v.chunk(2)
             return flow.apply_cfg(v_cond, v_null, scale)
 
-        return flow.integrate(self.config.solver, velocity_fn, noise, self.config.num_steps, self.shift)
+        return flow.integrate(config.solver, velocity_fn, noise, config.num_steps, shift)
+
+    return sample

@@ -77,6 +77,5 @@ def write_png_folder(folder: pathlib.Path, batches: Iterable[tuple[range, np.nda
         (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
         os.sync()  # once for all files
     except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; free some space, then run again."
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {folder}: {reason}; free some space, then run again.") from error

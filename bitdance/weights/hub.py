@@ -2,9 +2,8 @@
 
 `huggingface_hub` transfers files of the hub, `torch.hub` other files, into the folder `.<name>.download` beside the
 destination. There a file is compared with the published size and SHA-256, synced and renamed. Within a command the
-client of the hub continues after a broken connection; a plain address is tried three times. Nothing is resumed in the
-next process: the client writes to a file of a random name, which it leaves behind when the process is killed. The next
-command removes such leftovers and starts from the beginning.
+client of the hub continues after a broken connection; a plain address is tried three times. After a kill the next
+command removes this folder and starts from the beginning.
 """
 
 from __future__ import annotations
@@ -58,12 +57,10 @@ class DownloadResult(NamedTuple):
 
 
 class _Remote(NamedTuple):
-    """A published file: its address, destination, size in bytes, and SHA-256 ("" if none is published)."""
-
     url: str
     target: pathlib.Path
-    size: int
-    sha256: str  # hexadecimal, or the first digits of it
+    size: int  # bytes
+    sha256: str  # hexadecimal, or the first digits of it; "" if none is published
     revision: str = ""  # the commit of the hub's repository, "" for a file from elsewhere
 
 
@@ -80,12 +77,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return next((candidate for candidate in (path, other) if candidate.exists()), None)
 
 
-def download(
-    names: Iterable[str],
-    folder: pathlib.Path = FOLDER,
-    evaluation_folder: pathlib.Path = EVALUATION_FOLDER,
-    verify: bool = False,
-) -> Iterator[DownloadResult]:
+def download(names: Iterable[str], folder: pathlib.Path = FOLDER, verify: bool = False) -> Iterator[DownloadResult]:
     """Downloads published files that are not there yet; yields each as soon as it is at its destination.
 
     Before the first transfer all files are looked up on their servers, and the free disk space is compared with what
@@ -95,8 +87,7 @@ def download(
     Args:
         names: released models such as B-16X or BitDance-B-16X, autoencoder, reference-256, reference-512, inception;
             all means the models and the autoencoder.
-        folder: of the models and the autoencoder.
-        evaluation_folder: of the other files.
+        folder: of the models and the autoencoder; the other files go to `EVALUATION_FOLDER`.
         verify: compare the SHA-256 of files that are there already, not only their sizes.
 
     Raises:
@@ -105,7 +96,7 @@ def download(
     from huggingface_hub import constants
 
     places = {name: find(folder / file) or folder / file for name, file in HUB_FILES.items()}
-    places |= {name: evaluation_folder / url.rpartition("/")[2] for name, url in PLAIN_FILES.items()}
+    places |= {name: EVALUATION_FOLDER / url.rpartition("/")[2] for name, url in PLAIN_FILES.items()}
     targets = {name: places[name] for name in _resolve(names)}
     if constants.HF_HUB_OFFLINE:
         for target in targets.values():
@@ -125,16 +116,15 @@ def download(
 
 def _resolve(names: Iterable[str]) -> list[str]:
     """The keys of `HUB_FILES` and `PLAIN_FILES` that are meant, each once, with `all` expanded."""
-    known = [*HUB_FILES, *PLAIN_FILES]
+    known = {key.lower(): key for key in (*HUB_FILES, *PLAIN_FILES, ALL)}
     chosen: list[str] = []
     for name in names:
-        key = released_name(name) or name.lower()
-        if key != ALL and key not in known:
-            spelled = {other.lower(): other for other in (*known, ALL)}
-            near = difflib.get_close_matches(key.removeprefix("bitdance-").lower(), spelled, n=1, cutoff=0.5)
-            hint = f"did you mean {spelled[near[0]]}? " if near else ""
-            raise UserError(f"there is no download {name!r}: {hint}choose from {', '.join(known)}, {ALL}.")
-        chosen += list(HUB_FILES) if key == ALL else [key]
+        key = name.lower().removeprefix("bitdance-")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {known[near[0]]}? " if near else ""
+            raise UserError(f"there is no download {name!r}: {hint}choose from {', '.join(known.values())}.")
+        chosen += HUB_FILES if key == ALL else [known[key]]
     return list(dict.fromkeys(chosen))
 
 
@@ -162,8 +152,8 @@ def _look_up(name: str, target: pathlib.Path) -> _Remote:
             metadata = get_hf_file_metadata(url, timeout=timeout)
         if metadata.size is None or metadata.commit_hash is None:
             raise OSError(_NO_FILE)
-    sha256 = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
-    return _Remote(url, target, metadata.size, sha256 or "", metadata.commit_hash)
+    sha256 = re.fullmatch("[0-9a-f]{64}", metadata.etag or "")
+    return _Remote(url, target, metadata.size, sha256[0] if sha256 else "", metadata.commit_hash)
 
 
 def _find_present(remote: _Remote, verify: bool) -> DownloadResult | None:
@@ -175,11 +165,7 @@ def _find_present(remote: _Remote, verify: bool) -> DownloadResult | None:
 
 
 def _compare(path: pathlib.Path, remote: _Remote, verify: bool) -> str:
-    """Compares a file with the published one; returns what was compared.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compares a file with the published one; returns what was compared, or raises a `UserError`."""
     sha256 = remote.sha256 if verify else ""
     if path.stat().st_size != remote.size or (sha256 and not file_digest(path).startswith(sha256)):
         expected = f"{remote.size} bytes" + f" with SHA-256 {sha256}" * bool(sha256)
@@ -196,10 +182,8 @@ def _check_space(remotes: list[_Remote]) -> None:
         device, free = folder.stat().st_dev, shutil.disk_usage(folder).free
         needed[device] += remote.size
         if needed[device] > free:
-            raise UserError(
-                f"there is no space for {remote.target}: {needed[device] / 1e9:.2f} GB are needed and "
-                f"{free / 1e9:.2f} GB are free; free some or choose another folder."
-            )
+            sizes = f"{needed[device] / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+            raise UserError(f"there is no space for {remote.target}: {sizes}; free some or choose another folder.")
 
 
 def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
@@ -230,7 +214,7 @@ def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
     return DownloadResult(target, remote.size, f"fetched, {compared}")
 
 
-def _download_url(remote: _Remote, path: pathlib.Path, attempts: int = 3) -> None:
+def _download_url(remote: _Remote, path: pathlib.Path) -> None:
     """Downloads a file from a plain address; a connection that breaks off is tried again."""
     import torch.hub
     from huggingface_hub import constants
@@ -238,10 +222,10 @@ def _download_url(remote: _Remote, path: pathlib.Path, attempts: int = 3) -> Non
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(constants.HF_HUB_DOWNLOAD_TIMEOUT)  # `torch.hub` sets none
     try:
-        for left in reversed(range(attempts)):
+        for _ in range(3):
             torch.hub.download_url_to_file(remote.url, str(path), progress=sys.stderr.isatty())
-            if path.stat().st_size == remote.size or not left:  # it does not notice a truncated body
-                return
+            if path.stat().st_size == remote.size:  # it does not notice a truncated body
+                break
     finally:
         socket.setdefaulttimeout(timeout)
 

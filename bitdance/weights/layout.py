@@ -55,11 +55,10 @@ class WeightsFile:
             UserError: the file does not have these weights, or no model.
         """
         candidates: tuple[Weights, ...] = (weights,) if weights else ("ema", "model")
-        for name in candidates if "model" in self.parts else ():
-            if self.states.get(name):
+        for name in candidates:
+            if "model" in self.parts and self.states.get(name):
                 return name
-        wanted = {"ema": "EMA weights", "model": "raw weights"}[weights] if weights else "model"
-        raise self.lacks(wanted)
+        raise self.lacks({"ema": "EMA weights", "model": "raw weights", None: "model"}[weights])
 
     def lacks(self, wanted: str) -> UserError:
         """Returns the error for something that the file does not have; it names what the file has."""

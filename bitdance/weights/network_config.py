@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
@@ -43,11 +41,7 @@ def describe_model(file: WeightsFile, weights: Weights | None = None) -> Network
     Raises:
         UserError: the file holds no model, or its tensors match no configuration.
     """
-    state = file.states[file.choose_weights(weights)]
-    with _name_file(file.path):
-        found = _model_sizes(state)
-        settings = _settings_in_args(file.args, found["num_classes"]) if file.config is None else {}
-        return _describe(file, BitDanceConfig, "model", found, settings)
+    return _describe(file, file.states[file.choose_weights(weights)], BitDanceConfig)
 
 
 def describe_autoencoder(file: WeightsFile) -> NetworkDescription:
@@ -56,25 +50,29 @@ def describe_autoencoder(file: WeightsFile) -> NetworkDescription:
     Raises:
         UserError: the file holds no autoencoder, or its tensors match no configuration.
     """
-    state = file.states.get("autoencoder")
-    if not state:
+    if not file.states.get("autoencoder"):
         raise file.lacks("autoencoder")
-    with _name_file(file.path):
-        levels = _count(state, "encoder.down.")
-        found = {
-            "widths": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)),
-            "blocks": _count(state, "encoder.mid_block."),
-            "bits": _shape(state, "encoder.conv_out.weight", 4)[0],
-        }
-        return _describe(file, AutoencoderConfig, "autoencoder", found, {})
+    return _describe(file, file.states["autoencoder"], AutoencoderConfig)
 
 
-@contextlib.contextmanager
-def _name_file(path: pathlib.Path) -> Iterator[None]:
+def _describe(
+    file: WeightsFile, state: State, cls: type[BitDanceConfig] | type[AutoencoderConfig]
+) -> NetworkDescription:
+    names = [field.name for field in dataclasses.fields(cls)]
     try:
-        yield
+        found = _model_sizes(state) if cls is BitDanceConfig else _autoencoder_sizes(state)
+        if file.config is not None:
+            part = "model" if cls is BitDanceConfig else "autoencoder"
+            source, settings = "file", _settings_in_file(file.config.get(part), part, names, found)
+        else:
+            source, settings = "args", _settings_in_args(file.args, found) if cls is BitDanceConfig else {}
+        for name in settings.keys() & _IS_VALID.keys():
+            if not _IS_VALID[name](settings[name]):
+                raise UserError(f"{name}={printable(repr(settings[name]))} has the wrong type: the file is damaged.")
+        sources = dict.fromkeys(names, "default") | dict.fromkeys(found, "shapes") | dict.fromkeys(settings, source)
+        return NetworkDescription(cls(**settings | found), sources)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{file.path}: {error}") from None
 
 
 def _model_sizes(state: State) -> dict[str, Any]:
@@ -83,10 +81,8 @@ def _model_sizes(state: State) -> dict[str, Any]:
     classes, class_width = _shape(state, "cls_embedding.weight", 2)
     tokens = _shape(state, "pos_for_diff.weight", 2)[0]
     if class_width % dim:
-        raise UserError(
-            f"tensor cls_embedding.weight has rows of {class_width} numbers, which is not a multiple of the width "
-            f"{dim}: no BitDance model has that."
-        )
+        sizes = f"rows of {class_width} numbers, which is not a multiple of the width {dim}"
+        raise UserError(f"tensor cls_embedding.weight has {sizes}: no BitDance model has that.")
     if math.isqrt(tokens) ** 2 != tokens:
         raise UserError(f"tensor pos_for_diff.weight has {tokens} rows, not a square: no BitDance model has that.")
     return {
@@ -100,6 +96,16 @@ def _model_sizes(state: State) -> dict[str, Any]:
         "bits": _shape(state, "proj_in.w1.weight", 2)[1],
         "cls_token_num": class_width // dim,
         "num_classes": classes - 1,
+    }
+
+
+def _autoencoder_sizes(state: State) -> dict[str, Any]:
+    """Returns the fields of `AutoencoderConfig`, all of which follow from names and shapes."""
+    levels = range(_count(state, "encoder.down."))
+    return {
+        "widths": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels),
+        "blocks": _count(state, "encoder.mid_block."),
+        "bits": _shape(state, "encoder.conv_out.weight", 4)[0],
     }
 
 
@@ -122,7 +128,7 @@ def _shape(state: State, name: str, dimensions: int) -> tuple[int, ...]:
     return shape
 
 
-def _settings_in_args(args: dict[str, Any], num_classes: int) -> dict[str, Any]:
+def _settings_in_args(args: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of `BitDanceConfig` that training arguments give."""
     if args.get("patch_size") not in (None, 1):
         patch_size = printable(repr(args["patch_size"]))
@@ -130,81 +136,37 @@ def _settings_in_args(args: dict[str, Any], num_classes: int) -> dict[str, Any]:
     keys = {"token_order": "parallel_mode", "time_shift": "time_shift"}
     settings = {name: args[key] for name, key in keys.items() if key in args}
     names = args.get("class_names")  # of files that this project wrote in the released layout
-    if isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names):
+    if isinstance(names, list) and len(names) == found["num_classes"] and all(isinstance(name, str) for name in names):
         settings["class_names"] = tuple(names)
     return settings
 
 
-def _describe(
-    file: WeightsFile,
-    cls: type[BitDanceConfig] | type[AutoencoderConfig],
-    part: str,
-    found: dict[str, Any],
-    settings: dict[str, Any],
-) -> NetworkDescription:
-    """Builds a configuration from shapes and training arguments, or from that in the file, which must match the shapes.
-
-    Args:
-        file: the file.
-        cls: class of the configuration.
-        part: the name of the network.
-        found: fields from shapes.
-        settings: fields from training arguments.
-    """
-    names = [field.name for field in dataclasses.fields(cls)]
-    sources = {name: "shapes" if name in found else "args" if name in settings else "default" for name in names}
-    if file.config is not None:
-        stored = file.config.get(part)
-        if not isinstance(stored, dict):
-            raise UserError(f"it holds no configuration of its {part}: write it again.")
-        if unknown := sorted(stored.keys() - set(names)):
-            fields = printable(", ".join(unknown))
-            raise UserError(f"its configuration has {fields}, which this version does not know: update bitdance.")
-        # JSON has lists where the configuration has tuples.
-        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        for name in found.keys() & settings.keys():
-            if settings[name] != found[name]:
-                raise UserError(
-                    f"its configuration has {name}={printable(repr(settings[name]))} and its tensors {found[name]}: "
-                    "the file is damaged."
-                )
-        sources |= dict.fromkeys(settings, "file")
-    for name in settings.keys() & _IS_VALID.keys():
-        if not _IS_VALID[name](settings[name]):
-            raise UserError(f"{name}={printable(repr(settings[name]))} has the wrong type: the file is damaged.")
-    return NetworkDescription(cls(**settings | found), sources)
+def _settings_in_file(stored: Any, part: str, names: list[str], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the configuration that a file of ours stores, after comparing it with the shapes."""
+    if not isinstance(stored, dict):
+        raise UserError(f"it holds no configuration of its {part}: write it again.")
+    if unknown := sorted(stored.keys() - set(names)):
+        fields = printable(", ".join(unknown))
+        raise UserError(f"its configuration has {fields}, which this version does not know: update bitdance.")
+    # JSON has lists where the configuration has tuples.
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    for name in found.keys() & settings.keys():
+        if settings[name] != found[name]:
+            values = f"{name}={printable(repr(settings[name]))} and its tensors {found[name]}"
+            raise UserError(f"its configuration has {values}: the file is damaged.")
+    return settings
 
 
-# ---------------------------------------------------------------- the tensors of a configuration
-
-
-def empty_network(config: BitDanceConfig | AutoencoderConfig) -> BitDance | Autoencoder:
-    """Builds a network on the meta device, which takes no memory."""
-    with torch.device("meta"), _NoInit():
-        return BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips the initialization of parameters, which is slow even without memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.__name__ in ("normal_", "uniform_", "zero_", "fill_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def tensor_shapes(config: BitDanceConfig | AutoencoderConfig) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of all tensors of a network."""
-    return {name: tuple(parameter.shape) for name, parameter in empty_network(config).named_parameters()}
-
-
-def check_tensors(path: pathlib.Path, config: BitDanceConfig | AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
-    """Compares names, shapes and dtypes with those of a network.
+def check_tensors(
+    path: pathlib.Path, config: BitDanceConfig | AutoencoderConfig, state: Mapping[str, Tensor]
+) -> BitDance | Autoencoder:
+    """Compares names, shapes and dtypes with those of a network, and returns the network without values.
 
     Raises:
         UserError: names at most three tensors that are missing, unexpected, or of another shape or dtype.
     """
-    expected = tensor_shapes(config)
+    network = empty_network(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     faults = [f"{name} is missing" for name in expected if name not in state]
     faults += [f"{printable(name)} is not part of the model" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
@@ -216,3 +178,10 @@ def check_tensors(path: pathlib.Path, config: BitDanceConfig | AutoencoderConfig
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"{path}: tensor {'; '.join(sorted(faults)[:3])}{more}: the file does not match its network.")
+    return network
+
+
+def empty_network(config: BitDanceConfig | AutoencoderConfig) -> BitDance | Autoencoder:
+    """Builds a network on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        return BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)

@@ -37,13 +37,11 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.
         return _find_in_run(path, part)
     released = hub.released_name(text)
     if released or (text == "autoencoder" and not path.exists()):
-        file = RELEASED_MODELS[released].file if released else hub.AUTOENCODER_FILE
-        return hub.find(hub.FOLDER / file) or _download(released or "autoencoder")
+        key = released or "autoencoder"
+        return hub.find(hub.FOLDER / hub.HUB_FILES[key]) or _download(key)
     if found := hub.find(path):
         return found
-    files = {release.file.lower(): key for key, release in RELEASED_MODELS.items()}
-    files[hub.AUTOENCODER_FILE.lower()] = "autoencoder"
-    if meant := files.get(path.name.lower()):
+    if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
     raise UserError(f"there is no {part} {text!r}: name a file, the folder of a run, {DEMO}, or {known}.")

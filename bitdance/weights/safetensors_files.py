@@ -24,8 +24,7 @@ from bitdance.weights.layout import State, WeightsFile, damaged, split_bare_stat
 FORMAT = "bitdance"
 VERSION = 2
 KINDS = ("model", "autoencoder", "training", "batch", "tokens", "index")
-"""What a file of ours holds: one network, a checkpoint of a training run, a batch that was skipped, a shard of a token
-cache, or the index of a tar."""
+"""What a file of ours holds: one network, a checkpoint, a skipped batch, a shard of tokens, or the index of a tar."""
 
 
 def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
@@ -50,7 +49,14 @@ def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
         if "format_version" in metadata and "checksum" in metadata:
             raise damaged(path)  # one of ours
         return WeightsFile(path, "safetensors", split_bare_state(state), {}, None, metadata)
-    _check_version(path, metadata.get("format_version", ""))
+    version = metadata.get("format_version", "")
+    if not re.fullmatch("[0-9]{1,9}", version):
+        raise damaged(path)
+    if int(version) != VERSION:
+        age, advice = ("a newer", "update bitdance") if int(version) > VERSION else ("an older", "create it again")
+        raise UserError(
+            f"{path} was written by {age} version of bitdance (format {version} instead of {VERSION}): {advice}."
+        )
     if _checksum(metadata) != metadata.get("checksum"):
         raise UserError(f"{path} is damaged (its metadata do not match their checksum): download or copy it again.")
     try:
@@ -67,17 +73,6 @@ def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
         raise UserError(f"{path} holds a configuration of type {type(config).__name__}: write the file again.")
     states = _split_checkpoint(path, state, metadata) if kind == "training" else {kind: state}
     return WeightsFile(path, f"safetensors of bitdance, {kind}", states, {}, config, metadata)
-
-
-def _check_version(path: pathlib.Path, version: str) -> None:
-    if not re.fullmatch("[0-9]{1,9}", version):
-        raise damaged(path)
-    if int(version) != VERSION:
-        is_newer = int(version) > VERSION
-        raise UserError(
-            f"{path} was written by {'a newer' if is_newer else 'an older'} version of bitdance (format {version} "
-            f"instead of {VERSION}): {'update bitdance' if is_newer else 'create it again'}."
-        )
 
 
 def _split_checkpoint(path: pathlib.Path, state: State, metadata: Mapping[str, str]) -> dict[str, State]:

@@ -94,16 +94,14 @@ def _split(path: pathlib.Path, data: Mapping[Any, Any]) -> tuple[dict[str, State
 
 
 def _check_state(path: pathlib.Path, key: str, state: Mapping[Any, Any]) -> State:
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"{path}: {key} holds {printable(repr(name))}, which is not a named tensor: it is not a file of "
-                "weights."
-            )
-    # Views can repeat a few numbers without limit.
-    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
-        raise UserError(f"{path}: the tensors of {key} have more bytes than the file: it is not a file of weights.")
-    return dict(state)
+    bad = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if bad:
+        reason = f"{key} holds {printable(repr(bad[0]))}, which is not a named tensor"
+    elif sum(value.nbytes for value in state.values()) > path.stat().st_size:
+        reason = f"the tensors of {key} have more bytes than the file"  # views can repeat a few numbers without limit
+    else:
+        return dict(state)
+    raise UserError(f"{path}: {reason}: it is not a file of weights.")
 
 
 def _to_json(args: Mapping[Any, Any] | argparse.Namespace | None) -> dict[str, Any]:
@@ -127,17 +125,16 @@ def _check_zip(path: pathlib.Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            bad_entry = archive.testzip()
-            pickles = [entry.filename for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
-            if bad_entry is None and len(pickles) == 1:
-                with archive.open(pickles[0]) as file:
+            if bad_entry := archive.testzip():
+                raise UserError(f"{path} is damaged (checksum of {printable(bad_entry)}): download or copy it again.")
+            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
+            for pickle in pickles:
+                with archive.open(pickle) as file:
                     _check_pickle(path, file.read(_MAX_PICKLE + 1))
     except UserError:
         raise
     except Exception:  # damage can cause almost any exception
         raise damaged(path) from None
-    if bad_entry is not None:
-        raise UserError(f"{path} is damaged (checksum of {printable(bad_entry)}): download or copy it again.")
     if len(pickles) != 1 or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(f"{path} is a zip archive but not a file of weights: expected a .pt that torch saved.")
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -148,22 +145,17 @@ def _check_pickles(path: pathlib.Path) -> None:
     """Checks the pickles of a torch file without a zip: magic number, version, system, weights, names."""
     with open(path, "rb") as file:
         data = file.read(5 * (_MAX_PICKLE + 1))
-    for _ in range(5):
-        try:
+    try:
+        for _ in range(5):
             data = data[_check_pickle(path, data) :]
-        except UserError:
-            raise
-        except Exception:
-            return  # not a pickle: an error of the caller
+    except UserError:
+        raise
+    except Exception:  # not a pickle, which the caller notices
+        pass
 
 
 def _check_pickle(path: pathlib.Path, data: bytes) -> int:
-    """Returns the length of the pickle at the beginning of `data`.
-
-    Raises:
-        UserError: it imports code, or is too large or too nested.
-        Exception: of almost any type, if it is not a pickle.
-    """
+    """Returns the length of the pickle at the beginning of `data`; raises almost any error if there is none."""
     try:
         return check_pickle(data, _ALLOWED, _MAX_PICKLE)
     except UnsafePickleError as error:
@@ -199,24 +191,15 @@ def save_released(
         UserError: the file cannot be written.
     """
 
-    def state_of(part: BitDance | Autoencoder, prefix: str = "") -> State:
-        return {prefix + name: value.detach().to(dtype or value.dtype) for name, value in part.state_dict().items()}
-
-    if isinstance(network, Autoencoder):
-        data: dict[str, Any] = {"state_dict": state_of(network)}
-    else:
+    state = dict(network.state_dict())
+    if isinstance(network, BitDance) and autoencoder is not None:
+        state |= {f"vae.{name}": value for name, value in autoencoder.state_dict().items()}
+    state = {name: value.detach().to(dtype or value.dtype) for name, value in state.items()}
+    data: dict[str, Any] = {"state_dict": state}
+    if isinstance(network, BitDance):
         config = network.config
-        args = argparse.Namespace(
-            parallel_num=config.parallel_num,
-            parallel_mode=config.token_order,
-            time_shift=config.time_shift,
-            latent_dim=config.bits,
-            num_classes=config.num_classes,
-            cls_token_num=config.cls_token_num,
-            patch_size=1,
-            class_names=list(config.class_names),
-        )
-        inside = state_of(autoencoder, "vae.") if autoencoder is not None else {}
-        data = {weights: state_of(network) | inside, "args": args}
+        args = {name: getattr(config, name) for name in ("parallel_num", "time_shift", "num_classes", "cls_token_num")}
+        args |= {"parallel_mode": config.token_order, "latent_dim": config.bits, "patch_size": 1}
+        data = {weights: state, "args": argparse.Namespace(**args, class_names=list(config.class_names))}
     with atomic_write(path) as temporary:
         torch.save(data, temporary)

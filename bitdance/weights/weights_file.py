@@ -20,7 +20,7 @@ from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.weights.layout import State, Weights, WeightsFile
-from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model, empty_network
+from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model
 from bitdance.weights.resolve import find_weights
 from bitdance.weights.safetensors_files import read_safetensors, save_tensors
 from bitdance.weights.torch_files import read_torch
@@ -105,8 +105,7 @@ def _load(
 ) -> BitDance | Autoencoder:
     """Builds a network from copies of these tensors, after all names, shapes and values were checked."""
     try:
-        check_tensors(path, config, state)
-        network = empty_network(config)
+        network = check_tensors(path, config, state)
         copies = {}
         for name, value in state.items():
             # The file may be memory-mapped, and its tensors views of one another.
@@ -141,9 +140,8 @@ def save(
         UserError: the file cannot be written, or a value is not finite in this dtype.
     """
     kind = "model" if isinstance(network, BitDance) else "autoencoder"
-    tensors = {name: value.detach() for name, value in (state or network.state_dict()).items()}
-    if dtype is not None:
-        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    source = state or network.state_dict()
+    tensors = {name: value.detach().to(dtype or value.dtype) for name, value in source.items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {name} has values that are not finite in {value.dtype}.")
