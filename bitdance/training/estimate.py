@@ -40,52 +40,6 @@ REPEAT_SECONDS = 4.0
 """Duration of all repetitions of a short step, whose time varies more."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Memory of one process in bytes, on its device unless noted otherwise.
-
-    Attributes:
-        weights, gradients, optimizer, ema: of the network in training.
-        autoencoder: weights of the frozen autoencoder.
-        activations: peak of a step, in addition to all of the above.
-        preview: peak of sampling a preview, which happens instead of a step.
-        checkpoint: copy of weights, EMA and optimizer state that is written in the background; CPU memory.
-        prefetch: batches that are read ahead; CPU memory.
-        process: Python and its libraries; CPU memory.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    autoencoder: int
-    activations: int
-    preview: int
-    checkpoint: int
-    prefetch: int
-    process: int
-
-    @property
-    def networks(self) -> int:
-        """Memory that is in use before the first step."""
-        return self.weights + self.ema + self.autoencoder
-
-    @property
-    def constant(self) -> int:
-        """Device memory that all steps need, whatever the size of a microbatch."""
-        return self.networks + self.gradients + self.optimizer
-
-    @property
-    def step(self) -> int:
-        """Peak device memory of a step."""
-        return self.constant + self.activations
-
-    def needed(self, on_gpu: bool) -> int:
-        """Returns the peak of a run: of the GPU's memory, or of the CPU's, which then holds everything."""
-        device = self.constant + max(self.activations, self.preview)
-        return device if on_gpu else device + self.checkpoint + self.prefetch + self.process
-
-
 def print_estimate(trainer: Trainer) -> None:
     """Prints what a run of a BitDance model needs, as a table and as JSON in the last line; writes no file.
 
@@ -101,68 +55,70 @@ def print_estimate(trainer: Trainer) -> None:
     steps = trainer.steps_left()
     images = len(trainer.loader.indices) // config.accumulate
     memory = estimate_memory(trainer, images)
-    free = _free_memory(world.device) + memory.networks
+    networks = memory["weights"] + memory["ema"] + memory["autoencoder"]  # are in memory already
+    constant = networks + memory["gradients"] + memory["optimizer"]
+    free = _free_memory(world.device) + networks
     before = _resident_bytes()
-    seconds = None
-    if timed := measure_time(trainer, memory, images, free):
-        seconds, count = timed
-        memory = _correct(memory, trainer, before, images / count)
+    available = free - constant  # for activations
+    fits = memory["activations"] <= available
+    timed = measure_time(trainer, images, images if fits else int(images * available / memory["activations"]))
+    on_gpu = world.device.type == "cuda"
+    if timed is not None:
+        peak, ratio = world.peak_memory(), images / timed[1]
+        if on_gpu:
+            memory["activations"] = max(0, int((peak - constant) * ratio))
+        else:
+            # Libraries load code when they are first called, kernels have workspaces, and freed memory is not always
+            # returned to the system: the peak minus the tensors and what the estimate itself has used.
+            estimate = before - memory["process"] - networks
+            tensors = constant + int(memory["activations"] / ratio) + memory["prefetch"]
+            memory["process"] = max(memory["process"], peak - estimate - tensors)
+    on_device = constant + max(memory["activations"], memory["preview"])
+    on_host = memory["checkpoint"] + memory["prefetch"] + memory["process"]
+    memory |= {
+        "step": constant + memory["activations"],
+        "needed": on_device if on_gpu else on_device + on_host,
+        "free": free,
+    }
     if world.is_main:
-        _print(trainer, memory, free, steps, seconds)
+        _print(trainer, memory, steps, timed[0] if timed else None)
 
 
-def _correct(memory: Memory, trainer: Trainer, before: int, ratio: float) -> Memory:
-    """Returns the estimate corrected by the peak memory of real steps.
-
-    Args:
-        memory: the estimate.
-        trainer: has taken the steps.
-        before: resident memory of this process before the steps and after the estimate.
-        ratio: size of the run's microbatches to that of the steps'.
-    """
-    peak = trainer.world.peak_memory()
-    if trainer.world.device.type == "cuda":
-        return dataclasses.replace(memory, activations=max(0, int((peak - memory.constant) * ratio)))
-    # Libraries load code when they are first called, kernels have workspaces, and freed memory is not always returned
-    # to the system. All of this is what the peak contains besides the tensors and what the estimate itself has used.
-    estimate = before - memory.process - memory.networks
-    tensors = memory.constant + int(memory.activations / ratio)
-    return dataclasses.replace(memory, process=max(memory.process, peak - estimate - tensors - memory.prefetch))
-
-
-def _print(trainer: Trainer, memory: Memory, free: int, steps: int, seconds: float | None) -> None:
+def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float | None) -> None:
     config, world = trainer.config, trainer.world
-    needed = memory.needed(world.device.type == "cuda")
     encodes = not isinstance(trainer.loader.images, TokenDataset)
     flops = step_flops(trainer.objective, config.batch_size, config.image_size, encodes)
     parameters = sum(value.numel() for value in trainer.network.parameters())
-    checkpoint = memory.weights + memory.optimizer + memory.ema
+    checkpoint = memory["weights"] + memory["optimizer"] + memory["ema"]
     kept = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
-    disk = config.keep_checkpoints * checkpoint + (kept + 1) * (memory.weights + memory.ema)
+    disk = config.keep_checkpoints * checkpoint + (kept + 1) * (memory["weights"] + memory["ema"])
+    space = shutil.disk_usage(_existing_parent(config.output)).free
     rate = config.batch_size / seconds if seconds else None
     total = steps * seconds if seconds else None
+    size = {name: f"{value / 1e9:.2f} GB" for name, value in (memory | {"disk": disk, "space": space}).items()}
+    size["host"] = f"{(memory['process'] + memory['prefetch']) / 1e9:.2f} GB"
     rows = [
-        ("model", f"{parameters / 1e6:.2f} M parameters, autoencoder {memory.autoencoder / 4e6:.2f} M"),
+        ("model", f"{parameters / 1e6:.2f} M parameters, autoencoder {memory['autoencoder'] / 4e6:.2f} M"),
         ("device", f"{world.device}, {world.size} {'process' if world.size == 1 else 'processes'}"),
         ("precision", "bf16 autocast, float32 weights" if trainer.in_bf16 else "float32"),
         ("", ""),
-        *((name, _gigabytes(getattr(memory, name))) for name in ("weights", "gradients", "optimizer", "ema")),
-        ("autoencoder", _gigabytes(memory.autoencoder)),
-        ("activations", f"{_gigabytes(memory.activations)} (peak)"),
-        ("step", f"{_gigabytes(memory.step)}, the sum of these"),
-        ("preview", f"{_gigabytes(memory.preview)} instead of the activations"),
-        ("checkpoint", f"{_gigabytes(memory.checkpoint)} of CPU memory while it is written"),
-        ("process", f"{_gigabytes(memory.process + memory.prefetch)} of CPU memory, with prefetched images"),
-        ("total", f"{_gigabytes(needed)} per process, {_gigabytes(free)} available"),
+        *((name, size[name]) for name in ("weights", "gradients", "optimizer", "ema", "autoencoder")),
+        ("activations", f"{size['activations']} (peak)"),
+        ("step", f"{size['step']}, the sum of these"),
+        ("preview", f"{size['preview']} instead of the activations"),
+        ("checkpoint", f"{size['checkpoint']} of CPU memory while it is written"),
+        ("process", f"{size['host']} of CPU memory, with prefetched images"),
+        ("total", f"{size['needed']} per process, {size['free']} available"),
         ("", ""),
-        ("disk", f"{_gigabytes(checkpoint)} per checkpoint, {_gigabytes(disk)} at the end of the run"),
+        ("disk", f"{checkpoint / 1e9:.2f} GB per checkpoint, {size['disk']} at the end of the run"),
         ("FLOPs", f"{flops / 1e12:.3g} TFLOPs per step, {flops / config.batch_size / 1e9:.4g} GFLOPs per image"),
         ("steps", f"{steps} with {config.batch_size} images each"),
     ]
     if seconds and total is not None:
         rows.append(("time", f"{seconds:.3g} s per step, {rate:.4g} images/s, {format_duration(total)} for all steps"))
     print("\n".join(f"  {name:<13}{value}".rstrip() for name, value in rows))
-    if needed > free:
+    fits = memory["needed"] <= memory["free"]
+    if not fits:
         remedies = {
             "a larger `accumulate`": len(trainer.loader.indices) > config.accumulate,
             "`grad_checkpointing`": not config.grad_checkpointing,
@@ -171,13 +127,12 @@ def _print(trainer: Trainer, memory: Memory, free: int, steps: int, seconds: flo
         }
         helpful = ", ".join(remedy for remedy, helps in remedies.items() if helps)
         print(f"The run does not fit into memory. What helps: {helpful}.")
-    space = shutil.disk_usage(_existing_parent(config.output)).free
     if disk > space:
-        print(f"The disk of {config.output} is too small ({_gigabytes(space)} free): lower `keep_checkpoints`.")
+        print(f"The disk of {config.output} is too small ({size['space']} free): lower `keep_checkpoints`.")
     facts = {
         "parameters": parameters,
-        "memory": {**dataclasses.asdict(memory), "step": memory.step, "needed": needed, "free": free},
-        "fits": needed <= free,
+        "memory": memory,
+        "fits": fits,
         "checkpoint_bytes": checkpoint,
         "disk_bytes": disk,
         "step_flops": flops,
@@ -194,10 +149,6 @@ def _print(trainer: Trainer, memory: Memory, free: int, steps: int, seconds: flo
 
 def _existing_parent(folder: pathlib.Path) -> pathlib.Path:
     return next(path for path in (folder, *folder.resolve().parents) if path.exists())
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
 
 
 # ------------------------------------------------------------ memory
@@ -226,8 +177,14 @@ class _MemoryTracker(TorchDispatchMode):
         self.current -= size
 
 
-def estimate_memory(trainer: Trainer, images: int) -> Memory:
-    """Estimates the memory of this process for microbatches of `images` images."""
+def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
+    """Estimates the memory of this process for microbatches of `images` images.
+
+    Returns:
+        Bytes on the device: of `weights`, `gradients`, `optimizer` and `ema`; of the frozen `autoencoder`; peak of the
+        `activations` of a step, or of the `preview` that may follow it. Bytes of CPU memory: `checkpoint`, the copy
+        that is written in the background; `prefetch`, the batches read ahead; `process`, Python and its libraries.
+    """
     objective, config, world = trainer.objective, trainer.config, trainer.world
     assert isinstance(objective, BitDanceLoss)
     weights, autoencoder = _parameter_bytes(objective.network), _parameter_bytes(objective.autoencoder)
@@ -240,18 +197,18 @@ def estimate_memory(trainer: Trainer, images: int) -> Memory:
         fake = _fake_copy(objective)
         peak = _step_bytes(fake, images, sample, passes, trainer.in_bf16)
         preview = _preview_bytes(fake)
-    return Memory(
-        weights=weights,
-        gradients=weights,
-        optimizer=2 * weights,
-        ema=ema,
-        autoencoder=autoencoder,
-        activations=max(0, peak - weights),
-        preview=preview,
-        checkpoint=3 * weights + ema if world.is_main else 0,
-        prefetch=(PREFETCH + 2) * len(trainer.loader.indices) * sample.nbytes,
-        process=process,
-    )
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "ema": ema,
+        "autoencoder": autoencoder,
+        "activations": max(0, peak - weights),
+        "preview": preview,
+        "checkpoint": 3 * weights + ema if world.is_main else 0,
+        "prefetch": (PREFETCH + 2) * len(trainer.loader.indices) * sample.nbytes,
+        "process": process,
+    }
 
 
 def _fake_copy(objective: BitDanceLoss) -> BitDanceLoss:
@@ -321,24 +278,21 @@ def _free_memory(device: torch.device) -> int:
 # ------------------------------------------------------------ time
 
 
-def measure_time(trainer: Trainer, memory: Memory, images: int, free: int) -> tuple[float, int] | None:
+def measure_time(trainer: Trainer, images: int, fitting: int) -> tuple[float, int] | None:
     """Measures the duration of a step.
 
     A step that would take long is timed with fewer images or fewer microbatches, at two sizes, and extrapolated.
 
     Args:
         trainer: takes the steps; its state is useless afterwards.
-        memory: the estimate for microbatches of `images` images.
         images: per microbatch.
-        free: available memory.
+        fitting: number of them that fit into memory.
 
     Returns:
         Seconds per step of the run, and images per microbatch of the measured steps; None if not even one image fits
         into memory.
     """
     world = trainer.world
-    available = free - memory.constant  # for activations
-    fitting = images if memory.activations <= available else int(images * available / memory.activations)
     if world.broadcast(fitting) < 1:
         return None
     trainer.network.train()

@@ -6,7 +6,9 @@ The same step therefore sees the same images on any number of processes, and a r
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
+import pathlib
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,9 +20,9 @@ from torch import Tensor
 
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, random_crop, to_array
-from bitdance.data.images import ImageDataset
+from bitdance.data.images import ImageDataset, Split, open_images
 from bitdance.data.prefetch import PREFETCH, read_ahead
-from bitdance.data.token_cache import TokenDataset
+from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest
 from bitdance.models import philox
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
@@ -58,6 +60,28 @@ class Batch(NamedTuple):
             yield Batch(*chunks)
 
 
+def open_data(
+    path: pathlib.Path, autoencoder: str | None, image_size: int, split: Split = "train"
+) -> ImageDataset | TokenDataset:
+    """Opens images, or for a model a token cache, which must be of its autoencoder (a digest) and image size.
+
+    Raises:
+        UserError: there are no images, or the token cache does not fit.
+    """
+    if not is_token_cache(path):
+        return open_images(path, split)
+    if autoencoder is None:
+        raise UserError(f"{path} is a token cache: an autoencoder is trained and validated on images.")
+    tokens = TokenDataset(path)
+    tokens.check(autoencoder, image_size)
+    return tokens
+
+
+def data_digest(images: ImageDataset | TokenDataset) -> str:
+    """Returns the SHA-256 that identifies the data: of the names of images, or of a token cache."""
+    return images.digest if isinstance(images, TokenDataset) else names_digest(images)
+
+
 class Loader:
     """The global batches of a run, split evenly over the processes.
 
@@ -79,7 +103,8 @@ class Loader:
         self.steps_per_epoch = len(images) // config.batch_size
         local = config.batch_size // world.size
         self.indices = torch.arange(world.rank * local, (world.rank + 1) * local)
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # Batches are read ahead across the end of an epoch.
+        self._cached_draws = functools.lru_cache(2)(self._compute_draws)
         self._cache: dict[int, np.ndarray] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -93,18 +118,15 @@ class Loader:
 
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the order of the images in an epoch, (N,), and five uniform numbers per image, (N, 5)."""
-        with self._lock:
-            if epoch not in self._epochs:
-                ids, seed = torch.arange(len(self.images)), self.config.seed
-                keys = philox.words(seed, ids, 4, stream=philox.TRAIN_ORDER, step=epoch)[0].numpy()
-                crops = philox.uniform(seed, ids, 5, stream=philox.TRAIN_CROP, step=epoch)[0].numpy()
-                # Two words per key, since among a million images single words collide.
-                self._epochs[epoch] = np.lexsort((keys[:, 1], keys[:, 0])), crops
-                if len(self._epochs) > 2:  # batches are read ahead across the end of an epoch
-                    # The oldest, not the smallest: with few batches per epoch three epochs are read at a time, and the
-                    # smallest may have been requested just now.
-                    del self._epochs[next(iter(self._epochs))]
-            return self._epochs[epoch]
+        with self._lock:  # or all threads would compute them
+            return self._cached_draws(epoch)
+
+    def _compute_draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, seed = torch.arange(len(self.images)), self.config.seed
+        keys = philox.words(seed, ids, 4, stream=philox.TRAIN_ORDER, step=epoch)[0].numpy()
+        crops = philox.uniform(seed, ids, 5, stream=philox.TRAIN_CROP, step=epoch)[0].numpy()
+        # Two words per key, since among a million images single words collide.
+        return np.lexsort((keys[:, 1], keys[:, 0])), crops
 
     def load(self, step: int) -> Batch:
         """Reads this process's part of a step's batch."""

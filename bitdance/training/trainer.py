@@ -30,7 +30,7 @@ from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusiv
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
-from bitdance.training.checkpointing import Checkpointer, newest_step, read_newest
+from bitdance.training.checkpointing import Checkpointer, list_checkpoints, read_newest
 from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
@@ -315,7 +315,7 @@ class Trainer:
         Raises:
             UserError: the folder belongs to another run.
         """
-        done = newest_step(self.config.output)
+        done = next(iter(list_checkpoints(self.config.output)), 0)
         read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
         return max(0, self.last_step - done)
 
