@@ -391,7 +391,7 @@ def test_bad_images_are_named_once_and_replaced(damaged, capsys):
             position = 4 * (step % 3) + place
             index = next(int(i) for i in np.roll(order, -position) if i not in bad)
             assert label == images.labels[index]
-            assert np.array_equal(pixels, crop._crop(images, index, draws[index], 1.0))
+            assert np.array_equal(pixels, crop._view(index, draws[index], 1.0))
     # For any number of processes and threads, and after any step.
     parts = [loader(images, rank, 2) for rank in range(2)]
     for step in (8, 2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import pathlib
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +30,7 @@ class Checkpointer:
         self.folder, self.keep = folder, keep
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
-        self._step = -1
+        self._step: int | None = None
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
@@ -53,7 +52,7 @@ class Checkpointer:
     ) -> None:
         path = self.folder / f"checkpoint-{step:07d}.safetensors"
         safetensors_files.save_tensors(path, tensors, "training", config, **metadata)
-        for old in list_checkpoints(self.folder)[self.keep :]:
+        for old in list(list_checkpoints(self.folder).values())[self.keep :]:
             old.unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -71,19 +70,10 @@ class Checkpointer:
         self._pool.shutdown()
 
 
-def list_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the checkpoints in a folder, newest first; files with other names are ignored."""
-    steps = {
-        path: int(found[1])
-        for path in folder.glob("checkpoint-*.safetensors")
-        if (found := re.fullmatch(r"checkpoint-([0-9]+)\.safetensors", path.name))
-    }
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
-
-
-def newest_step(folder: pathlib.Path) -> int:
-    """Returns the step of the newest checkpoint by its file name, without reading it; 0 if there is none."""
-    return max((int(path.stem.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
+def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Returns the checkpoints in a folder by their steps, newest first; files with other names are ignored."""
+    named = {path.stem.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*.safetensors")}
+    return dict(sorted(((int(step), path) for step, path in named.items() if step.isdecimal()), reverse=True))
 
 
 def read_newest(folder: pathlib.Path) -> WeightsFile | None:
@@ -95,7 +85,7 @@ def read_newest(folder: pathlib.Path) -> WeightsFile | None:
         UserError: there are checkpoints, and all of them are damaged.
     """
     damaged: dict[pathlib.Path, str] = {}
-    for path in list_checkpoints(folder):
+    for path in list_checkpoints(folder).values():
         try:
             contents = weights_file.read(path)
         except UserError as error:
@@ -105,10 +95,7 @@ def read_newest(folder: pathlib.Path) -> WeightsFile | None:
             other.rename(other.with_name(f"{other.name}.damaged"))
             print(f"bitdance: {reason} The run resumes from {path.name}.", file=sys.stderr)
         return contents
-    if damaged:
-        first = next(iter(damaged.values()))
-        raise UserError(
-            f"none of the {len(damaged)} checkpoints in {folder} can be read: {first} Or use another folder to start "
-            "over."
-        )
-    return None
+    if not damaged:
+        return None
+    problem = f"none of the {len(damaged)} checkpoints in {folder} can be read: {next(iter(damaged.values()))}"
+    raise UserError(f"{problem} Or use another folder to start over.")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.data.images import ImageDataset, open_images
-from bitdance.data.token_cache import TokenDataset, is_token_cache
+from bitdance.data.images import ImageDataset
+from bitdance.data.token_cache import TokenDataset
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import extract_features
 from bitdance.metrics.image_sources import ImageSource
@@ -26,7 +26,7 @@ from bitdance.runtime.process_group import World
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
-from bitdance.training.loader import Loader
+from bitdance.training.loader import Loader, open_data
 from bitdance.training.logging import Metrics, finite
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.train_config import TrainConfig
@@ -68,43 +68,33 @@ class Validation:
     ) -> None:
         assert config.val_path is not None
         same = config.val_path.resolve() == config.data_path.resolve()
-        images: ImageDataset | TokenDataset
-        if is_token_cache(config.val_path):
-            if autoencoder is None:
-                raise UserError(f"val_path={config.val_path} is a token cache: an autoencoder is validated on images.")
-            images = TokenDataset(config.val_path)
-            images.check(autoencoder, config.image_size)
-        else:
-            images = open_images(config.val_path, "test" if same else "train")
-        if isinstance(objective, BitDanceLoss):
+        images = open_data(config.val_path, autoencoder, config.image_size, "test" if same else "train")
+        self._objective = copy.copy(objective)
+        if isinstance(self._objective, BitDanceLoss):
             _map_labels(images, classes)
+            self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)
         size = min(config.batch_size, len(images) // world.size * world.size)
         if size == 0:
             raise UserError(f"{images.path} holds {len(images)} images, fewer than the {world.size} processes.")
         self.loader = Loader(images, dataclasses.replace(config, batch_size=size, random_crop=False), world)
         self.steps = min(self.loader.steps_per_epoch, -(-config.val_images // size))
         self.world = world
-        self._objective = copy.copy(objective)
-        if isinstance(self._objective, BitDanceLoss):
-            self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)
 
     @torch.no_grad()
     def loss(self) -> Tensor:
         """Returns the mean loss with the network's current weights, a scalar, the same in all processes."""
-        losses = []
-        for number, batch in enumerate(self.loader.stream(0, self.steps)):
-            loss, _ = self._objective.forward(*batch.to(self.world.device), LAST_STEP - number)
-            losses.append(loss)
+        losses = [
+            self._objective.forward(*batch.to(self.world.device), LAST_STEP - number)[0]
+            for number, batch in enumerate(self.loader.stream(0, self.steps))
+        ]
         return self.world.mean(torch.stack(losses).float().mean())
 
 
 def _map_labels(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -> None:
     """Replaces labels by those that the same classes have in training."""
     if unknown := [name for name in images.classes if name not in classes]:
-        raise UserError(
-            f"val_path={images.path} has the class {unknown[0]!r}, which the training images do not have: name the "
-            "class folders as there."
-        )
+        problem = f"val_path={images.path} has the class {unknown[0]!r}, which the training images do not have"
+        raise UserError(f"{problem}: name the class folders as there.")
     images.labels = np.array([classes.index(name) for name in images.classes], np.int64)[images.labels]
 
 
@@ -150,12 +140,11 @@ class SampleEvaluation:
     def __init__(
         self, pipeline: Pipeline, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
     ) -> None:
+        self._world, self._batch_size = world, min(config.batch_size, MAX_BATCH_SIZE)
         classes = np.unique(labels)
         chosen = classes[make_labels("balanced", config.eval_images, len(classes), seed=0)]
         sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale)
         self._source = PipelineSource(pipeline, sampling, chosen, in_bf16)
-        self._batch_size = min(config.batch_size, MAX_BATCH_SIZE)
-        self._world = world
         wanted = EvaluationConfig(reference=config.eval_reference, inception_weights=config.eval_inception)
         extractors = FeatureExtractors(wanted, world)
         self._extractor = extractors()[0]
@@ -175,5 +164,4 @@ class SampleEvaluation:
 
 def format_evaluation(metrics: Mapping[str, float | None]) -> str:
     """Formats the metrics of an evaluation in a line of the log; empty if it has none."""
-    found = {title: metrics.get(name) for name, title in LOGGED.items()}
-    return ", ".join(f"{title} {value:.4g}" for title, value in found.items() if value is not None)
+    return ", ".join(f"{title} {metrics[name]:.4g}" for name, title in LOGGED.items() if metrics.get(name) is not None)

@@ -55,7 +55,9 @@ def step_flops(objective: AutoencoderLoss | BitDanceLoss, images: int, side: int
         encodes: whether the autoencoder encodes the images of a model in each step; otherwise tokens are cached.
     """
     if isinstance(objective, AutoencoderLoss):
-        return autoencoder_flops(objective.network, images, side)
+        network = objective.network
+        first = 2 * side**2 * _weights(network.encoder.conv_in)
+        return float(images * (3 * (encoder_flops(network, side) + decoder_flops(network, side)) - first))
     total = model_flops(objective.network, images, objective.config.diff_batch_mul)
     return total + (images * encoder_flops(objective.autoencoder, side) if encodes else 0.0)
 
@@ -78,12 +80,6 @@ def model_flops(network: BitDance, images: int, copies: int) -> float:
     return float(images * (3 * (trunk + head) - first))
 
 
-def autoencoder_flops(network: Autoencoder, images: int, side: int) -> float:
-    """Returns the FLOPs of a training step of an autoencoder on images of side x side pixels."""
-    first = 2 * side**2 * _weights(network.encoder.conv_in)
-    return float(images * (3 * (encoder_flops(network, side) + _decoder_flops(network, side)) - first))
-
-
 def encoder_flops(network: Autoencoder, side: int) -> int:
     """Returns the FLOPs of encoding one image of side x side pixels."""
     encoder = network.encoder
@@ -96,7 +92,8 @@ def encoder_flops(network: Autoencoder, side: int) -> int:
     return 2 * (total + side**2 * (_weights(encoder.mid_block) + _weights(encoder.conv_out)))
 
 
-def _decoder_flops(network: Autoencoder, side: int) -> int:
+def decoder_flops(network: Autoencoder, side: int) -> int:
+    """Returns the FLOPs of decoding one image of side x side pixels."""
     decoder = network.decoder
     side //= network.config.down_size
     total = side**2 * (_weights(decoder.conv_in) + _weights(decoder.mid_block)) + _weights(decoder.adaptive)

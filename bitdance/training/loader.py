@@ -6,6 +6,9 @@ The same step therefore sees the same images on any number of processes, and a r
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import itertools
+import pathlib
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,9 +20,9 @@ from torch import Tensor
 
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, random_crop, to_array
-from bitdance.data.images import ImageDataset
+from bitdance.data.images import ImageDataset, Split, open_images
 from bitdance.data.prefetch import PREFETCH, read_ahead
-from bitdance.data.token_cache import TokenDataset
+from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest
 from bitdance.models import philox
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
@@ -57,6 +60,28 @@ class Batch(NamedTuple):
             yield Batch(*chunks)
 
 
+def open_data(
+    path: pathlib.Path, autoencoder: str | None, image_size: int, split: Split = "train"
+) -> ImageDataset | TokenDataset:
+    """Opens images, or for a model a token cache, which must be of its autoencoder (a digest) and image size.
+
+    Raises:
+        UserError: there are no images, or the token cache does not fit.
+    """
+    if not is_token_cache(path):
+        return open_images(path, split)
+    if autoencoder is None:
+        raise UserError(f"{path} is a token cache: an autoencoder is trained and validated on images.")
+    tokens = TokenDataset(path)
+    tokens.check(autoencoder, image_size)
+    return tokens
+
+
+def data_digest(images: ImageDataset | TokenDataset) -> str:
+    """Returns the SHA-256 that identifies the data: of the names of images, or of a token cache."""
+    return images.digest if isinstance(images, TokenDataset) else names_digest(images)
+
+
 class Loader:
     """The global batches of a run, split evenly over the processes.
 
@@ -68,21 +93,18 @@ class Loader:
     """
 
     def __init__(self, images: ImageDataset | TokenDataset, config: TrainConfig, world: World) -> None:
+        size = f"batch_size={config.batch_size}"
         if config.batch_size % world.size:
-            raise UserError(
-                f"batch_size={config.batch_size} cannot be split over {world.size} processes: make it a multiple of "
-                "their number."
-            )
+            raise UserError(f"{size} cannot be split over {world.size} processes: make it a multiple of their number.")
         if len(images) < config.batch_size:
-            raise UserError(
-                f"{images.path} holds {len(images)} images, fewer than one batch of batch_size={config.batch_size}: "
-                "lower it or add images."
-            )
+            held = f"{images.path} holds {len(images)} images"
+            raise UserError(f"{held}, fewer than one batch of {size}: lower it or add images.")
         self.images, self.config = images, config
         self.steps_per_epoch = len(images) // config.batch_size
         local = config.batch_size // world.size
         self.indices = torch.arange(world.rank * local, (world.rank + 1) * local)
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # Batches are read ahead across the end of an epoch.
+        self._cached_draws = functools.lru_cache(2)(self._compute_draws)
         self._cache: dict[int, np.ndarray] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -96,63 +118,61 @@ class Loader:
 
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the order of the images in an epoch, (N,), and five uniform numbers per image, (N, 5)."""
-        with self._lock:
-            if epoch not in self._epochs:
-                ids, seed = torch.arange(len(self.images)), self.config.seed
-                keys = philox.words(seed, ids, 4, stream=philox.TRAIN_ORDER, step=epoch)[0].numpy()
-                crops = philox.uniform(seed, ids, 5, stream=philox.TRAIN_CROP, step=epoch)[0].numpy()
-                # Two words per key, since among a million images single words collide.
-                self._epochs[epoch] = np.lexsort((keys[:, 1], keys[:, 0])), crops
-                if len(self._epochs) > 2:  # batches are read ahead across the end of an epoch
-                    # The oldest, not the smallest: with few batches per epoch three epochs are read at a time, and the
-                    # smallest may have been requested just now.
-                    del self._epochs[next(iter(self._epochs))]
-            return self._epochs[epoch]
+        with self._lock:  # or all threads would compute them
+            return self._cached_draws(epoch)
+
+    def _compute_draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, seed = torch.arange(len(self.images)), self.config.seed
+        keys = philox.words(seed, ids, 4, stream=philox.TRAIN_ORDER, step=epoch)[0].numpy()
+        crops = philox.uniform(seed, ids, 5, stream=philox.TRAIN_CROP, step=epoch)[0].numpy()
+        # Two words per key, since among a million images single words collide.
+        return np.lexsort((keys[:, 1], keys[:, 0])), crops
 
     def load(self, step: int) -> Batch:
         """Reads this process's part of a step's batch."""
-        return self._batch([self._read(step, slice(None))])
+        return self._collate(self._read(step, slice(None)))
 
-    def _read(self, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _collate(self, items: list[tuple[np.ndarray, int]]) -> Batch:
+        inputs, labels = zip(*items, strict=True)
+        return Batch(torch.from_numpy(np.stack(inputs)), torch.tensor(labels), self.indices)
+
+    def _read(self, step: int, part: slice) -> list[tuple[np.ndarray, int]]:
         """Reads inputs and labels of a part of this process's indices."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         order, draws = self._draws(epoch)
         crop_probability = random_crop_probability(self.config, epoch)
-        inputs, labels = [], []
+        items = []
         for position in (batch * self.config.batch_size + self.indices[part]).tolist():
-            image, view = self._read_first_good(position, order, draws, crop_probability)
-            inputs.append(view)
-            labels.append(self.images.labels[image])
-        return np.stack(inputs), np.array(labels)
+            # The image at this position, or the next readable one.
+            for index in itertools.chain(order[position:], order[:position]):
+                view = self._view(int(index), draws[index], crop_probability)
+                if view is not None:
+                    items.append((view, int(self.images.labels[index])))
+                    break
+            else:
+                raise UserError(f"no image of {self.images.path} can be read: repair them.")
+        return items
 
-    def _read_first_good(
-        self, position: int, order: np.ndarray, draws: np.ndarray, crop_probability: float
-    ) -> tuple[int, np.ndarray]:
-        """Returns the image at a position of an epoch's order, or the next readable one, and its view."""
-        for offset in range(len(order)):
-            index = int(order[(position + offset) % len(order)])
-            if isinstance(self.images, TokenDataset):
-                return index, self._cached_view(self.images, index, draws[index], crop_probability)
-            if index in self.bad_images:
-                continue
-            try:
-                return index, self._crop(self.images, index, draws[index], crop_probability)
-            except UserError as error:
-                self.bad_images.add(index, error)
-        raise UserError(f"no image of {self.images.path} can be read: repair them.")
-
-    def _batch(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-        inputs, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-        return Batch(inputs, labels, self.indices)
-
-    def _cached_view(self, tokens: TokenDataset, index: int, draws: np.ndarray, crop_probability: float) -> np.ndarray:
-        """Returns a view of a token cache: a random crop where training on images would use one, if it has any."""
-        random_crops = tokens.info.crops - 1
-        crop = 1 + int(float(draws[1]) * random_crops) if random_crops and draws[0] < crop_probability else 0
-        return tokens.read(index, crop, int(tokens.info.flips and draws[4] < 0.5))
-
-    def _crop(self, images: ImageDataset, index: int, draws: np.ndarray, crop_probability: float) -> np.ndarray:
+    def _view(self, index: int, draws: np.ndarray, crop_probability: float) -> np.ndarray | None:
+        """Returns a view of an image, None if it is unreadable."""
+        is_random = draws[0] < crop_probability
+        if isinstance(self.images, TokenDataset):
+            crops, flips = self.images.info.crops, self.images.info.flips
+            crop = 1 + int(float(draws[1]) * (crops - 1)) if crops > 1 and is_random else 0
+            return self.images.read(index, crop, int(flips and draws[4] < 0.5))
+        if index in self.bad_images:
+            return None
+        try:
+            image = Image.fromarray(self._pixels(self.images, index))
+        except UserError as error:
+            self.bad_images.add(index, error)
+            return None
         size = self.config.image_size
+        x, y, z = map(float, draws[1:4])
+        image = random_crop(image, size, (x, y, z)) if is_random else center_crop(image, size)
+        return to_array(horizontal_flip(image) if draws[4] < 0.5 else image)
+
+    def _pixels(self, images: ImageDataset, index: int) -> np.ndarray:
         pixels = self._cache.get(index)
         if pixels is None:
             pixels = to_array(images.read(index))
@@ -161,12 +181,7 @@ class Loader:
                 if max(pixels.shape) <= 64 and self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
                     self._cache[index] = pixels
                     self._cached_bytes += pixels.nbytes
-        image = Image.fromarray(pixels)
-        if draws[0] < crop_probability:
-            image = random_crop(image, size, (float(draws[1]), float(draws[2]), float(draws[3])))
-        else:
-            image = center_crop(image, size)
-        return to_array(horizontal_flip(image) if draws[4] < 0.5 else image)
+        return pixels
 
     def stream(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps start..stop-1, each read by `num_workers` threads, some steps ahead."""
@@ -175,11 +190,11 @@ class Loader:
         parts = [slice(first, first + size) for first in range(0, local, size)]
         with concurrent.futures.ThreadPoolExecutor(self.config.num_workers) as pool:
 
-            def submit(step: int) -> list[concurrent.futures.Future[tuple[np.ndarray, np.ndarray]]]:
+            def submit(step: int) -> list[concurrent.futures.Future[list[tuple[np.ndarray, int]]]]:
                 return [pool.submit(self._read, step, part) for part in parts]
 
-            for _, read in read_ahead(range(start, stop), submit, PREFETCH):
-                yield self._batch(read)
+            for _, items in read_ahead(range(start, stop), submit, PREFETCH):
+                yield self._collate(list(itertools.chain.from_iterable(items)))
 
 
 def random_crop_probability(config: TrainConfig, epoch: int) -> float:

@@ -18,6 +18,7 @@ from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.training.flops import peak_bf16
+from bitdance.training.loader import Batch
 from bitdance.training.optimizer import NonFiniteGuard
 
 LOG_FILE = "log.jsonl"
@@ -48,12 +49,21 @@ class MetricsMeter:
         self._sums: dict[str, Tensor] = {}
         self._steps, self._waited, self._start = 0, 0.0, time.perf_counter()
 
-    def add(self, metrics: dict[str, Tensor], waited: float) -> None:
-        """Adds the metrics of a step, 0 if it was skipped, and the seconds spent waiting for its batch."""
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yields the batches and measures the time spent waiting for them."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Adds the metrics of a step, 0 if it was skipped."""
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
-        self._waited += waited
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -86,8 +96,7 @@ class MetricsMeter:
             "waiting": self._waited / seconds,
             "tflops": rate / 1e12,
         }
-        if self._peak:
-            metrics["mfu"] = rate / self._peak
+        metrics |= {"mfu": rate / self._peak} if self._peak else {}
         self._skipped = int(skipped)
         self._restart()
         return metrics
@@ -112,8 +121,7 @@ class RunLog:
     Args:
         folder: the run folder.
         step: steps that are done; lines that an interrupted run logged after it are removed.
-        tensorboard: also write TensorBoard's files, in `tensorboard/`.
-        wandb: also log to this project of Weights & Biases.
+        tensorboard, wandb: as in `TrainConfig`.
         settings: of the run, for Weights & Biases.
 
     Raises:
@@ -121,16 +129,11 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: pathlib.Path,
-        step: int,
-        tensorboard: bool = False,
-        wandb: str | None = None,
-        settings: Mapping[str, Any] | None = None,
+        self, folder: pathlib.Path, step: int, tensorboard: bool, wandb: str | None, settings: dict[str, Any]
     ) -> None:
         self.path = folder / LOG_FILE
         self._tensorboard = _open_tensorboard(folder, step) if tensorboard else None
-        self._wandb = _open_wandb(folder, wandb, settings or {}) if wandb else None
+        self._wandb = _open_wandb(folder, wandb, settings) if wandb else None
         if self.path.is_file():
             lines = [line for line in read_log(folder) if line["step"] <= step]
             with atomic_write(self.path) as temporary:
@@ -147,10 +150,8 @@ class RunLog:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"cannot write {self.path}: {reason}; free some space, then run the command again."
-            ) from error
+            problem = f"cannot write {self.path}: {error.strerror}"
+            raise UserError(f"{problem}; free some space, then run the command again.") from error
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -186,7 +187,7 @@ def _open_tensorboard(folder: pathlib.Path, step: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
-def _open_wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any]) -> Any:
+def _open_wandb(folder: pathlib.Path, project: str, settings: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
@@ -195,11 +196,5 @@ def _open_wandb(folder: pathlib.Path, project: str, settings: Mapping[str, Any])
     if not name.exists():
         with atomic_write(name) as temporary:
             temporary.write_text(secrets.token_hex(8))
-    return wandb.init(
-        project=project,
-        name=folder.name,
-        id=name.read_text().strip(),
-        resume="allow",
-        dir=str(folder),
-        config=dict(settings),
-    )
+    run_id = name.read_text().strip()
+    return wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=settings)

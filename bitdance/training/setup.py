@@ -11,14 +11,14 @@ import torch
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.data.class_names import imagenet, numbered
-from bitdance.data.images import ImageDataset, open_images
-from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest
+from bitdance.data.images import ImageDataset
+from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
-from bitdance.training.loader import Loader
+from bitdance.training.loader import Loader, data_digest, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
@@ -43,17 +43,13 @@ def train_autoencoder(
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
     if config.eval_every:
-        raise UserError(
-            "`eval_every` is not available for autoencoders: leave it out, and let `bitdance reconstruct` compute the "
-            "rFID of the weights."
-        )
-    if is_token_cache(config.data_path):
-        raise UserError(f"{config.data_path} is a token cache: an autoencoder is trained on images.")
+        advice = "leave it out, and let `bitdance reconstruct` compute the rFID of the weights"
+        raise UserError(f"`eval_every` is not available for autoencoders: {advice}.")
     with init_distributed(device, threads) as world:
-        images = open_images(config.data_path)
+        images = open_data(config.data_path, None, config.image_size)
         torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss)
-        data = DataInfo(len(images), names_digest(images))
+        data = DataInfo(len(images), data_digest(images))
         return Trainer(objective, config, Loader(images, config, world), world, data).train()
 
 
@@ -94,25 +90,16 @@ def train_model(
     digest = safetensors_files.digest(contents.states["autoencoder"])
     del contents  # holds the tensors a second time
     with init_distributed(device, threads) as world:
-        images: ImageDataset | TokenDataset
-        if is_token_cache(config.data_path):
-            images = TokenDataset(config.data_path)
-            images.check(digest, config.image_size)
-        else:
-            images = open_images(config.data_path)
+        images = open_data(config.data_path, digest, config.image_size)
         model_config = _complete_sizes(sizes, tokenizer.config, config.image_size, images)
         present = len(np.unique(images.labels))
         if present < model_config.num_classes and world.is_main:
-            print(
-                f"bitdance: warning: {images.path} has images of {present} classes, and the model "
-                f"{model_config.num_classes}: it learns nothing about the others.",
-                file=sys.stderr,
-            )
+            classes = f"{images.path} has images of {present} classes, and the model {model_config.num_classes}"
+            print(f"bitdance: warning: {classes}: it learns nothing about the others.", file=sys.stderr)
         torch.manual_seed(config.seed)
         network = BitDance(model_config, sizes.drop_rate, config.grad_checkpointing)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
-        identity = images.digest if isinstance(images, TokenDataset) else names_digest(images)
-        data = DataInfo(len(images), identity, digest)
+        data = DataInfo(len(images), data_digest(images), digest)
         trainer = Trainer(objective, config, Loader(images, config, world), world, data, _recorded_name(autoencoder))
         if dry_run:
             print_estimate(trainer)
@@ -131,12 +118,11 @@ def _complete_sizes(
     sizes: ModelSizes, autoencoder: AutoencoderConfig, image_size: int, images: ImageDataset | TokenDataset
 ) -> BitDanceConfig:
     num_classes = sizes.num_classes or len(images.classes)
-    if len(images.classes) > num_classes:
+    count = len(images.classes)
+    if count > num_classes:
         reason = ", ImageNet's, whose ids its folders have" if images.classes == imagenet().wordnet_ids else ""
-        raise UserError(
-            f"{images.path} has {len(images.classes)} classes{reason}, more than num_classes={num_classes}: raise it."
-        )
-    names = (*images.classes, *map(numbered(num_classes).label, range(len(images.classes), num_classes)))
+        raise UserError(f"{images.path} has {count} classes{reason}, more than num_classes={num_classes}: raise it.")
+    names = (*images.classes, *map(numbered(num_classes).label, range(count, num_classes)))
     return sizes.complete(
         grid=image_size // autoencoder.down_size, bits=autoencoder.bits, num_classes=num_classes, class_names=names
     )
@@ -144,6 +130,5 @@ def _complete_sizes(
 
 def _check_image_size(image_size: int, down_size: int) -> None:
     if image_size % down_size:
-        raise UserError(
-            f"image_size={image_size} is invalid: it must be a multiple of {down_size}, of the autoencoder."
-        )
+        rule = f"it must be a multiple of {down_size}, of the autoencoder"
+        raise UserError(f"image_size={image_size} is invalid: {rule}.")

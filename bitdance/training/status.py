@@ -19,6 +19,12 @@ from bitdance.training.logging import read_log
 from bitdance.weights import weights_file
 
 PLOT = "loss.png"
+CHARTS = {
+    "loss": ("loss", "val_loss"),
+    "FID": ("eval_fid",),
+    "Inception Score": ("eval_inception_score",),
+    "precision and recall": ("eval_precision", "eval_recall"),
+}
 
 
 def describe_run(folder: pathlib.Path) -> dict[str, Any]:
@@ -43,7 +49,7 @@ def describe_run(folder: pathlib.Path) -> dict[str, Any]:
     step = lines[-1]["step"] if lines else 0
     rate = last.get("images_per_second")
     finished = folder / f"{kind}.safetensors"
-    validated = [line for line in lines if line.get("val_loss") is not None]
+    validated = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
     evaluated = [line for line in lines if format_evaluation(line)]
     return {
         "folder": str(folder),
@@ -53,33 +59,29 @@ def describe_run(folder: pathlib.Path) -> dict[str, Any]:
         "epoch": step / steps_per_epoch,
         "loss": last.get("loss"),
         "loss_10_lines_ago": steps[-11]["loss"] if len(steps) > 10 else None,
-        "val_loss": validated[-1]["val_loss"] if validated else None,
+        "val_loss": validated[-1] if validated else None,
         "evaluation": {name: evaluated[-1].get(name) for name in ("step", *LOGGED)} if evaluated else None,
         "skipped": last.get("skipped", 0),
-        "images_per_second": rate,
-        "waiting": last.get("waiting"),
-        "tflops": last.get("tflops"),
-        "mfu": last.get("mfu"),
+        **{name: last.get(name) for name in ("images_per_second", "waiting", "tflops", "mfu")},
         "seconds_left": (last_step - step) * batch_size / rate if rate else None,
         "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
-        "checkpoints": [{"file": path.name, **_describe_checkpoint(path)} for path in list_checkpoints(folder)],
+        "checkpoints": [_describe_checkpoint(path) for path in list_checkpoints(folder).values()],
         "weights": finished.name if finished.exists() else None,
         "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),
     }
 
 
 def _describe_checkpoint(path: pathlib.Path) -> dict[str, Any]:
-    size = path.stat().st_size
+    facts = {"file": path.name, "bytes": path.stat().st_size}
     try:
         weights_file.read(path)
     except UserError as error:
-        return {"bytes": size, "complete": False, "reason": str(error)}
-    return {"bytes": size, "complete": True}
+        return {**facts, "complete": False, "reason": str(error)}
+    return {**facts, "complete": True}
 
 
 def format_run(facts: dict[str, Any]) -> str:
     """Formats the result of `describe_run` as lines."""
-    is_finished = facts["weights"] is not None and facts["step"] >= facts["last_step"]
     rows = [("step", f"{facts['step']} of {facts['last_step']} (epoch {facts['epoch']:.2f})")]
     if facts["loss"] is not None:
         before = facts["loss_10_lines_ago"]
@@ -92,6 +94,7 @@ def format_run(facts: dict[str, Any]) -> str:
     if facts["images_per_second"]:
         use = f", model-FLOP utilization {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting']:.0%}{use}"))
+        is_finished = facts["weights"] is not None and facts["step"] >= facts["last_step"]
         left = "none, finished" if is_finished else f"{format_duration(facts['seconds_left'])} at this speed"
         rows.append(("time left", left))
         rows.append(("last line of the log", f"{format_duration(facts['seconds_since_last_line'])} ago"))
@@ -103,10 +106,9 @@ def format_run(facts: dict[str, Any]) -> str:
     rows.append(("final weights", facts["weights"] or "not yet"))
     if facts["kept"]:
         rows.append(("kept weights", ", ".join(facts["kept"])))
+    title = f"{facts['folder']} (training of a {facts['kind']})"
     width = max(len(name) for name, _ in rows) + 2
-    return "\n".join([f"{facts['folder']} (training of a {facts['kind']})", ""]) + "".join(
-        f"\n  {name:<{width}}{value}" for name, value in rows
-    )
+    return "\n".join([title, "", *(f"  {name:<{width}}{value}" for name, value in rows)])
 
 
 def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
@@ -116,31 +118,23 @@ def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
     lines = read_log(folder)
-    charts = {
-        "loss": {"loss": "loss", "val_loss": "val_loss"},
-        "FID": {"eval_fid": ""},
-        "Inception Score": {"eval_inception_score": ""},
-        "precision and recall": {"eval_precision": "precision", "eval_recall": "recall"},
-    }
-    curves = {
-        title: found
-        for title, keys in charts.items()
-        if (found := [(key, name) for key, name in keys.items() if _points(lines, key)])
-    }
-    if not curves:
+    charts = {title: {key: points for key in keys if (points := _points(lines, key))} for title, keys in CHARTS.items()}
+    charts = {title: curves for title, curves in charts.items() if curves}
+    if not charts:
         return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'bitdance[plots]'.") from None
-    figure = Figure(figsize=(9.6, 2 + 3 * len(curves)), layout="constrained")
+    figure = Figure(figsize=(9.6, 2 + 3 * len(charts)), layout="constrained")
     figure.suptitle(folder.resolve().name)
-    all_axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
-    for axes, (title, found) in zip(all_axes, curves.items(), strict=True):
+    all_axes = figure.subplots(len(charts), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
         lows, highs = [], []
-        for key, name in found:
-            x, y = (np.array(values, float) for values in zip(*_points(lines, key), strict=True))
+        for key, points in curves.items():
+            x, y = np.array(points, float).T
             window = len(y) // 50 if key == "loss" else 1
+            name = key.removeprefix("eval_")
             axes.plot(x, y, label=name, marker="." if len(y) < 20 else None, alpha=0.4 if window >= 4 else 1.0)
             if window >= 4:
                 mean = np.convolve(y, np.full(window, 1 / window), "valid")
@@ -153,7 +147,7 @@ def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
             axes.set_ylim(min(lows) - margin, max(highs) + margin)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
-        if any(name for _, name in found):
+        if len(CHARTS[title]) > 1:
             axes.legend()
     all_axes[-1].set_xlabel("step")
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)

@@ -239,14 +239,7 @@ class TrainConfig:
 def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig, ModelSizes, LossConfig]:
     """Returns the settings that a released model was trained with, those of its command in the original's README."""
     run = TrainConfig(
-        data_path,
-        epochs=800,
-        batch_size=1024,
-        lr=6e-4,
-        ema=0.9999,
-        precision="bf16",
-        keep_epochs=50,
-        compile=True,
+        data_path, epochs=800, batch_size=1024, lr=6e-4, ema=0.9999, precision="bf16", keep_epochs=50, compile=True
     )
     names = {field.name for field in dataclasses.fields(ModelSizes)} - {"drop_rate"}
     sizes = ModelSizes(**{name: getattr(release.config, name) for name in names})

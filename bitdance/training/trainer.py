@@ -30,7 +30,7 @@ from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusiv
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
-from bitdance.training.checkpointing import Checkpointer, newest_step, read_newest
+from bitdance.training.checkpointing import Checkpointer, list_checkpoints, read_newest
 from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
@@ -122,16 +122,8 @@ class Trainer:
             self.pipeline = Pipeline(objective.network, objective.autoencoder, defaults=PREVIEW_SAMPLING)
         self.total_steps = config.epochs * loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        self.info = RunInfo(
-            self.kind,
-            __version__,
-            loader.steps_per_epoch,
-            self.total_steps,
-            self.last_step,
-            world.size,
-            world.device.type,
-            autoencoder_name,
-        )
+        steps = (loader.steps_per_epoch, self.total_steps, self.last_step)
+        self.info = RunInfo(self.kind, __version__, *steps, world.size, world.device.type, autoencoder_name)
         self.optimizer = build_optimizer(self.network, config)
         self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
         self.guard = NonFiniteGuard(world.device)
@@ -141,9 +133,9 @@ class Trainer:
                 f"accumulate={config.accumulate} does not divide the {len(loader.indices)} images of a process: make "
                 "`batch_size` a multiple of the number of microbatches times the number of processes."
             )
-        classes = loader.images.classes
-        self.validation = Validation(objective, config, classes, world, data.autoencoder) if config.val_path else None
-        self.evaluation = None
+        self.validation = self.evaluation = None
+        if config.val_path:
+            self.validation = Validation(objective, config, loader.images.classes, world, data.autoencoder)
         if config.eval_every and self.pipeline is not None:
             self.evaluation = SampleEvaluation(self.pipeline, config, loader.images.labels, world, self.in_bf16)
         self.checkpointer = Checkpointer(config.output, config.keep_checkpoints)
@@ -188,12 +180,10 @@ class Trainer:
         flops = step_flops(self.objective, config.batch_size, config.image_size, encodes) / self.world.size
         meter = MetricsMeter(config.batch_size, flops, self.world, self.guard, self.in_bf16)
         saved = time.monotonic()
-        with progress_bar(
-            self.last_step, "training", "steps", initial=self.step, disable=not self.world.is_main
-        ) as bar:
-            for batch, waited in _with_waiting_time(self.loader.stream(self.step, self.last_step)):
+        with progress_bar(self.last_step, "training", "steps", self.step, disable=not self.world.is_main) as bar:
+            for batch in meter.timed(self.loader.stream(self.step, self.last_step)):
                 lr = learning_rate(config, self.step, self.total_steps)
-                meter.add(self.train_step(batch, lr), waited)
+                meter.add(self.train_step(batch, lr))
                 self.step += 1
                 bar.update()
                 metrics: Metrics = {}
@@ -210,8 +200,8 @@ class Trainer:
                             metrics |= self.evaluation.metrics()
                         if self.world.is_main:
                             bar.write(f"step {self.step}: {format_evaluation(metrics)} of {config.eval_images} images")
-                    if metrics and self.log is not None:
-                        self.log.write(self.step, self.step / self.loader.steps_per_epoch, metrics)
+                    if metrics:
+                        self._log(metrics)
                     if config.keep_epochs and self.step % (config.keep_epochs * self.loader.steps_per_epoch) == 0:
                         self._save_weights(f"epoch_{self.step // self.loader.steps_per_epoch}.safetensors")
                     if self._is_due(config.preview_every):
@@ -234,8 +224,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         count = self.config.accumulate
+        no_sync = getattr(self.module, "no_sync", contextlib.nullcontext)
         for number, part in enumerate(batch.to(self.world.device).split_microbatches(count)):
-            with self._synchronize(number == count - 1):
+            # Only for the last microbatch does DDP average the gradients over the processes.
+            with no_sync() if number < count - 1 else contextlib.nullcontext():
                 with self.autocast():
                     loss, metrics = self.module(*part, self.step)
                 (loss / count).backward()
@@ -250,12 +242,6 @@ class Trainer:
         means = {name: value / count for name, value in sums.items()} | {"grad_norm": norm}
         return {name: torch.where(skipped > 0, 0.0, value) for name, value in means.items()}
 
-    def _synchronize(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context in which gradients are averaged over processes only for the last microbatch."""
-        if is_last or not isinstance(self.module, nn.parallel.DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.module.no_sync()
-
     @property
     def in_bf16(self) -> bool:
         """Whether matrix products are computed in bf16."""
@@ -267,7 +253,7 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.in_bf16)
 
     def _check_skipped(self, batch: Batch, consecutive: int) -> None:
-        """Stops the run and writes the batch to a file if too many consecutive steps were skipped."""
+        """Writes the batch to a file and ends the run if too many consecutive steps were skipped."""
         if not 0 < self.config.max_skipped <= consecutive:
             return
         rank = f"-{self.world.rank}" if self.world.size > 1 else ""
@@ -302,25 +288,26 @@ class Trainer:
 
     def _open_run(self) -> None:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
-        contents = read_newest(self.config.output) if self.world.is_main else None
-        done = int(contents.metadata["step"]) if contents else 0
-        if contents is not None and not (self.config.output / SETTINGS).exists():
+        folder = self.config.output
+        contents = read_newest(folder) if self.world.is_main else None
+        if contents is not None and not (folder / SETTINGS).exists():
             raise UserError(
-                f"{self.config.output} has checkpoints but no {SETTINGS}: restore it, or delete the folder to start "
-                "over."
+                f"{folder} has checkpoints but no {SETTINGS}: restore it, or delete the folder to start over."
             )
-        is_finished = functools.partial(_is_finished, done)
-        settings, changes = check_settings(
-            self.config.output, self._sections(), self.world, contents is not None, is_finished
-        )
+        is_finished = functools.partial(_is_finished, int(contents.metadata["step"]) if contents else 0)
+        settings, changes = check_settings(folder, self._sections(), self.world, contents is not None, is_finished)
         path = self.world.broadcast(contents.path if contents else None)
         if path is not None:
             self.load(contents or weights_file.read(path))
         if self.world.is_main:
-            self.log = RunLog(self.config.output, self.step, self.config.tensorboard, self.config.wandb, settings)
+            self.log = RunLog(folder, self.step, self.config.tensorboard, self.config.wandb, settings)
             for change in changes:
                 print(change)
-                self.log.write(self.step, self.step / self.loader.steps_per_epoch, {"note": change})
+                self._log({"note": change})
+
+    def _log(self, entry: Mapping[str, float | str | None]) -> None:
+        if self.log is not None:
+            self.log.write(self.step, self.step / self.loader.steps_per_epoch, entry)
 
     def steps_left(self) -> int:
         """Returns the number of steps that `train` would take, by the names of the checkpoints in the run folder.
@@ -328,7 +315,7 @@ class Trainer:
         Raises:
             UserError: the folder belongs to another run.
         """
-        done = newest_step(self.config.output)
+        done = next(iter(list_checkpoints(self.config.output)), 0)
         read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
         return max(0, self.last_step - done)
 
@@ -339,18 +326,18 @@ class Trainer:
 
     def load(self, contents: WeightsFile) -> None:
         """Loads the state of a checkpoint."""
-
-        def copy(value: Tensor) -> Tensor:
-            return value.to(self.world.device, copy=True)  # the file that it maps may soon be removed
-
-        self.network.load_state_dict(contents.states["model"])
-        if self.ema is not None:
-            self.ema.state = {name: copy(value) for name, value in contents.states["ema"].items()}
-        for name, parameter in self.network.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: copy(contents.states["optimizer"][f"{key}/{name}"]) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
         metadata = contents.metadata
+        self.network.load_state_dict(contents.states["model"])
+        # Copies, since the file, whose memory is mapped, may soon be removed.
+        ema, moments = (
+            {name: value.to(self.world.device, copy=True) for name, value in contents.states.get(part, {}).items()}
+            for part in ("ema", "optimizer")
+        )
+        if self.ema is not None:
+            self.ema.state = ema
+        for name, parameter in self.network.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
         self.guard = NonFiniteGuard(self.world.device, int(metadata["skipped"]), int(metadata["consecutive"]))
         self.step = int(metadata["step"])
 
@@ -376,11 +363,9 @@ class Trainer:
         self.save()
         self.checkpointer.finish()
         self.world.barrier()
-        raise Interrupted(
-            f"interrupted by {signal.Signals(number).name} at step {self.step} of {self.last_step}: run the same "
-            "command again to resume.",
-            number,
-        )
+        at = f"at step {self.step} of {self.last_step}"
+        name = signal.Signals(number).name
+        raise Interrupted(f"interrupted by {name} {at}: run the same command again to resume.", number)
 
     def _finish(self) -> pathlib.Path:
         name = f"{self.kind}.safetensors"
@@ -425,13 +410,3 @@ def _is_finished(step: int, stored: Mapping[str, Any]) -> bool:
     run = stored.get("run")
     total = run.get("total_steps") if isinstance(run, dict) else None
     return isinstance(total, int) and step >= total
-
-
-def _with_waiting_time(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Yields the batches, each with the seconds spent waiting for it."""
-    while True:
-        start = time.perf_counter()
-        batch = next(stream, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - start
