@@ -33,7 +33,7 @@ from bitdance.metrics.feature_set import (
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
@@ -64,9 +64,6 @@ class JobConfig:
     seed: int = 0
     labels: str = "balanced"
     chunk_size: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "num_images batch_size", lambda value: value >= 1, "be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +188,7 @@ class SamplingJob:
             UserError: a setting is out of range, the results or parts there have other settings, or a file cannot be
                 written.
         """
+        _ = self.batches, self.labels  # raises what is out of range before anything is written
         sections = {
             "sampling": self.sampling,
             "job": self.config,
