@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitdance.data.images import ImageDataset
-from bitdance.data.token_cache import TokenDataset
+from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import extract_features
 from bitdance.metrics.image_sources import ImageSource
@@ -68,6 +68,8 @@ class Validation:
     ) -> None:
         assert config.val_path is not None
         same = config.val_path.resolve() == config.data_path.resolve()
+        if autoencoder is None and is_token_cache(config.val_path):
+            raise UserError(f"val_path={config.val_path} is a token cache: an autoencoder is validated on images.")
         images = open_data(config.val_path, autoencoder, config.image_size, "test" if same else "train")
         self._objective = copy.copy(objective)
         if isinstance(self._objective, BitDanceLoss):

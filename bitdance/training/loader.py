@@ -68,10 +68,8 @@ def open_data(
     Raises:
         UserError: there are no images, or the token cache does not fit.
     """
-    if not is_token_cache(path):
+    if autoencoder is None or not is_token_cache(path):
         return open_images(path, split)
-    if autoencoder is None:
-        raise UserError(f"{path} is a token cache: an autoencoder is trained and validated on images.")
     tokens = TokenDataset(path)
     tokens.check(autoencoder, image_size)
     return tokens

@@ -62,7 +62,7 @@ class MetricsMeter:
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds the metrics of a step, 0 if it was skipped."""
         for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0) + value
         self._steps += 1
 
     @contextlib.contextmanager

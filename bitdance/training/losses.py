@@ -18,8 +18,6 @@ from bitdance.models.tokens import flip_bits, grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
 
-Metrics = dict[str, Tensor]
-
 
 class AutoencoderLoss(nn.Module):
     """Reconstruction, entropy and commitment loss, with straight-through gradients."""
@@ -28,7 +26,7 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         self.network, self.config = network, config
 
-    def forward(self, images: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of images (B, H, W, 3) uint8; the other arguments are for `BitDanceLoss`."""
         x = normalize(images)  # (B, 3, H, W)
         latent = self.network.encoder(x).float()  # (B, C, h, w)
@@ -37,19 +35,15 @@ class AutoencoderLoss(nn.Module):
         entropy = entropy_loss(latent)
         commitment = F.mse_loss(latent, quantize(latent).detach())
         weights = self.config
-        loss = (
-            squared
-            + weights.l1_weight * absolute
-            + weights.entropy_weight * entropy.total
-            + weights.commitment_weight * commitment
-        )
-        psnr = 10 * torch.log10(4 / squared.detach())
-        return loss, {
-            "psnr": psnr,
-            "entropy_sample": entropy.per_sample.detach(),
-            "entropy_codebook": entropy.codebook.detach(),
-            "commitment": commitment.detach(),
+        loss = squared + weights.l1_weight * absolute + weights.entropy_weight * entropy.total
+        loss = loss + weights.commitment_weight * commitment
+        metrics = {
+            "psnr": 10 * torch.log10(4 / squared),
+            "entropy_sample": entropy.per_sample,
+            "entropy_codebook": entropy.codebook,
+            "commitment": commitment,
         }
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 class BitDanceLoss(nn.Module):
@@ -75,7 +69,7 @@ class BitDanceLoss(nn.Module):
         grid = grid_from_tokens(unpack(inputs)) if inputs.ndim == 3 else self.autoencoder.encode(normalize(inputs))
         return tokens_from_grid(grid.float(), self.network.config.patch)
 
-    def forward(self, inputs: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, Metrics]:
+    def forward(self, inputs: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss.
 
         Args:

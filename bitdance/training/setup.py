@@ -11,8 +11,8 @@ import torch
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.data.class_names import imagenet, numbered
-from bitdance.data.images import ImageDataset
-from bitdance.data.token_cache import TokenDataset
+from bitdance.data.images import ImageDataset, open_images
+from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -45,8 +45,10 @@ def train_autoencoder(
     if config.eval_every:
         advice = "leave it out, and let `bitdance reconstruct` compute the rFID of the weights"
         raise UserError(f"`eval_every` is not available for autoencoders: {advice}.")
+    if is_token_cache(config.data_path):
+        raise UserError(f"{config.data_path} is a token cache: an autoencoder is trained on images.")
     with init_distributed(device, threads) as world:
-        images = open_data(config.data_path, None, config.image_size)
+        images = open_images(config.data_path)
         torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss)
         data = DataInfo(len(images), data_digest(images))

@@ -129,10 +129,9 @@ class Trainer:
         self.guard = NonFiniteGuard(world.device)
         self.step = 0
         if len(loader.indices) % config.accumulate:
-            raise UserError(
-                f"accumulate={config.accumulate} does not divide the {len(loader.indices)} images of a process: make "
-                "`batch_size` a multiple of the number of microbatches times the number of processes."
-            )
+            problem = f"accumulate={config.accumulate} does not divide the {len(loader.indices)} images of a process"
+            rule = "a multiple of the number of microbatches times the number of processes"
+            raise UserError(f"{problem}: make `batch_size` {rule}.")
         self.validation = self.evaluation = None
         if config.val_path:
             self.validation = Validation(objective, config, loader.images.classes, world, data.autoencoder)
@@ -156,25 +155,21 @@ class Trainer:
             UserError: the folder belongs to another run, another process trains in it, too many consecutive steps were
                 skipped, an image cannot be read, or a file cannot be written.
         """
-        with exclusive(self.config.output, self.world):
-            try:
-                self._open_run()
-                with PreemptionHandler(self.world).installed() as preemption:
-                    self._train_steps(preemption)
-                    preemption.close()
-                    return self._finish()
-            finally:
-                self.checkpointer.close()
-                if self.log is not None:
-                    self.log.close()
+        with exclusive(self.config.output, self.world), contextlib.ExitStack() as opened:
+            opened.callback(self.checkpointer.close)
+            self._open_run(opened)
+            with PreemptionHandler(self.world).installed() as preemption:
+                self._train_steps(preemption)
+                preemption.close()
+                return self._finish()
 
     def _train_steps(self, preemption: PreemptionHandler) -> None:
         config = self.config
         if self.world.is_main and self.step == 0 and config.warmup_steps > self.last_step:
-            print(
-                f"the warm-up (warmup_steps={config.warmup_steps}) is longer than the run ({self.last_step} steps): "
-                "the learning rate stays below `lr`."
+            problem = (
+                f"the warm-up (warmup_steps={config.warmup_steps}) is longer than the run ({self.last_step} steps)"
             )
+            print(f"{problem}: the learning rate stays below `lr`.")
         self.network.train()
         encodes = not isinstance(self.loader.images, TokenDataset)
         flops = step_flops(self.objective, config.batch_size, config.image_size, encodes) / self.world.size
@@ -226,13 +221,13 @@ class Trainer:
         count = self.config.accumulate
         no_sync = getattr(self.module, "no_sync", contextlib.nullcontext)
         for number, part in enumerate(batch.to(self.world.device).split_microbatches(count)):
-            # Only for the last microbatch does DDP average the gradients over the processes.
+            # DDP averages the gradients over the processes in the last microbatch.
             with no_sync() if number < count - 1 else contextlib.nullcontext():
                 with self.autocast():
                     loss, metrics = self.module(*part, self.step)
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
-                sums[name] = sums[name] + value if name in sums else value
+                sums[name] = sums.get(name, 0) + value
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm or float("inf"))
         skipped = self.guard.check(norm)
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -261,10 +256,8 @@ class Trainer:
         safetensors_files.save_tensors(path, batch._asdict(), "batch", {}, step=str(self.step))
         self.checkpointer.finish()
         self.world.barrier()  # otherwise the first process to end would end the others before they have written theirs
-        raise UserError(
-            f"gradients were not finite in {consecutive} consecutive steps, up to step {self.step}: the batch is in "
-            f"{path}; lower `lr`, or train with precision=fp32."
-        )
+        problem = f"gradients were not finite in {consecutive} consecutive steps, up to step {self.step}"
+        raise UserError(f"{problem}: the batch is in {path}; lower `lr`, or train with precision=fp32.")
 
     def _is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps (0: only at the end) happens after this step."""
@@ -286,14 +279,13 @@ class Trainer:
 
     # ------------------------------------------------------------ files
 
-    def _open_run(self) -> None:
+    def _open_run(self, opened: contextlib.ExitStack) -> None:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
         folder = self.config.output
         contents = read_newest(folder) if self.world.is_main else None
         if contents is not None and not (folder / SETTINGS).exists():
-            raise UserError(
-                f"{folder} has checkpoints but no {SETTINGS}: restore it, or delete the folder to start over."
-            )
+            advice = "restore it, or delete the folder to start over"
+            raise UserError(f"{folder} has checkpoints but no {SETTINGS}: {advice}.")
         is_finished = functools.partial(_is_finished, int(contents.metadata["step"]) if contents else 0)
         settings, changes = check_settings(folder, self._sections(), self.world, contents is not None, is_finished)
         path = self.world.broadcast(contents.path if contents else None)
@@ -301,6 +293,7 @@ class Trainer:
             self.load(contents or weights_file.read(path))
         if self.world.is_main:
             self.log = RunLog(folder, self.step, self.config.tensorboard, self.config.wandb, settings)
+            opened.callback(self.log.close)
             for change in changes:
                 print(change)
                 self._log({"note": change})
@@ -349,13 +342,9 @@ class Trainer:
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.state.items()}
         for name, parameter in self.network.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
-        metadata = self._provenance() | {
-            "network": self.kind,
-            "skipped": str(int(self.guard.skipped)),
-            "consecutive": str(int(self.guard.consecutive)),
-        }
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        counts = {"skipped": str(int(self.guard.skipped)), "consecutive": str(int(self.guard.consecutive))}
+        metadata = {**self._provenance(), "network": self.kind, **counts}
         self.checkpointer.save(self.step, tensors, {self.kind: dataclasses.asdict(self.network.config)}, metadata)
 
     def _stop(self, number: int) -> None:
