@@ -182,5 +182,5 @@ def test_integrate_finds_the_solver_by_its_name():
     assert torch.equal(flow.integrate("euler-maruyama", field, draws, 4), flow.euler_maruyama(field, draws))
     assert torch.equal(flow.integrate("euler", field, draws[:1], 4), flow.euler(field, draws[0], 4))
     assert torch.equal(flow.integrate("heun", field, draws[:1], 4), flow.heun(field, draws[0], 4))
-    with pytest.raises(ValueError, match=r"unknown solver 'dopri'.*heun"):
+    with pytest.raises(ValueError, match=r"solver='dopri' is unknown.*heun"):
         flow.integrate("dopri", field, draws, 4)
