@@ -41,7 +41,7 @@ NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
 SERVER = multiprocessing.get_context("forkserver")
 """Forks processes that have imported torch already."""
-SERVER.set_forkserver_preload(["pytest", "bitdance.training.setup", "bitdance.sampling.job", "tqdm"])
+SERVER.set_forkserver_preload(["pytest", "bitdance.training.setup", "bitdance.sampling.job", "torch._dynamo", "tqdm"])
 
 
 def randomize(network: nn.Module, seed: int) -> None:

@@ -134,7 +134,7 @@ def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'bitdance[plots]'.") from None
     figure = Figure(figsize=(9.6, 2 + 3 * len(curves)), layout="constrained")
-    figure.suptitle(folder.resolve().name)
+    figure.suptitle(folder.resolve().name, parse_math=False)  # which may contain a "$"
     all_axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     for axes, (title, found) in zip(all_axes, curves.items(), strict=True):
         lows, highs = [], []
