@@ -54,12 +54,11 @@ types: $(STAMP)  ## check types
 	$(RUN) -m mypy
 
 wheel: $(STAMP)  ## build dist/bitdance-*.whl
-	rm -rf build
 	$(RUN) -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 clean:  ## remove builds and caches (not .venv, not samples)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt $(if $(CURRENT),,again)

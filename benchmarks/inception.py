@@ -1,10 +1,9 @@
-"""Throughput of the Inception network as in evaluation, compared with a straightforward implementation.
+"""Compares the throughput of the Inception network with a straightforward implementation; the last line is JSON.
 
     python benchmarks/inception.py --threads 2
 
 The straightforward implementation gathers four neighbours for each pixel of the resize, keeps images and weights
-channels-first, and runs batch normalization as a layer. Both run in turns with the same random weights and images, so
-that other load slows both. The last line is JSON.
+channels-first, and runs batch normalization as a layer. Both run alternately, with the same random weights and images.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def resize_straightforward(images: Tensor) -> Tensor:
     return above * (1 - down) + below * down
 
 
-def timed(function, images: Tensor) -> tuple[float, object]:
+def timed(function: Callable[[Tensor], Any], images: Tensor) -> tuple[float, Any]:
     if images.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -47,51 +48,50 @@ def timed(function, images: Tensor) -> tuple[float, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=256, help="height and width of the images")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
     plain = Inception()
     for module in plain.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    plain = plain.to(args.device)
+    plain = plain.to(options.device)
     fast = copy.deepcopy(plain).fold()
-    images = torch.randint(0, 256, (args.batch, args.size, args.size, 3), dtype=torch.uint8).to(args.device)
+    images = torch.randint(
+        0, 256, (options.batch_size, options.image_size, options.image_size, 3), dtype=torch.uint8
+    ).to(options.device)
 
     def straightforward(images: Tensor) -> Features:
         return plain.features((resize_straightforward(images) - 128) / 128)
 
-    ways = {
+    methods: dict[str, Callable[[Tensor], Any]] = {
         "straightforward": straightforward,
-        "ours": fast,
+        "bitdance": fast,
         "resize_straightforward": resize_straightforward,
-        "resize_ours": resize,
+        "resize_bitdance": resize,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     results = {}
     with torch.inference_mode():
-        for turn in range(args.rounds + 1):
-            for name, function in ways.items():
+        for round_ in range(options.rounds + 1):
+            for name, function in methods.items():
                 taken, results[name] = timed(function, images)
-                if turn:  # the first one warms up
+                if round_:  # the first one is a warm-up
                     seconds[name].append(taken)
-    one, other = results["ours"].pool, results["straightforward"].pool
-    rates = {name: args.batch / statistics.median(times) for name, times in seconds.items()}
+    one, other = results["bitdance"].pool, results["straightforward"].pool
+    rates = {name: options.batch_size / statistics.median(times) for name, times in seconds.items()}
     for name, rate in rates.items():
         print(f"{name:24} {rate:9.2f} images/s")
     report = {
-        "device": args.device,
-        "threads": args.threads,
-        "batch": args.batch,
-        "size": args.size,
-        "images_per_s": {name: round(rate, 2) for name, rate in rates.items()},
-        "speedup": round(rates["ours"] / rates["straightforward"], 3),
-        "resize_share": round(rates["ours"] / rates["resize_ours"], 4),
+        "settings": vars(options),
+        "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "speedup": round(rates["bitdance"] / rates["straightforward"], 3),
+        "resize_fraction": round(rates["bitdance"] / rates["resize_bitdance"], 4),
         "relative_difference": float((one - other).norm() / other.norm()),
     }
     print(json.dumps(report))

@@ -1,11 +1,11 @@
-"""Times the sampler's variants in turns on a released size with random weights; the last line is JSON.
+"""Compares the speed of variants of the sampler; the last line is JSON.
 
-    python benchmarks/sampling.py --model B-16X --batch-size 4 --steps 10 --device cpu
-    python benchmarks/sampling.py --model B-16X --batch-size 384 --steps 100 --precision bf16 --compile --device cuda
+    python benchmarks/sampling.py --model B-16X --batch-size 4 --num-steps 10 --device cpu
+    python benchmarks/sampling.py --model B-16X --batch-size 384 --precision bf16 --compile --device cuda
 
-Variants: the sampler, the same with a compiled head and with CUDA graphs (--compile), and with --reference the
-reference sampler of the tests, which recomputes the whole sequence and all embeddings at each step. Seconds are of
-tokens alone; the decoder is timed separately.
+Networks of the sizes of a released model with random weights, or the demo model. Variants: the sampler, the same with a
+compiled head and with CUDA graphs (--compile), and the reference sampler of the tests (--reference), which recomputes
+the whole sequence and all embeddings at each step. They run alternately; the decoder is timed separately.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.devices import choose_device
-from bitdance.sampling.pipeline import Pipeline
-from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
+from bitdance.runtime.devices import choose_device, peak_memory
+from bitdance.sampling.pipeline import Pipeline, load_pipeline
+from bitdance.sampling.sampler import sample_noise, sample_tokens
 
 
 def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -41,12 +41,12 @@ def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(RELEASED_MODELS), default="B-16X")
+    parser.add_argument("--model", choices=("demo", *RELEASED_MODELS), default="B-16X")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10, help="of the head's solver")
+    parser.add_argument("--num-steps", type=int, default=100, help="steps of the solver of the diffusion head")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--chunk", type=int, default=0, help="images decoded at once")
+    parser.add_argument("--chunk-size", type=int, default=0, help="images decoded at once, 0 for all")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--device")
@@ -54,13 +54,15 @@ def main() -> None:
     device = choose_device(options.device)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     torch.manual_seed(0)
-    release = RELEASED_MODELS[options.model]
-    model = BitDance(release.config).eval().to(device, dtype)
-    autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device, dtype)
-    pipeline = Pipeline(model, autoencoder)
-    config = SamplingConfig(options.steps, release.sampling.cfg_scale)
-    labels = torch.arange(options.batch_size, device=device)
-    noise_fn = sample_noise(model, 0, labels, config.num_draws)
+    if options.model == "demo":
+        pipeline = load_pipeline("demo", device=device, dtype=dtype)
+    else:
+        release = RELEASED_MODELS[options.model]
+        networks = BitDance(release.config), Autoencoder(AutoencoderConfig())
+        pipeline = Pipeline(*(network.eval().to(device, dtype) for network in networks), defaults=release.sampling)
+    model, config = pipeline.model, pipeline.sampling_config(num_steps=options.num_steps)
+    labels = torch.arange(options.batch_size, device=device) % model.config.num_classes
+    noise_fn = sample_noise(model, 0, torch.arange(options.batch_size, device=device), config.num_draws)
     variants: dict[str, Callable[[], Tensor]] = {"sampler": lambda: sample_tokens(model, labels, noise_fn, config)}
     if options.compile:
         for mode in ("default", "reduce-overhead"):
@@ -72,28 +74,27 @@ def main() -> None:
         sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
         from reference_sampler import sample_reference
 
-        variants["reference"] = lambda: sample_reference(model, labels, noise_fn, release.sampling.cfg_scale)
+        variants["reference"] = lambda: sample_reference(model, labels, noise_fn, config.cfg_scale)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens = torch.empty(0)
-    for round_ in range(-1, options.rounds):  # the first round, which compiles, is not counted
+    for round_ in range(options.rounds + 1):  # the first one, which compiles, is not counted
         for name, variant in variants.items():
             taken, tokens = timed(variant, device)
-            print(f"{name}: {taken:.2f} s{'' if round_ >= 0 else ' (not counted)'}", flush=True)
-            if round_ >= 0:
+            print(f"{name}: {taken:.2f} s{'' if round_ else ' (not counted)'}", flush=True)
+            if round_:
                 seconds[name].append(taken)
-    decoding, _ = timed(lambda: pipeline.decode_tokens(tokens, options.chunk), device)
+    decoding, _ = timed(lambda: pipeline.decode_tokens(tokens, options.chunk_size), device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     facts = {
         "settings": vars(options),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
         "seconds": median,
         "speedup_over_sampler": {name: median["sampler"] / value for name, value in median.items()},
-        "decoding": decoding,
+        "decoding_seconds": decoding,
         "images_per_second": {name: options.batch_size / (value + decoding) for name, value in median.items()},
-        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        "peak_memory_gb": peak_memory(device) / 1e9,
     }
     print(json.dumps(facts))
 

@@ -18,7 +18,7 @@ Sample images with the demo model, a released model, the folder of a training ru
     >>> pipe.decode(bits)[0].size
     (32, 32)
 
-`load_model` and `load_autoencoder` load the networks alone. All of this is also on the command line, see
+`load_model` and `load_autoencoder` load only the networks. All of this is also on the command line, see
 `bitdance --help`.
 """
 

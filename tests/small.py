@@ -182,6 +182,23 @@ def run(*command: object, processes: int = 1, check: bool = True) -> subprocess.
     return result
 
 
+def run_forked(function: Callable[[], object], size: int) -> None:
+    """Calls a function in `size` forked processes with the environment of torchrun, which takes longer to start."""
+    port = str(free_port())
+
+    def call(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=port)
+        function()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=call, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * size
+
+
 def limit_memory(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Sequence[int]], bool]) -> None:
     """Has sampling run out of memory for batches of certain sample ids."""
 

@@ -23,13 +23,12 @@ from test_data import fails, is_refused, mutations, pixels, tar, write, write_fo
 
 from bitdance.config import BitDanceConfig
 from bitdance.data import tar as tar_reader
-from bitdance.data.class_names import are_imagenet, imagenet
+from bitdance.data.class_names import ClassNames, are_imagenet, imagenet
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.images import open_images
 from bitdance.runtime.errors import UserError
 from bitdance.training.setup import _complete_sizes
 from bitdance.training.train_config import ModelSizes
-from bitdance.weights.resolve import class_names
 
 # The first, the second and the last of ImageNet's classes, out of order.
 NAMES = [f"{wordnet_id}/{wordnet_id}_{number}.JPEG" for wordnet_id in ("n15075141", "n01440764", "n01443537")
@@ -107,12 +106,12 @@ def test_names_of_every_length_in_every_tar_format(tmp_path: pathlib.Path, file_
     assert_same(found, sorted(names), [found.classes.index(name[0]) for name in sorted(names)])
 
 
-def test_of_a_name_that_comes_twice_the_last_counts(tmp_path: pathlib.Path) -> None:
+def test_the_last_member_of_a_name_counts(tmp_path: pathlib.Path) -> None:
     once, again = tar({"a/x.jpg": b"an old version"}), tar({"a/x.jpg": jpeg("a/x.jpg")})
     assert_same(open_images(write(tmp_path / "x.tar", once[:1024] + again)), ["a/x.jpg"], [0])
 
 
-def test_the_data_of_a_tar_are_not_read_to_index_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexing_a_tar_does_not_read_its_data(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     class Counted(io.FileIO):
@@ -138,7 +137,7 @@ def test_the_index_is_made_once_and_kept_beside_the_tar(tmp_path: pathlib.Path, 
     path = write(tmp_path / "x.tar", tar_of_tars())
     open_images(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.tar", "x.tar.index.safetensors"]
-    monkeypatch.setattr(tar_reader, "_make_index", None)  # to make it again would fail now
+    monkeypatch.setattr(tar_reader, "_make_index", None)  # making it again would fail
     assert_same(open_images(path))
     assert capsys.readouterr().err == ""
 
@@ -161,7 +160,7 @@ def test_a_tar_in_a_folder_that_cannot_be_written(tmp_path, cache, capsys, monke
         assert kept == [] and f"the index of {path} cannot be kept" in err
 
 
-def test_a_full_disk_costs_the_index_only(tmp_path, capsys, monkeypatch) -> None:
+def test_a_full_disk_prevents_only_the_index(tmp_path, capsys, monkeypatch) -> None:
     path = write(tmp_path / "x.tar", tar_of_tars())
 
     def full(descriptor: int) -> None:
@@ -184,7 +183,7 @@ def test_a_full_disk_costs_the_index_only(tmp_path, capsys, monkeypatch) -> None
     ids=["shifted", "outside", "one lost", "another type"],
 )
 def test_an_index_that_does_not_fit_is_made_again(tmp_path, capsys, change: Callable[..., Any]) -> None:
-    """One with a right digest: of a program with an error, or of somebody who means harm."""
+    """The digest of the index is right: a faulty or hostile program wrote it."""
     path = write(tmp_path / "x.tar", tar_of_tars())
     open_images(path)
     index = tar_reader._read_index(index_of(path), path)
@@ -192,7 +191,7 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, capsys, change: Call
     index["offsets"], index["sizes"] = change(index["offsets"], index["sizes"])
     tar_reader._write_index(index_of(path), path, index)
     assert_same(open_images(path))
-    assert "does not fit the tar: it is made again" in capsys.readouterr().err
+    assert "does not match the tar: it is made again" in capsys.readouterr().err
     assert_same(open_images(path))
     assert capsys.readouterr().err == ""
 
@@ -202,7 +201,7 @@ def test_a_stale_or_damaged_index_is_made_again(tmp_path, capsys) -> None:
     open_images(path)
     write(path, tar_of_tars(ORDER[:2]))
     assert_same(open_images(path), ORDER[:2], LABELS[:2])
-    assert "does not fit the tar: it is made again" in capsys.readouterr().err
+    assert "does not match the tar: it is made again" in capsys.readouterr().err
     good, remade = index_of(path).read_bytes(), 0
     for number, data in enumerate([b"hello", *mutations(good, 100, 4)]):
         write(index_of(path), data[: 37 * number % len(data)] if number % 4 == 1 else data)
@@ -212,33 +211,28 @@ def test_a_stale_or_damaged_index_is_made_again(tmp_path, capsys) -> None:
     assert remade > 90
 
 
-def _open_slowly(path: pathlib.Path, log: pathlib.Path, ready: Any) -> list[bytes]:
-    """Opens a tar as a process of its own, and writes down that it makes the index."""
-    make = tar_reader._make_index
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_one_of_several_processes_makes_the_index(tmp_path: pathlib.Path, monkeypatch) -> None:
+    path, log, make = write(tmp_path / "x.tar", tar_of_tars()), tmp_path / "log", tar_reader._make_index
+    barrier = multiprocessing.get_context("fork").Barrier(3)
 
-    def slow(path: pathlib.Path) -> Any:
+    def make_slowly(path: pathlib.Path) -> Any:
         with open(log, "a") as file:
             file.write("made\n")
-        time.sleep(1)
+        time.sleep(0.3)
         return make(path)
 
-    tar_reader._make_index = slow
-    ready.wait(60)
-    return pixels(open_images(path))
+    def open_at_once() -> None:
+        barrier.wait(60)
+        assert pixels(open_images(path)) == expected(ORDER)
 
-
-def test_of_processes_that_start_at_once_one_makes_the_index(tmp_path: pathlib.Path) -> None:
-    path, log = write(tmp_path / "x.tar", tar_of_tars()), tmp_path / "log"
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, concurrent.futures.ProcessPoolExecutor(3, mp_context=context) as pool:
-        ready = manager.Barrier(3)
-        results = [job.result(120) for job in [pool.submit(_open_slowly, path, log, ready) for _ in range(3)]]
+    monkeypatch.setattr(tar_reader, "_make_index", make_slowly)
+    small.run_forked(open_at_once, 3)
     assert log.read_text() == "made\n"
-    assert results == [expected(ORDER)] * 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "x.tar", "x.tar.index.safetensors"]
 
 
-def _read_all(found: ImageDataset) -> list[bytes]:
+def read_all(found: ImageDataset) -> list[bytes]:
     return [data for _ in range(20) for data in pixels(found)]
 
 
@@ -251,12 +245,12 @@ def test_reading_in_several_threads_and_processes(tmp_path: pathlib.Path, kind: 
         (write_zip(path, {name: jpeg(name) for name in NAMES}) if kind == "zip" else write(path, tar_of_tars()))
     found, here = open_images(path), expected(ORDER) * 20
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        assert all(result == here for result in threads.map(_read_all, [found] * 4))
+        assert all(result == here for result in threads.map(read_all, [found] * 4))
     for method in {"fork", "spawn"} & set(multiprocessing.get_all_start_methods()):
         with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
-            jobs = [pool.submit(_read_all, found) for _ in range(2)]
-            assert _read_all(found) == here
-            assert all(job.result(120) == here for job in jobs)
+            images = pool.map(found.read, [*range(6)] * 40, chunksize=120, timeout=120)
+            assert read_all(found) == here
+            assert [image.tobytes() for image in images] == here * 2
 
 
 def test_errors_of_tars(tmp_path: pathlib.Path) -> None:
@@ -294,7 +288,7 @@ def test_unreadable_images_in_a_tar_are_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("file_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_mutated_tars_never_raise_anything_else(tmp_path: pathlib.Path, file_format: int) -> None:
+def test_mutated_tars_raise_only_user_errors(tmp_path: pathlib.Path, file_format: int) -> None:
     inner = tar({name.split("/")[1]: jpeg(name, 4) for name in [*NAMES[:1], LONG]}, file_format)
     good = tar({"n01440764.tar": inner, "n01443537/x.JPEG": jpeg("x", 4)}, file_format).rstrip(b"\0")
     good += bytes(1024 + -len(good) % 512)
@@ -302,7 +296,7 @@ def test_mutated_tars_never_raise_anything_else(tmp_path: pathlib.Path, file_for
     rng, refused = np.random.default_rng(0), 0
     for number, bad in enumerate(mutations(good, 50, 8)):
         refused += is_refused(write(tmp_path / "x.tar", bad[: rng.integers(len(bad))] if number % 5 == 1 else bad))
-        # A field of a header that keeps a right checksum, to get past the first look.
+        # Changes a field of a header and corrects the checksum, which is compared first.
         data = np.frombuffer(good, np.uint8).copy()
         header = data[headers[rng.integers(len(headers))] :][:512]
         header[rng.integers(100, 270)] = rng.integers(256)
@@ -364,7 +358,7 @@ def test_parquet_gives_the_same_images_and_labels(tmp_path: pathlib.Path, route:
 
 
 def test_parquet_in_any_order(tmp_path: pathlib.Path) -> None:
-    """Each thread reads on from where it was, so going back and jumping must not confuse it."""
+    """Each thread continues from the row group that it read last; it may also go back and jump."""
     names = [f"n01440764/{i}.JPEG" for i in range(100)]
     found = open_images(parquet(tmp_path / "x.parquet", names, row_group_size=40))
     order = [*range(100), *reversed(range(100)), *np.random.default_rng(0).integers(0, 100, 200).tolist()]
@@ -418,7 +412,7 @@ def test_errors_of_parquet(tmp_path: pathlib.Path) -> None:
         pickle.loads(pickle.dumps(found)).read(0)
 
 
-def test_mutated_parquet_never_raises_anything_else(tmp_path: pathlib.Path) -> None:
+def test_mutated_parquet_raises_only_user_errors(tmp_path: pathlib.Path) -> None:
     good = parquet(tmp_path / "x.parquet", NAMES).read_bytes()
     bad = [*mutations(good, 50, 4, 4, len(good) - 8), *mutations(good, 50, 4, len(good) - 1200, len(good) - 8)]
     assert sum(is_refused(write(tmp_path / "x.parquet", data)) for data in bad) > 30
@@ -439,7 +433,7 @@ def test_names_of_imagenet_are_known_in_every_spelling() -> None:
 
 
 @pytest.mark.parametrize("folders", [("n01440764", "cat"), ("n01440764", "n99999999")])
-def test_folders_that_are_not_all_imagenets_are_numbered_as_they_come(tmp_path: pathlib.Path, folders) -> None:
+def test_other_folders_are_numbered_in_order(tmp_path: pathlib.Path, folders) -> None:
     found = open_images(write(tmp_path / "x.tar", tar({f"{folder}/x.jpg": jpeg(folder) for folder in folders})))
     assert found.classes == tuple(sorted(folders)) and found.labels.tolist() == [0, 1]
 
@@ -449,14 +443,14 @@ def config(images: ImageDataset, num_classes: int | None = None) -> BitDanceConf
     return _complete_sizes(sizes, small.autoencoder().config, 16, images)
 
 
-def test_a_model_keeps_the_names_and_the_order_of_its_classes(tmp_path: pathlib.Path) -> None:
+def test_a_model_stores_the_names_of_its_classes(tmp_path: pathlib.Path) -> None:
     imagenets = open_images(write(tmp_path / "imagenet.tar", tar_of_tars()))
     own = open_images(write(tmp_path / "own.tar", tar({"dog/x.jpg": jpeg("x"), "cat/x.jpg": jpeg("x")})))
     model = config(imagenets)
     assert model.num_classes == 1000 and model.class_names == imagenet().wordnet_ids
-    assert class_names(model).label(1) == "goldfish"
-    with pytest.raises(UserError, match=r"1000 classes, ImageNet's, .* more than --num-classes 3: raise it to that"):
+    assert ClassNames.from_labels(model.class_names).label(1) == "goldfish"
+    with pytest.raises(UserError, match=r"1000 classes, ImageNet's, .* more than num_classes=3: raise it"):
         config(imagenets, 3)
     assert config(own).class_names == ("cat", "dog")
     assert config(own, 4).class_names == ("cat", "dog", "class 2", "class 3")
-    assert class_names(config(own, 1000)).label(0) == "cat"  # not ImageNet's, although there are 1000
+    assert config(own, 1000).class_names[0] == "cat"  # not ImageNet's, although there are 1000

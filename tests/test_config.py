@@ -1,4 +1,4 @@
-"""Every wrong value is refused with a sentence that names it and says what would do."""
+"""Each invalid value is refused with a sentence that names the field and says what is allowed."""
 
 from __future__ import annotations
 
@@ -12,71 +12,77 @@ from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import SamplingConfig
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 
-WRONG = [
+# Class, fields that are given, a pattern that names the field with its value, and one that says what is allowed.
+INVALID = [
     # Sizes of a model. P must be a square whose side divides the grid's, or divide the tokens in raster order.
-    (BitDanceConfig, {"parallel_num": 2}, "--parallel-num 2 is not a square", r"1, 4, 16"),
-    (BitDanceConfig, {"parallel_num": 8}, "--parallel-num 8 is not a square", r"1, 4, 16"),
-    (BitDanceConfig, {"parallel_num": 9}, "--parallel-num 9", "3x3 tokens do not divide the 16x16 grid"),
-    (BitDanceConfig, {"parallel_num": 1024}, "--parallel-num 1024", "32x32 tokens do not divide the 16x16 grid"),
-    (BitDanceConfig, {"parallel_num": 4, "grid": 7}, "--parallel-num 4", "2x2 tokens do not divide the 7x7 grid"),
-    (BitDanceConfig, {"parallel_num": 0}, "0 tokens a step", "--parallel-num must be at least 1"),
-    (BitDanceConfig, {"parallel_num": -4}, "-4 tokens a step", "--parallel-num must be at least 1"),
-    (BitDanceConfig, {"parallel_num": 3, "token_order": "standard"}, "--parallel-num 3", "divide the 256 tokens"),
-    (BitDanceConfig, {"bits": 12}, "12 bits", "positive multiple of 8"),
-    (BitDanceConfig, {"bits": 0}, "0 bits", "positive multiple of 8"),
-    (BitDanceConfig, {"dim": 100}, "dim 100", "multiple of 64"),
-    (BitDanceConfig, {"head_dim": 96}, "head_dim 96", "multiple of 64"),
+    (BitDanceConfig, {"parallel_num": 2}, "parallel_num=2 is not a square", r"1, 4, 16"),
+    (BitDanceConfig, {"parallel_num": 8}, "parallel_num=8 is not a square", r"1, 4, 16"),
+    (BitDanceConfig, {"parallel_num": 9}, "parallel_num=9", "3x3 tokens do not divide the 16x16 grid"),
+    (BitDanceConfig, {"parallel_num": 1024}, "parallel_num=1024", "32x32 tokens do not divide the 16x16 grid"),
+    (BitDanceConfig, {"parallel_num": 4, "grid": 7}, "parallel_num=4", "2x2 tokens do not divide the 7x7 grid"),
+    (BitDanceConfig, {"parallel_num": 3, "token_order": "standard"}, "parallel_num=3", "divide the 256 tokens"),
+    (BitDanceConfig, {"bits": 12}, "bits=12", "positive multiple of 8"),
+    (BitDanceConfig, {"bits": 0}, "bits=0", "positive multiple of 8"),
+    (BitDanceConfig, {"dim": 100}, "dim=100", "multiple of 64"),
+    (BitDanceConfig, {"head_dim": 96}, "head_dim=96", "multiple of 64"),
     *(
-        (BitDanceConfig, {name: value}, f"{name} {value}", "at least 1")
-        for name in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "grid", "cls_token_num", "num_classes")
-        for value in (0, -1)
+        (BitDanceConfig, {name: value}, f"{name}={value}", "at least 1")
+        for name in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "grid", "cls_token_num",
+                     "num_classes", "parallel_num")
+        for value in (0, -4)
     ),
-    (BitDanceConfig, {"head_layers": 5}, "5 head blocks cannot share 2", "multiple of the second"),
-    (BitDanceConfig, {"token_order": "spiral"}, "'spiral'", "patch or standard"),
+    (BitDanceConfig, {"head_layers": 5}, "head_layers=5", "multiple of head_ada_ln=2"),
+    (BitDanceConfig, {"token_order": "spiral"}, "token_order='spiral'", "patch or standard"),
     *(
-        (BitDanceConfig, {"time_shift": value}, f"time shift {value}", "positive")
+        (BitDanceConfig, {"time_shift": value}, f"time_shift={value}", "positive")
         for value in (0.0, -1.0, math.inf, math.nan)
     ),
-    (BitDanceConfig, {"class_names": ("cat", "dog")}, "2 class names for 1000 classes", "one each or none"),
+    (BitDanceConfig, {"class_names": ("cat", "dog")}, "2 class names for num_classes=1000", "one per class or none"),
     # Sizes of an autoencoder.
-    (AutoencoderConfig, {"widths": ()}, r"widths \(\)", "multiple of 32"),
-    (AutoencoderConfig, {"widths": (32, 48)}, r"widths \(32, 48\)", "multiple of 32"),
-    (AutoencoderConfig, {"widths": (0,)}, r"widths \(0,\)", "multiple of 32"),
-    (AutoencoderConfig, {"blocks": 0}, "0 blocks", "at least 1"),
-    (AutoencoderConfig, {"bits": 20}, "20 bits", "multiple of 8"),
+    (AutoencoderConfig, {"widths": ()}, r"widths=\(\)", "multiple of 32"),
+    (AutoencoderConfig, {"widths": (32, 48)}, r"widths=\(32, 48\)", "multiple of 32"),
+    (AutoencoderConfig, {"widths": (0,)}, r"widths=\(0,\)", "multiple of 32"),
+    (AutoencoderConfig, {"blocks": 0}, "blocks=0", "at least 1"),
+    (AutoencoderConfig, {"bits": 20}, "bits=20", "multiple of 8"),
     # Training.
-    (ModelSizes, {"drop_rate": 1.0}, "--drop-rate 1.0", "between 0 and 1"),
-    (ModelSizes, {"drop_rate": -0.1}, "--drop-rate -0.1", "between 0 and 1"),
-    (ModelSizes, {"num_classes": 0}, "--num-classes 0", "at least 1"),
-    (LossConfig, {"diff_batch_mul": 0}, "--diff-batch-mul 0", "at least 1"),
-    (LossConfig, {"class_dropout": 1.5}, "--class-dropout 1.5", "between 0 and 1"),
-    (LossConfig, {"perturb_rate": -0.1}, "--perturb-rate -0.1", "between 0 and 1"),
-    (LossConfig, {"time_mean": math.nan}, "--time-mean nan", "number"),
-    (LossConfig, {"time_std": -1.0}, "--time-std -1.0", "from 0 on"),
-    (AutoencoderLossConfig, {"entropy_weight": -1.0}, "--entropy-weight -1.0", "from 0 on"),
+    (ModelSizes, {"drop_rate": 1.0}, "drop_rate=1.0", "at least 0 and below 1"),
+    (ModelSizes, {"drop_rate": -0.1}, "drop_rate=-0.1", "at least 0 and below 1"),
+    (ModelSizes, {"num_classes": 0}, "num_classes=0", "at least 1"),
+    (LossConfig, {"diff_batch_mul": 0}, "diff_batch_mul=0", "at least 1"),
+    (LossConfig, {"class_dropout": 1.5}, "class_dropout=1.5", "between 0 and 1"),
+    (LossConfig, {"perturb_rate": -0.1}, "perturb_rate=-0.1", "between 0 and 1"),
+    (LossConfig, {"time_mean": math.nan}, "time_mean=nan", "finite number"),
+    (LossConfig, {"time_std": -1.0}, "time_std=-1.0", "at least 0"),
+    (AutoencoderLossConfig, {"entropy_weight": -1.0}, "entropy_weight=-1.0", "at least 0"),
     *(
-        (TrainConfig, {name: 0}, f"--{name.replace('_', '-')} 0", "at least 1")
-        for name in ("image_size", "epochs", "max_steps", "global_batch_size", "num_workers", "log_every")
+        (TrainConfig, {name: 0}, f"{name}=0", "at least 1")
+        for name in ("image_size", "epochs", "max_steps", "batch_size", "num_workers", "log_every",
+                     "keep_checkpoints", "val_images", "accumulate", "eval_num_steps")
     ),
     *(
-        (TrainConfig, {name: -1}, f"--{name.replace('_', '-')} -1", "from 0 on")
-        for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every")
+        (TrainConfig, {name: -1}, f"{name}=-1", "finite number of at least 0")
+        for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every",
+                     "save_minutes", "keep_epochs", "preview_every", "val_every", "max_skipped", "max_bad_images",
+                     "eval_every", "eval_cfg_scale")
     ),
-    (TrainConfig, {"lr": math.nan}, "--lr nan", "number from 0 on"),
-    (TrainConfig, {"beta2": 1.0}, "--beta2 1.0", "between 0 and 1"),
-    (TrainConfig, {"ema": 1.0}, "--ema 1.0", "below 1"),
-    (TrainConfig, {"global_seed": -1}, "--global-seed -1", "between 0 and 4294967295"),
-    (TrainConfig, {"global_seed": 2**32}, "--global-seed 4294967296", "between 0 and 4294967295"),
+    (TrainConfig, {"lr": math.nan}, "lr=nan", "finite number"),
+    (TrainConfig, {"beta2": 1.0}, "beta2=1.0", "at least 0 and below 1"),
+    (TrainConfig, {"ema": 1.0}, "ema=1.0", "below 1"),
+    (TrainConfig, {"seed": -1}, "seed=-1", "between 0 and 4294967295"),
+    (TrainConfig, {"seed": 2**32}, "seed=4294967296", "between 0 and 4294967295"),
+    (TrainConfig, {"eval_images": 3}, "eval_images=3", "at least 4"),
+    (TrainConfig, {"eval_every": 5}, "`eval_every`", "`eval_reference`"),
     # Sampling.
-    (SamplingConfig, {"num_steps": 0}, "--sample-steps 0", "at least 1"),
-    (SamplingConfig, {"cfg_scale": -1.0}, "--cfg-scale -1.0", "number from 0 on"),
-    (SamplingConfig, {"cfg_scale": math.nan}, "--cfg-scale nan", "number from 0 on"),
-    (SamplingConfig, {"cfg_schedule": "cosine"}, "'cosine'", "linear or constant"),
-]
+    (SamplingConfig, {"num_steps": 0}, "num_steps=0", "at least 1"),
+    (SamplingConfig, {"cfg_scale": -1.0}, "cfg_scale=-1.0", "at least 0"),
+    (SamplingConfig, {"cfg_scale": math.nan}, "cfg_scale=nan", "at least 0"),
+    (SamplingConfig, {"cfg_schedule": "cosine"}, "cfg_schedule='cosine'", "linear or constant"),
+    (SamplingConfig, {"solver": "rk4"}, "solver='rk4'", "euler-maruyama"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("cls", "values", "what", "remedy"), WRONG)
-def test_wrong_values(cls, values, what, remedy):
+@pytest.mark.parametrize(("cls", "values", "what", "remedy"), INVALID)
+def test_invalid_values(cls, values, what, remedy):
     needed = {"data_path": "images"} if cls is TrainConfig else {}
     with pytest.raises(UserError, match=rf"{what}(?!\w).*{remedy}") as raised:
         cls(**needed, **values)
@@ -97,7 +103,7 @@ def test_wrong_values(cls, values, what, remedy):
         ({"parallel_num": 2, "token_order": "standard"}, 1, 128),
     ],
 )
-def test_what_follows_from_the_sizes(values, patch, steps):
+def test_sizes_that_follow_from_others(values, patch, steps):
     config = BitDanceConfig(**values)
     assert (config.patch, config.ar_steps) == (patch, steps)
     assert config.num_tokens == config.grid**2 == config.parallel_num * steps
@@ -108,7 +114,7 @@ def test_down_size():
     assert AutoencoderConfig(widths=(32, 64)).down_size == 2
 
 
-def test_the_zoo_holds_the_published_table():
+def test_released_models_have_the_published_sizes_and_metrics():
     rows = {
         name: (c.dim, c.n_layer, c.n_head, c.head_dim, c.head_layers, c.head_ada_ln, c.parallel_num, c.ar_steps)
         for name, c in ((name, release.config) for name, release in RELEASED_MODELS.items())
@@ -126,7 +132,15 @@ def test_the_zoo_holds_the_published_table():
         assert dataclasses.replace(config, parallel_num=1) == MODEL_SIZES[release.family]
         assert release.file == f"BitDance_{release.family[-1]}_{config.parallel_num}X.pt"
     published = {
-        name: (r.cfg_scale, r.batch, r.chunk, r.fid, r.inception_score, r.precision, r.recall)
+        name: (
+            r.sampling.cfg_scale,
+            r.batch_size,
+            r.sampling.chunk_size,
+            r.fid,
+            r.inception_score,
+            r.precision,
+            r.recall,
+        )
         for name, r in RELEASED_MODELS.items()
     }
     assert published == {

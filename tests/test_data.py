@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bitdance.data import crops, decoding
@@ -135,13 +136,13 @@ def test_every_route_gives_the_same_images(tmp_path: pathlib.Path, route: str) -
             found.read(len(NAMES))
 
 
-def test_zip_of_one_class_is_not_taken_for_a_wrapper(tmp_path: pathlib.Path) -> None:
+def test_one_class_in_a_zip_is_no_common_folder(tmp_path: pathlib.Path) -> None:
     found = open_images(write_zip(tmp_path / "one.zip", {"cat/a.png": b"", "cat/b.png": b""}))
     assert found.classes == ("cat",) and [found.name(0), found.name(1)] == ["cat/a.png", "cat/b.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_child_opens_the_zip_anew_even_under_a_held_lock(tmp_path: pathlib.Path) -> None:
+def test_a_forked_process_reopens_the_zip_under_a_held_lock(tmp_path: pathlib.Path) -> None:
     found = open_images(write_zip(tmp_path / "a.zip"))
     assert isinstance(found, ZipImages)
     mine, lock = found._open()
@@ -269,13 +270,13 @@ BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 
 
 def cifar_batch(number: int) -> tuple[np.ndarray, list[int]]:
-    """Four images as the archive keeps them, planes of red, green, blue: (4, 3072) uint8, labels."""
+    """Four images in the layout of the archive, planes of red, green, blue: (4, 3072) uint8, labels."""
     rng = np.random.default_rng(number)
     return rng.integers(0, 256, (4, 3072), dtype=np.uint8), [int(label) for label in rng.integers(0, 3, 4)]
 
 
 def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """A batch in the very opcodes of the official files, which Python 2 and an early numpy wrote."""
+    """A batch in the opcodes of the official files, which Python 2 and an early NumPy wrote."""
 
     def text(data: bytes) -> bytes:
         return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
@@ -386,7 +387,7 @@ def test_errors_of_cifar10(tmp_path: pathlib.Path) -> None:
     fails(write(tmp_path / "x.tar.gz", packed[:-2000]), "is damaged")
 
 
-def test_mutated_cifar10_pickles_never_raise_anything_else(tmp_path: pathlib.Path) -> None:
+def test_mutated_cifar10_pickles_raise_only_user_errors(tmp_path: pathlib.Path) -> None:
     files = cifar_files("python2")
     folder, refused = write_folder(tmp_path, files), 0
     for name in ("batches.meta", "test_batch"):
@@ -439,21 +440,15 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.dstack([columns, rows, np.zeros_like(rows)]).astype(np.uint8))
 
 
-def test_center_crop_leaves_an_image_of_the_size_alone() -> None:
-    image = Image.fromarray(picture(0, (32, 32)))
-    np.testing.assert_array_equal(crops.to_array(crops.center_crop(image, 32)), picture(0, (32, 32)))
-
-
-def test_center_crop_takes_the_middle() -> None:
+def test_center_crop() -> None:
+    small = picture(0, (32, 32))
+    np.testing.assert_array_equal(crops.to_array(crops.center_crop(Image.fromarray(small), 32)), small)
     pixels = crops.to_array(crops.center_crop(gradient(45, 32), 32))
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
     assert pixels[0, 0].tolist() == [6, 0, 0]  # (45 - 32) // 2, rounded down
     assert pixels[31, 31].tolist() == [37, 31, 0]
     assert crops.to_array(crops.center_crop(gradient(32, 45), 32))[0, 0].tolist() == [0, 6, 0]
-
-
-def test_center_crop_halves_with_a_box() -> None:
-    """At exactly four times the size nothing is left for the bicubic step: the result is the mean of 2 x 2, twice."""
+    # At four times the size nothing is left for the bicubic step: the result is the mean of 2 x 2, twice.
     pixels = picture(1, (128, 152))
     expected = pixels.astype(np.int64)
     for _ in range(2):
@@ -462,68 +457,43 @@ def test_center_crop_halves_with_a_box() -> None:
     np.testing.assert_array_equal(crops.to_array(crops.center_crop(Image.fromarray(pixels), 32)), expected[3:35])
 
 
-def test_no_halving_below_twice_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[tuple[tuple[int, int], int]] = []
-    resize = Image.Image.resize
-
-    def recorded(self: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-        steps.append((size, int(resample)))
-        return resize(self, size, resample)
-
-    monkeypatch.setattr(Image.Image, "resize", recorded)
-    box, bicubic = int(Image.Resampling.BOX), int(Image.Resampling.BICUBIC)
-    for image_size, expected in [
-        ((63, 100), [((32, 51), bicubic)]),  # 100 * 32 / 63 = 50.8
-        ((64, 101), [((32, 50), box), ((32, 50), bicubic)]),
-        (
-            (301, 500),
-            [((150, 250), box), ((75, 125), box), ((37, 62), box), ((32, 54), bicubic)],
-        ),  # 62 * 32 / 37 = 53.6
-        ((20, 25), [((32, 40), bicubic)]),
-    ]:
-        steps.clear()
-        assert crops.center_crop(gradient(*image_size), 32).size == (32, 32)
-        assert steps == expected
+BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
-def test_random_crop_reaches_every_offset() -> None:
-    image = gradient(37, 35)
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((63, 100), [((32, 51), BICUBIC)]),  # 100 * 32 / 63 = 50.8
+        ((64, 101), [((32, 50), BOX), ((32, 50), BICUBIC)]),
+        ((301, 500), [((150, 250), BOX), ((75, 125), BOX), ((37, 62), BOX), ((32, 54), BICUBIC)]),  # 62 * 32 / 37
+        ((20, 25), [((32, 40), BICUBIC)]),
+    ],
+)
+def test_no_halving_below_twice_the_size(monkeypatch: pytest.MonkeyPatch, size: Any, expected: list[Any]) -> None:
+    steps, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args: steps.append(args) or resize(self, *args))
+    assert crops.center_crop(gradient(*size), 32).size == (32, 32)
+    assert steps == expected
+
+
+def test_random_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def corner(image: Image.Image, size: int, *draws: float) -> tuple[int, int]:
+        left, top, _ = crops.to_array(crops.random_crop(image, size, draws))[0, 0].tolist()  # type: ignore[arg-type]
+        return top, left
+
     # With the first draw 0 the short side stays 35 = size + 0, so a crop of 35 moves only along the columns.
-    corners = [
-        crops.to_array(crops.random_crop(image, 35, (0, 0.99, x)))[0, 0].tolist()
-        for x in (0, 0.3, 0.34, 0.6, 0.67, 0.999999)
-    ]
-    assert corners == [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [2, 0, 0], [2, 0, 0]]
-
-
-def test_random_crop_draws_the_short_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
-    corners: list[tuple[int, int]] = []
-    scale, crop = crops._scale_short_side, crops._crop
-
-    def recorded_scale(image: Image.Image, size: int) -> Image.Image:
-        lengths.append(size)
-        return scale(image, size)
-
-    def recorded_crop(image: Image.Image, top: int, left: int, size: int) -> Image.Image:
-        corners.append((top, left))
-        return crop(image, top, left, size)
-
-    monkeypatch.setattr(crops, "_scale_short_side", recorded_scale)
-    monkeypatch.setattr(crops, "_crop", recorded_crop)
-    image = gradient(90, 80)
-    uniform = (np.arange(0, 400) + 0.5) / 400
+    wide = gradient(37, 35)
+    assert [corner(wide, 35, 0, 0.99, x)[1] for x in (0, 0.3, 0.34, 0.6, 0.67, 0.999)] == [0, 0, 1, 1, 2, 2]
+    uniform = ((np.arange(0, 400) + 0.5) / 400).tolist()
+    exact = gradient(45, 40)  # the largest length, 40 = ceil(32 / 0.8), keeps it: 9 rows and 14 columns to begin at
+    assert {corner(exact, 32, 0.9999, draw, 0.5)[0] for draw in uniform} == set(range(9))
+    assert {corner(exact, 32, 0.9999, 0.5, draw)[1] for draw in uniform} == set(range(14))
+    lengths, scale = [], crops._scale_short_side
+    monkeypatch.setattr(crops, "_scale_short_side", lambda image, size: lengths.append(size) or scale(image, size))
     for draw in uniform:
-        assert crops.random_crop(image, 32, (float(draw), 0.0, 0.0)).size == (32, 32)
-    assert sorted(set(lengths)) == list(range(32, 41))  # 40 = ceil(32 / 0.8), both ends included
+        assert crops.random_crop(exact, 32, (draw, 0.0, 0.0)).size == (32, 32)
     counts = np.bincount(lengths)[32:]
-    assert counts.min() >= 44 and counts.max() <= 45  # 400 / 9
-    corners.clear()
-    for draw in uniform:
-        crops.random_crop(image, 32, (0.9999, float(draw), 0.5))
-        crops.random_crop(image, 32, (0.9999, 0.5, float(draw)))
-    # 90 x 80 halves to 45 x 40, which the short side of 40 keeps: 9 rows and 14 columns to begin at.
-    assert {top for top, _ in corners} == set(range(9)) and {left for _, left in corners} == set(range(14))
+    assert len(counts) == 9 and counts.min() >= 44 and counts.max() <= 45  # 400 / 9, both ends included
 
 
 def test_crop_arguments() -> None:
@@ -546,8 +516,6 @@ def test_flips_and_arrays() -> None:
 
 
 def test_normalize() -> None:
-    import torch  # here, so that spawned processes need not wait for it
-
     batch = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(2, 16, 8, 3)
     result = crops.normalize(batch)
     assert result.shape == (2, 3, 16, 8) and result.dtype == torch.float32 and result.is_contiguous()

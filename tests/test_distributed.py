@@ -348,5 +348,5 @@ def test_one_process_needs_no_environment(monkeypatch):
 
 
 def test_a_number_of_threads_that_does_not_fit():
-    with pytest.raises(UserError, match=r"threads=0 does not fit: it must be at least 1\."), init_distributed("cpu", 0):
+    with pytest.raises(UserError, match=r"threads=0 is invalid: it must be at least 1\."), init_distributed("cpu", 0):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import random
 import zipfile
@@ -32,9 +33,12 @@ from bitdance.metrics.precision_recall import precision_recall
 from bitdance.metrics.report import build_report, compute_metrics, find_problems, format_table
 from bitdance.metrics.statistics import compute_statistics
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import World
+from bitdance.runtime.process_group import World, init_distributed
+from bitdance.sampling.job import JobConfig, SamplingJob
+from bitdance.sampling.pipeline import Pipeline
+from bitdance.sampling.sampler import SamplingConfig
 
-ALONE = World(0, 1, torch.device("cpu"))
+SINGLE = World(0, 1, torch.device("cpu"))
 SIZE = 12
 
 
@@ -72,7 +76,7 @@ def save_images(folder: pathlib.Path, images: np.ndarray) -> pathlib.Path:
 
 
 def extract(path: pathlib.Path, images: np.ndarray, labels: np.ndarray | None = None, **options) -> FeatureSet:
-    return extract_features(open_source(save(path, images, labels)), [SMALL], ALONE, **options)[0]
+    return extract_features(open_source(save(path, images, labels)), [SMALL], SINGLE, **options)[0]
 
 
 def run(tmp_path: pathlib.Path, *arguments: object) -> dict:
@@ -189,7 +193,7 @@ def test_200_mutated_files_are_refused_or_read_unchanged(tmp_path):
         try:
             found = read_feature_set(path)
             if found is None:
-                found = extract_features(open_source(path), [SMALL], ALONE)[0]
+                found = extract_features(open_source(path), [SMALL], SINGLE)[0]
             if found.pool is None:
                 raise UserError("no features")
             assert np.array_equal(found.pool, features.pool) and found.about["count"] == 8  # a byte without effect
@@ -220,29 +224,19 @@ def test_features_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
     np.testing.assert_array_equal(kept.statistics.mean, sets[0].statistics.mean)
 
 
-EXTRACT = """
-import sys
-sys.path.insert(0, sys.argv[3])
-import pathlib
-import test_evaluation
-from bitdance.runtime.process_group import init_distributed
-from bitdance.metrics.feature_set import extract_features, write_feature_set
-from bitdance.metrics.image_sources import open_source
-
-with init_distributed("cpu", 1) as world:
-    found = extract_features(open_source(sys.argv[1]), [test_evaluation.SMALL], world, batch_size=4)
-    assert len(found) == (world.rank == 0)
-    for features in found:
-        write_feature_set(pathlib.Path(sys.argv[2]), features)
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_features_do_not_depend_on_the_number_of_processes(tmp_path, processes):
     expected = extract(tmp_path / "a.npz", pixels(23), np.arange(23) % 3, batch_size=4)
-    (tmp_path / "extract.py").write_text(EXTRACT)
-    arguments = (tmp_path / "a.npz", tmp_path / "f.npz", small.ROOT / "tests")
-    small.run(tmp_path / "extract.py", *arguments, processes=processes)
+
+    def extract_part() -> None:
+        with init_distributed("cpu", 1) as world:
+            sets = extract_features(open_source(tmp_path / "a.npz"), [SMALL], world, batch_size=4)
+            assert len(sets) == world.is_main
+            for features in sets:
+                write_feature_set(tmp_path / "f.npz", features)
+
+    small.run_forked(extract_part, processes)
     found = read_feature_set(tmp_path / "f.npz")
     assert np.array_equal(found.pool, expected.pool) and np.array_equal(found.logits, expected.logits)
     assert found.about["content"] == expected.about["content"]
@@ -299,7 +293,7 @@ def test_accuracy_of_a_classifier(tmp_path):
     extractor = FeatureExtractor("brightness", 1, classify, classifies=True)
     images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 130, 255, 0)])
     source = open_source(save(tmp_path / "a.npz", images, np.array([0, 1, 2, 2])))
-    found = extract_features(source, [extractor], ALONE)[0]
+    found = extract_features(source, [extractor], SINGLE)[0]
     assert compute_metrics(found, None) == {"accuracy": 0.75, "top_5_accuracy": 1.0}
 
 
@@ -361,7 +355,7 @@ def test_evaluate_against_images_and_their_stored_reference(tmp_path, capsys, mo
         patch.setattr(references, "extract_features", None)
         patch.setattr(references, "content_digest", None)
         assert only(run(tmp_path, samples, "--reference", real))["metrics"] == first
-    cached.write_bytes(b"broken")
+    cached.write_bytes(b"damaged")
     with pytest.raises(SystemExit):
         run(tmp_path, samples, "--reference", real)
     assert "cannot be read" in capsys.readouterr().err
@@ -406,11 +400,11 @@ network = FeatureExtractor("mine", 3, lambda images: images.float().mean((1, 2))
 
 
 def test_an_extractor_of_the_user_with_and_without_inception(tmp_path, capsys, monkeypatch):
-    (tmp_path / "plug.py").write_text(OWN)
+    (tmp_path / "extractor.py").write_text(OWN)
     samples, real = (save(tmp_path / f"{s}.npz", pixels(15, seed=s)) for s in (1, 2))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)  # where no Inception weights have been downloaded
-    arguments = (samples, "--reference", real, "--features", "plug.py:network")
+    arguments = (samples, "--reference", real, "--features", "extractor.py:network")
     own = only(run(tmp_path, *arguments))
     assert set(own["metrics"]) == {"mine:fid", "mine:precision", "mine:recall"} and len(own["about"]) == 1
     assert capsys.readouterr().err.count("Inception is left out: run `bitdance download inception`") == 1
@@ -429,7 +423,7 @@ def test_sampling_extracts_the_features_of_its_file(tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     path = small.save_pair(tmp_path)
     real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
-    options = "--num-images 7 --batch-size 3 --sample-steps 2 --device cpu --threads 1 --evaluate --cache cache"
+    options = "--num-images 7 --batch-size 3 --num-steps 2 --device cpu --threads 1 --evaluate --cache cache"
     arguments = f"sample --model {path} --output out --reference {real} {options}".split()
     main(arguments)
     assert not list(tmp_path.glob("out/*-n-7-????????.npz"))
@@ -447,30 +441,25 @@ def test_sampling_extracts_the_features_of_its_file(tmp_path, capsys, monkeypatc
     assert all(f"| {row} " in printed for row in ("seed 0", "seed 1", "mean", "std"))
 
 
-def test_sampling_with_features_resumes(tmp_path):
-    from bitdance.sampling import job
-    from bitdance.sampling.pipeline import Generator
-    from bitdance.sampling.sampler import SamplingConfig
+def test_sampling_with_features_resumes(tmp_path, monkeypatch):
+    pipe = Pipeline(small.model(), small.autoencoder())
+    config = JobConfig(num_images=7, batch_size=3, seed=1)
+    jobs = [SamplingJob(pipe, tmp_path / name, SamplingConfig(2, 2.0), config, (), (SMALL,)) for name in ("a", "b")]
+    jobs[0].run(SINGLE)
+    generate, calls = Pipeline.generate, []
 
-    generator = Generator(small.model(), small.autoencoder(), SamplingConfig(2, 2.0), seed=1)
-    plans = [job.Job(tmp_path / name / "made", 7, 3, (), {"seed": 1}, networks=(SMALL,)) for name in ("a", "b")]
-    job.run(plans[0], generator, ALONE)
-    real, calls = Generator.images, []
-
-    def stops(self, numbers, labels):
-        calls.append(numbers[0])
+    def interrupt(self, sample_ids, *arguments, **options):
+        calls.append(sample_ids[0])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, numbers, labels)
+        return generate(self, sample_ids, *arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "images", stops)
-        with pytest.raises(KeyboardInterrupt):
-            job.run(plans[1], generator, ALONE)
-        job.run(plans[1], generator, ALONE)
+    monkeypatch.setattr(Pipeline, "generate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        jobs[1].run(SINGLE)
+    jobs[1].run(SINGLE)
     assert calls == [0, 3, 6, 6]
-    (kind,) = plans[0].results
-    a, b = (read_feature_set(plan.results[kind]) for plan in plans)
+    a, b = (read_feature_set(*job.results.values()) for job in jobs)
     assert np.array_equal(a.pool, b.pool) and compute_metrics(a, b)["fid"] == compute_metrics(a, a)["fid"]
 
 
@@ -478,7 +467,7 @@ def test_sweep(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = small.save_pair(tmp_path)
     real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
-    options = "--num-images 6 --batch-size 6 --cfg-scales 1 3 --sample-steps 2 --solvers euler heun --device cpu"
+    options = "--num-images 6 --batch-size 6 --cfg-scales 1 3 --num-steps 2 --solvers euler heun --device cpu"
     arguments = f"sweep --model {path} --output out --reference {real} {options} --threads 1 --cache cache".split()
     main(arguments)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -487,8 +476,8 @@ def test_sweep(tmp_path, capsys, monkeypatch):
     fids = {title: row["metrics"]["fid"] for title, row in record["samples"].items()}
     assert len(set(fids.values())) == 4
     assert f"lowest FID: {min(fids, key=fids.get)}" in capsys.readouterr().out
-    main(arguments)  # nothing is generated again
-    assert {json.loads(line)["made"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")} == {0}
+    main(arguments)  # nothing is sampled again
+    assert {json.loads(line)["sampled"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")} == {0}
 
 
 def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
@@ -496,7 +485,7 @@ def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bitdance.cli.reconstruct._load_inception", lambda command, world: SMALL)
     data = small.pictures(tmp_path / "data")
     options = f"--autoencoder {tmp_path / 'autoencoder.safetensors'} --output {tmp_path / 'out'} --device cpu"
-    main(f"reconstruct {data} --batch-size 5 {options}".split())
+    main(f"reconstruct --data-path {data} --batch-size 5 {options}".split())
     record = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
     sheet = np.asarray(Image.open(tmp_path / "out" / "reconstruction.png"))
     assert record["rfid"] > 0 and f"rFID {record['rfid']:.3f}" in capsys.readouterr().out and sheet.ndim == 3
@@ -506,13 +495,13 @@ def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
     ("arguments", "words"),
     [
         ("", "name the images to evaluate"),
-        ("samples.npz --mean-std", "`mean_std` needs at least two"),
-        ("samples.npz --feature-batch-size 0", "feature_batch_size=0 is invalid"),
-        ("samples.npz --keep 3", "keep=3 is invalid"),
+        ("samples.npz --mean-std", "--mean-std needs at least two"),
+        ("samples.npz --feature-batch-size 0", "--feature-batch-size 0 is invalid"),
+        ("samples.npz --keep 3", "--keep 3 is invalid"),
         ("samples.npz", "there is no published reference for images of 8 x 8 pixels"),
         ("published.npz", "run `bitdance download reference-256`"),
         ("samples.npz --reference none.npz", "no images at"),
-        ("statistics.npz --reference none", "use it as `reference` only"),
+        ("statistics.npz --reference none", "use it as --reference only"),
         (". --reference none", "no images in"),
         ("empty.npz --reference none", "cannot be read as an .npz file"),
         ("zip.npz --reference none", "cannot be read as an .npz file"),

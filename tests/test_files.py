@@ -1,4 +1,4 @@
-"""Atomic writing, whatever goes wrong, and grids of pictures."""
+"""Atomic writing, leftovers of killed processes, and image grids."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 from bitdance.runtime.atomic_files import atomic_write, remove_leftovers
 from bitdance.runtime.errors import UserError
-from bitdance.sampling.image_grid import grid
+from bitdance.sampling.image_grid import image_grid
 
 
 def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_file_appears_when_all_is_written(tmp_path):
+def test_the_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "file.txt"
     with atomic_write(path) as temporary:
         assert temporary.parent == tmp_path, "a rename between file systems would not be atomic"
@@ -31,7 +31,7 @@ def test_the_file_appears_when_all_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_old_file_stays_until_then(tmp_path):
+def test_an_old_file_is_kept_until_then(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with atomic_write(str(path)) as temporary:
@@ -41,7 +41,7 @@ def test_an_old_file_stays_until_then(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), FileNotFoundError(2, "gone", "other")])
-def test_an_error_inside_passes_and_leaves_nothing(tmp_path, error):
+def test_an_error_inside_is_raised_and_leaves_nothing(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(type(error)) as raised, atomic_write(path) as temporary:
@@ -52,7 +52,7 @@ def test_an_error_inside_passes_and_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_folders_are_made(tmp_path):
+def test_missing_folders_are_created(tmp_path):
     path = tmp_path / "a" / "b" / "file.txt"
     with atomic_write(path) as temporary:
         temporary.write_text("new")
@@ -60,14 +60,14 @@ def test_missing_folders_are_made(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file/inside", "file/deeper/inside"])
-def test_a_file_in_the_place_of_a_folder(tmp_path, name):
-    (tmp_path / "file").write_text("I am no folder")
+def test_a_file_instead_of_a_folder(tmp_path, name):
+    (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"cannot make the folder .*file.*another place"), atomic_write(tmp_path / name):
         pytest.fail("nothing can be written there")
-    assert (tmp_path / "file").read_text() == "I am no folder"
+    assert (tmp_path / "file").read_text() == "no folder"
 
 
-def test_a_folder_in_the_place_of_the_file(tmp_path):
+def test_a_folder_instead_of_the_file(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*taken"), atomic_write(tmp_path / "taken") as temporary:
         temporary.write_text("new")
@@ -94,7 +94,7 @@ def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o700)
 
 
-def test_a_name_too_long(tmp_path):
+def test_too_long_a_name(tmp_path):
     path = tmp_path / ("x" * 300)
     with pytest.raises(UserError, match=r"cannot write .*choose another place"), atomic_write(path) as file:
         file.write_text("new")
@@ -115,43 +115,43 @@ def test_no_space_left(tmp_path, monkeypatch, where):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def pictures(count, height=3, width=2):
-    """Picture i is all 10 i, but for its top left pixel."""
+def images_of(count, height=3, width=2):
+    """Image i has the value 10 i, except for its top left pixel."""
     images = np.stack([np.full((height, width, 3), 10 * i, np.uint8) for i in range(count)])
     images[:, 0, 0] = (255, 0, 7)
     return images
 
 
-def test_grid_of_pictures_in_place():
-    sheet = np.asarray(grid(pictures(5), columns=3, gap=2))
+def test_positions_in_a_grid():
+    sheet = np.asarray(image_grid(images_of(5), columns=3, gap=2))
     assert sheet.shape == (2 * (3 + 2) + 2, 3 * (2 + 2) + 2, 3)
     expected = np.full_like(sheet, 255)
-    for i, image in enumerate(pictures(5)):
+    for i, image in enumerate(images_of(5)):
         top, left = 2 + 5 * (i // 3), 2 + 4 * (i % 3)
         expected[top : top + 3, left : left + 2] = image
-    assert np.array_equal(sheet, expected), "the sixth place, and all gaps, are white"
+    assert np.array_equal(sheet, expected), "the sixth cell and all gaps are white"
 
 
-def test_grid_enlarges_pixel_by_pixel():
-    images = pictures(2)
-    sheet = np.asarray(grid(images, columns=2, scale=4, gap=0))
+def test_a_grid_enlarges_without_interpolation():
+    images = images_of(2)
+    sheet = np.asarray(image_grid(images, columns=2, scale=4, gap=0))
     assert np.array_equal(sheet, np.concatenate(images, axis=1).repeat(4, axis=0).repeat(4, axis=1))
 
 
-def test_grid_labels_stand_left_of_their_rows():
-    images, labels = pictures(4, 32, 32), ["short", "a rather longer label"]
-    plain = np.asarray(grid(images, columns=2))
-    labelled = np.asarray(grid(images, columns=2, labels=labels))
+def test_labels_are_left_of_their_rows():
+    images, labels = images_of(4, 32, 32), ["short", "a rather longer label"]
+    plain = np.asarray(image_grid(images, columns=2))
+    labelled = np.asarray(image_grid(images, columns=2, labels=labels))
     margin = labelled.shape[1] - plain.shape[1]
     assert labelled.shape[0] == plain.shape[0]
     assert np.array_equal(labelled[:, margin:], plain)
     ink = [(labelled[34 * row : 34 * (row + 1), :margin] < 128).all(axis=-1) for row in range(2)]
     assert 0 < ink[0].sum() < ink[1].sum()
-    assert not ink[1][:, 0].any(), "the longest label has room"
+    assert not ink[1][:, 0].any(), "the longest label fits"
 
 
 def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
-    """The first is of `atomic_write`, the second of safetensors, which writes to a file of its own choice first."""
+    """The first is a temporary file of `atomic_write`, the second one of safetensors."""
     left = [".model.safetensors.4711.0123abcd.tmp", ".tmpF5E8Ak"]
     kept = ["model.safetensors", ".hidden", "notes.tmp", ".tmp", ".tmpfiles", ".mine.tmp", ".tmpABCDEF.txt"]
     for name in left + kept:
@@ -161,8 +161,8 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a process's files")
-def test_what_safetensors_leaves_behind_is_recognised(tmp_path):
-    """The system kills a process in the middle of a file that may not grow."""
+def test_leftovers_of_safetensors_are_removed(tmp_path):
+    """The system kills a process that exceeds its limit of the size of a file."""
     script = """
 import resource, signal, sys
 import torch
@@ -175,5 +175,5 @@ save_file({"a": torch.zeros(10**6)}, sys.argv[1])
     process = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True)
     assert process.returncode == -signal.SIGXFSZ
     remove_leftovers(tmp_path)
-    target.unlink(missing_ok=True)  # a version of safetensors that writes in place
+    target.unlink(missing_ok=True)  # of a version of safetensors that writes in place
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pathlib
 
@@ -58,7 +59,7 @@ def run_share(job: SamplingJob, rank: int, size: int) -> None:
     world = Independent(rank, size, CPU)
     sections = {"sampling": job.sampling, "job": job.config, "networks": job.networks,
                 "machine": run_folder.Machine.of(world)}  # fmt: skip
-    run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU))
+    run_folder.check_settings(job.run_folder, sections, Independent(0, size, CPU), has_parts=False)
     batches = list(split_batches(job.config.num_images, job.config.batch_size))
     labels = balanced_labels(job.config.num_images, job.pipeline.model.config.num_classes, job.config.seed)
     job._sample_batches(job._missing_results(), world, batches, list(range(len(batches))), labels, print)
@@ -245,3 +246,30 @@ def test_a_job_writes_a_folder_of_pngs(pipeline, tmp_path, monkeypatch):
     assert names(tmp_path) == [path.name, f"{path.name}.json", f"{path.name}.npz"]
     monkeypatch.setattr(Pipeline, "generate", lambda *_: pytest.fail("images were sampled again"))
     assert run(job) == path  # a finished folder is not written again
+
+
+def test_parts_of_another_shape_are_sampled_again(pipeline, tmp_path):
+    expected = run(make(pipeline, tmp_path / "expected", 4, 2))
+    job = make(pipeline, tmp_path / "made", 4, 2)
+    run_share(job, 1, 2)
+    with np.load(job.part(1)) as file:
+        arrays = dict(file)
+    np.savez(job.part(1), **{**arrays, "images": arrays["images"][:, :8]})
+    assert run(job).read_bytes() == expected.read_bytes()
+
+
+def test_a_disk_that_fills_up_while_pngs_are_written_is_named(pipeline, tmp_path, monkeypatch):
+    real = Image.Image.save
+
+    def fail(image, path, *arguments, **keywords):
+        if str(path).endswith("000002.png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(image, path, *arguments, **keywords)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    job = make(pipeline, tmp_path, 4, 2, ("pngs",))
+    with pytest.raises(UserError, match=r"cannot write .*images: No space left on device; free some space"):
+        job.run(ALONE)
+    assert not job.results["pngs"].exists()
+    monkeypatch.undo()
+    assert len(list(run(job).glob("*.png"))) == 4

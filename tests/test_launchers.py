@@ -1,4 +1,4 @@
-"""The four launchers: every flag of the original parses and ends up where it belongs, and the scripts run."""
+"""The four launchers: each flag of the original parses and sets the right field, and the scripts run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import torch
 
 from bitdance.cli import original_cli
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
+from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
+from bitdance.sampling.pipeline import Pipeline
 from bitdance.weights import weights_file
 
 SCRIPTS = ("sample_ddp.py", "sample_ddp_parallel.py", "train.py", "train_parallel.py")
 NEEDED = {"sample": ["--ckpt", "model.pt"], "train": ["--data-path", "images", "--trained-vae", "ae.pt"]}
 
-# flag, value (None: a switch), field, what it then is. Fields: of the flags when sampling; in training of
-# run (TrainConfig), sizes (ModelSizes), loss (LossConfig) or call (other arguments of train_model).
+# Flag, value (None for a switch), field, and its value then. When sampling the fields are those of the flags, in
+# training those of run (TrainConfig), sizes (ModelSizes), loss (LossConfig) or call (other arguments of train_model).
 SHARED_SAMPLE = [
     ("--model", "BitDance-B", "model.model", "BitDance-B"),
     ("--image-size", "512", "model.image_size", 512),
@@ -55,6 +57,8 @@ SAMPLE = [
     ("--mixed-precision", "none", "sample.mixed_precision", "none"),
     ("--to-npz", None, "sample.to_npz", True),
     ("--chunk-size", "64", "sample.chunk_size", 64),
+    ("--device", "cpu", "sample.device", "cpu"),  # this and the following are not in the original
+    ("--threads", "2", "sample.threads", 2),
 ]
 SAMPLE_PARALLEL = [
     ("--parallel-num", "16", "parallel.parallel_num", 16),
@@ -70,7 +74,7 @@ TRAIN = [
     ("--latent-dim", "32", "call.expected_bits", 32),
     ("--diff-batch-mul", "2", "loss.diff_batch_mul", 2),
     ("--grad-checkpointing", None, "run.grad_checkpointing", True),
-    ("--trained-vae", "vae.pt", "call.autoencoder_path", pathlib.Path("vae.pt")),
+    ("--trained-vae", "vae.pt", "call.autoencoder", "vae.pt"),
     ("--drop-rate", "0.1", "sizes.drop_rate", 0.1),
     ("--perturb-schedule", "constant", "loss.perturb_rate", 0.0),
     ("--perturb-rate", "0.1", "loss.perturb_rate", 0.1),
@@ -84,8 +88,8 @@ TRAIN = [
     ("--aug-decay-end-epoch", "9", "run.aug_decay_end_epoch", 9),
     ("--ema", "0.9999", "run.ema", 0.9999),
     ("--no-compile", None, "run.compile", False),
-    ("--tmp-results-dir", "scratch", "run.results_dir", pathlib.Path("results")),  # unused
-    ("--results-dir", "out", "run.results_dir", pathlib.Path("out")),
+    ("--tmp-results-dir", "scratch", "run.output", pathlib.Path("results")),  # unused
+    ("--results-dir", "out", "run.output", pathlib.Path("out")),
     ("--epochs", "800", "run.epochs", 800),
     ("--lr", "6e-4", "run.lr", 6e-4),
     ("--min-lr", "1e-6", "run.min_lr", 1e-6),
@@ -95,12 +99,16 @@ TRAIN = [
     ("--beta1", "0.8", "run.beta1", 0.8),
     ("--beta2", "0.99", "run.beta2", 0.99),
     ("--max-grad-norm", "2", "run.max_grad_norm", 2.0),
-    ("--global-batch-size", "1024", "run.global_batch_size", 1024),
-    ("--global-seed", "4", "run.global_seed", 4),
+    ("--global-batch-size", "1024", "run.batch_size", 1024),
+    ("--global-seed", "4", "run.seed", 4),
     ("--num-workers", "2", "run.num_workers", 2),
     ("--log-every", "10", "run.log_every", 10),
-    ("--mixed-precision", "none", "run.mixed_precision", "none"),
+    ("--mixed-precision", "none", "run.precision", "fp32"),
     ("--keep-freq", "5", "run.keep_epochs", 5),
+    ("--max-steps", "3", "run.max_steps", 3),  # this and the following are not in the original
+    ("--dry-run", None, "call.dry_run", True),
+    ("--device", "cpu", "call.device", "cpu"),
+    ("--threads", "2", "call.threads", 2),
 ]
 TRAIN_PARALLEL = [
     ("--parallel-num", "16", "sizes.parallel_num", 16),
@@ -116,14 +124,15 @@ FLAGS = {
 
 @pytest.fixture
 def configured(monkeypatch):
-    """(script, arguments) -> the objects that a launcher would go to work with, without the work."""
+    """Returns the settings that a launcher would work with: (script, arguments) -> settings."""
     got: dict[str, Any] = {}
 
     def run_sample(sample, model, parallel):
         got.update(sample=sample, model=model, parallel=parallel)
 
-    def train_model(run, sizes, loss, autoencoder_path, **call):
-        got.update(run=run, sizes=sizes, loss=loss, call={"autoencoder_path": autoencoder_path, **call})
+    def train_model(run, sizes, loss, autoencoder, device, threads, **call):
+        call |= {"autoencoder": autoencoder, "device": device, "threads": threads}
+        got.update(run=run, sizes=sizes, loss=loss, call=call)
 
     monkeypatch.setattr(original_cli, "run_sample", run_sample)
     monkeypatch.setattr("bitdance.training.setup.train_model", train_model)
@@ -146,7 +155,7 @@ def value_of(got: dict[str, Any], field: str) -> Any:
     [(script, *row) for script, rows in FLAGS.items() for row in rows],
     ids=[f"{script}{row[0]}" for script, rows in FLAGS.items() for row in rows],
 )
-def test_every_flag_of_the_original(configured, script, flag, value, field, expected):
+def test_each_flag_of_the_original(configured, script, flag, value, field, expected):
     needed = NEEDED[script.split("_")[0].removesuffix(".py")]
     got = configured(script, [*needed, flag] if value is None else [*needed, flag, value])
     found = value_of(got, field)
@@ -160,12 +169,12 @@ def test_defaults_are_the_originals(configured):
     assert (sample.no_ema, sample.mixed_precision, sample.to_npz) == (False, "bf16", False)
     got = configured("train_parallel.py", NEEDED["train"])
     run, sizes, loss = got["run"], got["sizes"], got["loss"]
-    assert (run.image_size, run.epochs, run.global_batch_size, run.global_seed) == (256, 400, 256, 0)
+    assert (run.image_size, run.epochs, run.batch_size, run.seed) == (256, 400, 256, 0)
     assert (run.lr, run.min_lr, run.warmup_steps, run.decay_start) == (3e-4, 1e-5, 20_000, 20_000)
     assert (run.weight_decay, run.beta1, run.beta2, run.max_grad_norm) == (0.05, 0.9, 0.95, 1.0)
     assert (run.ema, run.num_workers, run.log_every, run.keep_epochs, run.compile) == (-1, 16, 100, 50, True)
     assert (run.aug_decay_start_epoch, run.aug_decay_end_epoch, run.random_crop) == (700, 750, True)
-    assert (run.mixed_precision, run.grad_checkpointing, run.max_steps) == ("bf16", False, None)
+    assert (run.precision, run.grad_checkpointing, run.max_steps) == ("bf16", False, None)
     assert (sizes.parallel_num, sizes.token_order, sizes.cls_token_num, sizes.num_classes) == (4, "patch", 64, 1000)
     assert (sizes.time_shift, sizes.drop_rate) == (1.0, 0.0)
     assert (loss.diff_batch_mul, loss.time_mean, loss.time_std, loss.time_schedule) == (4, -0.8, 0.8, "logit_normal")
@@ -187,12 +196,12 @@ def test_the_last_value_of_a_repeated_flag_wins(configured, script):
     kind = "sample" if script.startswith("sample") else "train"
     repeated = {"sample": ["--seed", "1", "--seed", "2"], "train": ["--global-seed", "1", "--global-seed", "2"]}[kind]
     got = configured(script, [*NEEDED[kind], *repeated])
-    assert (got["sample"].seed if kind == "sample" else got["run"].global_seed) == 2
+    assert (got["sample"].seed if kind == "sample" else got["run"].seed) == 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("wrong", [["--no-such-flag", "1"], ["--model", "BitDance-XXL"], ["--image-size", "big"]])
-def test_what_does_not_parse_exits_with_status_2(configured, capsys, script, wrong):
+def test_invalid_arguments_exit_with_status_2(configured, capsys, script, wrong):
     kind = "sample" if script.startswith("sample") else "train"
     with pytest.raises(SystemExit) as error:
         configured(script, [*NEEDED[kind], *wrong])
@@ -201,7 +210,7 @@ def test_what_does_not_parse_exits_with_status_2(configured, capsys, script, wro
 
 
 @pytest.mark.parametrize("script", ["sample_ddp.py", "train.py"])
-def test_flags_of_the_parallel_scripts_are_no_flags_of_the_others(configured, script):
+def test_flags_of_the_parallel_scripts_are_not_in_the_others(configured, script):
     with pytest.raises(SystemExit) as error:
         configured(script, [*NEEDED[script.split("_")[0].removesuffix(".py")], "--parallel-num", "4"])
     assert error.value.code == 2
@@ -216,14 +225,14 @@ def test_the_published_sampling_commands(configured, name):
     assert sample.ckpt == f"models/BitDance-ImageNet/{release.file}" and sample.to_npz
     assert model.trained_vae == "models/BitDance-ImageNet/ae_d16c32.pt" and str(sample.sample_dir) == "results"
     assert (sample.cfg_scale, sample.per_proc_batch_size, sample.chunk_size) == (
-        release.cfg_scale, release.batch, release.chunk,
+        release.sampling.cfg_scale, release.batch_size, release.sampling.chunk_size,
     )  # fmt: skip
     assert (model.model, model.latent_dim) == (release.family, 32)
     assert (parallel.parallel_num or 1) == release.config.parallel_num
-    # The flags contradict nothing that such a file holds: a network without memory stands for it.
+    # The flags contradict nothing in the released files.
     with torch.device("meta"):
-        network = BitDance(release.config)
-    original_cli._check_against_checkpoint(network, model, parallel, 16)
+        pipeline = Pipeline(BitDance(release.config), Autoencoder(AutoencoderConfig()), name, release.sampling)
+    original_cli._check_against_checkpoint(pipeline, model, parallel)
 
 
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X"])
@@ -233,8 +242,8 @@ def test_the_published_training_commands(configured, name):
     script, arguments = small.script_and_arguments(small.published_commands("training")[name])
     got = configured(script, arguments)
     run, sizes = got["run"], got["sizes"]
-    assert (str(run.results_dir), str(run.data_path)) == (folder, "/path/to/imagenet/train")
-    assert (run.epochs, run.lr, run.global_batch_size, run.ema) == (800, 6e-4, 1024, 0.9999)
+    assert (str(run.output), str(run.data_path)) == (folder, "/path/to/imagenet/train")
+    assert (run.epochs, run.lr, run.batch_size, run.ema) == (800, 6e-4, 1024, 0.9999)
     assert got["loss"].perturb_rate == release.perturb_rate
     assert (sizes.dim, sizes.n_layer, sizes.parallel_num) == (
         release.config.dim, release.config.n_layer, release.config.parallel_num,
@@ -245,8 +254,8 @@ def test_the_published_training_commands(configured, name):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> pathlib.Path:
-    """A folder with images of 64 px, an autoencoder of 16 pixels a token, and a model of each P."""
+def files(tmp_path_factory) -> pathlib.Path:
+    """A folder with images of 64 px, an autoencoder with tokens of 16 px, and models with P = 1 and P = 4."""
     folder = tmp_path_factory.mktemp("launchers")
     small.pictures(folder / "images", classes=2, each=4, side=64)
     network = small.autoencoder(config=AutoencoderConfig(widths=(32,) * 5, blocks=1, bits=8))
@@ -260,10 +269,10 @@ def place(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def sample_arguments(place: pathlib.Path, folder: pathlib.Path, p: int) -> list[object]:
+def sample_arguments(files: pathlib.Path, folder: pathlib.Path, p: int) -> list[object]:
     return ["--model", "BitDance-Tiny", "--image-size", 64, "--latent-dim", 8, "--num-classes", 5,
-            "--cls-token-num", 4, "--trained-vae", place / "ae.safetensors",
-            "--ckpt", place / f"model-{p}.safetensors", "--sample-dir", folder, "--cfg-scale", 2,
+            "--cls-token-num", 4, "--trained-vae", files / "ae.safetensors",
+            "--ckpt", files / f"model-{p}.safetensors", "--sample-dir", folder, "--cfg-scale", 2,
             "--sample-steps", 3, "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--to-npz",
             "--mixed-precision", "none", "--chunk-size", 1, "--threads", 1]  # fmt: skip
 
@@ -275,30 +284,30 @@ def read_npz(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray]]
         return path, dict(file)
 
 
-@pytest.mark.parametrize(("script", "p", "processes"), [("sample_ddp.py", 1, 3), ("sample_ddp_parallel.py", 4, 2)])
-def test_sampling_scripts_write_the_same_npz_alone_and_under_torchrun(place, tmp_path, script, p, processes):
-    arguments = sample_arguments(place, tmp_path / "alone", p) + (["--parallel-num", 4] if p == 4 else [])
-    if p == 1:
-        facts = json.loads(small.run(script, *arguments).stdout.splitlines()[-1])
-        assert (facts["images"], facts["made"], facts["processes"]) == (7, 7, 1) and facts["seconds"] > 0
-    else:
-        original_cli.sample_parallel(list(map(str, arguments)))
-    path, alone = read_npz(tmp_path / "alone")
-    assert alone["arr_0"].shape == (7, 64, 64, 3) and alone["arr_0"].dtype == np.uint8
-    assert alone["arr_1"].dtype == np.int64 and np.bincount(alone["arr_1"], minlength=5).min() >= 1
-    assert len({image.tobytes() for image in alone["arr_0"]}) >= 5
-    arguments[arguments.index(tmp_path / "alone")] = tmp_path / "together"
-    facts = json.loads(small.run(script, *arguments, processes=processes).stdout.splitlines()[-1])
-    assert facts["processes"] == processes and facts["made"] < 7
-    together, _ = read_npz(tmp_path / "together")
-    assert together.name == path.name and together.read_bytes() == path.read_bytes()
-    logs = sorted(log.name.split(".")[-2] for log in (tmp_path / "together").glob("*.log"))
+@pytest.mark.parametrize(("script", "p", "processes"), [("sample_ddp.py", 1, 1), ("sample_ddp_parallel.py", 4, 3)])
+def test_sampling_scripts_write_the_same_npz_with_any_number_of_processes(
+    files, tmp_path, capsys, script, p, processes
+):
+    more = ["--parallel-num", 4] if p == 4 else []
+    small.LAUNCHERS[script](list(map(str, sample_arguments(files, tmp_path / "single", p) + more)))
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (facts["images"], facts["sampled"], facts["processes"]) == (7, 7, 1) and facts["seconds"] > 0
+    path, single = read_npz(tmp_path / "single")
+    assert single["arr_0"].shape == (7, 64, 64, 3) and single["arr_0"].dtype == np.uint8
+    assert single["arr_1"].dtype == np.int64 and np.bincount(single["arr_1"], minlength=5).min() >= 1
+    assert len({image.tobytes() for image in single["arr_0"]}) >= 5
+    done = small.run(script, *sample_arguments(files, tmp_path / "several", p), *more, processes=processes)
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["processes"] == processes and (facts["sampled"] < 7) == (processes > 1)
+    several, _ = read_npz(tmp_path / "several")
+    assert several.name == path.name and several.read_bytes() == path.read_bytes()
+    logs = sorted(log.name.split(".")[-2] for log in (tmp_path / "several").glob("*.log"))
     assert logs == [f"rank{rank}" for rank in range(processes)]
 
 
-def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
-    shutil.copy(place / "model-4.safetensors", tmp_path / "model-4.safetensors")
-    shutil.copy(place / "ae.safetensors", tmp_path / "ae.safetensors")
+def test_another_model_of_the_same_name_makes_another_result(files, tmp_path):
+    shutil.copy(files / "model-4.safetensors", tmp_path / "model-4.safetensors")
+    shutil.copy(files / "ae.safetensors", tmp_path / "ae.safetensors")
     arguments = [str(a) for a in sample_arguments(tmp_path, tmp_path / "out", 4)]
     original_cli.sample_parallel(arguments)
     network = weights_file.load_model(tmp_path / "model-4.safetensors")
@@ -309,23 +318,24 @@ def test_another_model_of_the_same_name_makes_another_result(place, tmp_path):
     assert not np.array_equal(first, second)
 
 
-def train_arguments(place: pathlib.Path, folder: pathlib.Path) -> list[object]:
+def train_arguments(files: pathlib.Path, folder: pathlib.Path) -> list[object]:
     return ["--model", "BitDance-Tiny", "--image-size", 64, "--latent-dim", 8, "--down-size", 16, "--num-classes", 2,
-            "--cls-token-num", 4, "--trained-vae", place / "ae.safetensors", "--data-path", place / "images",
+            "--cls-token-num", 4, "--trained-vae", files / "ae.safetensors", "--data-path", files / "images",
             "--results-dir", folder, "--global-batch-size", 4, "--epochs", 2, "--max-steps", 3, "--warmup-steps", 2,
             "--ema", 0.9, "--perturb-rate", 0.1, "--mixed-precision", "none", "--log-every", 1, "--num-workers", 1,
             "--keep-freq", 1]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "p", "processes"), [("train.py", 1, 1), ("train_parallel.py", 4, 2)])
-def test_training_scripts_train_and_their_model_samples(place, tmp_path, script, p, processes):
-    arguments = train_arguments(place, tmp_path / "run") + (["--parallel-num", 4] if p == 4 else [])
-    small.run(script, *arguments, processes=processes)
+@pytest.mark.parametrize(("script", "p"), [("train.py", 1), ("train_parallel.py", 4)])
+def test_training_scripts_write_a_run_folder(files, tmp_path, script, p):
+    """In this process; tests/test_published.py runs such a script under torchrun."""
+    arguments = train_arguments(files, tmp_path / "run") + (["--parallel-num", 4] if p == 4 else [])
+    small.LAUNCHERS[script](list(map(str, arguments)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 0 and lines[1]["lr"] == 1.5e-4
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint-0000003.safetensors", "settings.json", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
-        "preview-0000003.png",
+        "checkpoint-0000003.safetensors", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
+        "preview-0000003.png", "settings.json",
     ]  # fmt: skip
     network = weights_file.load_model(tmp_path / "run" / "model.safetensors")
     config = network.config

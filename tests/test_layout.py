@@ -1,4 +1,4 @@
-"""The house rules: imports run one way, network code is pure, what is heavy or optional is imported late."""
+"""Rules of the layout: imports go down, network code is pure, heavy and optional packages are imported late."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOT_IN_MODELS = (
     *("argparse", "tyro", "logging", "torch.distributed"),
     *("bitdance.runtime.devices", "bitdance.runtime.process_group"),
 )
-OPTIONAL = ("pyarrow", "tensorboard", "wandb", "matplotlib", "gradio")
+OPTIONAL = ("pyarrow", "tensorboard", "wandb", "matplotlib")
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -44,12 +44,12 @@ MODULES = {
 
 
 def part(module: str) -> str:
-    """The row of `RANKS` that a module belongs to: bitdance.data.images -> data; the package itself -> ''."""
+    """The key of a module in `RANKS`: bitdance.data.images -> data; the package itself -> ''."""
     return module.partition(".")[2].partition(".")[0]
 
 
 def imports(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
-    """Every (line, full name) that a module imports anywhere, also inside functions; `from a import b` gives a.b."""
+    """Yields (line, full name) of all imports of a module, also inside functions; `from a import b` gives a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -65,13 +65,13 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def arrow_faults(tree: ast.AST, module: str, is_package: bool = False) -> list[str]:
-    """What is wrong with the imports of one module, as sentences."""
+def import_faults(tree: ast.AST, module: str, is_package: bool = False) -> list[str]:
+    """Returns wrong imports of a module, as sentences."""
     if module == "bitdance":
         return []  # resolves its public names lazily, so it may name anything
     own = part(module)
     if own not in RANKS:
-        return [f"{module} has no rank: add '{own}' to RANKS in tests/test_house.py, above all that it imports."]
+        return [f"{module} has no rank: add '{own}' to RANKS in tests/test_layout.py, above all that it imports."]
     faults = []
     for line, name in imports(tree, module, is_package):
         if not within(name, "bitdance") or name == "bitdance.__version__":
@@ -87,7 +87,7 @@ def arrow_faults(tree: ast.AST, module: str, is_package: bool = False) -> list[s
 
 
 def purity_faults(tree: ast.AST, module: str) -> list[str]:
-    """What network code must leave to its callers: flags, processes, environment, logs, devices, compilation."""
+    """Returns uses of what network code leaves to callers: flags, processes, environment, logs, devices, compiling."""
     faults = [
         f"{module}:{line} imports {name}."
         for line, name in imports(tree, module)
@@ -108,7 +108,7 @@ def parsed(module: str) -> ast.Module:
 
 
 def run_python(code: str) -> str:
-    """The output of `code` in a fresh interpreter in the root of the checkout."""
+    """Returns the output of `code` in a new interpreter in the root of the checkout."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -117,12 +117,12 @@ def run_python(code: str) -> str:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
-    faults = arrow_faults(parsed(module), module, MODULES[module].name == "__init__.py")
+    faults = import_faults(parsed(module), module, MODULES[module].name == "__init__.py")
     assert not faults, "\n".join(faults)
 
 
 def test_no_import_cycles() -> None:
-    """Within a folder too, where ranks say nothing."""
+    """Also within a folder."""
     graph = {
         module: {
             target
@@ -134,7 +134,7 @@ def test_no_import_cycles() -> None:
         if module != "bitdance"
     }
     for module, path in MODULES.items():
-        # `from bitdance.data import images` runs a folder's __init__ as any import below it does: no arrow of its own.
+        # `from bitdance.data import images` runs the __init__ of the folder, like any import of a module in it.
         if path.name == "__init__.py":
             for source, targets in graph.items():
                 if within(source, module):
@@ -153,8 +153,8 @@ def test_no_import_cycles() -> None:
         ("bitdance.novelty", "import math"),
     ],
 )
-def test_wrong_arrows_are_seen(module: str, source: str) -> None:
-    assert len(arrow_faults(ast.parse(source), module)) == 1
+def test_wrong_imports_are_detected(module: str, source: str) -> None:
+    assert len(import_faults(ast.parse(source), module)) == 1
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_wrong_arrows_are_seen(module: str, source: str) -> None:
         ("bitdance", "from bitdance.sampling.sampler import sample_tokens"),
     ],
 )
-def test_right_arrows_pass(module: str, source: str) -> None:
-    assert arrow_faults(ast.parse(source), module) == []
+def test_right_imports_pass(module: str, source: str) -> None:
+    assert import_faults(ast.parse(source), module) == []
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if within(module, "bitdance.models")])
@@ -188,7 +188,7 @@ def test_network_code_is_pure(module: str) -> None:
         "x = y.to(z).cuda(non_blocking=True)",
     ],
 )
-def test_impurity_is_seen(source: str) -> None:
+def test_impurity_is_detected(source: str) -> None:
     assert purity_faults(ast.parse(source), "bitdance.models.transformer")
 
 
@@ -198,7 +198,7 @@ def test_every_module_imports_without_the_extras() -> None:
         f"""
 import importlib, sys
 for name in {OPTIONAL}:
-    sys.modules[name] = None  # any import of it now fails
+    sys.modules[name] = None  # importing it fails now
 for name in {names}:
     importlib.import_module(name)
     print(name)
@@ -218,12 +218,11 @@ def test_no_two_modules_share_a_name() -> None:
     assert not {name for name in names if names.count(name) > 1}
 
 
-def test_no_module_of_leftovers() -> None:
+def test_no_module_without_a_subject() -> None:
     assert not [str(path) for path in MODULES.values() if path.stem in ("utils", "util", "helpers", "misc")]
 
 
 def test_every_folder_of_code_is_a_package() -> None:
-    """Or the wheel would leave it out."""
     folders = {path.parent for path in MODULES.values()}
     assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
 

@@ -212,7 +212,7 @@ def test_frechet_refuses_invalid_statistics(bad: Statistics) -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("tile", [5, 64, 2048])
-def test_tiles_do_not_matter_and_distances_are_right(monkeypatch: pytest.MonkeyPatch, k: int, tile: int) -> None:
+def test_distances_are_right_in_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch, k: int, tile: int) -> None:
     monkeypatch.setattr("bitdance.metrics.precision_recall.TILE", tile)
     a, b = rows(0, 83, 16), rows(1, 71, 16, 0.2)
 

@@ -89,8 +89,8 @@ def test_shape_and_type(law, size):
 def test_out_of_range(law, wrong):
     arguments = {"seed": 0, "step": 0, **wrong}
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name} {value} is out of range.*4294967295"):
-        law(rows=torch.arange(2), size=4, stream=philox.SAMPLE, **arguments)
+    with pytest.raises(ValueError, match=rf"{name}={value} is out of range.*4294967295"):
+        law(ids=torch.arange(2), size=4, stream=philox.SAMPLE, **arguments)
 
 
 def test_uniform_numbers_are_the_upper_24_bits_and_below_1():

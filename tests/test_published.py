@@ -22,7 +22,7 @@ from bitdance.cli import original_cli
 from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.weights import weights_file
+from bitdance.weights import network_config, torch_files, weights_file
 
 NAMES = ("B-1X", "B-4X", "B-16X", "L-1X", "H-1X")
 MODELS = pathlib.Path("models/BitDance-ImageNet")
@@ -39,16 +39,16 @@ SHORTER = [
     "--log-every",
     "1",
 ]
-SMALLER = ["--model", "BitDance-Tiny", "--image-size", "64"]
+SMALLER = ["--model", "BitDance-Tiny", "--image-size", "64", "--cls-token-num", "2"]
 TINY = AutoencoderConfig(widths=(32,) * 5, blocks=1)  # 32 bits for 16 x 16 pixels, as the released one
 
 
 def check_result(folder: pathlib.Path, name: str, side: int) -> None:
-    """One .npz and the logs, of two images that are pictures, under the name of what they were made with."""
+    """Checks for one .npz of two different images, named after its settings, and logs."""
     (path,) = (path for path in folder.iterdir() if path.suffix not in (".log", ".json"))
     release = RELEASED_MODELS[name]
-    stem = pathlib.Path(release.file).stem
-    begin = f"{stem}-ema-{release.config.parallel_num}x-size-{side}-steps-2-cfg-{release.cfg_scale:g}-seed-99-bf16-n-2-"
+    stem, p, scale = pathlib.Path(release.file).stem, release.config.parallel_num, release.sampling.cfg_scale
+    begin = f"{stem}-ema-{p}x-size-{side}-steps-2-cfg-{scale:g}-seed-99-bf16-n-2-"
     assert path.name.startswith(begin) and path.suffix == ".npz"
     with np.load(path, allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
@@ -63,28 +63,28 @@ def test_docs_show_the_command_of_each_released_model(document):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sampling_commands_run_on_stand_ins(tmp_path, monkeypatch, capsys, name):
-    """The whole job in this process, on small networks that pass for the released ones."""
+def test_sampling_commands_run_on_small_networks(tmp_path, monkeypatch, capsys, name):
+    """In this process, with small networks in files of the released names."""
     release = RELEASED_MODELS[name]
     network = small.model(bits=32, num_classes=1000, parallel_num=release.config.parallel_num)
     autoencoder = small.autoencoder(config=AutoencoderConfig(widths=(32, 32, 32), blocks=1))
     (tmp_path / MODELS).mkdir(parents=True)
-    weights_file.save_released(tmp_path / MODELS / release.file, network)
-    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
+    torch_files.save_released(tmp_path / MODELS / release.file, network)
+    torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", autoencoder)
     monkeypatch.setitem(original_cli.MODEL_SIZES, release.family, network.config)
     monkeypatch.chdir(tmp_path)
     script, arguments = small.script_and_arguments(small.published_commands("sampling")[name])
     small.LAUNCHERS[script]([*arguments, *LESS])
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert facts["images"] == facts["made"] == 2 and pathlib.Path(facts["result"]).parent == pathlib.Path("results")
+    assert facts["images"] == facts["sampled"] == 2 and pathlib.Path(facts["result"]).parent == pathlib.Path("results")
     check_result(tmp_path / "results", name, side=16)
 
 
 @contextlib.contextmanager
 def released(path: pathlib.Path, network: BitDance | Autoencoder) -> Iterator[None]:
-    """A file of the released layout, for as long as it is used: random weights for a network on the meta device."""
+    """Writes a file of the released layout, with random weights for a network on the meta device, and removes it."""
     small.randomize(network.to_empty(device="cpu"), seed=1)
-    weights_file.save_released(path, network)
+    torch_files.save_released(path, network)
     network.to("meta")
     try:
         yield
@@ -106,7 +106,7 @@ def run_in_bash(command: str, more: list[str], folder: pathlib.Path) -> subproce
 
 @pytest.fixture
 def much_memory(tmp_path_factory) -> Iterator[None]:
-    """Lets one test at a time go on, whatever runs in parallel."""
+    """Lets one test run at a time, among all workers."""
     with open(tmp_path_factory.getbasetemp().parent / "much-memory.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -117,7 +117,7 @@ def much_memory(tmp_path_factory) -> Iterator[None]:
 def test_sampling_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path):
     """Under torchrun and bash, with two processes instead of eight, a free port, and smaller counts at the end.
 
-    One test, so that the autoencoder is written once.
+    One test for all models, so that the autoencoder is written once.
     """
     (tmp_path / MODELS).mkdir(parents=True)
     with torch.device("meta"):
@@ -136,7 +136,7 @@ def test_sampling_commands_run_word_for_word_on_networks_of_the_released_sizes(t
             assert done.returncode == 0, f"{name}: {done.stderr}"
             facts = json.loads(done.stdout.splitlines()[-1])
             print(f"{name}: {facts['seconds']:.0f} s, {facts['peak_memory'] / 1e9:.2f} GB")
-            assert (facts["images"], facts["made"], facts["processes"]) == (2, 1, 2)
+            assert (facts["images"], facts["sampled"], facts["processes"]) == (2, 1, 2)
             check_result(tmp_path / "results", name, side=256)
             shutil.rmtree(tmp_path / "results")
 
@@ -145,7 +145,7 @@ def test_sampling_commands_run_word_for_word_on_networks_of_the_released_sizes(t
 
 
 def make_photographs(folder: pathlib.Path) -> None:
-    """A dozen JPEGs of 300 x 280 px in three of ImageNet's class folders."""
+    """Writes 12 JPEGs of 300 x 280 px in three of ImageNet's class folders."""
     draw = np.random.default_rng(0)
     for wordnet_id in ("n01440764", "n02099601", "n04612504"):
         (folder / wordnet_id).mkdir(parents=True)
@@ -156,7 +156,7 @@ def make_photographs(folder: pathlib.Path) -> None:
 
 
 def filled_in(command: str, images: pathlib.Path, processes: int) -> str:
-    """A published training command for one machine, with so many processes, these images and a free port."""
+    """Returns a published training command for one machine, with these images and a free port."""
     for published, ours in {
         "/path/to/imagenet/train/": f"{images}/",
         "--nproc_per_node=8": f"--nproc_per_node={processes}",
@@ -171,31 +171,30 @@ def filled_in(command: str, images: pathlib.Path, processes: int) -> str:
 
 
 def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes: int) -> None:
-    """The files of a finished run of two steps, with the published settings and a model of that configuration."""
+    """Checks the files of a finished run of two steps, its settings, and the configuration of its model."""
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint-0000002.safetensors", "settings.json", "log.jsonl", "model.safetensors", "preview-0000002.png",
+        "checkpoint-0000002.safetensors", "log.jsonl", "model.safetensors", "preview-0000002.png", "settings.json",
     ]  # fmt: skip
     settings = json.loads((folder / "settings.json").read_text())
-    run = settings["run"]
-    assert (run["epochs"], run["lr"], run["ema"], run["global_batch_size"]) == (800, 6e-4, 0.9999, 2)
-    assert settings["loss.perturb_rate"] == RELEASED_MODELS[name].perturb_rate
-    assert (settings["steps_per_epoch"], settings["total_steps"], settings["last_step"]) == (6, 4800, 2)
-    assert settings["processes"] == processes
+    train, run = settings["train"], settings["run"]
+    assert (train["epochs"], train["lr"], train["ema"], train["batch_size"]) == (800, 6e-4, 0.9999, 2)
+    assert settings["loss"]["perturb_rate"] == RELEASED_MODELS[name].perturb_rate
+    assert (run["steps_per_epoch"], run["total_steps"], run["last_step"]) == (6, 4800, 2)
+    assert run["processes"] == processes
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["lr"], line["skipped"]) for line in lines] == [(1, 0.0, 0), (2, 6e-4, 0)]
     assert all(0 < line["loss"] < 10 and line["grad_norm"] > 0 for line in lines)
     state = weights_file.read(folder / "checkpoint-0000002.safetensors")
     assert set(state.states) == {"model", "ema", "optimizer"} and state.metadata["step"] == "2"
-    found = weights_file.describe_model(weights_file.read(folder / "model.safetensors")).config
+    found = network_config.describe_model(weights_file.read(folder / "model.safetensors")).config
     assert len(found.class_names) == 1000 and found.class_names[1] == "n01443537"
     assert dataclasses.replace(found, class_names=()) == config
 
 
-def stand_in(name: str) -> BitDanceConfig:
-    """What SMALLER makes of a released model."""
-    return dataclasses.replace(
-        MODEL_SIZES["BitDance-Tiny"], parallel_num=RELEASED_MODELS[name].config.parallel_num, grid=4
-    )
+def smaller(name: str) -> BitDanceConfig:
+    """Returns the configuration of a released model after SMALLER."""
+    parallel_num = RELEASED_MODELS[name].config.parallel_num
+    return dataclasses.replace(MODEL_SIZES["BitDance-Tiny"], parallel_num=parallel_num, grid=4, cls_token_num=2)
 
 
 def results(name: str) -> str:
@@ -203,31 +202,31 @@ def results(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_commands_run_on_stand_ins(tmp_path, monkeypatch, name):
-    """The whole run in this process, with a tiny model and small images."""
+def test_training_commands_run_with_a_small_model(tmp_path, monkeypatch, name):
+    """In this process, with a tiny model and small images."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
-    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
     monkeypatch.chdir(tmp_path)
     command = filled_in(small.published_commands("training")[name], pathlib.Path("train"), 1)
     script, arguments = small.script_and_arguments(command)
     small.LAUNCHERS[script]([*arguments, *SHORTER, *SMALLER])
-    check_run(tmp_path / results(name), name, stand_in(name), 1)
+    check_run(tmp_path / results(name), name, smaller(name), 1)
 
 
 def test_a_training_command_runs_word_for_word(tmp_path):
-    """Under bash and torchrun, with two processes; how the others reach their scripts is the same."""
+    """Under bash and torchrun, with two processes; the other commands reach their scripts in the same way."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
-    weights_file.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
+    torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
     command = filled_in(small.published_commands("training")["B-4X"], tmp_path / "train", 2)
     done = run_in_bash(command, [*SHORTER, *SMALLER], tmp_path)
     assert done.returncode == 0, done.stderr
-    check_run(tmp_path / results("B-4X"), "B-4X", stand_in("B-4X"), 2)
+    check_run(tmp_path / results("B-4X"), "B-4X", smaller("B-4X"), 2)
 
 
 def free_memory() -> float:
-    """GB that can be had without swapping, where the system says so."""
+    """Returns the GB of memory that are available without swapping, 0 if unknown."""
     path = pathlib.Path("/proc/meminfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable")), 0.0)
@@ -239,7 +238,7 @@ def free_memory() -> float:
 def test_training_commands_run_word_for_word_on_networks_of_the_released_sizes(tmp_path, name, gigabytes):
     """Two steps of two images from random weights, with an autoencoder of the released size.
 
-    One process, since the memory of two is rarely there; that two work is tested with the stand-in.
+    One process, to save memory; the test above has two.
     """
     if free_memory() < gigabytes:
         pytest.skip(f"needs {gigabytes} GB of free memory")

@@ -1,9 +1,11 @@
-"""The token cache: encoding with any number of processes, reading, training from it; images that cannot be read."""
+"""The token cache: encoding with any number of processes, reading, training from it; unreadable images."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -13,12 +15,12 @@ import pytest
 import small
 import torch
 from PIL import Image
-from test_training import CPU, SIZES, config, log
 
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
 from bitdance.data.cache_writer import CacheWriter, EncodeResult
 from bitdance.data.crops import center_crop, horizontal_flip, normalize, random_crop, to_array
+from bitdance.data.encode_config import EncodeConfig
 from bitdance.data.images import open_images
 from bitdance.data.token_cache import TokenDataset
 from bitdance.models import philox
@@ -29,16 +31,18 @@ from bitdance.runtime.process_group import World
 from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
-from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes
 from bitdance.weights import weights_file
 
-ALONE = World(0, 1, CPU)
-FILES = ["000000.safetensors", "000001.safetensors", "000002.safetensors", "job.json", "token_cache.json"]
+pytestmark = pytest.mark.usefixtures("quick_previews")
+CPU = torch.device("cpu")
+SINGLE = World(0, 1, CPU)
+FILES = ["000000.safetensors", "000001.safetensors", "000002.safetensors", "settings.json", "token_cache.json"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
-    """Twelve pictures without symmetry, some wider than high, so that every crop and mirror image is another."""
+    """Twelve images without symmetry, some wider than high, so that all crops and mirrored views differ."""
     folder, draw = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
     for label in range(3):
         (folder / f"class-{label}").mkdir(parents=True)
@@ -70,8 +74,8 @@ def cache(shared, tmp_path) -> pathlib.Path:
 def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
     file = weights_file.read(weights)
     settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
-    digest = weights_file.digest(file.states["autoencoder"])
-    return CacheWriter(open_images(data), weights_file.load_autoencoder(file), digest, folder, **settings).run(ALONE)
+    network, digest = weights_file.load_autoencoder(file), file.metadata["digest"]
+    return CacheWriter(open_images(data), network, digest, folder, EncodeConfig(**settings)).run(SINGLE)
 
 
 def encoded(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> TokenDataset:
@@ -104,13 +108,13 @@ def test_a_cache_holds_the_bits_of_every_view(data, weights, tmp_path):
             assert view.shape == (16, 1) and view.dtype == np.uint8  # 16 tokens of 8 bits
             assert np.array_equal(view, expected[2 * crop + flip])
             seen.add(view.tobytes())
-    assert len(seen) > 60  # of 72: they are really different views
+    assert len(seen) > 60  # of 72: the views differ
 
 
 def test_metadata_of_a_cache(data, weights, tmp_path):
     encode(data, weights, tmp_path, crops=2, flips=False, seed=3)
     shard = weights_file.read(tmp_path / "000002.safetensors")
-    assert shard.metadata["kind"] == "tokens" and shard.metadata["format_version"] == "1"
+    assert shard.metadata["kind"] == "tokens" and shard.metadata["format_version"] == "2"
     info = shard.config.pop("info")
     assert shard.config == {"covered": [10, 12], "bad_images": []}
     assert info["autoencoder"] == weights_file.read(weights).metadata["digest"]
@@ -125,16 +129,15 @@ def test_metadata_of_a_cache(data, weights, tmp_path):
     assert manifest["info"] == info and [entry["images"] for entry in manifest["shards"]] == [5, 5, 2]
 
 
-def test_one_process_and_two_write_the_same_bytes(data, weights, tmp_path, capsys):
-    script = tmp_path / "encode.py"
-    script.write_text("from bitdance.cli.main import main\nmain()\n")
-    words = ["encode", data, "--autoencoder", weights, "--image-size", 16, "--batch-size", 4, "--shard-size", 5,
-             "--num-workers", 2, "--device", "cpu", "--threads", 1, "--crops", 2, "--output"]  # fmt: skip
-    main([*map(str, words), str(tmp_path / "1")])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [result[name] for name in ("images", "bad_images", "shards", "made", "processes")] == [12, 0, 3, 12, 1]
-    run = small.run(script, *words, tmp_path / "2", processes=2)
-    assert json.loads(run.stdout.splitlines()[-1])["processes"] == 2
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_one_process_and_two_write_the_same_bytes(data, weights, tmp_path, capfd):
+    options = "--image-size 16 --batch-size 4 --shard-size 5 --num-workers 2 --device cpu --threads 1 --crops 2"
+    for processes in (1, 2):
+        command = f"encode --data-path {data} --autoencoder {weights} --output {tmp_path}/{processes} {options}"
+        small.run_forked(functools.partial(main, command.split()), processes)
+        result = json.loads(capfd.readouterr().out.splitlines()[-1])
+        counts = [result[name] for name in ("images", "bad_images", "shards", "encoded", "processes")]
+        assert counts == [12, 0, 3, 12 if processes == 1 else 7, processes]
     assert contents(tmp_path / "1") == contents(tmp_path / "2") and list(contents(tmp_path / "1")) == FILES
 
 
@@ -150,23 +153,23 @@ def test_an_interrupted_job_continues_and_ends_with_the_same_bytes(data, weights
     monkeypatch.setattr(CacheWriter, "_encode", killed)
     with pytest.raises(KeyboardInterrupt):
         encode(data, weights, tmp_path)
-    assert list(contents(tmp_path)) == ["000000.safetensors", "job.json"]
+    assert list(contents(tmp_path)) == ["000000.safetensors", "settings.json"]
     with pytest.raises(UserError, match="is not finished: run the same `bitdance encode` command again"):
         TokenDataset(tmp_path)
     first = (tmp_path / "000000.safetensors").stat().st_mtime_ns
     result = encode(data, weights, tmp_path)
-    assert result.made == 7 and result.images == 12
+    assert result.encoded == 7 and result.images == 12
     assert (tmp_path / "000000.safetensors").stat().st_mtime_ns == first  # kept, not encoded again
     assert contents(tmp_path) == contents(shared)
-    assert encode(data, weights, tmp_path).made == 0
+    assert encode(data, weights, tmp_path).encoded == 0
 
 
-@pytest.mark.parametrize("damage", ["flipped", "torn", "gone", "another"])
-def test_a_damaged_shard_is_seen_and_encoded_again(data, weights, cache, damage):
+@pytest.mark.parametrize("damage", ["changed bit", "truncated", "missing", "another shard"])
+def test_a_damaged_shard_is_detected_and_encoded_again(data, weights, cache, damage):
     before = contents(cache)
     path = cache / "000001.safetensors"
     start = before[path.name].index(weights_file.read(path).states["tokens"]["bits"].numpy().tobytes())
-    if damage == "flipped":
+    if damage == "changed bit":
         changed = bytearray(before[path.name])
         changed[start + 3] ^= 4
         path.write_bytes(bytes(changed))
@@ -175,15 +178,15 @@ def test_a_damaged_shard_is_seen_and_encoded_again(data, weights, cache, damage)
             found.read(5, 0, 0)
         assert found.read(0, 0, 0) is not None
     else:
-        if damage == "torn":
+        if damage == "truncated":
             path.write_bytes(before[path.name][:-20])
-        elif damage == "gone":
+        elif damage == "missing":
             path.unlink()
         else:
             path.write_bytes(before["000000.safetensors"])
         with pytest.raises(UserError, match=r"000001\.safetensors.*: run the same `bitdance encode` command again"):
             TokenDataset(cache)
-    assert encode(data, weights, cache).made == 5
+    assert encode(data, weights, cache).encoded == 5
     assert contents(cache) == before
 
 
@@ -191,13 +194,13 @@ def test_a_damaged_shard_is_seen_and_encoded_again(data, weights, cache, damage)
     ("changes", "words"),
     [({"crops": 2}, "crops was 1, is 2"), ({"flips": False}, "flips was True, is False"), ({"seed": 1}, "seed was 0")],
 )
-def test_a_cache_of_other_settings_is_not_mixed(data, weights, shared, changes, words):
-    with pytest.raises(UserError, match="holds a job of other settings") as error:
+def test_other_settings_are_refused(data, weights, shared, changes, words):
+    with pytest.raises(UserError, match="belongs to a run with other settings") as error:
         encode(data, weights, shared, **changes)
     assert words in str(error.value)
 
 
-def test_a_damaged_manifest_is_a_sentence(cache):
+def test_a_damaged_manifest_is_refused(cache):
     path = cache / "token_cache.json"
     text = path.read_text()
     shorter = json.loads(text)
@@ -212,14 +215,14 @@ def test_a_damaged_manifest_is_a_sentence(cache):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        *(({name: 0}, f"{name}=0 does not fit") for name in ("crops", "batch_size", "shard_size", "image_size")),
-        ({"num_workers": 0}, "num_workers=0 does not fit"),
-        ({"max_bad_images": -1}, "max_bad_images=-1 does not fit"),
-        ({"seed": -1}, "seed=-1 is out of range"),
+        *(({name: 0}, f"{name}=0 is invalid") for name in ("crops", "batch_size", "shard_size", "image_size")),
+        ({"num_workers": 0}, "num_workers=0 is invalid"),
+        ({"max_bad_images": -1}, "max_bad_images=-1 is invalid"),
+        ({"seed": -1}, "seed=-1 is invalid"),
         ({"image_size": 18}, "must be a multiple of 4"),
     ],
 )
-def test_settings_that_do_not_fit_are_sentences(data, weights, tmp_path, changes, words):
+def test_invalid_settings_are_refused(data, weights, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         encode(data, weights, tmp_path / "cache", **changes)
     assert not (tmp_path / "cache").exists()
@@ -229,9 +232,13 @@ def test_settings_that_do_not_fit_are_sentences(data, weights, tmp_path, changes
 
 
 def train(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, parallel_num: int = 1, **changes: object):
-    run = config(data, folder, **{"epochs": 3, **changes})
-    sizes = dataclasses.replace(SIZES, parallel_num=parallel_num)
-    return weights_file.read(train_model(run, sizes, LossConfig(perturb_rate=0.2), weights, "cpu"))
+    config = small.train_config(data, folder, **{"epochs": 3, **changes})
+    sizes = ModelSizes(**small.SIZES, parallel_num=parallel_num)
+    return weights_file.read(train_model(config, sizes, LossConfig(perturb_rate=0.2), weights, "cpu"))
+
+
+def loader(images: Any, rank: int = 0, size: int = 1, **changes: object) -> Loader:
+    return Loader(images, small.train_config(images.path, pathlib.Path("unused"), **changes), World(rank, size, CPU))
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])
@@ -241,23 +248,23 @@ def test_training_from_a_cache_equals_training_from_images(data, weights, shared
     assert images.config == tokens.config
     for key in ("digest", "autoencoder_digest"):
         assert images.metadata[key] == tokens.metadata[key]  # the same weights, bit for bit
-    a, b = ([(line["loss"], line["grad_norm"]) for line in log(tmp_path / folder)] for folder in ("a", "b"))
+    a, b = ([(line["loss"], line["grad_norm"]) for line in small.read_log(tmp_path / folder)] for folder in ("a", "b"))
     assert a == b and len(a) == 9
     previews = [next((tmp_path / folder).glob("preview-*.png")).read_bytes() for folder in ("a", "b")]
     assert previews[0] == previews[1]  # decoded by the autoencoder
 
 
 @pytest.mark.parametrize("parallel_num", [1, 4])
-def test_the_objective_makes_the_same_tokens_of_both(data, weights, shared, parallel_num):
+def test_images_and_cache_give_the_same_tokens(data, weights, shared, parallel_num):
     found, images = TokenDataset(shared), open_images(data)
     network = weights_file.load_autoencoder(weights)
     objective = BitDanceLoss(small.model(parallel_num=parallel_num), network, LossConfig(), seed=0)
     crops = torch.from_numpy(np.stack([to_array(center_crop(images.read(i), 16)) for i in range(12)]))
     packed = torch.from_numpy(np.stack([found.read(i, 0, 0) for i in range(12)]))
-    assert torch.equal(objective.tokens(packed), objective.tokens(crops))
+    assert torch.equal(objective.tokenize(packed), objective.tokenize(crops))
 
 
-def test_a_compiled_objective_takes_packed_bits():
+def test_a_compiled_loss_takes_packed_bits():
     objective = BitDanceLoss(small.model(parallel_num=4), small.autoencoder(), LossConfig(), seed=0)
     packed = torch.randint(0, 256, (2, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = (packed, torch.tensor([0, 1]), torch.arange(2))
@@ -267,7 +274,7 @@ def test_a_compiled_objective_takes_packed_bits():
 
 
 def views_seen(batches: Loader, found: TokenDataset, steps: range) -> list[tuple[int, int, int]]:
-    """(image, crop, flip) of everything that is read, found by its bits."""
+    """Returns (image, crop, flip) of every view that is read, identified by its bits."""
     views = list(np.ndindex(len(found), *found.info.view_shape[:2]))
     names = {found.read(*view).tobytes(): view for view in views}
     assert len(names) == len(views)
@@ -276,25 +283,25 @@ def views_seen(batches: Loader, found: TokenDataset, steps: range) -> list[tuple
 
 def test_crops_and_flips_are_drawn_anew_each_epoch(data, weights, tmp_path):
     found = encoded(data, weights, tmp_path, crops=3, batch_size=100)
-    whole = Loader(found, config(data), ALONE)
+    whole = loader(found)
     seen = views_seen(whole, found, range(90))  # 30 epochs
-    assert [index for index, _, _ in seen] == [int(i) for step in range(90) for i in whole.indices(step)]
-    # As from images: random crops only, until the decay of augmentation brings centre crops.
+    assert [index for index, _, _ in seen] == [int(i) for step in range(90) for i in whole.image_indices(step)]
+    # As from images: only random crops until `aug_decay_start_epoch`.
     assert {crop for _, crop, _ in seen} == {1, 2}
     assert sum(crop == 1 for _, crop, _ in seen) / 360 == pytest.approx(0.5, abs=0.1)
     assert sum(flip for _, _, flip in seen) / 360 == pytest.approx(0.5, abs=0.1)
-    parts = [Loader(found, config(data), World(rank, 2, CPU)) for rank in range(2)]
+    parts = [loader(found, rank, 2) for rank in range(2)]
     for step in (0, 7):
         expected = whole.load(step)
         assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), expected.inputs)
         assert torch.equal(torch.cat([part.load(step).labels for part in parts]), expected.labels)
-    late = Loader(found, config(data, aug_decay_start_epoch=0, aug_decay_end_epoch=2), ALONE)
+    late = loader(found, aug_decay_start_epoch=0, aug_decay_end_epoch=2)
     assert {crop for _, crop, _ in views_seen(late, found, range(6, 12))} == {0}
 
 
 def test_a_cache_without_flips_is_never_mirrored(data, weights, tmp_path):
     found = encoded(data, weights, tmp_path, flips=False)
-    assert {flip for _, _, flip in views_seen(Loader(found, config(data), ALONE), found, range(9))} == {0}
+    assert {flip for _, _, flip in views_seen(loader(found), found, range(9))} == {0}
 
 
 def test_a_run_from_a_cache_resumes_bit_for_bit(data, weights, tmp_path):
@@ -302,23 +309,23 @@ def test_a_run_from_a_cache_resumes_bit_for_bit(data, weights, tmp_path):
     whole = train(tmp_path / "cache", weights, tmp_path / "whole")
     train(tmp_path / "cache", weights, tmp_path / "parts", max_steps=4)
     assert train(tmp_path / "cache", weights, tmp_path / "parts").metadata["digest"] == whole.metadata["digest"]
-    with pytest.raises(UserError, match="images was 12 stored as"):
+    with pytest.raises(UserError, match=r"data\.digest was"):
         train(data, weights, tmp_path / "parts")
 
 
-def test_validation_on_a_cache_knows_its_autoencoder_by_the_file(data, shared, tmp_path):
-    """A file in half precision has another digest than the float32 network that is made of it."""
+def test_validation_on_a_cache_compares_the_digest_of_the_autoencoder_file(data, shared, tmp_path):
+    """A file in half precision has another digest than the float32 network loaded from it."""
     weights = tmp_path / "autoencoder.safetensors"
     weights_file.save(weights, small.autoencoder().half())
     cache = tmp_path / "cache"
     encode(data, weights, cache)
     train(cache, weights, tmp_path / "run", val_path=cache, val_every=2, max_steps=2)
-    (loss,) = [line["val_loss"] for line in log(tmp_path / "run") if "val_loss" in line]
+    (loss,) = [line["val_loss"] for line in small.read_log(tmp_path / "run") if "val_loss" in line]
     assert 0 < loss < 10
     with pytest.raises(UserError, match=f"{shared} was made by another autoencoder"):
         train(cache, weights, tmp_path / "run2", val_path=shared, max_steps=2)
     with pytest.raises(UserError, match="an autoencoder is validated on images"):
-        run = config(data, tmp_path / "run3", val_path=cache, max_steps=1)
+        run = small.train_config(data, tmp_path / "run3", val_path=cache, max_steps=1)
         train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
 
 
@@ -328,13 +335,13 @@ def test_a_cache_of_another_autoencoder_or_size_is_refused(weights, shared, tmp_
         train(shared, tmp_path / "other.safetensors", tmp_path / "run")
     with pytest.raises(UserError, match="was made from images of 16 px: set image_size=16"):
         train(shared, weights, tmp_path / "run", image_size=32)
-    with pytest.raises(UserError, match="an autoencoder is trained on the images themselves"):
-        train_autoencoder(config(shared, tmp_path / "run"), small.NETWORK, AutoencoderLossConfig(), "cpu")
+    with pytest.raises(UserError, match="an autoencoder is trained on images"):
+        train_autoencoder(small.train_config(shared, tmp_path / "run"), small.NETWORK, AutoencoderLossConfig(), "cpu")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_originals_scripts_train_from_a_cache(data, tmp_path):
-    """Their image size is 256 px by default, their model has a size by name."""
+def test_the_launchers_train_from_a_cache(data, tmp_path):
+    """With their own flags."""
     network = dataclasses.replace(small.NETWORK, widths=(32, 32, 32, 32, 32))
     weights_file.save(tmp_path / "ae.safetensors", small.autoencoder(config=network))
     encode(data, tmp_path / "ae.safetensors", tmp_path / "cache", image_size=64)
@@ -346,8 +353,8 @@ def test_the_originals_scripts_train_from_a_cache(data, tmp_path):
     assert (tmp_path / "1" / "model.safetensors").exists() and (tmp_path / "4" / "model.safetensors").exists()
 
 
-def test_packed_bits_are_what_crosses_to_the_device(data, shared):
-    batch = next(Loader(TokenDataset(shared), config(data), ALONE).stream(0, 1))
+def test_batches_hold_packed_bits(data, shared):
+    batch = next(loader(TokenDataset(shared)).stream(0, 1))
     assert batch.inputs.dtype == torch.uint8 and tuple(batch.inputs.shape) == (4, 16, 1)
     assert tuple(unpack(batch.inputs).shape) == (4, 16, 8)
 
@@ -359,7 +366,7 @@ BAD = ("class-0/1.png", "class-1/2.png", "class-1/3.png")
 
 @pytest.fixture
 def damaged(data, tmp_path) -> pathlib.Path:
-    """The pictures with three of twelve cut short."""
+    """The images, three of twelve truncated."""
     folder = pathlib.Path(shutil.copytree(data, tmp_path / "damaged"))
     for name in BAD:
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
@@ -368,7 +375,7 @@ def damaged(data, tmp_path) -> pathlib.Path:
 
 def test_bad_images_are_named_once_and_replaced(damaged, capsys):
     images = open_images(damaged)
-    whole = Loader(images, config(damaged), ALONE)
+    whole = loader(images)
     batches = [whole.load(step) for step in range(9)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(whole.bad_images) == 3
@@ -376,8 +383,8 @@ def test_bad_images_are_named_once_and_replaced(damaged, capsys):
     for number, line in enumerate(sorted(lines), 1):
         assert line.startswith(start.format(number))
     assert all(sum(name in line for line in lines) == 1 for name in BAD)
-    # The next readable one of the epoch's order takes the place, with its own label and crop.
-    bad, crop = {1, 6, 7}, Loader(images, config(damaged), ALONE)
+    # The next readable image in the epoch's order replaces it, with its own label and crop.
+    bad, crop = {1, 6, 7}, loader(images)
     for step, batch in enumerate(batches):
         order, draws = crop._draws(step // 3)
         for place, (pixels, label) in enumerate(zip(batch.inputs, batch.labels.tolist(), strict=True)):
@@ -385,17 +392,17 @@ def test_bad_images_are_named_once_and_replaced(damaged, capsys):
             index = next(int(i) for i in np.roll(order, -position) if i not in bad)
             assert label == images.labels[index]
             assert np.array_equal(pixels, crop._crop(images, index, draws[index], 1.0))
-    # Whatever the number of processes, of threads, and of steps that came before.
-    parts = [Loader(images, config(damaged), World(rank, 2, CPU)) for rank in range(2)]
+    # For any number of processes and threads, and after any step.
+    parts = [loader(images, rank, 2) for rank in range(2)]
     for step in (8, 2):
         assert torch.equal(torch.cat([part.load(step).inputs for part in parts]), batches[step].inputs)
-    for a, b in zip(Loader(images, config(damaged), ALONE).stream(4, 9), batches[4:], strict=True):
+    for a, b in zip(loader(images).stream(4, 9), batches[4:], strict=True):
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels)
 
 
 def test_a_run_with_bad_images_resumes_bit_for_bit(damaged, weights, tmp_path):
     whole = train(damaged, weights, tmp_path / "whole")
-    assert log(tmp_path / "whole")[-1]["bad_images"] == 3
+    assert small.read_log(tmp_path / "whole")[-1]["bad_images"] == 3
     train(damaged, weights, tmp_path / "parts", max_steps=4)
     parts = train(damaged, weights, tmp_path / "parts", max_bad_images=3)
     assert parts.metadata["digest"] == whole.metadata["digest"]
@@ -406,8 +413,8 @@ def test_too_many_bad_images_stop_a_run(damaged, weights, tmp_path):
         train(damaged, weights, tmp_path / "run", max_bad_images=2)
     for path in damaged.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"not one image of .* can be read"):
-        Loader(open_images(damaged), config(damaged), ALONE).load(0)
+    with pytest.raises(UserError, match=r"no image of .* can be read"):
+        loader(open_images(damaged)).load(0)
     with pytest.raises(UserError, match=r"none of the images of .* can be read"):
         encode(damaged, weights, tmp_path / "cache")
 
@@ -420,7 +427,9 @@ def test_bad_images_are_left_out_of_a_cache(damaged, weights, tmp_path, capsys):
             encode(damaged, weights, tmp_path / "again", max_bad_images=2)
     assert not (tmp_path / "again" / "token_cache.json").exists()
     encode(damaged, weights, tmp_path / "again", max_bad_images=3)
-    assert contents(tmp_path / "again") == contents(found.path)
+    again, whole = contents(tmp_path / "again"), contents(found.path)
+    assert again.keys() == whole.keys()
+    assert all(again[name] == whole[name] for name in FILES if name != "settings.json")  # has the last `max_bad_images`
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     shards = [weights_file.read(found.path / name) for name in FILES[:3]]
     assert [shard.config["bad_images"] for shard in shards] == [[BAD[0]], list(BAD[1:]), []]

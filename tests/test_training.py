@@ -29,6 +29,7 @@ from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, le
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.weights import weights_file
+from bitdance.weights.layout import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
 
@@ -59,7 +60,7 @@ def names(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def read(folder: pathlib.Path, step: int) -> weights_file.Contents:
+def read(folder: pathlib.Path, step: int) -> WeightsFile:
     return weights_file.read(folder / f"checkpoint-{step:07d}.safetensors")
 
 
@@ -687,7 +688,7 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, monkeypatch):
         steps.append(None)
         return loss(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
 
-    def run(folder: str, stop: int) -> weights_file.Contents:
+    def run(folder: str, stop: int) -> WeightsFile:
         train(data, tmp_path / folder, max_steps=stop, log_every=100)
         return read(tmp_path / folder, stop)
 

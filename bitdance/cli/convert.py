@@ -22,7 +22,7 @@ class Convert:
 
     Attributes:
         source: demo, a released model, the folder of a run, or a file of weights, such as a checkpoint.
-        target: file to write; its ending selects the format.
+        target: file to write; its suffix selects the format.
         autoencoder: for a .pt of a model, the autoencoder to store inside, as in the released files; by default the one
             inside the source, if any.
         part: the model or the autoencoder of the source; by default whichever it holds, the model first.
@@ -43,15 +43,15 @@ def main(arguments: list[str]) -> None:
     command = parse(Convert, arguments, "bitdance convert", EXAMPLES)
     if command.target.suffix not in (".pt", ".safetensors"):
         raise UserError(
-            f"{command.target} has no known ending: use .safetensors for our format, .pt for the released layout."
+            f"{command.target} has an unknown suffix: use .safetensors for our format, .pt for the released layout."
         )
     if command.autoencoder and command.target.suffix != ".pt":
-        raise UserError(f"`autoencoder` goes with a .pt, {command.target} holds one network: leave it out.")
+        raise UserError(f"`autoencoder` is for .pt files, and {command.target} holds one network: leave it out.")
     import torch
 
     from bitdance.models.autoencoder import Autoencoder
     from bitdance.models.transformer import BitDance
-    from bitdance.weights import weights_file
+    from bitdance.weights import torch_files, weights_file
     from bitdance.weights.resolve import find_weights
 
     contents = weights_file.read(find_weights(command.source, command.part or "model"))
@@ -66,11 +66,12 @@ def main(arguments: list[str]) -> None:
         network = weights_file.load_autoencoder(contents, weights=command.weights)
     dtype = getattr(torch, command.dtype)
     if command.target.suffix == ".pt":
-        place = find_weights(command.autoencoder, "autoencoder") if command.autoencoder else None
-        source = weights_file.read(place) if place else contents
+        source = contents
+        if command.autoencoder:
+            source = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
         inside = weights_file.load_autoencoder(source) if "autoencoder" in source.parts else None
-        name = weights_file.choose_weights(contents, command.weights) if part == "model" else "ema"
-        weights_file.save_released(command.target, network, inside, name, dtype)
+        name = contents.choose_weights(command.weights) if part == "model" else "ema"
+        torch_files.save_released(command.target, network, inside, name, dtype)
         note = "released layout" + (", with its autoencoder" if inside and part == "model" else "")
     else:
         digest = weights_file.save(command.target, network, dtype=dtype, metadata=kept)

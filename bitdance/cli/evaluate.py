@@ -8,6 +8,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitdance.cli.options import DeviceOptions
 from bitdance.cli.parsing import Positional, parse
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
@@ -51,8 +52,8 @@ class Results:
     Attributes:
         output: JSON file of the report.
         mean_std: add mean and standard deviation over all samples, such as one set per seed.
-        save_features: store the features of the samples in the folder `cache`.
-        make_reference: store the samples as a reference in the folder `cache` instead of evaluating them.
+        save_features: store the features of the samples in the folder --cache.
+        make_reference: store the samples as a reference in the folder --cache instead of evaluating them.
         keep: images whose features a stored reference keeps, for precision and recall; its statistics are of all.
     """
 
@@ -65,18 +66,12 @@ class Results:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluate images: FID, sFID, Inception Score, precision and recall.
-
-    Attributes:
-        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
-        threads: CPU threads; by default all cores.
-    """
+    """Evaluate images: FID, sFID, Inception Score, precision and recall."""
 
     what: What
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     results: Results = dataclasses.field(default_factory=Results)
-    device: str | None = None
-    threads: int | None = None
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
 
 def main(arguments: list[str]) -> None:
@@ -90,7 +85,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"keep={command.results.keep} is invalid: precision and recall need at least 4 images.")
     from bitdance.runtime.process_group import init_distributed
 
-    with init_distributed(command.device, command.threads) as world:
+    with init_distributed(command.where.device, command.where.threads) as world:
         _evaluate(command, world)
 
 

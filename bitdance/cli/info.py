@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.parsing import Positional, parse
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
+from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from bitdance.weights.weights_file import Contents
+    from bitdance.weights.layout import WeightsFile
 
 SOURCES = {
     "shapes": "from shapes",
@@ -57,7 +58,6 @@ def main(arguments: list[str]) -> None:
 def _show_run(command: Info) -> None:
     import sys
 
-    from bitdance.runtime.errors import UserError
     from bitdance.training import status
 
     folder = pathlib.Path(command.name)
@@ -73,22 +73,22 @@ def _show_run(command: Info) -> None:
         print(status.format_run(facts) + (f"\n\nloss: {plot}" if plot else ""))
 
 
-def describe_file(contents: Contents) -> dict[str, Any]:
+def describe_file(contents: WeightsFile) -> dict[str, Any]:
     """Returns everything a file says, for JSON, after comparing its tensors with those of the networks.
 
     Raises:
         UserError: a tensor is missing, unexpected or has another shape, or the file holds no network.
     """
-    from bitdance.weights import weights_file
+    from bitdance.weights import network_config
 
     networks = {}
     there = [name for name in ("ema", "model") if contents.states.get(name)]
     if "autoencoder" not in contents.parts or "model" in contents.parts:  # without either, this says what is missing
-        used = weights_file.choose_weights(contents)
-        facts = _describe_network(contents, used, weights_file.describe_model(contents))
+        used = contents.choose_weights()
+        facts = _describe_network(contents, used, network_config.describe_model(contents))
         networks["model"] = {"weights": used, "weights_in_file": there, **facts}
     if "autoencoder" in contents.parts:
-        facts = _describe_network(contents, "autoencoder", weights_file.describe_autoencoder(contents))
+        facts = _describe_network(contents, "autoencoder", network_config.describe_autoencoder(contents))
         in_training = {"weights": there[0], "weights_in_file": there} if there and "model" not in networks else {}
         networks["autoencoder"] = in_training | facts
     metadata = {key: value for key, value in sorted(contents.metadata.items()) if key not in ("config", "checksum")}
@@ -102,11 +102,11 @@ def describe_file(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _describe_network(contents: Contents, state_name: str, description: Any) -> dict[str, Any]:
-    from bitdance.weights import weights_file
+def _describe_network(contents: WeightsFile, state_name: str, description: Any) -> dict[str, Any]:
+    from bitdance.weights.network_config import check_tensors
 
     config, state = description.config, contents.states[state_name]
-    weights_file.check_tensors(contents.path, weights_file.shapes(config), state)
+    check_tensors(contents.path, config, state)
     return {
         "parameters": sum(value.numel() for value in state.values()),
         "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
@@ -160,8 +160,6 @@ def _rows(network: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _text(value: Any) -> str:
     """Formats a value on one line; of long lists only the beginning."""
-    from bitdance.weights.weights_file import printable
-
     if isinstance(value, list | tuple):
         items = ", ".join(map(_text, value[:MAX_ITEMS])) or "none"
         return f"{items}, ... ({len(value)})" if len(value) > MAX_ITEMS else items

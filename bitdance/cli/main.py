@@ -27,7 +27,7 @@ COMMANDS = {
 }
 
 EXAMPLES = """
-bitdance sample                                  samples of all classes of the demo model, in samples/
+bitdance sample   # ten images of each class of the demo model, in samples/
 bitdance sample "golden retriever" 388 --model BitDance-B-16X
 bitdance train --data-path pictures.zip --autoencoder demo --image-size 32 --output runs/model
 bitdance info runs/model
@@ -50,13 +50,15 @@ _USER_ERRORS = {
     getattr(errno, "EDQUOT", errno.ENOSPC),  # not on Windows
 }
 
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate")  # PyTorch's words, on a GPU and on a CPU
+
 
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: bitdance [--debug] COMMAND [OPTIONS]    (bitdance COMMAND --help shows a command's options)",
+            "usage: bitdance COMMAND [OPTIONS]    (bitdance COMMAND --help shows the options of a command)",
             "",
             "Class-conditional image generation with an autoregressive transformer over binary tokens.",
             "",
@@ -66,7 +68,7 @@ def _help() -> str:
             "examples:",
             *(f"  {line}" for line in EXAMPLES.strip().splitlines()),
             "",
-            "--debug shows the traceback of an error.",
+            "--version shows the version, --debug with any command the traceback of an error.",
         ]
     )
 
@@ -74,17 +76,15 @@ def _help() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Runs `bitdance` with these arguments, by default the process's; exits with status 2 on a user's error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name = next((argument for argument in arguments if argument != "--debug"), "--help")
+    if name in ("-h", "--help"):
         print(_help())
         return
-    if arguments[0] == "--version":
+    if name == "--version":
         from bitdance import __version__
 
         print(f"bitdance {__version__}")
         return
-    name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         import difflib
 
@@ -92,10 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
         advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
         print(f"bitdance: there is no command {name!r}: {advice}", file=sys.stderr)
         raise SystemExit(2)
-    call(importlib.import_module(f"bitdance.cli.{name.replace('-', '_')}").main, rest, debug=debug)
+    arguments.remove(name)
+    call(importlib.import_module(f"bitdance.cli.{name.replace('-', '_')}").main, arguments)
 
 
-def call(command: Callable[[list[str]], None], arguments: list[str], debug: bool = False) -> None:
+def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Calls a command and prints errors that a user can fix as one line, with exit status 2.
 
     Those are a `UserError`, a path that cannot be used, and a lack of memory. Any other exception is an error of this
@@ -103,31 +104,36 @@ def call(command: Callable[[list[str]], None], arguments: list[str], debug: bool
 
     Args:
         command: takes the arguments.
-        arguments: of the command.
-        debug: show the traceback of every error.
+        arguments: of the command; `--debug` among them shows the traceback of every error.
     """
     from bitdance.runtime.errors import Interrupted, UserError
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     try:
-        command(arguments)
+        command([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the program that reads the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
-        if debug:
+        if "--debug" in arguments:
             raise
         if isinstance(error, Interrupted):
             if os.environ.get("RANK", "0") == "0":  # all processes stop together
                 print(f"bitdance: {error}", file=sys.stderr)
             raise SystemExit(128 + error.signal) from None
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
-            message = "there is not enough memory: lower `batch_size` or `chunk_size`."
-        elif isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _USER_ERRORS):
-            message = " ".join(str(error).split())
+        from bitdance.cli.parsing import memory_advice, with_flags
+
+        if isinstance(error, UserError):
+            message = with_flags(str(error))
+        elif isinstance(error, OSError) and error.errno in _USER_ERRORS and error.strerror:
+            message = f"cannot use {error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+            message = f"there is not enough memory: {memory_advice()}."
         else:
             raise
-        from bitdance.cli.parsing import with_flags
-
-        print(f"bitdance: {with_flags(message)}", file=sys.stderr)
+        print(f"bitdance: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)

@@ -7,11 +7,13 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitdance.cli.options import DeviceOptions
 from bitdance.cli.parsing import Positional, parse
 from bitdance.runtime.errors import UserError, check_fields
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 EXAMPLES = """
 bitdance nearest samples --data-path pictures.zip
@@ -40,6 +42,7 @@ class Nearest:
     held_out_split: Literal["train", "test"] = "train"
     output: pathlib.Path = pathlib.Path("nearest")
     shown: int = 16
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
     def __post_init__(self) -> None:
         check_fields(self, "shown", lambda value: value >= 1, "be at least 1")
@@ -48,6 +51,13 @@ class Nearest:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Nearest, arguments, "bitdance nearest", EXAMPLES)
+    from bitdance.runtime.process_group import init_distributed
+
+    with init_distributed(command.where.device, command.where.threads) as world:
+        _compare(command, world.device)
+
+
+def _compare(command: Nearest, device: torch.device) -> None:
     import numpy as np
 
     from bitdance.metrics.nearest_neighbours import find_nearest
@@ -66,11 +76,11 @@ def main(arguments: list[str]) -> None:
     side = queries.shape[1]
     references = _read_images(command.data_path, side)
     with progress_bar(len(references), "comparing", "images") as bar:
-        distance, index, mirrored = find_nearest(queries, references, bar.update)
+        distance, index, mirrored = find_nearest(queries, references, bar.update, device)
     metrics: dict[str, Any] = {"images": len(queries), "training_images": len(references), **_summarize(distance)}
     if held_out is not None:
         real = _read_images(held_out, side, len(queries), command.held_out_split)
-        metrics["held_out"] = _summarize(find_nearest(real, references)[0])
+        metrics["held_out"] = _summarize(find_nearest(real, references, device=device)[0])
     order = np.argsort(distance)[: command.shown]
     found = np.stack([references[index[i]][:, :: -1 if mirrored[i] else 1] for i in order])
     write_json(command.output / "nearest.json", metrics)

@@ -11,6 +11,15 @@ from bitdance.runtime.errors import check_fields
 Precision = Literal["auto", "fp32", "bf16"]
 Solver = Literal["euler-maruyama", "euler", "heun"]
 
+TRAIN_HEADINGS = {
+    "data_path": "Data",
+    "epochs": "Schedule and optimizer",
+    "precision": "Precision, speed and memory",
+    "save_every": "Checkpoints, previews and log",
+    "val_path": "Validation and evaluation during training",
+}
+"""Titles within the options of `TrainConfig`, by the first field of each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
@@ -18,13 +27,22 @@ class DeviceOptions:
 
     Attributes:
         device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
-        precision: fp32 or bf16; auto is bf16 where the hardware supports it.
-        threads: CPU threads; by default all cores.
+        threads: CPU threads of a process; by default its share of the cores.
     """
 
     device: str | None = None
-    precision: Precision = "auto"
     threads: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionOptions(DeviceOptions):
+    """Where to compute, and in which precision.
+
+    Attributes:
+        precision: fp32 or bf16; auto is bf16 on a GPU that supports it.
+    """
+
+    precision: Precision = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

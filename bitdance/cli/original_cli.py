@@ -17,9 +17,18 @@ from bitdance.runtime.errors import UserError
 if TYPE_CHECKING:
     from bitdance.sampling.pipeline import Pipeline
 
+SAMPLE_EXAMPLES = """
+torchrun --nproc_per_node=8 {script} --ckpt model.pt --trained-vae ae_d16c32.pt --cfg-scale 4 --to-npz
+python {script} --ckpt model.pt --trained-vae ae_d16c32.pt --num-fid-samples 100 --sample-dir samples
+"""
+TRAIN_EXAMPLES = """
+torchrun --nproc_per_node=8 {script} --data-path imagenet/train --trained-vae ae_d16c32.pt --results-dir results
+python {script} --data-path pictures --trained-vae ae.safetensors --model BitDance-Tiny --image-size 64
+"""
+
 T = TypeVar("T")
 Family = Literal["BitDance-B", "BitDance-L", "BitDance-H", "BitDance-Tiny"]
-
+PRECISIONS: dict[str, Literal["fp32", "bf16"]] = {"none": "fp32", "bf16": "bf16"}
 
 SAMPLE_ALIASES = {
     "num_steps": "sample_steps",
@@ -39,32 +48,33 @@ TRAIN_ALIASES = {
     "time_mean": "P_mean",
     "time_std": "P_std",
 }
-"""Flags of fields of our configurations that the original calls otherwise."""
+"""The original's names of fields of our configurations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlags:
-    """Flags that all four scripts share.
+    """Model and loss; when sampling, sizes are only compared with the checkpoint.
 
     Attributes:
-        model: size of the model, by default BitDance-L; when sampling, the checkpoint says so by itself.
-        image_size: side of the images in pixels, by default 256; when sampling, the checkpoint says so by itself.
-        down_size: pixels of a side that a token covers; only what the autoencoder has.
-        patch_size: only 1: released models use no other.
-        num_classes: classes, without the null class.
-        cls_token_num: class tokens.
-        latent_dim: bits of a token; the original's default of 16 fits no released model, so the autoencoder decides.
-        diff_batch_mul: draws of time and noise for each token, in training.
-        grad_checkpointing: less memory for more time, in training.
+        model: size of the model, by default BitDance-L; when sampling, that of the checkpoint.
+        image_size: side of the images in pixels, by default 256; when sampling, that of the checkpoint.
+        down_size: side of a token in pixels; must be that of the autoencoder.
+        patch_size: only 1; no released model has another.
+        num_classes: classes, without the null class; by default 1000.
+        cls_token_num: class tokens; by default 64.
+        latent_dim: bits of a token; by default those of the autoencoder, since no released model has the original's
+            default of 16.
+        diff_batch_mul: copies of each token with different timesteps and noise, in training.
+        grad_checkpointing: recompute activations in the backward pass to save memory, in training.
         trained_vae: file of the autoencoder.
         drop_rate: dropout, in training.
         perturb_schedule: only constant.
-        perturb_rate: highest rate of flipped input bits, in training.
+        perturb_rate: maximum rate of flipped input bits, in training.
         perturb_rate_max: has no effect, as in the original.
-        time_schedule: law of the head's times, in training.
-        time_shift: shift of the head's times.
-        P_std: of the normal under logit_normal times.
-        P_mean: of the normal under logit_normal times.
+        time_schedule: distribution of the head's timesteps, in training.
+        time_shift: shift of the head's timesteps; by default 1.
+        P_std: standard deviation of the normal distribution of logit_normal timesteps.
+        P_mean: mean of the same.
     """
 
     model: Family | None = None
@@ -76,7 +86,7 @@ class ModelFlags:
     latent_dim: int | None = None
     diff_batch_mul: int = 4
     grad_checkpointing: bool = False
-    trained_vae: str = ""
+    trained_vae: str | None = None
     drop_rate: float = 0.0
     perturb_schedule: Literal["constant"] = "constant"
     perturb_rate: float = 0.0
@@ -88,18 +98,16 @@ class ModelFlags:
 
     def __post_init__(self) -> None:
         if self.patch_size != 1:
-            raise UserError(
-                f"--patch-size {self.patch_size} does not fit: only 1 is supported, as in all released models."
-            )
+            raise UserError(f"patch_size={self.patch_size} is invalid: it must be 1, as in all released models.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelFlags:
-    """Flags of the two parallel scripts.
+    """Tokens of a step.
 
     Attributes:
-        parallel_num: tokens of a step; 4 when training, and what the checkpoint has when sampling.
-        parallel_mode: order of the tokens: square patches, or raster.
+        parallel_num: tokens sampled per step; by default 4, and when sampling those of the checkpoint.
+        parallel_mode: patch: the tokens of a step are a square patch; standard: they are consecutive in raster order.
     """
 
     parallel_num: int | None = None
@@ -108,20 +116,21 @@ class ParallelFlags:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFlags:
-    """Flags of sample_ddp.py and sample_ddp_parallel.py.
+    """Sampling.
 
     Attributes:
         ckpt: file of the model's weights.
         sample_dir: folder of the result.
-        per_proc_batch_size: images that a process makes at a time.
-        num_fid_samples: images in all.
-        cfg_scale: guidance, growing linearly to this; 1 for none.
-        seed: the same seed gives the same images, on any number of processes.
-        sample_steps: steps of the diffusion head for each token.
-        no_ema: use the raw weights instead of their moving average.
+        per_proc_batch_size: images that a process samples at once.
+        num_fid_samples: number of images.
+        cfg_scale: guidance scale, reached linearly over the steps; 1 for none.
+        seed: the same seed gives the same images, with any number of processes.
+        sample_steps: solver steps of the diffusion head for each token.
+        no_ema: use the raw weights instead of the EMA.
         mixed_precision: bf16, or none for float32.
         to_npz: write one .npz instead of a folder of PNGs.
-        chunk_size: images that the decoder takes at once; 0 for all.
+        chunk_size: images decoded at once; 0 for a whole batch.
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one. (Not in the original.)
         threads: CPU threads of a process; by default its share of the cores. (Not in the original.)
     """
 
@@ -136,24 +145,42 @@ class SampleFlags:
     mixed_precision: Literal["none", "bf16"] = "bf16"
     to_npz: bool = False
     chunk_size: int = 0
+    device: str | None = None
     threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlags:
-    """Flags of train.py and train_parallel.py; those without a text are named after what they are.
+    """Training.
 
     Attributes:
-        data_path: images, see the README for what is read, or a folder that `bitdance encode` wrote.
-        ema: decay of the moving average of the weights; 0 or less for none.
-        no_compile: do not compile the model; a CPU never does.
-        tmp_results_dir: has no effect: checkpoints are written beside their place and renamed.
-        results_dir: folder of the run.
-        global_batch_size: images of a step, over all processes.
+        data_path: images: a folder, zip or tar of class folders, ImageNet's tar or parquet files, CIFAR-10's archives;
+            or a token cache that `bitdance encode` wrote.
+        aug_decay_start_epoch: from this epoch on, the fraction of random crops decreases.
+        aug_decay_end_epoch: from this epoch on, there are no random crops.
+        ema: decay of the exponential moving average of the weights; 0 or less disables it.
+        no_compile: do not compile the network; on a CPU it never is.
+        tmp_results_dir: has no effect: checkpoints are written to the results folder and renamed.
+        results_dir: the run folder.
+        epochs: passes over the data.
+        lr: peak learning rate.
+        min_lr: final learning rate.
+        warmup_steps: steps of linear warm-up from 0.
+        decay_start: step at which the cosine decay begins; 0 for a constant rate.
+        weight_decay: of tensors with two or more dimensions, except a few names.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
+        global_batch_size: images per step, over all processes.
+        global_seed: of all random numbers.
         num_workers: threads of a process that read images.
         log_every: steps between lines of the log.
-        keep_freq: epochs between checkpoints that are kept.
-        dry_run: print what the run will need of memory, disk and time, and end. (Not in the original.)
+        mixed_precision: bf16, or none for float32.
+        keep_freq: epochs between weights that are kept.
+        max_steps: ends the run earlier, for a test. (Not in the original.)
+        dry_run: print what the run needs of memory, disk and time on this machine, and end. (Not in the original.)
+        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one. (Not in the original.)
+        threads: CPU threads of a process; by default its share of the cores. (Not in the original.)
     """
 
     data_path: pathlib.Path
@@ -180,11 +207,13 @@ class TrainFlags:
     keep_freq: int = 50
     max_steps: int | None = None
     dry_run: bool = False
+    device: str | None = None
+    threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleCommand:
-    """Sample images for the FID figures."""
+    """Sample the images of an FID; an interrupted job is resumed by the same command."""
 
     sample: SampleFlags
     model: ModelFlags = ModelFlags()
@@ -192,14 +221,14 @@ class SampleCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelSampleCommand(SampleCommand):
-    """Sample images for the FID figures."""
+    """Sample the images of an FID; an interrupted job is resumed by the same command."""
 
     parallel: ParallelFlags = ParallelFlags()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainCommand:
-    """Train a BitDance model that makes one token a step."""
+    """Train a BitDance model that samples one token per step; an interrupted run is resumed by the same command."""
 
     train: TrainFlags
     model: ModelFlags = ModelFlags()
@@ -207,33 +236,38 @@ class TrainCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelTrainCommand(TrainCommand):
-    """Train a BitDance model."""
+    """Train a BitDance model; an interrupted run is resumed by the same command."""
 
     parallel: ParallelFlags = ParallelFlags()
 
 
 def sample(arguments: list[str]) -> None:
     """`sample_ddp.py`."""
-    command = parse(SampleCommand, arguments, "sample_ddp.py", aliases=SAMPLE_ALIASES)
+    command = _parse(SampleCommand, arguments, "sample_ddp.py", SAMPLE_ALIASES)
     run_sample(command.sample, command.model, ParallelFlags())
 
 
 def sample_parallel(arguments: list[str]) -> None:
     """`sample_ddp_parallel.py`."""
-    command = parse(ParallelSampleCommand, arguments, "sample_ddp_parallel.py", aliases=SAMPLE_ALIASES)
+    command = _parse(ParallelSampleCommand, arguments, "sample_ddp_parallel.py", SAMPLE_ALIASES)
     run_sample(command.sample, command.model, command.parallel)
 
 
 def train(arguments: list[str]) -> None:
     """`train.py`."""
-    command = parse(TrainCommand, arguments, "train.py", aliases=TRAIN_ALIASES)
+    command = _parse(TrainCommand, arguments, "train.py", TRAIN_ALIASES)
     run_train(command.train, command.model, ParallelFlags(parallel_num=1))
 
 
 def train_parallel(arguments: list[str]) -> None:
     """`train_parallel.py`."""
-    command = parse(ParallelTrainCommand, arguments, "train_parallel.py", aliases=TRAIN_ALIASES)
+    command = _parse(ParallelTrainCommand, arguments, "train_parallel.py", TRAIN_ALIASES)
     run_train(command.train, command.model, command.parallel)
+
+
+def _parse(cls: type[T], arguments: list[str], script: str, aliases: dict[str, str]) -> T:
+    examples = (TRAIN_EXAMPLES if aliases is TRAIN_ALIASES else SAMPLE_EXAMPLES).format(script=script)
+    return parse(cls, arguments, script, examples, aliases=aliases, flag_pairs=False)
 
 
 def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
@@ -245,13 +279,13 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
 
     sampling = SamplingConfig(flags.sample_steps, flags.cfg_scale)
     config = JobConfig(flags.num_fid_samples, flags.per_proc_batch_size, flags.seed, chunk_size=flags.chunk_size)
-    with init_distributed(threads=flags.threads) as world:
+    with init_distributed(flags.device, flags.threads) as world:
         pipeline = load_pipeline(
             flags.ckpt,
             autoencoder=model_flags.trained_vae or None,
             weights="model" if flags.no_ema else None,
             device=world.device,
-            dtype="bf16" if flags.mixed_precision == "bf16" else "fp32",
+            dtype=PRECISIONS[flags.mixed_precision],
         )
         _check_against_checkpoint(pipeline, model_flags, parallel)
         job = SamplingJob(pipeline, flags.sample_dir, sampling, config, ("npz" if flags.to_npz else "pngs",))
@@ -263,23 +297,24 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
 def _check_against_checkpoint(pipeline: Pipeline, flags: ModelFlags, parallel: ParallelFlags) -> None:
     """Checks that the flags that are given do not contradict the files."""
     config, down_size = pipeline.model.config, pipeline.autoencoder.config.down_size
-    there: dict[str, tuple[object, object]] = {
-        "--image-size": (flags.image_size, config.grid * down_size),
-        "--down-size": (flags.down_size, down_size),
-        "--num-classes": (flags.num_classes, config.num_classes),
-        "--cls-token-num": (flags.cls_token_num, config.cls_token_num),
-        "--latent-dim": (flags.latent_dim, config.bits),
-        "--time-shift": (flags.time_shift, config.time_shift),
-        "--parallel-num": (parallel.parallel_num, config.parallel_num),
-        "--parallel-mode": (parallel.parallel_mode, config.token_order),
+    found: dict[str, object] = {
+        "image_size": config.grid * down_size,
+        "down_size": down_size,
+        "num_classes": config.num_classes,
+        "cls_token_num": config.cls_token_num,
+        "latent_dim": config.bits,
+        "time_shift": config.time_shift,
+        "parallel_num": config.parallel_num,
+        "parallel_mode": config.token_order,
     }
-    own = {name for name, size in MODEL_SIZES.items() if (size.dim, size.n_layer) == (config.dim, config.n_layer)}
-    if flags.model not in own:
-        there["--model"] = (flags.model, f"a width of {config.dim} and {config.n_layer} layers")
-    for flag, (given, found) in there.items():
-        if given is not None and given != found:
+    size = MODEL_SIZES[flags.model] if flags.model else config
+    if (size.dim, size.n_layer) != (config.dim, config.n_layer):
+        found["model"] = f"a width of {config.dim} and {config.n_layer} layers"
+    given = dataclasses.asdict(flags) | dataclasses.asdict(parallel)
+    for name, value in found.items():
+        if given[name] not in (None, value):
             raise UserError(
-                f"{flag} {given} contradicts the checkpoint, which has {found}: leave the flag out or change it."
+                f"{name}={given[name]} contradicts the checkpoint, which has {value}: leave it out or change it."
             )
 
 
@@ -287,23 +322,23 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
     """Runs the training; each process of torchrun calls this.
 
     Raises:
-        UserError: `--trained-vae` is missing, or a setting is out of range.
+        UserError: the autoencoder is missing, or a setting is out of range.
     """
+    if not model_flags.trained_vae:
+        raise UserError(
+            "`trained_vae` is missing: training needs the autoencoder that makes the tokens, such as "
+            "models/BitDance-ImageNet/ae_d16c32.pt."
+        )
     from bitdance.training.setup import train_model
     from bitdance.training.train_config import LossConfig, ModelSizes, TrainConfig
 
-    if not model_flags.trained_vae:
-        raise UserError(
-            "--trained-vae is missing: training needs the autoencoder that makes the tokens, such as "
-            "models/BitDance-ImageNet/ae_d16c32.pt."
-        )
-    sizes = MODEL_SIZES[model_flags.model or "BitDance-L"]
-    chosen = ModelSizes(
-        dim=sizes.dim,
-        n_layer=sizes.n_layer,
-        head_dim=sizes.head_dim,
-        head_layers=sizes.head_layers,
-        head_ada_ln=sizes.head_ada_ln,
+    size = MODEL_SIZES[model_flags.model or "BitDance-L"]
+    sizes = ModelSizes(
+        dim=size.dim,
+        n_layer=size.n_layer,
+        head_dim=size.head_dim,
+        head_layers=size.head_layers,
+        head_ada_ln=size.head_ada_ln,
         parallel_num=_given(parallel.parallel_num, 4),
         cls_token_num=_given(model_flags.cls_token_num, 64),
         num_classes=_given(model_flags.num_classes, 1000),
@@ -325,7 +360,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         output=flags.results_dir,
         batch_size=flags.global_batch_size,
         seed=flags.global_seed,
-        precision="bf16" if flags.mixed_precision == "bf16" else "fp32",
+        precision=PRECISIONS[flags.mixed_precision],
         image_size=_given(model_flags.image_size, 256),
         keep_epochs=flags.keep_freq,
         compile=not flags.no_compile,
@@ -333,9 +368,11 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
     )
     train_model(
         config,
-        chosen,
+        sizes,
         loss,
         model_flags.trained_vae,
+        flags.device,
+        flags.threads,
         expected_bits=model_flags.latent_dim,
         expected_down_size=model_flags.down_size,
         dry_run=flags.dry_run,

@@ -7,8 +7,9 @@ import dataclasses
 import io
 import re
 import sys
+import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import tyro
@@ -17,12 +18,15 @@ from tyro.conf import Positional
 
 from bitdance.runtime.errors import UserError
 
-__all__ = ["MISSING", "Positional", "parse", "with_flags"]
+__all__ = ["MISSING", "Positional", "memory_advice", "parse", "with_flags"]
 
 T = TypeVar("T")
 
+NO_DEFAULT = r"\s*\(default:\s*(?:None|False)?\)"
+"""Hints of tyro that say nothing; they may be wrapped."""
+
 _flags: dict[str, str] = {}
-"""Flags of the command that was parsed, by the field of a configuration that each one sets."""
+"""Options of the command that was parsed, by the field of a configuration that each one sets."""
 
 
 def parse(
@@ -32,66 +36,108 @@ def parse(
     examples: str = "",
     default: T | None = None,
     aliases: Mapping[str, str] | None = None,
+    headings: Mapping[str, str] | None = None,
+    flag_pairs: bool = True,
 ) -> T:
     """Parses arguments into a dataclass; of a repeated flag the last value counts, nested fields have no prefix.
 
-    Exits with status 2 and a usage message when the arguments do not parse.
+    Exits with status 2 and a message when the arguments do not parse.
 
     Args:
-        cls: the dataclass; nested dataclasses are groups of options.
+        cls: the dataclass; nested dataclasses are groups of options, their docstrings the titles.
         arguments: without the name of the program.
         prog: name of the program.
         examples: printed at the end of `--help`, one command per line.
         default: replaces the defaults of the class; fields that are `MISSING` must be given.
-        aliases: flags of fields of configurations that have another name on this command line.
+        aliases: fields of library configurations that have another name in `cls`, with that name.
+        headings: more titles in `--help`, by the first field of each.
+        flag_pairs: whether a bool field `x` also has the flag `--no-x`.
 
     Raises:
         UserError: a dataclass refused a value.
     """
     _flags.clear()
-    _flags.update({name: name for name in _field_names(cls)} | dict(aliases or {}))
-    config = (
+    _flags.update(_find_flags(cls))
+    _flags.update({name: _flags[field] for name, field in (aliases or {}).items()})
+    config: tuple[Any, ...] = (
         tyro.conf.OmitArgPrefixes,
         tyro.conf.OmitSubcommandPrefixes,
         tyro.conf.DisallowNone,
         tyro.conf.PositionalMetavarFromFieldName,
     )
+    if not flag_pairs:
+        config += (tyro.conf.FlagCreatePairsOff,)
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     output, usage = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(usage):
             return tyro.cli(cls, args=arguments, prog=prog, config=config, **defaults)
     except SystemExit as stop:
-        # An error of a dataclass is wrapped by tyro into a box of several lines; only the sentence is wanted.
+        # tyro turns an error of a dataclass into a usage message; only the sentence is wanted.
         cause: BaseException | None = stop
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
         if cause is not None:
             raise cause from None
         if output.getvalue():
-            # Spaces of the same length, since the text is in a box.
-            print(re.sub(r"\(default:( None)? *\)", lambda m: " " * len(m[0]), output.getvalue()), end="")
+            print(_format_help(output.getvalue(), headings or {}).rstrip())
             if examples:
-                print("examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()))
-        print(usage.getvalue(), end="", file=sys.stderr)
+                print("\nexamples:\n" + textwrap.indent(examples.strip(), "  "))
+        if usage.getvalue():
+            print(f"bitdance: {_format_usage_error(usage.getvalue())}", end="", file=sys.stderr)
         raise
 
 
 def with_flags(message: str) -> str:
     """Replaces fields in a library error, `name=value` and `` `name` ``, by flags of the command that was parsed."""
-
-    def flag(name: str) -> str:
-        return f"--{_flags[name].replace('_', '-')}"
-
-    message = re.sub(r"`(\w+)`", lambda m: flag(m[1]) if m[1] in _flags else m[0], message)
-    return re.sub(r"(?<![\w.-])(\w+)=(?=\S)", lambda m: f"{flag(m[1])} " if m[1] in _flags else m[0], message)
+    message = re.sub(r"`(\w+)`", lambda m: _flags.get(m[1], m[0]), message)
+    return re.sub(r"(?<![\w.-])(\w+)=(?=\S)", lambda m: f"{_flags[m[1]]} " if m[1] in _flags else m[0], message)
 
 
-def _field_names(cls: type) -> Iterator[str]:
+def memory_advice() -> str:
+    """Returns what can be done about a lack of memory, in flags of the command that was parsed."""
+    lower = ("batch_size", "chunk_size", "feature_batch_size")
+    advice = [f"a lower {_flags[name]}" for name in lower if name in _flags]
+    advice += [f"a higher {_flags['accumulate']}"] if "accumulate" in _flags else []
+    return f"use {' or '.join(advice)}" if advice else "close other programs"
+
+
+def _find_flags(cls: type) -> dict[str, str]:
+    """Returns the options of a dataclass and of those inside it, by field."""
+    flags: dict[str, str] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
-            yield from _field_names(typing.cast(type, kind))
+            flags |= _find_flags(typing.cast(type, kind))
         else:
-            yield field.name
+            is_positional = str(field.type).startswith("Positional[")
+            flags[field.name] = field.name.upper() if is_positional else f"--{field.name.replace('_', '-')}"
+    return flags
+
+
+def _format_usage_error(text: str) -> str:
+    """Removes the frame that tyro draws around the text, and its title."""
+    text = re.sub(NO_DEFAULT, "", re.sub(r"\A .*\n|^ +-+ *\n| +$", "", text, flags=re.M))
+    return re.sub(r"\n\n+", "\n", textwrap.dedent(text).strip() + "\n")
+
+
+def _format_help(text: str, headings: Mapping[str, str]) -> str:
+    """Makes help of tyro shorter: one line of title per group of options, no defaults that say nothing."""
+
+    def title(found: re.Match[str]) -> str:
+        first_paragraph = (found[2] or found[1]).partition("\n\n")[0]
+        return " ".join(first_paragraph.split()).rstrip(".") + ":\n"
+
+    text = re.sub(r" +$", "", text, flags=re.M)
+    text = re.sub(r"^ (\S.*)\n -+\n(?:((?:(?:  .*)?\n)+?)  -+\n)?", title, text, flags=re.M)
+    text = re.sub(NO_DEFAULT, "", text)
+    text = re.sub(r"\n\n+(?=  )", "\n", text)  # left by a removed default
+    text = re.sub(r"^(  -h, --help +).*\n", _add_debug, text, flags=re.M)
+    for field, heading in headings.items():
+        text = re.sub(rf"^(?=  {_flags[field]}\b)", f"\n{heading}:\n", text, flags=re.M)
+    return with_flags(re.sub(r"^\S.*:\n\n(?=\S)", "", text, flags=re.M))  # a title without options
+
+
+def _add_debug(found: re.Match[str]) -> str:
+    return found[0] + "  --debug".ljust(len(found[1])) + "show the traceback of any error\n"

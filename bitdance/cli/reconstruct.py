@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
-from bitdance.cli.options import DataOptions
+from bitdance.cli.options import DataOptions, DeviceOptions
 from bitdance.cli.parsing import parse
 from bitdance.runtime.errors import UserError, check_fields
 
@@ -30,16 +30,12 @@ class How:
         rfid: compute rFID, the FID between the images and their reconstructions; by default if the Inception weights
             are found.
         inception_weights: weights of the Inception network; by default the downloaded file.
-        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
-        threads: CPU threads; by default all cores.
     """
 
     autoencoder: str = "demo"
     batch_size: int = 100
     rfid: bool | None = None
     inception_weights: pathlib.Path | None = None
-    device: str | None = None
-    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "batch_size", lambda value: value >= 1, "be at least 1")
@@ -68,6 +64,7 @@ class Reconstruct:
     data: DataOptions
     how: How = dataclasses.field(default_factory=How)
     results: Results = dataclasses.field(default_factory=Results)
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
 
 def main(arguments: list[str]) -> None:
@@ -75,7 +72,7 @@ def main(arguments: list[str]) -> None:
     command = parse(Reconstruct, arguments, "bitdance reconstruct", EXAMPLES)
     from bitdance.runtime.process_group import init_distributed
 
-    with init_distributed(command.how.device, command.how.threads) as world:
+    with init_distributed(command.where.device, command.where.threads) as world:
         _reconstruct(command.data, command.how, command.results, world)
 
 

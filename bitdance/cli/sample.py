@@ -10,7 +10,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.evaluate import evaluate_job, report
-from bitdance.cli.options import DeviceOptions, ModelOptions, Solver
+from bitdance.cli.options import ModelOptions, PrecisionOptions, Solver
 from bitdance.cli.parsing import Positional, parse
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError, check_fields
@@ -112,7 +112,7 @@ class Sample:
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     how: How = dataclasses.field(default_factory=How)
     results: Results = dataclasses.field(default_factory=Results)
-    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
+    where: PrecisionOptions = dataclasses.field(default_factory=PrecisionOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
@@ -137,6 +137,8 @@ def _check(command: Sample) -> None:
     check_fields(what, "per_class", lambda value: value >= 1, "be at least 1")
     check_fields(results, "seeds", lambda value: value >= 1, "be at least 1")
     check_fields(command.how, "batch_size", lambda value: value >= 1, "be at least 1")
+    check_fields(command.how, "chunk_size", lambda value: value >= 0, "be at least 0")
+    check_fields(what, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
     if what.num_images is None:
         for name, is_given in (
             ("npz", results.npz),
@@ -175,7 +177,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
             batch_size=how.batch_size,
             chunk_size=chunk_size,
             output="np",
-            callback=lambda step, steps, tokens: bar.update(len(tokens)),
+            callback=lambda step, steps, tokens: bar.update(min(len(tokens), total - bar.n)),  # halves start again
         )
     settings = {name: value for group in ("what", "model", "how", "results", "where", "evaluation")
                 for name, value in dataclasses.asdict(getattr(command, group)).items()}  # fmt: skip

@@ -8,7 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.evaluate import evaluate_job, report
-from bitdance.cli.options import DeviceOptions, ModelOptions, Solver
+from bitdance.cli.options import ModelOptions, PrecisionOptions, Solver
 from bitdance.cli.parsing import parse
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
@@ -24,7 +24,7 @@ bitdance sweep --model BitDance-B-16X --num-steps 25 50 100 --solvers euler-maru
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How to sample; each combination of the first three has the same labels and noise.
+    """How to sample: each combination of the first three, with the same labels and noise.
 
     Attributes:
         cfg_scales: guidance scales.
@@ -68,13 +68,14 @@ class Sweep:
     how: How = dataclasses.field(default_factory=How)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     results: Results = dataclasses.field(default_factory=Results)
-    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
+    where: PrecisionOptions = dataclasses.field(default_factory=PrecisionOptions)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Sweep, arguments, "bitdance sweep", EXAMPLES)
+    aliases = {"cfg_scale": "cfg_scales", "solver": "solvers"}
+    command = parse(Sweep, arguments, "bitdance sweep", EXAMPLES, aliases=aliases)
     for name in ("cfg_scales", "num_steps", "solvers"):
         if not getattr(command.how, name):
             raise UserError(f"`{name}` is empty: give at least one value.")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 
+from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, parse
 from bitdance.config import RELEASED_MODELS
 from bitdance.runtime.errors import UserError
@@ -24,29 +25,30 @@ bitdance train --recipe B-1X --data-path imagenet/train --autoencoder autoencode
 class Train:
     """Train a BitDance model on images, or on a token cache that `bitdance encode` wrote.
 
+    Any number of processes under torchrun; an interrupted run is resumed by the same command.
+
+    Without --recipe, the defaults are those of the original.
+
     Attributes:
         autoencoder: the autoencoder that makes the tokens and is not trained: demo, autoencoder (the released one), the
             folder of its training run, or a file.
         recipe: B-1X, B-4X, B-16X, L-1X or H-1X: use the published settings of this model as defaults. With --help, show
             them.
         dry_run: print what the run needs of memory, disk and time on this machine, and end.
-        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
-        threads: CPU threads; by default all cores.
     """
 
     autoencoder: str
     run: TrainConfig
     sizes: ModelSizes = dataclasses.field(default_factory=ModelSizes)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
     recipe: str | None = None
     dry_run: bool = False
-    device: str | None = None
-    threads: int | None = None
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(Train, arguments, "bitdance train", EXAMPLES, default=_recipe_defaults(arguments))
+    command = parse(Train, arguments, "bitdance train", EXAMPLES, _recipe_defaults(arguments), headings=TRAIN_HEADINGS)
     from bitdance.training.setup import train_model
 
     train_model(
@@ -54,8 +56,8 @@ def main(arguments: list[str]) -> None:
         command.sizes,
         command.loss,
         command.autoencoder,
-        command.device,
-        command.threads,
+        command.where.device,
+        command.where.threads,
         dry_run=command.dry_run,
     )
 
@@ -73,4 +75,4 @@ def _recipe_defaults(arguments: list[str]) -> Train | None:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes one of {', '.join(RELEASED_MODELS)}.")
     run, sizes, loss = recipe(RELEASED_MODELS[released], MISSING)
-    return Train(MISSING, run, sizes, loss, name)
+    return Train(MISSING, run, sizes, loss, recipe=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import parse
 from bitdance.config import AutoencoderConfig
 from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
@@ -17,21 +18,18 @@ bitdance train-autoencoder --data-path pictures.zip --image-size 32 --widths 32 
 class TrainAutoencoder:
     """Train an autoencoder on images.
 
-    Attributes:
-        device: cpu, cuda, cuda:N or mps; by default a GPU if there is one.
-        threads: CPU threads; by default all cores.
+    Any number of processes under torchrun; an interrupted run is resumed by the same command.
     """
 
     run: TrainConfig
     network: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     loss: AutoencoderLossConfig = dataclasses.field(default_factory=AutoencoderLossConfig)
-    device: str | None = None
-    threads: int | None = None
+    where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder", EXAMPLES)
+    command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder", EXAMPLES, headings=TRAIN_HEADINGS)
     from bitdance.training.setup import train_autoencoder
 
-    train_autoencoder(command.run, command.network, command.loss, command.device, command.threads)
+    train_autoencoder(command.run, command.network, command.loss, command.where.device, command.where.threads)

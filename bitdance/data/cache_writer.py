@@ -71,12 +71,12 @@ class CacheWriter:
     Args:
         images: the data set.
         autoencoder: on its device, in the dtype to compute in.
-        digest: of the autoencoder's tensors in their file, from `weights_file.digest`.
+        digest: of the autoencoder's tensors in their file, from `safetensors_files.digest`.
         folder: where to write the token cache.
         config: settings.
 
     Raises:
-        UserError: the size of the images does not fit the autoencoder.
+        UserError: the size of the images does not match the autoencoder.
     """
 
     images: ImageDataset
@@ -119,7 +119,8 @@ class CacheWriter:
         folder, config = self.folder, self.config
         sections = {SECTION: self._info, "encode": config, "machine": Machine.of(world)}
         with exclusive(folder, world):
-            Machine.apply(check_settings(folder, sections, world).settings["machine"], world)
+            has_shards = any(folder.glob("*.safetensors"))
+            Machine.apply(check_settings(folder, sections, world, has_shards).settings["machine"], world)
             found = world.broadcast(self._find_shards() if world.is_main else [])
             self._bad_images.before = sum(len(shard.bad_images) for shard in found if shard)
             start = time.perf_counter()

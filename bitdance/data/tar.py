@@ -215,7 +215,7 @@ def _open_index(path: pathlib.Path) -> Index:
                 index = _read_index(file, path)  # another process may have made it in the meantime
                 if index is None:
                     if file.exists():
-                        _warn(f"the index {file} is damaged or does not fit the tar: it is made again.")
+                        _warn(f"the index {file} is damaged or does not match the tar: it is made again.")
                     index = _make_index(path)
                     _write_index(file, path, index)
                 return index
@@ -294,11 +294,11 @@ def _version(path: pathlib.Path) -> dict[str, int]:
 def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:
     import torch
 
-    from bitdance.weights import weights_file
+    from bitdance.weights import safetensors_files
 
     tensors = {name: torch.from_numpy(array) for name, array in index.items()}
     try:
-        weights_file.save_tensors(file, tensors, _KIND, _version(path))
+        safetensors_files.save_tensors(file, tensors, _KIND, _version(path))
     except UserError as error:  # the index is made again at the next start
         _warn(f"warning: {error}")
 

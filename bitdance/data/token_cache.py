@@ -29,7 +29,8 @@ from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.atomic_files import read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.run_folder import FREE, SETTINGS
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.layout import WeightsFile
 
 MANIFEST = "token_cache.json"
 """Written last: the `TokenCacheInfo`, and the shards with their digests."""
@@ -46,7 +47,7 @@ class TokenCacheInfo:
     """How a token cache was made: everything that its bits depend on.
 
     Attributes:
-        autoencoder: SHA-256 of the autoencoder's tensors, from `weights_file.digest`.
+        autoencoder: SHA-256 of the autoencoder's tensors, from `safetensors_files.digest`.
         precision: dtype of the encoder.
         image_size: side of a view in pixels.
         grid: side of a view in tokens, h = w.
@@ -206,10 +207,10 @@ def write_shard(
     bad_images = [images.name(index) for index in sorted(set(covered).difference(kept))]
     config = {"info": dataclasses.asdict(info), "covered": [covered.start, covered.stop], "bad_images": bad_images}
     tensors = {"bits": bits, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
-    weights_file.save_tensors(path, tensors, KIND, config)
+    safetensors_files.save_tensors(path, tensors, KIND, config)
 
 
-def read_shard(path: pathlib.Path, info: TokenCacheInfo, verify: bool) -> weights_file.Contents:
+def read_shard(path: pathlib.Path, info: TokenCacheInfo, verify: bool) -> WeightsFile:
     """Maps the tensors of a shard, and checks their shapes and that they belong to the token cache.
 
     Args:

@@ -11,7 +11,10 @@ BLOCK = 5000
 
 
 def find_nearest(
-    queries: np.ndarray, references: np.ndarray, progress: Callable[[int], None] = lambda n: None
+    queries: np.ndarray,
+    references: np.ndarray,
+    progress: Callable[[int], None] = lambda n: None,
+    device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds the nearest reference of each query by the RMS difference of the pixels, with and without mirroring.
 
@@ -19,12 +22,13 @@ def find_nearest(
         queries: (Q, H, W, 3) uint8.
         references: (R, H, W, 3) uint8.
         progress: called with the number of references in each block that has been compared.
+        device: multiplies the pixels.
 
     Returns:
         Distances (Q,) float64 in grey levels, indices (Q,) int64, and whether the reference is mirrored (Q,) bool.
     """
     q = torch.from_numpy(queries.reshape(len(queries), -1).astype(np.float32))
-    q_squared = q.double().square().sum(1)
+    q_squared, q_on_device = q.double().square().sum(1), q.to(device)
     best = torch.full((len(q),), float("inf"), dtype=torch.float64)
     index = torch.zeros(len(q), dtype=torch.int64)
     mirrored = torch.zeros(len(q), dtype=torch.bool)
@@ -34,7 +38,8 @@ def find_nearest(
             pixels = np.ascontiguousarray(block[:, :, ::-1] if flip else block)
             r = torch.from_numpy(pixels.reshape(len(block), -1).astype(np.float32))
             # Sums of products of bytes stay below 2^28 here, so the relative error of float32 is below 1e-6.
-            squared = q_squared[:, None] + r.double().square().sum(1) - 2 * (q @ r.T).double()  # (Q, block)
+            products = (q_on_device @ r.to(device).T).cpu().double()
+            squared = q_squared[:, None] + r.double().square().sum(1) - 2 * products  # (Q, block)
             value, column = squared.min(dim=1)
             closer = value < best
             best[closer], index[closer], mirrored[closer] = value[closer], start + column[closer], flip

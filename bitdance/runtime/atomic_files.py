@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and telling them apart."""
+"""Atomic and durable writing of files, JSON settings, digests and file locks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any, BinaryIO
 
 from bitdance.runtime.errors import UserError
 
-# What the process may not give to others in files that it makes; it can only be read by setting it.
+# The umask of the process; it can only be read by setting it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`; what was written there is synced and renamed to `path` on success.
+    """Yields a temporary path beside `path`, which is synced and renamed to `path` when the context ends.
 
-    On any error the temporary file is removed and `path` stays as it was. Missing parent folders are made.
+    On an error the temporary file is removed and `path` is unchanged. Missing parent folders are created.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -51,20 +51,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes what processes that were killed left in `folder` of files that they were writing.
-
-    `atomic_write` has names of its own for them, and so has safetensors, which writes to a temporary file first too.
-    """
+    """Removes temporary files in `folder` that killed processes have left: of `atomic_write` and of safetensors."""
     for path in folder.glob(".*tmp*"):
         if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}", path.name):
             path.unlink(missing_ok=True)
 
 
 def make_folder(path: pathlib.Path) -> None:
-    """Makes a folder and those above it, where they are missing.
+    """Creates a folder and its parents if they do not exist.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -73,14 +70,14 @@ def make_folder(path: pathlib.Path) -> None:
 
 
 def rename(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames a file or a folder, over what is there, and makes that durable."""
+    """Renames a file or folder, replacing an existing file, and syncs the parent folder."""
     os.replace(source, target)
     _sync_folder(target.parent)
 
 
-def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
-    """The digest of a file's bytes, hexadecimal; `algorithm` is a name that hashlib knows."""
-    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
@@ -88,22 +85,26 @@ def file_digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
 
 
 def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Writes settings for people and programs, atomically."""
+    """Writes a dictionary as readable JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
-    """Reads settings; `advice` ends the sentence where that fails.
+    """Reads a dictionary from JSON.
+
+    Args:
+        path: the file.
+        advice: what the user can do if it cannot be read; the end of the error's sentence.
 
     Raises:
-        UserError: it cannot be read, or holds no settings.
+        UserError: the file cannot be read, or holds no dictionary.
     """
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
+            raise ValueError("it holds no dictionary")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
     return found
 

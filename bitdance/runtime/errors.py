@@ -42,3 +42,9 @@ def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], ru
         value = getattr(config, name)
         if value is not None and not is_valid(value):
             raise UserError(f"{name}={value} is invalid: it must {rule}.")
+
+
+def printable(text: str) -> str:
+    """Returns a name or value from a file as at most 100 visible characters, for a message."""
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -152,7 +152,7 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
     if threads is not None and threads < 1:
-        raise UserError(f"threads={threads} does not fit: it must be at least 1.")
+        raise UserError(f"threads={threads} is invalid: it must be at least 1.")
     rank, size, local_rank, local_size = _read_environment()
     world = World(rank, size, devices.choose_device(device, local_rank))
     on_gpu = world.device.type == "cuda"

@@ -116,6 +116,7 @@ def check_settings(
     folder: pathlib.Path,
     sections: Sections,
     world: World,
+    has_parts: bool,
     is_finished: Callable[[Mapping[str, Any]], bool] = lambda stored: False,
 ) -> ResumedSettings:
     """Writes the settings of new work, or compares them with those the folder was begun with; called by all processes.
@@ -124,6 +125,7 @@ def check_settings(
         folder: the run folder; made if it does not exist.
         sections: the settings.
         world: the processes; the first one reads and writes.
+        has_parts: whether there are parts, made with the stored settings; without them the settings may change.
         is_finished: tells from the stored settings whether the work is finished, so that it may be extended.
 
     Raises:
@@ -132,7 +134,7 @@ def check_settings(
     error, resumed = None, None
     if world.is_main:
         try:
-            resumed = _check(folder, sections, is_finished)
+            resumed = _check(folder, sections, has_parts, is_finished)
         except UserError as problem:
             error = str(problem)
     error, resumed = world.broadcast((error, resumed))
@@ -142,9 +144,9 @@ def check_settings(
 
 
 def _check(
-    folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
+    folder: pathlib.Path, sections: Sections, has_parts: bool, is_finished: Callable[[Mapping[str, Any]], bool]
 ) -> ResumedSettings:
-    ours, stored = to_json(sections), read_settings(folder, sections, is_finished)
+    ours, stored = to_json(sections), read_settings(folder, sections, is_finished) if has_parts else {}
     changes: list[str] = []
     for name, field, old, new in _fields(stored, sections) if stored else ():
         if field.metadata.get("resume") == "stored":

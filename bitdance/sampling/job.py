@@ -41,7 +41,7 @@ from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
 from bitdance.sampling.writers import write_npz, write_png_folder
-from bitdance.weights.weights_file import digest
+from bitdance.weights.safetensors_files import digest
 
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
 """Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
@@ -205,7 +205,7 @@ class SamplingJob:
                 if world.is_main:
                     shutil.rmtree(self.run_folder, ignore_errors=True)  # left by a job killed in its last moment
                 return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
-            settings = check_settings(self.run_folder, sections, world).settings
+            settings = check_settings(self.run_folder, sections, world, any(self.run_folder.glob("*.npz"))).settings
             Machine.apply(settings["machine"], world)
             missing = world.broadcast(self._missing_batches(kinds, batches) if world.is_main else [])
             start = time.perf_counter()
@@ -245,14 +245,23 @@ class SamplingJob:
         return [index for index, ids in enumerate(batches) if not self._is_complete(kinds, index, len(ids))]
 
     def _is_complete(self, kinds: list[str], batch: int, count: int) -> bool:
+        """Whether a part has all arrays that the results need, undamaged and of the right shapes."""
         path = self.part(batch)
-        if not path.exists() or (halved := _read_array(path, "halved")) is None or halved.shape != ():
-            return False
-        arrays = {NPZ: "images", PNGS: "images", BITS: "bits"}
-        names = {arrays.get(kind, f"{kind.removeprefix(f'{FEATURES}.')}.pool") for kind in kinds}
-        names |= {"digests"} if self.extractors else set()
-        found = [_read_array(path, name) for name in names]
-        return all(array is not None and array.ndim and len(array) == count for array in found)
+        arrays = self._part_shapes(kinds, count)
+        return path.exists() and all(_read_array(path, name, shape) is not None for name, shape in arrays.items())
+
+    def _part_shapes(self, kinds: list[str], count: int) -> dict[str, tuple[int, ...]]:
+        """Returns the arrays that a part of `count` images must have, and their shapes."""
+        size, config = self.pipeline.image_size, self.pipeline.model.config
+        shapes: dict[str, tuple[int, ...]] = {"halved": ()}
+        if NPZ in kinds or PNGS in kinds:
+            shapes["images"] = (count, size, size, 3)
+        if BITS in kinds:
+            shapes["bits"] = (count, config.num_tokens, config.bits // 8)
+        for extractor in self.extractors:
+            if f"{FEATURES}.{extractor.key}" in kinds:
+                shapes |= {f"{extractor.key}.pool": (count, extractor.size), "extremes": (2,), "digests": (count, 32)}
+        return shapes
 
     # ------------------------------------------------------------ parts
 
@@ -317,20 +326,19 @@ class SamplingJob:
         for extractor in self.extractors:
             if f"{FEATURES}.{extractor.key}" in kinds:
                 arrays |= {f"{extractor.key}.{name}": array for name, array in extractor(pixels).items()}
-        if self.extractors:
-            summary = summarize_pixels(pixels)
-            arrays["extremes"] = np.array([summary.minimum, summary.maximum], np.uint8)
-            arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
+                summary = summarize_pixels(pixels)
+                arrays["extremes"] = np.array([summary.minimum, summary.maximum], np.uint8)
+                arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
         return arrays
 
-    def _read_part(self, batch: int, name: str, count: int | None) -> np.ndarray:
-        """Reads an array of a part, of `count` rows if given.
+    def _read_part(self, batch: int, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Reads an array of a part.
 
         Raises:
-            UserError: the part is missing or damaged; it has been removed.
+            UserError: it is missing, damaged or of another shape; the part has been removed.
         """
-        array = _read_array(self.part(batch), name)
-        if array is None or (count is not None and (not array.ndim or len(array) != count)):
+        array = _read_array(self.part(batch), name, shape)
+        if array is None:
             self.part(batch).unlink(missing_ok=True)
             raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
         return array
@@ -348,10 +356,11 @@ class SamplingJob:
         def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
             with progress_bar(len(batches), f"writing {name}", "batches") as bar:
                 for index, ids in enumerate(batches):
-                    yield ids, self._read_part(index, name, len(ids))
+                    yield ids, self._read_part(index, name, shapes[name] and (len(ids), *shapes[name][1:]))
                     bar.update()
 
-        halved = [index for index in range(len(batches)) if self._read_part(index, "halved", None)]
+        shapes = self._part_shapes(kinds, len(batches[0]))
+        halved = [index for index in range(len(batches)) if self._read_part(index, "halved", ())]
         write_json(self.run_folder / "result.json", {"format_version": FORMAT_VERSION, **settings, HALVED: halved})
         rename(self.run_folder / "result.json", self.settings_file)
         temporary = self.run_folder / "result.npz"
@@ -369,8 +378,8 @@ class SamplingJob:
                     ) from error
             elif kind in (NPZ, BITS):
                 name = "images" if kind == NPZ else "bits"
-                shape = self._read_part(0, name, len(batches[0])).shape[1:]
-                write_npz(temporary, (array for _, array in read_all(name)), (self.config.num_images, *shape), labels)
+                shape = (self.config.num_images, *shapes[name][1:])
+                write_npz(temporary, (array for _, array in read_all(name)), shape, labels)
                 rename(temporary, result)
         for extractor in self.extractors:
             if (kind := f"{FEATURES}.{extractor.key}") in kinds:
@@ -382,10 +391,12 @@ class SamplingJob:
         collector, summaries = Collector(extractor, self.config.num_images), []
         for index, ids in enumerate(batches):
             keys = {name: f"{extractor.key}.{name}" for name in Features._fields}
-            names = [name for name, key in keys.items() if _read_array(self.part(index), key) is not None]
-            collector.add({name: self._read_part(index, keys[name], len(ids)) for name in names})
-            low, high = self._read_part(index, "extremes", 2).tolist()
-            digests = self._read_part(index, "digests", len(ids))
+            found = {name: _read_array(self.part(index), key) for name, key in keys.items()}
+            collector.add(
+                {name: array for name, array in found.items() if array is not None and len(array) == len(ids)}
+            )
+            low, high = self._read_part(index, "extremes", (2,)).tolist()
+            digests = self._read_part(index, "digests", (len(ids), 32))
             summaries.append(PixelSummary(low, high, [row.tobytes() for row in digests]))
         size = self.pipeline.image_size
         num_classes = self.pipeline.model.config.num_classes
@@ -415,14 +426,17 @@ def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def _read_array(path: pathlib.Path, name: str) -> np.ndarray | None:
-    """Reads an array of a part; None if the part is missing or damaged, which the checksums of its zip tell."""
+def _read_array(path: pathlib.Path, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
+    """Reads an array of a part; None if the part is missing or damaged, or the array has another shape.
+
+    The checksums of the zip tell whether it is damaged.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             array: np.ndarray = file[name]
     except Exception:  # a damaged zip raises almost anything
         return None
-    return array if array.dtype in (np.uint8, np.float32) else None
+    return array if array.dtype in (np.uint8, np.float32) and shape in (None, array.shape) else None
 
 
 def print_result(job: SamplingJob, result: JobResult, world: World) -> None:

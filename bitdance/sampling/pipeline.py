@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.layout import Weights
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
-
-if TYPE_CHECKING:
-    from bitdance.weights.weights_file import Weights
 
 Output = Literal["pil", "np", "pt"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -287,14 +285,18 @@ def load_pipeline(
         UserError: a file is missing or damaged, or model and autoencoder do not belong together.
     """
     contents = weights_file.read(find_weights(name))
-    place = find_weights(autoencoder, "autoencoder") if autoencoder is not None else find_autoencoder_of(contents)
-    source = place if isinstance(place, weights_file.Contents) else weights_file.read(place)
+    if autoencoder is not None:
+        source = weights_file.read(find_weights(autoencoder, "autoencoder"))
+    elif "autoencoder" in contents.states:
+        source = contents
+    else:
+        source = weights_file.read(find_autoencoder_of(contents.path))
     device = device if isinstance(device, torch.device) else choose_device(device)
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
     trained_with = contents.metadata.get("autoencoder_digest")
-    if trained_with and trained_with != weights_file.digest(source.states["autoencoder"]):
+    if trained_with and trained_with != safetensors_files.digest(source.states["autoencoder"]):
         print(
             f"bitdance: warning: {contents.path} was not trained with {source.path}: unless it is the same "
             "autoencoder in another precision, the images will be noise.",
@@ -304,7 +306,7 @@ def load_pipeline(
     return Pipeline(
         model.to(device),
         decoder.to(device),
-        f"{contents.path.stem}-{weights_file.choose_weights(contents, weights)}",
+        f"{contents.path.stem}-{contents.choose_weights(weights)}",
         released.sampling if released else SamplingDefaults(),
     )
 

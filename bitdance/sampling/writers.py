@@ -13,6 +13,7 @@ from PIL import Image
 
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder
+from bitdance.runtime.errors import UserError
 
 
 def write_npz(
@@ -64,10 +65,18 @@ def write_png_folder(folder: pathlib.Path, batches: Iterable[tuple[range, np.nda
         folder: made if it does not exist.
         batches: sample ids and pixels (B, H, W, 3) uint8.
         labels: (N,) int64.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     make_folder(folder)
-    for ids, pixels in batches:
-        for index, image in zip(ids, pixels, strict=True):
-            Image.fromarray(image).save(folder / f"{index:06d}.png")
-    (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
-    os.sync()  # once for all files
+    try:
+        for ids, pixels in batches:
+            for index, image in zip(ids, pixels, strict=True):
+                Image.fromarray(image).save(folder / f"{index:06d}.png")
+        (folder / LABELS_FILE).write_text(json.dumps(labels.tolist()) + "\n")
+        os.sync()  # once for all files
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; free some space, then run again."
+        ) from error

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from bitdance.runtime.errors import UserError
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.layout import WeightsFile
 
 
 class Checkpointer:
@@ -51,7 +52,7 @@ class Checkpointer:
         self, step: int, tensors: dict[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
     ) -> None:
         path = self.folder / f"checkpoint-{step:07d}.safetensors"
-        weights_file.save_tensors(path, tensors, "training", config, **metadata)
+        safetensors_files.save_tensors(path, tensors, "training", config, **metadata)
         for old in list_checkpoints(self.folder)[self.keep :]:
             old.unlink(missing_ok=True)
 
@@ -85,7 +86,7 @@ def newest_step(folder: pathlib.Path) -> int:
     return max((int(path.stem.removeprefix("checkpoint-")) for path in list_checkpoints(folder)), default=0)
 
 
-def read_newest(folder: pathlib.Path) -> weights_file.Contents | None:
+def read_newest(folder: pathlib.Path) -> WeightsFile | None:
     """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
     Damaged ones are reported and renamed to end in `.damaged`.

@@ -22,7 +22,7 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.resolve import DEMO, find_weights
 
 
@@ -91,7 +91,7 @@ def train_model(
         if expected not in (None, found):
             raise UserError(f"{name}={expected} contradicts {contents.path}, which has {found}: leave it out.")
     _check_image_size(config.image_size, tokenizer.config.down_size)
-    digest = weights_file.digest(contents.states["autoencoder"])
+    digest = safetensors_files.digest(contents.states["autoencoder"])
     del contents  # holds the tensors a second time
     with init_distributed(device, threads) as world:
         images: ImageDataset | TokenDataset

@@ -21,10 +21,21 @@ def _free(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model to train; the others follow from the autoencoder and the images. See `BitDanceConfig`.
+    """Sizes of the model.
+
+    Those that are missing here follow from the autoencoder and the images, see `BitDanceConfig`.
 
     Attributes:
+        dim: width of the transformer, a multiple of 64.
+        n_layer: transformer blocks.
+        head_dim: width of the diffusion head, a multiple of 64.
+        head_layers: blocks of the diffusion head.
+        head_ada_ln: adaLN projections of the head; each is shared by `head_layers` / `head_ada_ln` blocks.
+        parallel_num: tokens sampled per autoregressive step: 1, 4, 16, ...
+        cls_token_num: class tokens.
         num_classes: by default the number of classes of the images; a larger number reserves classes.
+        token_order: patch: the tokens of a step are a square patch; standard: they are consecutive in raster order.
+        time_shift: shift of the head's timesteps, in training and in sampling.
         drop_rate: dropout of the input projection, of the attention output and of the feed-forward layers.
     """
 
@@ -53,11 +64,12 @@ class ModelSizes:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Settings of the loss of a model.
+    """Loss of the model.
 
     Attributes:
-        diff_batch_mul: M, copies of each group with different timesteps and noise.
-        time_mean, time_std: of the normal distribution under the sigmoid, for `logit_normal`.
+        diff_batch_mul: copies of each group of tokens with different timesteps and noise.
+        time_mean: mean of the normal distribution under the sigmoid, for logit_normal timesteps.
+        time_std: standard deviation of the same.
         time_schedule: distribution of the timesteps.
         class_dropout: fraction of images trained without their class, for guidance.
         perturb_rate: maximum rate of flipped input bits; the mean rate is half of it.
@@ -79,7 +91,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
-    """Weights of the terms of an autoencoder's loss besides the mean squared error of images in [-1, 1].
+    """Loss of the autoencoder: weights of terms besides the mean squared error of images in [-1, 1].
 
     Attributes:
         l1_weight: of the mean absolute error.
@@ -105,54 +117,64 @@ class TrainConfig:
             for a model also a token cache that `bitdance encode` wrote.
         output: the run folder, for checkpoints, log and previews.
         image_size: side of the training images in pixels.
+        random_crop: random crops as in ADM, which enlarge images that are not larger than `image_size`; otherwise
+            centre crops. Half of the images are flipped either way.
+        aug_decay_start_epoch: from this epoch on, the fraction of random crops decreases.
+        aug_decay_end_epoch: from this epoch on, there are no random crops.
+        num_workers: threads that read images.
+        max_bad_images: unreadable images that are tolerated; others take their places.
         epochs: passes over the data; the number of steps is epochs x floor(images / batch size). More epochs extend a
             finished run.
         max_steps: ends the run earlier, for a test; the schedule still spans all epochs.
         batch_size: images per step, over all processes.
         seed: of all random numbers; each is a function of the seed, the step and the index in the global batch.
-        lr, min_lr: peak and final learning rate.
+        lr: peak learning rate.
+        min_lr: final learning rate.
         warmup_steps: steps of linear warm-up from 0.
         decay_start: step at which the cosine decay to `min_lr` begins; 0 for a constant rate.
         weight_decay: of tensors with two or more dimensions, except a few names.
-        beta1, beta2: of AdamW.
+        beta1: of AdamW.
+        beta2: of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
         ema: decay of the exponential moving average of the weights; 0 or less disables it.
-        precision: bf16 for autocast with float32 weights, or fp32; `auto` is bf16 where the hardware supports it.
-        num_workers: threads that read images.
-        max_bad_images: unreadable images that are tolerated; others take their places.
-        random_crop: random crops as in ADM, which enlarge images that are not larger than `image_size`; otherwise
-            centre crops. Half of the images are flipped either way.
-        aug_decay_start_epoch, aug_decay_end_epoch: the fraction of random crops decreases to 0 between these epochs.
-        log_every: steps between lines of the log.
+        max_skipped: consecutive steps with non-finite gradients after which the run stops; such steps are skipped. 0
+            for no limit.
+        precision: bf16 for autocast with float32 weights, or fp32; auto is bf16 where the hardware supports it.
+        compile: compile the network, on a GPU.
+        grad_checkpointing: recompute activations in the backward pass to save memory.
+        accumulate: microbatches per step and process, to save memory; a model's results agree to rounding, while for an
+            autoencoder each microbatch has its own entropy.
         save_every: steps between checkpoints, 0 for only the last one; they are written in the background.
         save_minutes: minutes between checkpoints, in addition to `save_every`; 0 for none.
         keep_checkpoints: number of checkpoints to keep, the newest.
-        keep_epochs: epochs between weights that are kept as `epoch_<n>.safetensors`; 0 for none.
+        keep_epochs: epochs between weights that are kept as epoch_N.safetensors; 0 for none.
         preview_every: steps between previews; 0 for only the last one.
-        val_path: held-out images whose loss is logged as `val_loss`; `data_path` itself means the test images of a
+        log_every: steps between lines of the log.
+        tensorboard: also log to TensorBoard, in tensorboard/ of the run folder.
+        wandb: project of Weights & Biases to log to.
+        val_path: held-out images whose loss is logged as val_loss; `data_path` itself means the test images of a
             CIFAR-10 archive.
         val_every: steps between validations; 0 for only one at the end.
         val_images: maximum number of held-out images.
-        eval_every: steps between evaluations (FID and others, logged as `eval_fid` etc.) of samples of the EMA weights
+        eval_every: steps between evaluations (FID and others, logged as eval_fid etc.) of samples of the EMA weights
             with fixed classes and noise, and one at the end; 0 for none.
         eval_images: samples per evaluation. Metrics of few images compare only with one another.
         eval_reference: what to compare with, as `reference` of `bitdance evaluate`; for a large set of images best a
             stored reference.
         eval_inception: file of the Inception network; by default the downloaded one.
-        eval_cfg_scale, eval_num_steps: guidance scale, and solver steps of the diffusion head.
-        max_skipped: consecutive steps with non-finite gradients after which the run stops; such steps are skipped. 0
-            for no limit.
-        tensorboard: also log to TensorBoard, in `tensorboard/` of the run folder.
-        wandb: project of Weights & Biases to log to.
-        compile: compile the network, on a GPU.
-        grad_checkpointing: recompute activations in the backward pass to save memory.
-        accumulate: microbatches per step and process, to save memory; a model's results agree to rounding, while for an
-            autoencoder each microbatch has its own entropy.
+        eval_cfg_scale: guidance scale of the samples.
+        eval_num_steps: solver steps of the samples.
     """
 
     data_path: pathlib.Path = dataclasses.field(metadata=FREE)
     output: pathlib.Path = _free(pathlib.Path("results"))
     image_size: int = 256
+    random_crop: bool = True
+    aug_decay_start_epoch: int = 700
+    aug_decay_end_epoch: int = 750
+    num_workers: int = _free(16)
+    max_bad_images: int = _free(100)
+
     epochs: int = dataclasses.field(default=400, metadata=EXTEND)
     max_steps: int | None = _free(None)
     batch_size: int = 256
@@ -166,16 +188,22 @@ class TrainConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     ema: float = -1.0
+    max_skipped: int = _free(20)
+
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    num_workers: int = _free(16)
-    max_bad_images: int = _free(100)
-    random_crop: bool = True
-    log_every: int = _free(100)
+    compile: bool = _free(False)
+    grad_checkpointing: bool = _free(False)
+    accumulate: int = _free(1)
+
     save_every: int = _free(1000)
-    keep_epochs: int = _free(0)
-    preview_every: int = _free(1000)
     save_minutes: float = _free(0.0)
     keep_checkpoints: int = _free(2)
+    keep_epochs: int = _free(0)
+    preview_every: int = _free(1000)
+    log_every: int = _free(100)
+    tensorboard: bool = _free(False)
+    wandb: str | None = _free(None)
+
     val_path: pathlib.Path | None = _free(None)
     val_every: int = _free(1000)
     val_images: int = _free(1024)
@@ -185,14 +213,6 @@ class TrainConfig:
     eval_inception: pathlib.Path | None = _free(None)
     eval_cfg_scale: float = _free(SamplingDefaults().cfg_scale)
     eval_num_steps: int = _free(SamplingDefaults().num_steps)
-    max_skipped: int = _free(20)
-    tensorboard: bool = _free(False)
-    wandb: str | None = _free(None)
-    compile: bool = _free(False)
-    grad_checkpointing: bool = _free(False)
-    accumulate: int = _free(1)
-    aug_decay_start_epoch: int = 700
-    aug_decay_end_epoch: int = 750
 
     def __post_init__(self) -> None:
         counts = (

@@ -39,7 +39,8 @@ from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate
 from bitdance.training.preemption import PreemptionHandler
 from bitdance.training.train_config import TrainConfig
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights.layout import WeightsFile
 
 PREVIEW_IMAGES = 16
 PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
@@ -271,7 +272,7 @@ class Trainer:
             return
         rank = f"-{self.world.rank}" if self.world.size > 1 else ""
         path = self.config.output / f"bad-batch-{self.step}{rank}.safetensors"
-        weights_file.save_tensors(path, batch._asdict(), "batch", {}, step=str(self.step))
+        safetensors_files.save_tensors(path, batch._asdict(), "batch", {}, step=str(self.step))
         self.checkpointer.finish()
         self.world.barrier()  # otherwise the first process to end would end the others before they have written theirs
         raise UserError(
@@ -309,7 +310,9 @@ class Trainer:
                 "over."
             )
         is_finished = functools.partial(_is_finished, done)
-        settings, changes = check_settings(self.config.output, self._sections(), self.world, is_finished)
+        settings, changes = check_settings(
+            self.config.output, self._sections(), self.world, contents is not None, is_finished
+        )
         path = self.world.broadcast(contents.path if contents else None)
         if path is not None:
             self.load(contents or weights_file.read(path))
@@ -334,7 +337,7 @@ class Trainer:
         sections = {"run": self.info, "train": self.config, "loss": self.objective.config, "data": self.data}
         return {**sections, self.kind: self.network.config}
 
-    def load(self, contents: weights_file.Contents) -> None:
+    def load(self, contents: WeightsFile) -> None:
         """Loads the state of a checkpoint."""
 
         def copy(value: Tensor) -> Tensor:

@@ -111,10 +111,9 @@ def download(
         for target in targets.values():
             if not target.exists():
                 raise UserError(
-                    f"{target} is not there: downloading is switched off by HF_HUB_OFFLINE; unset it, or copy the file "
-                    "there."
+                    f"{target} does not exist, and HF_HUB_OFFLINE disables downloads: unset it, or copy the file there."
                 )
-            note = "was there already, not compared because HF_HUB_OFFLINE is set"
+            note = "already downloaded, not compared because HF_HUB_OFFLINE is set"
             yield DownloadResult(target, target.stat().st_size, note)
         return
     remotes = [_look_up(name, target) for name, target in targets.items()]
@@ -170,7 +169,7 @@ def _look_up(name: str, target: pathlib.Path) -> _Remote:
 def _find_present(remote: _Remote, verify: bool) -> DownloadResult | None:
     """The file at its destination, if it has the published size and, with `verify`, the published SHA-256."""
     with contextlib.suppress(OSError, UserError):
-        note = f"was there already, {_compare(remote.target, remote, verify)}"
+        note = f"already downloaded, {_compare(remote.target, remote, verify)}"
         return DownloadResult(remote.target, remote.size, note)
     return None
 

@@ -7,14 +7,11 @@ import json
 import os
 import pathlib
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bitdance.config import RELEASED_MODELS
 from bitdance.runtime.errors import UserError
 from bitdance.weights import hub
-
-if TYPE_CHECKING:
-    from bitdance.weights.weights_file import Contents
 
 DEMO = "demo"
 
@@ -22,12 +19,12 @@ Part = Literal["model", "autoencoder"]
 
 
 def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.Path:
-    """Finds a file of weights; a released file that is not there is downloaded.
+    """Finds a file of weights; a released file that is missing is downloaded.
 
     Args:
         name: `demo`; a released model such as `B-16X` or `BitDance-B-16X`, in any case; `autoencoder`, the released
             one; the folder of a training run, whose finished weights, or else newest checkpoint, are meant; or a file.
-        part: which network `demo` and a folder with both stand for.
+        part: the network to find for `demo`, or in a folder with both.
 
     Raises:
         UserError: there is no such file, or it cannot be downloaded.
@@ -47,32 +44,30 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.
     files = {release.file.lower(): key for key, release in RELEASED_MODELS.items()}
     files[hub.AUTOENCODER_FILE.lower()] = "autoencoder"
     if meant := files.get(path.name.lower()):
-        raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --folder {path.parent}`.")
+        raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
     raise UserError(f"there is no {part} {text!r}: name a file, the folder of a run, {DEMO}, or {known}.")
 
 
-def find_autoencoder_of(model: Contents) -> pathlib.Path | Contents:
-    """Finds the autoencoder of a model: inside its file, beside it, or as recorded in the settings of its run.
+def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
+    """Finds the autoencoder of a file without one: beside it, or as recorded in the settings of its run.
 
     Raises:
         UserError: there is none.
     """
-    if model.path == _asset("demo_model.safetensors"):
+    if model == _asset("demo_model.safetensors"):
         return _asset("demo_autoencoder.safetensors")
-    if "autoencoder" in model.states:
-        return model
-    folder = model.path.parent
-    for place in (folder / hub.AUTOENCODER_FILE, folder / "autoencoder.safetensors"):
+    for place in (model.parent / hub.AUTOENCODER_FILE, model.parent / "autoencoder.safetensors"):
         if place.exists():
             return place
     try:
-        return find_weights(json.loads((folder / "settings.json").read_text())["run"]["autoencoder"], "autoencoder")
+        settings = json.loads((model.parent / "settings.json").read_text())
+        return find_weights(settings["run"]["autoencoder"], "autoencoder")
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if model.path in (hub.find(hub.FOLDER / release.file) for release in RELEASED_MODELS.values()):
+    if model in (hub.find(hub.FOLDER / release.file) for release in RELEASED_MODELS.values()):
         return _download("autoencoder")
-    raise UserError(f"{model.path} holds no autoencoder and none lies beside it: name one with `autoencoder`.")
+    raise UserError(f"{model} holds no autoencoder, and there is none beside it: name one with `autoencoder`.")
 
 
 def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
-from test_evaluation import ALONE, SMALL, pixels, save
+from test_evaluation import SINGLE, SMALL, pixels, save
 
 from bitdance.cli.main import main
 from bitdance.metrics import references
@@ -52,7 +52,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
     small.pictures(folder / "pictures")
     source = open_source(save(folder / "real.npz", pixels(20, 16, seed=5)))
-    write_feature_set(folder / "reference.npz", extract_features(source, [SMALL], ALONE)[0])
+    write_feature_set(folder / "reference.npz", extract_features(source, [SMALL], SINGLE)[0])
     return folder
 
 
@@ -92,7 +92,7 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
         for i in (0, 4, 8)
     ]
     source = open_source(save(tmp_path / "samples.npz", np.concatenate(images), labels))
-    expected = compute_metrics(extract_features(source, [SMALL], ALONE)[0], read_feature_set(place / "reference.npz"))
+    expected = compute_metrics(extract_features(source, [SMALL], SINGLE)[0], read_feature_set(place / "reference.npz"))
     for name in LOGGED:
         assert lines[-1][name] == pytest.approx(expected[name.removeprefix("eval_")], rel=1e-6), name
 
@@ -157,7 +157,7 @@ def test_in_bf16(place, tmp_path):
 def test_samples_are_of_the_classes_that_occur(place, tmp_path):
     pipeline = Pipeline(small.model(), small.autoencoder())
     run = settings(place, tmp_path, eval_reference="none", eval_images=7, batch_size=400)
-    evaluation = SampleEvaluation(pipeline, run, np.array([2, 2, 0, 2]), ALONE, in_bf16=False)
+    evaluation = SampleEvaluation(pipeline, run, np.array([2, 2, 0, 2]), SINGLE, in_bf16=False)
     labels = evaluation._source.labels
     assert labels is not None and sorted(np.bincount(labels).tolist()) == [0, 3, 4]
     found = evaluation.metrics()

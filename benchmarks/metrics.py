@@ -1,10 +1,10 @@
-"""Times the figures beside the straightforward way, in turns; the last line is JSON.
+"""Compares time and memory of the metrics with straightforward implementations; the last line is JSON.
 
-    OMP_NUM_THREADS=2 python benchmarks/figures.py
+    OMP_NUM_THREADS=2 python benchmarks/metrics.py
 
-The straightforward ways: the trace of the matrix square root from all complex eigenvalues, or by Newton and Schulz's
-iteration; distances as one full matrix, sorted. `--full` adds precision and recall of 50,000 samples against 10,000
-references, our way alone. Memory is the largest growth of the process while a function ran.
+Straightforward are: the trace of the matrix square root from all complex eigenvalues, or by Newton-Schulz iteration;
+sorted distances in one full matrix; `numpy.cov`. `--full` adds precision and recall of 50,000 samples and 10,000
+reference images, with this package only. Memory is the largest increase of the resident memory during a call.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def precision_recall_of_full_matrices(reference: np.ndarray, sample: np.ndarray)
     return float((cross <= reference_radii[:, None]).any(0).mean()), float((cross <= sample_radii).any(1).mean())
 
 
-def resident() -> int:
-    """Bytes of memory that the process holds, on Linux; 0 elsewhere."""
+def resident_bytes() -> int:
+    """Returns the resident memory of the process on Linux, 0 elsewhere."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
@@ -60,13 +60,13 @@ def resident() -> int:
 
 
 def measure(function: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Seconds, the largest growth of memory in GB, and what the function returned."""
-    before, peak, done = resident(), 0, threading.Event()
+    """Returns the seconds of a call, the largest increase of memory in GB, and the result."""
+    before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.01):
-            peak = max(peak, resident())
+            peak = max(peak, resident_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -94,50 +94,51 @@ def clustered(seed: int, count: int, dim: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--count", type=int, default=6000, help="rows of each set")
+    parser.add_argument("--num-images", type=int, default=6000, help="rows of each set of features")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="add 50,000 samples against 10,000 references")
-    args = parser.parse_args()
+    parser.add_argument("--full", action="store_true", help="add 50,000 samples and 10,000 reference images")
+    options = parser.parse_args()
 
-    reference, sample = clustered(1, args.count, args.dim), clustered(2, args.count, args.dim)
+    reference, sample = clustered(1, options.num_images, options.dim), clustered(2, options.num_images, options.dim)
     a, b = compute_statistics(reference).covariance, compute_statistics(sample).covariance
-    logits = clustered(3, args.count, 1008) * 8
-    contenders: dict[str, dict[str, Callable[[], Any]]] = {
+    logits = clustered(3, options.num_images, 1008) * 8
+    methods: dict[str, dict[str, Callable[[], Any]]] = {
         "trace of the square root": {
-            "ours": lambda: trace_sqrt(a, b),
+            "bitdance": lambda: trace_sqrt(a, b),
             "all eigenvalues": lambda: trace_by_eigenvalues(a, b),
             "Newton-Schulz, 50 steps": lambda: trace_by_newton_schulz(a, b),
         },
         "precision and recall": {
-            "ours": lambda: precision_recall(reference, sample),
+            "bitdance": lambda: precision_recall(reference, sample),
             "full matrices": lambda: precision_recall_of_full_matrices(reference, sample),
         },
         "statistics": {
-            "ours": lambda: float(compute_statistics(reference).mean.sum()),
+            "bitdance": lambda: float(compute_statistics(reference).mean.sum()),
             "np.cov": lambda: float(np.cov(reference, rowvar=False).shape and reference.mean(0).sum()),
         },
-        "Inception Score": {"ours": lambda: inception_score(logits)},
-        "kernel distance, 10 subsets": {"ours": lambda: subset_kid(reference, sample, subsets=10)},
+        "Inception Score": {"bitdance": lambda: inception_score(logits)},
+        "KID, 10 subsets": {"bitdance": lambda: subset_kid(reference, sample, 10, min(1000, options.num_images))},
     }
-    seen: dict[tuple[str, str], list[tuple[float, float, Any]]] = {}
-    for _ in range(args.rounds):
-        for figure, ways in contenders.items():
-            for way, function in ways.items():
-                seen.setdefault((figure, way), []).append(measure(function))
-    if args.full:
+    runs: dict[tuple[str, str], list[tuple[float, float, Any]]] = {}
+    for _ in range(options.rounds):
+        for metric, functions in methods.items():
+            for method, function in functions.items():
+                runs.setdefault((metric, method), []).append(measure(function))
+    if options.full:
         del reference, sample
-        reference, sample = clustered(1, 10_000, args.dim), clustered(2, 50_000, args.dim)
-        seen["precision and recall, 50,000 x 10,000", "ours"] = [measure(lambda: precision_recall(reference, sample))]
+        reference, sample = clustered(1, 10_000, options.dim), clustered(2, 50_000, options.dim)
+        result = measure(lambda: precision_recall(reference, sample))
+        runs["precision and recall, 50,000 x 10,000", "bitdance"] = [result]
 
-    print("| figure | way | seconds (median) | fastest | memory, GB | value |\n|---|---|---|---|---|---|")
-    summary = []
-    for (figure, way), runs in seen.items():
-        seconds, memory = [run[0] for run in runs], max(run[1] for run in runs)
-        value = ", ".join(f"{number:.6g}" for number in np.atleast_1d(runs[0][2]))
-        print(f"| {figure} | {way} | {np.median(seconds):.2f} | {min(seconds):.2f} | {memory:.2f} | {value} |")
-        summary.append({"figure": figure, "way": way, "seconds": round(float(np.median(seconds)), 3), "gb": memory})
-    settings = {"dim": args.dim, "count": args.count, "rounds": args.rounds, "threads": torch.get_num_threads()}
-    print(json.dumps({"benchmark": "figures", **settings, "results": summary}))
+    print("| metric | method | seconds (median) | fastest | memory, GB | value |\n|---|---|---|---|---|---|")
+    results = []
+    for (metric, method), measured in runs.items():
+        seconds, memory = [run[0] for run in measured], max(run[1] for run in measured)
+        median = float(np.median(seconds))
+        value = ", ".join(f"{number:.6g}" for number in np.atleast_1d(measured[0][2]))
+        print(f"| {metric} | {method} | {median:.2f} | {min(seconds):.2f} | {memory:.2f} | {value} |")
+        results.append({"metric": metric, "method": method, "seconds": round(median, 3), "memory_gb": round(memory, 3)})
+    print(json.dumps({"settings": vars(options), "threads": torch.get_num_threads(), "results": results}))
 
 
 if __name__ == "__main__":
