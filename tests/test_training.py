@@ -556,9 +556,8 @@ def test_two_processes_train_like_one(data, tmp_path):
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path):
     def run(folder: str, **changes: Any) -> None:
-        sizes = dataclasses.replace(SIZES, drop_rate=0.1)
-        train(data, tmp_path / folder, LossConfig(perturb_rate=0.3), sizes,
-              epochs=3, warmup_steps=4, decay_start=4, **changes)  # fmt: skip
+        loss = LossConfig(perturb_rate=0.3, drop_rate=0.1)
+        train(data, tmp_path / folder, loss, epochs=3, warmup_steps=4, decay_start=4, **changes)
 
     run("whole")
     run("parts", max_steps=2)
@@ -587,13 +586,13 @@ def test_other_settings_are_refused_with_the_differences(data, tmp_path):
     train(data, tmp_path, max_steps=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError) as error:
-        train(data, tmp_path, LossConfig(perturb_rate=0.1), dataclasses.replace(SIZES, n_layer=3), max_steps=2, lr=1e-4,
+        train(data, tmp_path, LossConfig(drop_rate=0.1), dataclasses.replace(SIZES, n_layer=3), max_steps=2, lr=1e-4,
               seed=7, num_workers=1)  # fmt: skip
     message = str(error.value)
     assert message.startswith(f"{tmp_path} belongs to a run with other settings (")
     for change in ("train.lr was 0.003, is 0.0001", "train.seed was 0, is 7", "model.n_layer was 2, is 3"):
         assert change in message
-    assert "loss.perturb_rate was 0.0, is 0.1" in message
+    assert "loss.drop_rate was 0.0, is 0.1" in message
     assert "max_steps" not in message and "weight_decay" not in message and "num_workers" not in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

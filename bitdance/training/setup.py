@@ -109,7 +109,7 @@ def train_model(
                 file=sys.stderr,
             )
         torch.manual_seed(config.seed)
-        network = BitDance(model_config, sizes.drop_rate, config.grad_checkpointing)
+        network = BitDance(model_config, loss.drop_rate, config.grad_checkpointing)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
         identity = images.digest if isinstance(images, TokenDataset) else names_digest(images)
         data = DataInfo(len(images), identity, digest)

@@ -328,8 +328,8 @@ class Trainer:
         Raises:
             UserError: the folder belongs to another run.
         """
-        done = newest_step(self.config.output)
-        read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
+        if done := newest_step(self.config.output):
+            read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
         return max(0, self.last_step - done)
 
     def _sections(self) -> dict[str, Any]:
