@@ -133,7 +133,9 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             message = f"there is not enough memory: {memory_advice()}."
         else:
             raise
-        print(f"bitdance: {' '.join(message.split())}", file=sys.stderr)
+        message = " ".join(message.split())  # names from files may contain anything, such as codes of a terminal
+        message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        print(f"bitdance: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)

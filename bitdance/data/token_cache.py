@@ -180,7 +180,7 @@ def names_digest(images: ImageDataset) -> str:
     """Returns the SHA-256 of the images' names in their order, which identifies a data set and its classes."""
     digest = hashlib.sha256()
     for index in range(len(images)):
-        digest.update(images.name(index).encode() + b"\n")
+        digest.update(os.fsencode(images.name(index)) + b"\n")
     return digest.hexdigest()
 
 

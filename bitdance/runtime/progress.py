@@ -44,19 +44,19 @@ def progress_bar(
 class ProgressLines:
     """Prints a line to stderr every `INTERVAL` seconds, and one at the end of a loop that took longer than that.
 
-    Its arguments are those of `progress_bar`.
+    Its arguments are those of `progress_bar`; `n` is the number of items so far, as in tqdm.
     """
 
     def __init__(self, total: int, desc: str, unit: str, initial: int, disable: bool) -> None:
         self._total, self._desc, self._unit, self._initial, self._disable = total, desc, unit, initial, disable
-        self._count = initial
+        self.n = initial
         self._postfix = ""
         self._start = self._last_line = monotonic()
 
     def update(self, n: int = 1) -> None:
         """Adds `n` items."""
-        self._count += n
-        if monotonic() - self._last_line >= INTERVAL and self._count < self._total:
+        self.n += n
+        if monotonic() - self._last_line >= INTERVAL and self.n < self._total:
             self._print(is_last=False)
 
     def set_postfix_str(self, s: str) -> None:
@@ -85,15 +85,15 @@ class ProgressLines:
             return
         self._last_line = monotonic()
         seconds = self._last_line - self._start
-        rate = (self._count - self._initial) / seconds
+        rate = (self.n - self._initial) / seconds
         parts = [
-            f"{self._desc}: {self._count}/{self._total} {self._unit} ({self._count / max(self._total, 1):.0%})",
+            f"{self._desc}: {self.n}/{self._total} {self._unit} ({self.n / max(self._total, 1):.0%})",
             f"{rate:.2f} {self._unit}/s",
         ]
         if is_last:
             parts.append(f"took {format_duration(seconds)}")
         elif rate > 0:
-            parts.append(f"{format_duration((self._total - self._count) / rate)} left")
+            parts.append(f"{format_duration((self._total - self.n) / rate)} left")
         print(", ".join(parts + [self._postfix] * bool(self._postfix)), file=sys.stderr, flush=True)
 
 

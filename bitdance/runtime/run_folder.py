@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitdance.runtime.atomic_files import lock_file, make_folder, read_json, remove_leftovers, write_json
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
     from bitdance.runtime.process_group import World
@@ -197,12 +197,12 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
             continue
         if rule == "extend" and extensible and isinstance(old, int) and isinstance(new, int) and new > old:
             continue
-        differences.append(f"{name}.{field.name} was {old}, is {new}")
+        differences.append(f"{name}.{field.name} was {printable(str(old))}, is {new}")
     for name, section in sections.items():
         known = {field.name for field in dataclasses.fields(section)}
         found = stored.get(name)
         unknown = sorted(set(found) - known) if isinstance(found, dict) else [] if found is None else ["?"]
-        differences += [f"{name}.{other} is unknown to this release" for other in unknown]
+        differences += [f"{name}.{printable(other)} is unknown to this release" for other in unknown]
     return differences
 
 
