@@ -47,13 +47,13 @@ def run(
     peer_monitor.HEARTBEAT_INTERVAL, peer_monitor.HEARTBEAT_TIMEOUT, peer_monitor.GRACE = 0.1, timeout, grace
     process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=min(timeout, 10))
 
-    def command() -> None:
+    def command(arguments: list[str]) -> None:
         with init_distributed("cpu", 1) as world:
             assert world.broadcast(world.rank) == 0
             print("joined")
             body(world)
 
-    call(command)
+    call(command, [])
 
 
 class Job:
