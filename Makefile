@@ -3,8 +3,8 @@
 PYTHON ?= python3
 # More options for `bitdance sample` or pytest, as in: make sample ARGS="--seed 1"
 ARGS ?=
-# Test processes: a number, or auto for one a core (at most 8, since each loads torch).
-WORKERS ?= auto
+# Test processes: two per core, since many tests wait for processes of their own (at most 8, since each loads torch).
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(2 * (os.cpu_count() or 1))" 2>/dev/null || echo 2)
 
 VENV := .venv
 RUN := $(VENV)/bin/python

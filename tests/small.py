@@ -40,8 +40,8 @@ LAUNCHERS = {
 NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
 SERVER = multiprocessing.get_context("forkserver")
-"""Forks processes that have imported torch already."""
-SERVER.set_forkserver_preload(["pytest", "bitdance.training.setup", "bitdance.sampling.job", "tqdm", "torch._dynamo"])
+"""Forks processes that have imported torch already; there is only one such server."""
+SERVER.set_forkserver_preload(["pytest", "bitdance.training.setup", "bitdance.sampling.job", "torch._dynamo", "tqdm"])
 
 
 def randomize(network: nn.Module, seed: int) -> None:

@@ -45,8 +45,8 @@ INVALID = [
     (AutoencoderConfig, {"blocks": 0}, "blocks=0", "at least 1"),
     (AutoencoderConfig, {"bits": 20}, "bits=20", "multiple of 8"),
     # Training.
-    (ModelSizes, {"drop_rate": 1.0}, "drop_rate=1.0", "at least 0 and below 1"),
-    (ModelSizes, {"drop_rate": -0.1}, "drop_rate=-0.1", "at least 0 and below 1"),
+    (LossConfig, {"drop_rate": 1.0}, "drop_rate=1.0", "at least 0 and below 1"),
+    (LossConfig, {"drop_rate": -0.1}, "drop_rate=-0.1", "at least 0 and below 1"),
     (ModelSizes, {"num_classes": 0}, "num_classes=0", "at least 1"),
     (LossConfig, {"diff_batch_mul": 0}, "diff_batch_mul=0", "at least 1"),
     (LossConfig, {"class_dropout": 1.5}, "class_dropout=1.5", "between 0 and 1"),

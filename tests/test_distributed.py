@@ -25,10 +25,6 @@ from bitdance.runtime import peer_monitor, process_group
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import NonBlockingMax, World, init_distributed
 
-SERVER = multiprocessing.get_context("forkserver")
-# So torch is imported only once. There is one such server for all tests; those of test_kills.py use the job.
-SERVER.set_forkserver_preload(["pytest", "bitdance.cli.main", "bitdance.sampling.job", "tqdm"])
-
 
 def environment(rank: int, size: int, port: int, agent: bool) -> dict[str, str]:
     """The variables of a process on a machine of its own, where no torchrun stops it when others end."""
@@ -73,7 +69,7 @@ class Job:
     def start(self, body: Callable[[World], None], *ranks: int, **settings: float) -> Job:
         for rank in ranks or range(self.size):
             variables = environment(rank, self.size, self.port, self.store is not None)
-            process = SERVER.Process(target=run, args=(variables, self.folder, body), kwargs=settings)
+            process = small.SERVER.Process(target=run, args=(variables, self.folder, body), kwargs=settings)
             process.start()
             self.processes[rank] = process
         return self

@@ -75,7 +75,7 @@ TRAIN = [
     ("--diff-batch-mul", "2", "loss.diff_batch_mul", 2),
     ("--grad-checkpointing", None, "run.grad_checkpointing", True),
     ("--trained-vae", "vae.pt", "call.autoencoder", "vae.pt"),
-    ("--drop-rate", "0.1", "sizes.drop_rate", 0.1),
+    ("--drop-rate", "0.1", "loss.drop_rate", 0.1),
     ("--perturb-schedule", "constant", "loss.perturb_rate", 0.0),
     ("--perturb-rate", "0.1", "loss.perturb_rate", 0.1),
     ("--perturb-rate-max", "0.2", "loss.perturb_rate", 0.0),  # unused
@@ -176,7 +176,7 @@ def test_defaults_are_the_originals(configured):
     assert (run.aug_decay_start_epoch, run.aug_decay_end_epoch, run.random_crop) == (700, 750, True)
     assert (run.precision, run.grad_checkpointing, run.max_steps) == ("bf16", False, None)
     assert (sizes.parallel_num, sizes.token_order, sizes.cls_token_num, sizes.num_classes) == (4, "patch", 64, 1000)
-    assert (sizes.time_shift, sizes.drop_rate) == (1.0, 0.0)
+    assert (sizes.time_shift, loss.drop_rate) == (1.0, 0.0)
     assert (loss.diff_batch_mul, loss.time_mean, loss.time_std, loss.time_schedule) == (4, -0.8, 0.8, "logit_normal")
     assert (loss.class_dropout, loss.perturb_rate) == (0.1, 0.0)
     assert configured("train.py", NEEDED["train"])["sizes"].parallel_num == 1

@@ -29,7 +29,7 @@ from bitdance.weights import weights_file
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
 
-SIZES = ModelSizes(**small.SIZES, drop_rate=0.1)
+SIZES = ModelSizes(**small.SIZES)
 IMAGES = 10
 
 
@@ -66,7 +66,7 @@ def settings(place: pathlib.Path, output: pathlib.Path, **changes: Any) -> Train
 
 def train(place: pathlib.Path, output: pathlib.Path, **changes: Any) -> None:
     run = settings(place, output, **changes)
-    train_model(run, SIZES, LossConfig(perturb_rate=0.2), place / "autoencoder.safetensors", "cpu")
+    train_model(run, SIZES, LossConfig(perturb_rate=0.2, drop_rate=0.1), place / "autoencoder.safetensors", "cpu")
 
 
 def weights(folder: pathlib.Path) -> str:

@@ -344,7 +344,6 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         num_classes=_given(model_flags.num_classes, 1000),
         token_order=_given(parallel.parallel_mode, "patch"),
         time_shift=_given(model_flags.time_shift, 1.0),
-        drop_rate=model_flags.drop_rate,
     )
     loss = LossConfig(
         diff_batch_mul=model_flags.diff_batch_mul,
@@ -352,6 +351,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         time_std=model_flags.P_std,
         time_schedule=model_flags.time_schedule,
         perturb_rate=model_flags.perturb_rate,
+        drop_rate=model_flags.drop_rate,
     )
     shared = {field.name for field in dataclasses.fields(TrainConfig)}
     shared &= {field.name for field in dataclasses.fields(TrainFlags)}

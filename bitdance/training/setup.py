@@ -99,7 +99,7 @@ def train_model(
             classes = f"{images.path} has images of {present} classes, and the model {model_config.num_classes}"
             print(f"bitdance: warning: {classes}: it learns nothing about the others.", file=sys.stderr)
         torch.manual_seed(config.seed)
-        network = BitDance(model_config, sizes.drop_rate, config.grad_checkpointing)
+        network = BitDance(model_config, loss.drop_rate, config.grad_checkpointing)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
         data = DataInfo(len(images), data_digest(images), digest)
         trainer = Trainer(objective, config, Loader(images, config, world), world, data, _recorded_name(autoencoder))

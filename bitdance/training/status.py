@@ -127,7 +127,7 @@ def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'bitdance[plots]'.") from None
     figure = Figure(figsize=(9.6, 2 + 3 * len(charts)), layout="constrained")
-    figure.suptitle(folder.resolve().name)
+    figure.suptitle(folder.resolve().name, parse_math=False)  # which may contain a "$"
     all_axes = figure.subplots(len(charts), sharex=True, squeeze=False)[:, 0]
     for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
         lows, highs = [], []

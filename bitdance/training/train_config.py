@@ -36,7 +36,6 @@ class ModelSizes:
         num_classes: by default the number of classes of the images; a larger number reserves classes.
         token_order: patch: the tokens of a step are a square patch; standard: they are consecutive in raster order.
         time_shift: shift of the head's timesteps, in training and in sampling.
-        drop_rate: dropout of the input projection, of the attention output and of the feed-forward layers.
     """
 
     dim: int = 768
@@ -49,16 +48,13 @@ class ModelSizes:
     num_classes: int | None = None
     token_order: TokenOrder = "patch"
     time_shift: float = 1.0
-    drop_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, "num_classes", lambda value: value >= 1, "be at least 1")
-        check_fields(self, "drop_rate", lambda value: 0 <= value < 1, "be at least 0 and below 1")
 
     def complete(self, **others: Any) -> BitDanceConfig:
         """Returns the configuration with the sizes that are not chosen: `grid`, `bits`, classes."""
         chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del chosen["drop_rate"]
         return BitDanceConfig(**{**chosen, **others})
 
 
@@ -73,6 +69,7 @@ class LossConfig:
         time_schedule: distribution of the timesteps.
         class_dropout: fraction of images trained without their class, for guidance.
         perturb_rate: maximum rate of flipped input bits; the mean rate is half of it.
+        drop_rate: dropout of the input projection, of the attention output and of the feed-forward layers.
     """
 
     diff_batch_mul: int = 4
@@ -81,10 +78,12 @@ class LossConfig:
     time_schedule: Literal["logit_normal", "uniform"] = "logit_normal"
     class_dropout: float = 0.1
     perturb_rate: float = 0.0
+    drop_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, "diff_batch_mul", lambda value: value >= 1, "be at least 1")
         check_fields(self, "class_dropout perturb_rate", lambda value: 0 <= value <= 1, "be between 0 and 1")
+        check_fields(self, "drop_rate", lambda value: 0 <= value < 1, "be at least 0 and below 1")
         check_fields(self, "time_mean", math.isfinite, "be a finite number")
         check_fields(self, "time_std", lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
 
@@ -241,6 +240,5 @@ def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig
     run = TrainConfig(
         data_path, epochs=800, batch_size=1024, lr=6e-4, ema=0.9999, precision="bf16", keep_epochs=50, compile=True
     )
-    names = {field.name for field in dataclasses.fields(ModelSizes)} - {"drop_rate"}
-    sizes = ModelSizes(**{name: getattr(release.config, name) for name in names})
+    sizes = ModelSizes(**{field.name: getattr(release.config, field.name) for field in dataclasses.fields(ModelSizes)})
     return run, sizes, LossConfig(perturb_rate=release.perturb_rate)

@@ -308,8 +308,8 @@ class Trainer:
         Raises:
             UserError: the folder belongs to another run.
         """
-        done = next(iter(list_checkpoints(self.config.output)), 0)
-        read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
+        if done := next(iter(list_checkpoints(self.config.output)), 0):
+            read_settings(self.config.output, self._sections(), functools.partial(_is_finished, done))
         return max(0, self.last_step - done)
 
     def _sections(self) -> dict[str, Any]:
