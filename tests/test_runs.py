@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import small
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from bitdance.cli.main import main
 from bitdance.runtime import progress
@@ -28,7 +30,7 @@ from bitdance.training.optimizer import EMA
 from bitdance.training.setup import train_model
 from bitdance.training.train_config import LossConfig, ModelSizes
 from bitdance.training.trainer import Trainer
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
 
@@ -116,6 +118,48 @@ def test_a_damaged_checkpoint_is_skipped(place, tmp_path, capsys, monkeypatch):
         assert first_step.startswith("training: 3/6 steps") and "\r" not in err
         assert [name for name in checkpoints(run) if name.endswith("damaged")] == [f"{last.name}.damaged"]
         assert digest(run) == digest(tmp_path / "whole")
+
+
+def _resave(path: pathlib.Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
+    """Writes a checkpoint with other contents and right digests."""
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, metadata)
+    own = {
+        key: value for key, value in metadata.items() if key not in ("format", "format_version", "digest", "checksum")
+    }
+    kind, config = own.pop("kind"), json.loads(own.pop("config"))
+    safetensors_files.save_tensors(path, tensors, kind, config, **own)
+
+
+def test_a_checkpoint_of_other_tensors_or_counts_is_skipped(place, tmp_path, capsys):
+    """The fused optimizer would write beyond the memory of a smaller tensor."""
+    train(place, tmp_path / "whole", epochs=2)
+    train(place, tmp_path / "run", epochs=2, save_every=2, max_steps=4)
+    name = "checkpoint-0000004.safetensors"
+    with safe_open(tmp_path / "run" / name, "pt") as file:
+        moment = next(key for key in file.keys() if key.startswith("optimizer/exp_avg_sq/"))  # noqa: SIM118
+        ema = next(key for key in file.keys() if key.startswith("ema/"))  # noqa: SIM118
+    changes = [
+        lambda tensors, metadata: tensors.update({moment: tensors[moment].flatten()[:1].clone()}),
+        lambda tensors, metadata: tensors.update({moment: tensors[moment].double()}),
+        lambda tensors, metadata: tensors.update({f"{moment}x": tensors.pop(moment)}),
+        lambda tensors, metadata: tensors.pop(ema),
+        lambda tensors, metadata: metadata.pop("skipped"),
+        lambda tensors, metadata: metadata.update(consecutive="-1"),
+        lambda tensors, metadata: metadata.update(step="99999999"),
+        lambda tensors, metadata: metadata.update(step="3"),
+    ]
+    for number, change in enumerate(changes):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "run", run)
+        _resave(run / name, change)
+        capsys.readouterr()
+        train(place, run, epochs=2)
+        sentence = capsys.readouterr().err.splitlines()[0]
+        assert re.match(rf"bitdance: \S+{name} is .* resumes from checkpoint-0000002", sentence), number
+        assert digest(run) == digest(tmp_path / "whole"), number
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(place, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -76,10 +76,14 @@ def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
     return dict(sorted(((int(step), path) for step, path in named.items() if step.isdecimal()), reverse=True))
 
 
-def read_newest(folder: pathlib.Path) -> WeightsFile | None:
+def read_newest(folder: pathlib.Path, check: Callable[[WeightsFile], None] = lambda _: None) -> WeightsFile | None:
     """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
     Damaged ones are reported and renamed to end in `.damaged`.
+
+    Args:
+        folder: the run folder.
+        check: raises a `UserError` for a checkpoint that is not one of this run, which counts as damaged.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
@@ -88,6 +92,7 @@ def read_newest(folder: pathlib.Path) -> WeightsFile | None:
     for path in list_checkpoints(folder).values():
         try:
             contents = weights_file.read(path)
+            check(contents)
         except UserError as error:
             damaged[path] = str(error)
             continue

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import re
 import signal
 import time
 import warnings
@@ -282,15 +283,16 @@ class Trainer:
     def _open_run(self, opened: contextlib.ExitStack) -> None:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
         folder = self.config.output
-        contents = read_newest(folder) if self.world.is_main else None
-        if contents is not None and not (folder / SETTINGS).exists():
+        done = next(iter(list_checkpoints(folder)), 0) if self.world.is_main else 0
+        if done and not (folder / SETTINGS).exists():
             advice = "restore it, or delete the folder to start over"
             raise UserError(f"{folder} has checkpoints but no {SETTINGS}: {advice}.")
-        is_finished = functools.partial(_is_finished, int(contents.metadata["step"]) if contents else 0)
-        settings, changes = check_settings(folder, self._sections(), self.world, contents is not None, is_finished)
+        is_finished = functools.partial(_is_finished, done)
+        settings, changes = check_settings(folder, self._sections(), self.world, bool(done), is_finished)
+        contents = read_newest(folder, self._check_checkpoint) if self.world.is_main else None
         path = self.world.broadcast(contents.path if contents else None)
         if path is not None:
-            self.load(contents or weights_file.read(path))
+            self.load(contents or weights_file.read(path, verify=False))  # the first process has verified it
         if self.world.is_main:
             self.log = RunLog(folder, self.step, self.config.tensorboard, self.config.wandb, settings)
             opened.callback(self.log.close)
@@ -316,6 +318,26 @@ class Trainer:
         """Returns the sections of `settings.json`."""
         sections = {"run": self.info, "train": self.config, "loss": self.objective.config, "data": self.data}
         return {**sections, self.kind: self.network.config}
+
+    def _check_checkpoint(self, contents: WeightsFile) -> None:
+        """Raises a UserError unless a checkpoint has the tensors of this network and the counts of this run.
+
+        Tensors of other shapes or types would make the fused optimizer write beyond its memory.
+        """
+        parameters: dict[str, Tensor] = dict(self.network.named_parameters())
+        optimizer = {f"{key}/{name}": value for name, value in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+        optimizer |= {f"step/{name}": torch.zeros(()) for name in parameters}
+        ema = parameters if self.ema is not None else {}
+        for part, expected in {"model": parameters, "ema": ema, "optimizer": optimizer}.items():
+            found = contents.states.get(part, {})
+            if _shapes_and_types(found) != _shapes_and_types(expected):
+                raise UserError(f"{contents.path} is damaged (the tensors of its {part} are not those of the network).")
+        for name in ("step", "skipped", "consecutive"):
+            value = contents.metadata.get(name, "")
+            if not re.fullmatch("[0-9]{1,18}", value) or int(value) > self.total_steps:
+                raise UserError(f"{contents.path} is damaged (it has no valid {name}).")
+        if contents.path.stem != f"checkpoint-{int(contents.metadata['step']):07d}":
+            raise UserError(f"{contents.path} is a checkpoint of step {contents.metadata['step']} under another name.")
 
     def load(self, contents: WeightsFile) -> None:
         """Loads the state of a checkpoint."""
@@ -392,6 +414,10 @@ class Trainer:
                 classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
                 pictures, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
         write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(pictures, columns=columns, scale=2))
+
+
+def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in state.items()}
 
 
 def _is_finished(step: int, stored: Mapping[str, Any]) -> bool:
