@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+import stat
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,6 +31,8 @@ def read_image(path: pathlib.Path) -> Image.Image:
         UserError: the file cannot be read or decoded.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"cannot read the image {path}: it is not a regular file; remove it.")
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:

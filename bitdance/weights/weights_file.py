@@ -41,6 +41,8 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> WeightsFile:
     path = pathlib.Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a .pt or .safetensors file of weights.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: name a .pt or .safetensors file of weights.")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
