@@ -76,7 +76,7 @@ def test_training_time():
     assert draws.min() > 0 and draws.max() < 1
 
 
-def test_guide():
+def test_apply_cfg():
     v_cond, v_null = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
     close(flow.apply_cfg(v_cond, v_null, 3.0), [3.0, -2.0])
     assert torch.equal(flow.apply_cfg(v_cond, v_null, 1.0), v_cond)
@@ -111,7 +111,7 @@ def test_one_step_by_hand():
     close(x, [2.0 + (3.0 - 2.0) * 0.95 + math.sqrt(2 * 0.95) * 0.5 + 3.0 * 0.05])
 
 
-def test_the_field_is_asked_at_the_times_of_the_grid_and_at_last_at_095():
+def test_velocity_fn_is_evaluated_on_the_time_grid_and_then_at_095():
     asked = []
 
     def field(x, t, number):

@@ -22,7 +22,7 @@ from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.sampler import SamplingConfig
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
+SINGLE = World(0, 1, CPU)
 
 
 class Independent(World):
@@ -47,7 +47,7 @@ def make(pipeline: Pipeline, folder: pathlib.Path, num_images=7, batch_size=3, k
 
 def run(job: SamplingJob) -> pathlib.Path:
     """The first result of a job that is run by one process."""
-    return next(iter(job.run(ALONE).results.values()))
+    return next(iter(job.run(SINGLE).results.values()))
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -93,7 +93,7 @@ def test_an_interrupted_job_resumes_where_it_stopped(pipeline, tmp_path, monkeyp
 
     monkeypatch.setattr(Pipeline, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
-        job.run(ALONE)
+        job.run(SINGLE)
     assert not job.results["npz"].exists()
     path = run(job)
     assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]]  # finished batches are not sampled again
@@ -121,7 +121,7 @@ def test_an_unfinished_job_with_other_settings_is_refused(pipeline, tmp_path):
     other = make(pipeline, tmp_path, 4, 4)
     assert other.run_folder == job.run_folder  # the name does not tell the batch size
     with pytest.raises(UserError, match=r"job.batch_size was 2, is 4"):
-        other.run(ALONE)
+        other.run(SINGLE)
     settings = job.run_folder / "settings.json"
     stored = json.loads(settings.read_text())
     del stored["job"]["chunk_size"]  # as if a later release had added it: it has its default
@@ -140,25 +140,25 @@ def test_damaged_settings_are_named(pipeline, tmp_path, damage):
     stored = json.loads(settings.read_text())
     settings.write_text(json.dumps({**stored, **json.loads(damage)}) if damage.startswith('{"') else damage)
     with pytest.raises(UserError, match=r"delete|belongs to a run with other settings"):
-        job.run(ALONE)
+        job.run(SINGLE)
     assert job._missing_results()
 
 
 def test_a_finished_job_with_other_settings_is_refused(pipeline, tmp_path):
     job = make(pipeline, tmp_path, 4, 2, ("npz", "bits"))
-    job.run(ALONE)
+    job.run(SINGLE)
     before = job.results["npz"].read_bytes()
     with pytest.raises(
         UserError, match=r"\.npz, .*-bits\.npz: sampled with other settings \(job.batch_size was 2, is 4"
     ):
-        make(pipeline, tmp_path, 4, 4, ("npz", "bits")).run(ALONE)
-    assert dataclasses.replace(job, kinds=("npz",)).run(ALONE).sampled == 0
+        make(pipeline, tmp_path, 4, 4, ("npz", "bits")).run(SINGLE)
+    assert dataclasses.replace(job, kinds=("npz",)).run(SINGLE).sampled == 0
     for damaged in ("{", "[1]"):
         job.settings_file.write_text(damaged)
         with pytest.raises(UserError, match=r"\.json cannot be read"):
-            job.run(ALONE)
+            job.run(SINGLE)
     job.settings_file.unlink()
-    assert job.run(ALONE).sampled == 0
+    assert job.run(SINGLE).sampled == 0
     assert job.results["npz"].read_bytes() == before
 
 
@@ -166,7 +166,7 @@ def test_a_result_that_is_requested_later_is_of_the_same_images(pipeline, tmp_pa
     job = make(pipeline, tmp_path / "made", 4, 2)
     before = run(job).read_bytes()
     both = dataclasses.replace(job, kinds=("npz", "bits"))
-    assert both.run(ALONE).sampled == 4
+    assert both.run(SINGLE).sampled == 4
     assert ".npz: exists, all images are sampled again for the other results." in capsys.readouterr().err
     whole = make(pipeline, tmp_path / "whole", 4, 2, ("npz", "bits"))
     run(whole)
@@ -177,16 +177,19 @@ def test_a_result_that_is_requested_later_is_of_the_same_images(pipeline, tmp_pa
 def test_halved_batches_are_recorded(pipeline, tmp_path, monkeypatch):
     small.limit_memory(monkeypatch, lambda ids: len(ids) > 2 and ids[0] == 3)
     job = make(pipeline, tmp_path, 8)
-    job.run(ALONE)
+    job.run(SINGLE)
     assert json.loads(job.settings_file.read_text())["halved_batches"] == [1]
     assert "images 3 to 5 are sampled in two halves" in job.path.with_name(f"{job.path.name}.rank0.log").read_text()
 
 
 def test_a_second_run_of_a_job_is_locked_out(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
     job = make(pipeline, tmp_path, 4, 2)
-    with run_folder.exclusive(job.run_folder, ALONE), pytest.raises(UserError, match="another process works in"):
-        job.run(ALONE)
+    with (
+        run_folder.exclusive(job.run_folder, SINGLE),
+        pytest.raises(UserError, match="another process works in"),
+    ):
+        job.run(SINGLE)
     assert run(job).exists()
 
 
@@ -196,7 +199,7 @@ def test_a_missing_file_inside_of_a_job_is_not_taken_for_a_lock(pipeline, tmp_pa
 
     monkeypatch.setattr(Pipeline, "generate", fail)
     with pytest.raises(FileNotFoundError, match="something else"):
-        make(pipeline, tmp_path).run(ALONE)
+        make(pipeline, tmp_path).run(SINGLE)
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "other shape", "not a zip"])
@@ -229,7 +232,7 @@ def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_named(pipeline
 
     monkeypatch.setattr(SamplingJob, "_sample_batches", then_damage)
     with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
-        job.run(ALONE)
+        job.run(SINGLE)
     assert job._missing_results() and job.part(0).exists() and not job.part(1).exists()
 
 
@@ -257,7 +260,7 @@ def test_a_disk_that_fills_up_while_pngs_are_written_is_named(pipeline, tmp_path
     monkeypatch.setattr(Image.Image, "save", fail)
     job = make(pipeline, tmp_path, 4, 2, ("pngs",))
     with pytest.raises(UserError, match=r"cannot write .*images: No space left on device; free some space"):
-        job.run(ALONE)
+        job.run(SINGLE)
     assert not job.results["pngs"].exists()
     monkeypatch.undo()
     assert len(list(run(job).glob("*.png"))) == 4

@@ -26,7 +26,6 @@ RANKS = {
     "metrics": 5,
     "sampling": 6,
     "training": 7,
-    "web": 8,
     "cli": 8,
     "__main__": 9,
 }

@@ -116,7 +116,7 @@ def test_number_of_threads():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_only_one_process_works_in_a_folder(tmp_path, monkeypatch):
     folder = tmp_path / "parent" / "run"
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.1)
 
     def enter_second() -> None:
         with pytest.raises(UserError) as caught, exclusive(folder, SINGLE):

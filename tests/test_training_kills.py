@@ -113,7 +113,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(place, tmp_path, capsys, monkeypa
     words = arguments(place, tmp_path / "run", epochs=1000)
     (process,) = small.start(tmp_path, words)
     wait_for(process.is_alive, tmp_path / "run", 3)
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.0)
     with pytest.raises(SystemExit) as stop:
         main(words)
     refused = steps_done(tmp_path / "run")

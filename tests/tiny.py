@@ -1,7 +1,6 @@
 """The tiny models that belong to the golden arrays of tests/data/golden: weights drawn from a fixed seed.
 
-The arrays hold inputs and outputs of the original implementation in float32 on a CPU; the README beside them says what
-each one is.
+The arrays hold inputs and outputs of the original implementation in float32 on a CPU.
 """
 
 from __future__ import annotations

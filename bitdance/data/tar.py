@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, is_image
 from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, sort_by_class
 from bitdance.runtime.atomic_files import lock_file
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import progress_bar
 from bitdance.weights import safetensors_files, weights_file
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -178,7 +178,7 @@ def _make_index(path: pathlib.Path) -> Index:
     size = path.stat().st_size
     ranges: dict[str, tuple[int, int]] = {}  # if a name occurs twice, the last member counts, as in unpacking
     names: set[str] = set()
-    bar = tqdm(total=size, desc=f"indexing {path.name}", unit="B", unit_scale=True, dynamic_ncols=True, delay=2)
+    bar = progress_bar(size, f"indexing {path.name}", "bytes")
     try:
         with bar, open(path, "rb", buffering=_BLOCK) as stream:
             for member in _walk_classes(stream, size):

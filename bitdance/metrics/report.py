@@ -115,7 +115,7 @@ def find_problems(samples: FeatureSet, reference: FeatureSet | None, metrics: di
     if about["duplicates"]:
         problems.append(
             f"{about['duplicates']} images are exact copies of others: recall falls, FID rises, and an image that "
-            f"occurs more than {K} times has a radius of zero in precision and recall."
+            f"occurs more than {K} times has a radius near zero in precision and recall."
         )
     if height != about["width"]:
         problems.append(f"images are {about['width']} x {height}: they are resized to squares.")

@@ -1,9 +1,10 @@
 """Counter-based random numbers: each number is a function of its key and counter, without a generator state.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a key and a counter to four
-random 32-bit words. The key is (seed, id): the id of a sample in a sampling job, or an index into the global batch in
-training. The counter is (element // 4, draw, step, stream). The noise of a sample therefore depends neither on the
-rest of its batch nor on the number of processes, and the words are equal on every device.
+random 32-bit words. The key is (seed, id): the id of a sample in a sampling job, an index into the global batch for the
+noise of training, or the index of an image in its data set for crops and order. The counter is (element // 4, draw,
+step, stream). The noise of a sample therefore depends neither on the rest of its batch nor on the number of processes,
+and the words are equal on every device.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: i
         ids: (B,) int64, 0 <= id < 2**32; the result is on the same device.
         size: elements per draw.
         stream: one of the stream constants of this module.
-        step: 0 <= step < 2**32, the step of sampling or training.
+        step: 0 <= step < 2**32, the step of sampling or training, or the epoch.
         draws: number of draws; the index of a draw is part of the counter.
 
     Raises:

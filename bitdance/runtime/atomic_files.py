@@ -115,20 +115,20 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock_file(path: pathlib.Path, patience: float, message: str) -> Iterator[BinaryIO]:
+def lock_file(path: pathlib.Path, timeout: float, message: str) -> Iterator[BinaryIO]:
     """Opens a file for appending, unbuffered, and locks it against other processes.
 
     Where the system or the file system has no locks, the file is opened without one.
 
     Args:
         path: the file; created if it does not exist.
-        patience: seconds to wait for another process, `math.inf` for no limit.
-        message: of the error when patience ends; with infinite patience, printed once on stderr while waiting.
+        timeout: seconds to wait for another process, `math.inf` for no limit.
+        message: of the error at the end of the timeout; with an infinite one, printed once on stderr while waiting.
 
     Raises:
         UserError: the file cannot be written, or another process holds the lock.
     """
-    deadline, is_printed = time.monotonic() + patience, patience < math.inf
+    deadline, is_printed = time.monotonic() + timeout, timeout < math.inf
     while (file := _open_locked(path)) is None:
         if time.monotonic() > deadline:
             raise UserError(message)
@@ -146,7 +146,7 @@ def _open_locked(path: pathlib.Path) -> BinaryIO | None:
         file = open(path, "ab", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
-    # If the other process has renamed or removed the file meanwhile, a lock on it excludes nobody.
+    # If the other process has renamed or removed the file meanwhile, a lock on it has no effect.
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         _lock(file)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -26,7 +26,7 @@ HEARTBEAT_TIMEOUT = 60.0
 GRACE = 1.0
 """Seconds in which the main thread may end by itself, with a more specific message."""
 
-VERDICT = "verdict"
+FAILURE = "failure"
 LEFT = "left"
 
 
@@ -39,7 +39,7 @@ class PeerMonitor:
     """Watches the other processes of a job over a store that they share.
 
     Each process increments the number at its key. Rank 0 reads the keys of all others, which read only that of rank 0
-    and the verdict: why the job has to end, set once by the first process that knows it. So the store serves O(size)
+    and the failure: why the job has to end, set once by the first process that knows it. So the store serves O(size)
     keys per interval.
 
     Args:
@@ -59,7 +59,7 @@ class PeerMonitor:
             for target in (self._watch_peers, self._watch_store)
         ]
         # Before any process reads them: reading a key that does not exist waits for it.
-        store.compare_set(VERDICT, "", "")
+        store.compare_set(FAILURE, "", "")
         store.set(state_key(rank), "0")
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class PeerMonitor:
             return
         with contextlib.suppress(RuntimeError):
             if failure:
-                self._store.compare_set(VERDICT, "", f"process {self._rank} failed ({failure})")
+                self._store.compare_set(FAILURE, "", f"process {self._rank} failed ({failure})")
             self._store.set(state_key(self._rank), LEFT)
             if self._hosts_store:  # keep the store until the others no longer need it
                 deadline = time.monotonic() + (3 * HEARTBEAT_INTERVAL if failure else HEARTBEAT_TIMEOUT)
@@ -98,22 +98,22 @@ class PeerMonitor:
                 if self._left.wait(HEARTBEAT_INTERVAL):
                     return
                 self._store.set(state_key(self._rank), str(beat))
-                verdict, *values = self._read(VERDICT, *map(state_key, others))
+                failure, *values = self._read(FAILURE, *map(state_key, others))
                 self._intervals_without_answer = 0
                 states = dict(zip(others, values, strict=True))
-                if not verdict and states.get(0) == LEFT:  # and may take the store with it
+                if not failure and states.get(0) == LEFT:  # and may take the store with it
                     self._connected = False
                     self._store.set(state_key(self._rank), LEFT)
                     return
                 for rank, state in states.items():
                     unchanged[rank] = unchanged[rank] + 1 if state == last.get(rank) != LEFT else 0
-                    if not verdict and unchanged[rank] * HEARTBEAT_INTERVAL > HEARTBEAT_TIMEOUT:
+                    if not failure and unchanged[rank] * HEARTBEAT_INTERVAL > HEARTBEAT_TIMEOUT:
                         silent = f"process {rank} has not responded for {HEARTBEAT_TIMEOUT:.0f} s"
-                        verdict = self._store.compare_set(VERDICT, "", silent).decode()
+                        failure = self._store.compare_set(FAILURE, "", silent).decode()
                 last = states
-                if verdict:
+                if failure:
                     self._store.set(state_key(self._rank), LEFT)
-                    self._end(verdict)
+                    self._end(failure)
                     return
         except RuntimeError:
             self._connected = False
@@ -128,7 +128,7 @@ class PeerMonitor:
 
     def _end(self, reason: str) -> None:
         """Ends the process unless the main thread does so itself."""
-        # The others read the verdict before the store ends.
+        # The others read the failure before the store ends.
         if self._left.wait(GRACE + (HEARTBEAT_INTERVAL if self._hosts_store else 0)):
             return
         print(

@@ -236,14 +236,14 @@ def _open_store(hosts_store: bool) -> dist.Store:
 
 def _await_all(store: dist.Store, rank: int, size: int, local_size: int) -> None:
     """Waits until all processes have written their keys; the error names those that did not in time."""
-    patience = JOIN_TIMEOUT.total_seconds()
-    deadline, absent = time.monotonic() + patience, list(range(size))
+    timeout = JOIN_TIMEOUT.total_seconds()
+    deadline, absent = time.monotonic() + timeout, list(range(size))
     while absent := [other for other in absent if not store.check([state_key(other)])]:
         if time.monotonic() > deadline:
             nodes = ", ".join(map(str, sorted({other // local_size for other in absent})))
             ranks = ", ".join(map(str, absent[:8])) + ", ..." * (len(absent) > 8)
             raise UserError(
-                f"process {rank} waited {patience:.0f} s for {len(absent)} of {size} processes: node {nodes} did not "
+                f"process {rank} waited {timeout:.0f} s for {len(absent)} of {size} processes: node {nodes} did not "
                 f"join (ranks {ranks}): start it, or check that it reaches "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
             )

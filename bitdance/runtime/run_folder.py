@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "settings.json"
 FORMAT_VERSION = 2
-PATIENCE = 5.0
+LOCK_TIMEOUT = 5.0
 """Seconds to wait for another process to release the lock."""
 MAX_THREADS = 1024
 
@@ -83,7 +83,7 @@ class ResumedSettings(NamedTuple):
 
 @contextlib.contextmanager
 def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
-    """Locks a run folder for as long as the first process lives, and removes temporary files of killed processes.
+    """Locks a run folder until the context or the first process ends, and removes temporary files of killed processes.
 
     The lock is a file beside the folder: some network file systems cannot remove a folder with an open file in it.
 
@@ -96,7 +96,7 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
         yield
         return
     lock = folder.with_name(folder.name + ".lock")
-    with lock_file(lock, PATIENCE, f"another process works in {folder}: wait for it to finish, or stop it first."):
+    with lock_file(lock, LOCK_TIMEOUT, f"another process works in {folder}: wait for it to finish, or stop it first."):
         try:
             remove_leftovers(folder)
             yield

@@ -37,8 +37,8 @@ class SamplingConfig:
         solver: one of `flow.SOLVERS`; `euler-maruyama` is the published one.
     """
 
-    num_steps: int = 100
-    cfg_scale: float = 1.0
+    num_steps: int
+    cfg_scale: float
     cfg_schedule: str = "linear"
     share_first: bool = False
     solver: str = "euler-maruyama"

@@ -41,7 +41,7 @@ REPEAT_SECONDS = 4.0
 
 
 def print_estimate(trainer: Trainer) -> None:
-    """Prints what a run of a BitDance model needs, as a table and as JSON in the last line; writes no file.
+    """Prints what a run of a BitDance model needs, as a table and as JSON in the last line.
 
     Called by all processes. Of a run that is resumed, only the steps that are left count.
 

@@ -31,7 +31,7 @@ from bitdance.training.logging import Metrics, finite
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.train_config import TrainConfig
 
-LAST_STEP = 2**32 - 1
+VALIDATION_STEP = 2**32 - 1
 """Random numbers of validation are those of steps that no training reaches, counted down from here."""
 
 LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", "precision", "recall")}
@@ -86,7 +86,7 @@ class Validation:
     def loss(self) -> Tensor:
         """Returns the mean loss with the network's current weights, a scalar, the same in all processes."""
         losses = [
-            self._objective.forward(*batch.to(self.world.device), LAST_STEP - number)[0]
+            self._objective.forward(*batch.to(self.world.device), VALIDATION_STEP - number)[0]
             for number, batch in enumerate(self.loader.stream(0, self.steps))
         ]
         return self.world.mean(torch.stack(losses).float().mean())

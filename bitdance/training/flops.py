@@ -68,8 +68,8 @@ def model_flops(network: BitDance, images: int, copies: int) -> float:
     tokens, p = config.num_tokens, config.parallel_num
     length = config.cls_token_num + tokens - 1
     # Of the forward pass; the backward pass needs twice as many, except for layers whose input needs no gradient.
-    trunk = 2 * length * _weights(network.layers) + 2 * (tokens - p) * _weights(network.proj_in)
-    trunk += config.n_layer * 4 * length**2 * config.dim
+    transformer = 2 * length * _weights(network.layers) + 2 * (tokens - p) * _weights(network.proj_in)
+    transformer += config.n_layer * 4 * length**2 * config.dim
     net = network.head.net
     rows = copies * tokens
     head = 2 * rows * (_weights(net) - _weights(net.time_embed)) + 2 * (rows // p) * _weights(net.time_embed)
@@ -77,7 +77,7 @@ def model_flops(network: BitDance, images: int, copies: int) -> float:
         head += config.head_layers * 4 * p * rows * config.head_dim
     first = 2 * (tokens - p) * _weights(network.proj_in.w1) + 2 * rows * _weights(net.input_proj)
     first += 2 * (rows // p) * _weights(net.time_embed.mlp[0])
-    return float(images * (3 * (trunk + head) - first))
+    return float(images * (3 * (transformer + head) - first))
 
 
 def encoder_flops(network: Autoencoder, side: int) -> int:

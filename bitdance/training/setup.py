@@ -97,7 +97,7 @@ def train_model(
         present = len(np.unique(images.labels))
         if present < model_config.num_classes and world.is_main:
             classes = f"{images.path} has images of {present} classes, and the model {model_config.num_classes}"
-            print(f"bitdance: warning: {classes}: it learns nothing about the others.", file=sys.stderr)
+            print(f"bitdance: warning: {classes}: the other classes are not trained.", file=sys.stderr)
         torch.manual_seed(config.seed)
         network = BitDance(model_config, loss.drop_rate, config.grad_checkpointing)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
