@@ -107,7 +107,7 @@ def end(processes: list[BaseProcess], folder: pathlib.Path) -> list[str]:
     return [(folder / f"err{rank}").read_text() for rank in range(len(processes))]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_ends_a_run_with_a_checkpoint(place, tmp_path, capsys, monkeypatch, name):
     """And a second training in the same folder is refused while the first one goes on."""
     words = arguments(place, tmp_path / "run", epochs=1000)

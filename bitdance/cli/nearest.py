@@ -112,10 +112,10 @@ def _read_samples(folder: pathlib.Path) -> np.ndarray:
         return np.stack([to_array(read_image(folder / file)) for file in files])
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{folder} holds no samples.json with its images ({type(error).__name__}): name a folder that `bitdance "
-            "sample` wrote without `num_images`."
+            f"{folder} holds no samples.json with its images: name a folder that `bitdance "
+            "sample` wrote for classes, not as a job."
         ) from None
 
 

@@ -150,10 +150,16 @@ def _check(command: Sample) -> None:
                 raise UserError(f"`{name}` goes with `num_images`, the number of images of a job: add it.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("several processes need `num_images`, the number of images of a job: add it.")
+        if command.evaluation != EvaluationConfig():
+            raise UserError(
+                "options of the evaluation go with `num_images` and `evaluate`: add both, or leave them out."
+            )
     elif what.classes:
         raise UserError("`num_images` samples all classes: leave out either it or the classes.")
     elif what.per_class is not None:
         raise UserError("`num_images` is the number of all images: leave out either it or `per_class`.")
+    if command.evaluation != EvaluationConfig() and not results.evaluate:
+        raise UserError("options of the evaluation go with `evaluate`: add it, or leave them out.")
     if results.seeds > 1 and not results.evaluate:
         raise UserError(f"seeds={results.seeds} goes with `evaluate`: add it.")
 
@@ -183,7 +189,8 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
                 for name, value in dataclasses.asdict(getattr(command, group)).items()}  # fmt: skip
     resolved = {**dataclasses.asdict(config), "chunk_size": chunk_size, "per_class": what.per_class or 10}
     grid = _write(command.results.output, images, labels, pipeline, {**settings, **resolved})
-    print(f"{len(labels)} images of {len(chosen)} classes: {grid}")
+    classes = len(set(chosen))
+    print(f"{len(labels)} images of {classes} class{'es' * (classes > 1)}: {grid}")
 
 
 def _write(

@@ -165,6 +165,8 @@ class ImageFileSource(ImageSource):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
         flat = sorted(file for file in path.glob("[!.]*") if is_image(file.name) and file.is_file())
+        if (path / "samples.json").exists():  # a folder of `bitdance sample`, with the grid of its images
+            flat = [file for file in flat if file.name != "grid.png"]
         self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)
         self._order = evenly_spaced(len(self._images), limit)
         if isinstance(self._images, ImageDataset):

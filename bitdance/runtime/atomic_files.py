@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -43,7 +44,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except OSError as error:
         if error.filename in (None, str(temporary), str(path.parent)):
             reason = error.strerror or error
-            raise UserError(f"cannot write {path}: {reason}; free some space or choose another place.") from error
+            advice = "free some space or choose another place" if error.errno != errno.EROFS else "choose another place"
+            raise UserError(f"cannot write {path}: {reason}; {advice}.") from error
         raise
     finally:
         with contextlib.suppress(OSError):  # an error on the way here says more

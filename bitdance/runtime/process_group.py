@@ -7,6 +7,8 @@ import dataclasses
 import datetime
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -26,6 +28,9 @@ TIMEOUT = datetime.timedelta(hours=2)
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others at the start."""
+
+NOTE_AFTER = 10.0
+"""Seconds until it prints that it waits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +170,16 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         "check the address, the port and the number of processes that torchrun was given",
     )
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    with _user_errors(*cannot_join):
-        store = _open_store(hosts_store)
-        monitor = PeerMonitor(_open_store(False), rank, size, hosts_store)
-        _await_all(store, rank, size, local_size)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    note = threading.Timer(NOTE_AFTER, _print_waiting, [f"process {rank} waits for the other processes at {address}"])
+    note.start()
+    try:
+        with _user_errors(*cannot_join):
+            store = _open_store(hosts_store)
+            monitor = PeerMonitor(_open_store(False), rank, size, hosts_store)
+            _await_all(store, rank, size, local_size)
+    finally:
+        note.cancel()
     monitor.start()
     failure = ""
     try:
@@ -190,6 +201,10 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         monitor.leave(failure)
         if not failure:  # with NCCL it could wait for processes that have ended
             dist.destroy_process_group()
+
+
+def _print_waiting(text: str) -> None:
+    print(f"bitdance: {text}, for up to {JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes.", file=sys.stderr, flush=True)
 
 
 def _read_environment() -> tuple[int, int, int, int]:

@@ -166,7 +166,7 @@ def read_settings(
     path = folder / SETTINGS
     if not path.exists():
         return {}
-    stored = read_json(path, f"delete {folder} to start over")
+    stored = read_json(path, f"restore it, or delete {folder} to start over")
     if differences := "; ".join(compare(stored, sections, extensible=is_finished(stored))):
         reason = f"{folder} belongs to a run with other settings ({differences})"
         raise UserError(f"{reason}: use those settings, or another folder.")

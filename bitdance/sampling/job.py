@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -228,6 +229,9 @@ class SamplingJob:
 
     def _check_finished(self, missing: list[str], sections: dict[str, Any]) -> None:
         """Checks that the results there have these settings; results without their settings are taken as they are."""
+        for kind, path in self.results.items():
+            if kind not in missing and kind != PNGS and not zipfile.is_zipfile(path):
+                raise UserError(f"{path} is damaged or not a result: delete it, then run the same command again.")
         there = ", ".join(str(path) for kind, path in self.results.items() if kind not in missing)
         if self.settings_file.exists():
             stored = read_json(self.settings_file, f"delete it to take {there} as it is")
@@ -343,7 +347,7 @@ class SamplingJob:
         halved = [index for index in range(len(self.batches)) if self._read_part(index, "halved", ())]
         settings = {"format_version": FORMAT_VERSION, **settings, "halved_batches": halved}
         write_json(self.run_folder / "result.json", settings)
-        rename(self.run_folder / "result.json", self.settings_file)
+        _move(self.run_folder / "result.json", self.settings_file)
         extractors = {f"{FEATURES}.{extractor.key}": extractor for extractor in self.extractors}
         for kind in kinds:
             result, temporary = self.results[kind], self.run_folder / ("images" if kind == PNGS else "result.npz")
@@ -356,11 +360,7 @@ class SamplingJob:
                 name = "images" if kind == NPZ else "bits"
                 shape = (self.config.num_images, *shapes[name][1:])
                 write_npz(temporary, (array for _, array in read_all(name)), shape, self.labels)
-            try:
-                rename(temporary, result)
-            except OSError as error:
-                reason = f"{result} is in the way ({error.strerror})"
-                raise UserError(f"{reason}: move it, then run the same command again.") from error
+            _move(temporary, result)
 
     def _collect_features(self, extractor: FeatureExtractor) -> FeatureSet:
         """Returns the features of all parts, as if they had been extracted from the file of the images."""
@@ -384,7 +384,10 @@ class SamplingJob:
         with open(path, "a", buffering=1) as file:
 
             def write(line: str) -> None:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+                try:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+                except OSError as error:
+                    raise UserError(f"cannot write {path}: {error.strerror}; free some space.") from error
 
             write(f"process {world.rank} of {world.size} on {world.device}: {self.config.num_images} images")
             try:
@@ -392,6 +395,14 @@ class SamplingJob:
             except BaseException as error:
                 write(f"stopped: {type(error).__name__}: {error}")
                 raise
+
+
+def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+    try:
+        rename(source, target)
+    except OSError as error:
+        reason = f"{target} already exists and cannot be replaced ({error.strerror})"
+        raise UserError(f"{reason}: move it, then run the same command again.") from error
 
 
 def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bitdance.config import RELEASED_MODELS, SamplingDefaults
 from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
+from bitdance.data.decoding import to_rgb
 from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
@@ -136,6 +137,8 @@ class Pipeline:
         labels = self.classes.find_all([classes] if isinstance(classes, str | int) else classes)
         if output not in ("pil", "np", "pt"):
             raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
+        if not labels:
+            raise UserError("no classes are given: name at least one.")
         batches = [
             self.generate(list(batch), labels[batch.start : batch.stop], config, seed, chunk_size, callback).pixels
             for batch in split_batches(len(labels), batch_size)
@@ -225,13 +228,22 @@ class Pipeline:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, np.ndarray | Tensor):
-            images = np.stack([to_array(center_crop(image.convert("RGB"), self.image_size)) for image in images])
+            images = np.stack([to_array(center_crop(to_rgb(image), self.image_size)) for image in images])
         pixels = torch.as_tensor(images, device=self.device)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         return self.autoencoder.encode(normalize(pixels).to(self.dtype))
 
-    def decode(self, bits: Tensor, output: Output = "pil") -> Any:
-        """Decodes bits (B, C, h, w), +-1, to images; `output` as in a call."""
+    def decode(self, bits: Tensor | np.ndarray, output: Output = "pil") -> Any:
+        """Decodes bits (B, C, h, w), +-1, to images; `output` as in a call.
+
+        Raises:
+            ValueError: another shape.
+        """
+        bits = torch.as_tensor(bits)
+        if bits.ndim != 4 or bits.shape[1] != self.autoencoder.config.bits:
+            raise ValueError(
+                f"bits must have shape (B, {self.autoencoder.config.bits}, h, w), not {tuple(bits.shape)}."
+            )
         return self._convert(self._decode(bits).cpu().numpy(), output)
 
     def decode_tokens(self, tokens: Tensor, chunk_size: int = 0) -> Tensor:
@@ -304,6 +316,8 @@ def load_pipeline(
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Returns the dtype to compute in without gradients; `auto` is bfloat16 on GPUs that support it, else float32."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision={precision!r} is unknown: use auto, fp32 or bf16.")
     is_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
     return torch.bfloat16 if is_bf16 else torch.float32
 

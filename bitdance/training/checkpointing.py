@@ -73,7 +73,9 @@ class Checkpointer:
 def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
     """Returns the checkpoints in a folder by their steps, newest first; files with other names are ignored."""
     named = {path.stem.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*.safetensors")}
-    return dict(sorted(((int(step), path) for step, path in named.items() if step.isdecimal()), reverse=True))
+    return dict(
+        sorted(((int(step), path) for step, path in named.items() if step.isdecimal() and int(step)), reverse=True)
+    )
 
 
 def read_newest(folder: pathlib.Path, check: Callable[[WeightsFile], None] = lambda _: None) -> WeightsFile | None:

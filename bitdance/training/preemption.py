@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
 from bitdance.runtime.process_group import NonBlockingMax, World
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""SIGTERM is what torchrun sends to its processes when it is stopped; Slurm is usually told to send SIGUSR1."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+"""SIGTERM is what torchrun sends to its processes when it is stopped; Slurm is usually told to send SIGUSR1;
+SIGINT is Ctrl-C, of which a second one ends the process at once."""
 
 
 class PreemptionHandler:
@@ -22,6 +24,7 @@ class PreemptionHandler:
 
     def __init__(self, world: World) -> None:
         self._signal = 0
+        self._is_main = world.is_main
         self._max = NonBlockingMax(world)
 
     @contextlib.contextmanager
@@ -38,6 +41,11 @@ class PreemptionHandler:
                 signal.signal(number, handler)
 
     def _record(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if self._signal:
+                raise KeyboardInterrupt
+            if self._is_main:  # not by print, which a signal may have interrupted
+                os.write(2, b"\nbitdance: saving a checkpoint after this step; Ctrl-C again stops at once.\n")
         self._signal = number
 
     def received(self) -> int:

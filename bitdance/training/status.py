@@ -106,7 +106,7 @@ def format_run(facts: dict[str, Any]) -> str:
     rows.append(("final weights", facts["weights"] or "not yet"))
     if facts["kept"]:
         rows.append(("kept weights", ", ".join(facts["kept"])))
-    title = f"{facts['folder']} (training of a {facts['kind']})"
+    title = f"{facts['folder']} (training of {'an' if facts['kind'] == 'autoencoder' else 'a'} {facts['kind']})"
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join([title, "", *(f"  {name:<{width}}{value}" for name, value in rows)])
 

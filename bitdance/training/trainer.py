@@ -170,7 +170,7 @@ class Trainer:
             problem = (
                 f"the warm-up (warmup_steps={config.warmup_steps}) is longer than the run ({self.last_step} steps)"
             )
-            print(f"{problem}: the learning rate stays below `lr`.")
+            print(f"warning: {problem}: the learning rate stays below its peak.")
         self.network.train()
         encodes = not isinstance(self.loader.images, TokenDataset)
         flops = step_flops(self.objective, config.batch_size, config.image_size, encodes) / self.world.size
