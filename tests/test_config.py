@@ -83,9 +83,9 @@ INVALID = [
 
 @pytest.mark.parametrize(("cls", "values", "what", "remedy"), INVALID)
 def test_invalid_values(cls, values, what, remedy):
-    needed = {"data_path": "images"} if cls is TrainConfig else {}
+    needed = {TrainConfig: {"data_path": "images"}, SamplingConfig: {"num_steps": 2, "cfg_scale": 2.0}}.get(cls, {})
     with pytest.raises(UserError, match=rf"{what}(?!\w).*{remedy}") as raised:
-        cls(**needed, **values)
+        cls(**needed | values)
     assert str(raised.value).endswith(".")
     assert "\n" not in str(raised.value)
 

@@ -264,3 +264,19 @@ def test_a_disk_that_fills_up_while_pngs_are_written_is_named(pipeline, tmp_path
     assert not job.results["pngs"].exists()
     monkeypatch.undo()
     assert len(list(run(job).glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+def test_a_damaged_result_is_not_taken_for_a_finished_one(pipeline, tmp_path, content):
+    """Nor is half of one, or a folder of its name."""
+    job = make(pipeline, tmp_path, 4, 2)
+    result = run(job)
+    if content is None:
+        content = result.read_bytes()[:-30]
+    result.write_bytes(content)
+    with pytest.raises(UserError, match=f"{result} is damaged or not a result: delete it"):
+        job.run(SINGLE)
+    result.unlink()
+    result.mkdir()
+    with pytest.raises(UserError, match=f"{result} is damaged or not a result: delete it"):
+        job.run(SINGLE)

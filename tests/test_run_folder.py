@@ -97,7 +97,9 @@ def test_settings_that_differ_are_refused(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "\x00", "[" * 10_000])
 def test_damaged_settings_are_refused(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(UserError, match=f"settings.json cannot be read .*: delete {tmp_path} to start over"):
+    with pytest.raises(
+        UserError, match=f"settings.json cannot be read .*: restore it, or delete {tmp_path} to start over"
+    ):
         check(tmp_path)
 
 

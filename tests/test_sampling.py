@@ -545,3 +545,18 @@ def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, aver
     assert capsys.readouterr().out.splitlines()[-1].startswith("autoencoder in float32, ")
     a, b = (weights_file.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
+    pipeline = load_pipeline("demo")
+    with pytest.raises(UserError, match="precision='bf17' is unknown: use auto, fp32 or bf16"):
+        load_pipeline("demo", dtype="bf17")
+    with pytest.raises(UserError, match="no classes are given"):
+        pipeline([])
+    with pytest.raises(ValueError, match=r"bits must have shape \(B, 64, h, w\), not \(1, 5, 5\)"):
+        pipeline.decode(torch.zeros(1, 5, 5))
+    grey = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    bits = pipeline.encode([Image.fromarray(grey), deep])
+    assert torch.equal(bits[0], bits[1])
+    assert np.array_equal(pipeline.decode(bits.cpu().numpy(), "np"), pipeline.decode(bits, "np"))

@@ -17,10 +17,13 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 import small
+import torch
 
 from bitdance.cli.main import main
 from bitdance.models.transformer import BitDance
 from bitdance.runtime import run_folder
+from bitdance.runtime.process_group import World
+from bitdance.training.preemption import PreemptionHandler
 from bitdance.weights import weights_file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -107,6 +110,16 @@ def end(processes: list[BaseProcess], folder: pathlib.Path) -> list[str]:
     return [(folder / f"err{rank}").read_text() for rank in range(len(processes))]
 
 
+def test_a_second_ctrl_c_ends_at_once(capfd):
+    with PreemptionHandler(World(0, 1, torch.device("cpu"))).installed() as preemption:
+        assert preemption.received() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.received() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("Ctrl-C again stops at once") == 1
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_ends_a_run_with_a_checkpoint(place, tmp_path, capsys, monkeypatch, name):
     """And a second training in the same folder is refused while the first one goes on."""
@@ -123,7 +136,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint(place, tmp_path, capsys, monkeypa
     os.kill(process.pid, getattr(signal, name))
     (err,) = end([process], tmp_path)
     step = newest_step(tmp_path / "run")
-    assert err == interrupted(name, step) + "\n"  # and no progress bar, since this is not a terminal
+    note = "\nbitdance: saving a checkpoint after this step; Ctrl-C again stops at once.\n" * (name == "SIGINT")
+    assert err == note + interrupted(name, step) + "\n"  # and no progress bar, since this is not a terminal
     assert process.exitcode == 128 + getattr(signal, name)
     lines = small.read_log(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, step + 1)) and step >= refused + 3
