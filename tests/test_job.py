@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -280,3 +281,16 @@ def test_a_damaged_result_is_not_taken_for_a_finished_one(pipeline, tmp_path, co
     result.mkdir()
     with pytest.raises(UserError, match=f"{result} is damaged or not a result: delete it"):
         job.run(SINGLE)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_compressed_part_is_sampled_again_and_not_expanded(pipeline, tmp_path, compression):
+    job = make(pipeline, tmp_path, 4, 2)
+    job.run_folder.mkdir(parents=True)
+    with zipfile.ZipFile(job.part(0), "w", compression) as file:
+        file.writestr("images.npy", bytes(10**8))
+        file.writestr("halved.npy", bytes(10))
+    with zipfile.ZipFile(job.part(1), "w") as file:
+        file.writestr("images.npy", b"no array")
+        file.writestr("halved.npy", b"no array")
+    assert job._missing_batches(["npz"]) == [0, 1]

@@ -417,10 +417,13 @@ def _read_array(path: pathlib.Path, name: str, shape: tuple[int, ...] | None = N
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            array: np.ndarray = file[name]
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.zip.infolist()):
+                return None  # not written by this project, and could expand to any size
+            array = file[name]
     except Exception:  # a damaged zip raises almost anything
         return None
-    return array if array.dtype in (np.uint8, np.float32) and shape in (None, array.shape) else None
+    is_valid = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.float32)  # bytes if it is no .npy
+    return array if is_valid and shape in (None, array.shape) else None
 
 
 def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
