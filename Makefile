@@ -29,7 +29,7 @@ CURRENT := $(shell $(RUN) -c "import importlib.util as i; i.find_spec('torch').n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-all venv lint types wheel clean again
+.PHONY: help sample test test-all fuzz venv lint types wheel clean again
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{printf "%-17s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test: $(STAMP)  ## set up, then run the quick tests
 
 test-all: $(STAMP)  ## set up, then run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --maxprocesses 8 -m "" $(ARGS)
+
+fuzz: $(STAMP)  ## set up, then give hostile files to the commands (ARGS="--tries 2000 --seed 1")
+	$(RUN) tests/fuzz.py $(ARGS)
 
 venv: $(STAMP)  ## set up only: make .venv and install everything (PYTHON=python3.12, TORCH=torch==2.7.1 to choose)
 	@echo "$(VENV) is ready"

@@ -429,3 +429,13 @@ def test_files_that_may_not_grow(files, tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith(f"bitdance: cannot write {tmp_path / 'copy.safetensors'}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_from_files_cannot_control_the_terminal(tmp_path, capsys):
+    images = small.pictures(tmp_path / "images")
+    (images / "class-0" / "\x1b[31m.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        main(["encode", "--data-path", str(images), "--output", str(tmp_path / "out"), "--autoencoder", "demo",
+              "--image-size", "32", "--max-bad-images", "0"])  # fmt: skip
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "\\x1b[31m.png" in err and "\x1b" not in err

@@ -106,7 +106,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         command: takes the arguments.
         arguments: of the command; `--debug` among them shows the traceback of every error.
     """
-    from bitdance.runtime.errors import Interrupted, UserError
+    from bitdance.runtime.errors import Interrupted, UserError, one_line
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
@@ -133,9 +133,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             message = f"there is not enough memory: {memory_advice()}."
         else:
             raise
-        message = " ".join(message.split())  # names from files may contain anything, such as codes of a terminal
-        message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        print(f"bitdance: {message}", file=sys.stderr)
+        print(f"bitdance: {one_line(message)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)

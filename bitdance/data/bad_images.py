@@ -7,7 +7,7 @@ import threading
 
 from tqdm import tqdm
 
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, one_line
 
 
 class BadImages:
@@ -36,6 +36,7 @@ class BadImages:
             self._indices.add(index)
             count = len(self)
             if count <= self.limit:
-                tqdm.write(f"bitdance: skipped an unreadable image ({count} so far): {error}", file=sys.stderr)
+                reason = one_line(str(error))
+                tqdm.write(f"bitdance: skipped an unreadable image ({count} so far): {reason}", file=sys.stderr)
         if count > self.limit:
             raise UserError(f"more images are unreadable than max_bad_images={self.limit} allows, the last: {error}")

@@ -44,6 +44,11 @@ def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], ru
             raise UserError(f"{name}={value} is invalid: it must {rule}.")
 
 
+def one_line(text: str) -> str:
+    """Returns a message on one line; characters that could control a terminal, as in names from files, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def printable(text: str) -> str:
     """Returns a name or value from a file as at most 100 visible characters, for a message."""
     text = text if text.isprintable() else ascii(text)
