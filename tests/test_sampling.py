@@ -553,6 +553,12 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
         load_pipeline("demo", dtype="bf17")
     with pytest.raises(UserError, match="no classes are given"):
         pipeline([])
+    for name, value in (("num_steps", 2.5), ("cfg_scale", "3"), ("seed", "a"), ("seed", 1.5)):
+        with pytest.raises(UserError, match=f"{name}={value} is"):
+            pipeline(["horse"], **{name: value})
+    for images in ("horse.png", ["horse.png"], []):
+        with pytest.raises(ValueError, match="images must be PIL images"):
+            pipeline.encode(images)
     with pytest.raises(ValueError, match=r"bits must have shape \(B, 64, h, w\), not \(1, 5, 5\)"):
         pipeline.decode(torch.zeros(1, 5, 5))
     grey = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)

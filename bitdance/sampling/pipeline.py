@@ -183,8 +183,8 @@ class Pipeline:
             UserError: a setting is out of range.
         """
         chunk_size = self.defaults.chunk_size if chunk_size is None else chunk_size
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed} is out of range: it must be between 0 and {2**32 - 1}.")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed} is out of range: it must be an integer between 0 and {2**32 - 1}.")
         if chunk_size < 0:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
         try:
@@ -228,6 +228,8 @@ class Pipeline:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, np.ndarray | Tensor):
+            if not images or not all(isinstance(image, Image.Image) for image in images):
+                raise ValueError("images must be PIL images, or pixels as an array or a tensor; open files first.")
             images = np.stack([to_array(center_crop(to_rgb(image), self.image_size)) for image in images])
         pixels = torch.as_tensor(images, device=self.device)
         pixels = pixels[None] if pixels.ndim == 3 else pixels

@@ -44,8 +44,15 @@ class SamplingConfig:
     solver: str = "euler-maruyama"
 
     def __post_init__(self) -> None:
-        check_fields(self, "num_steps", lambda value: value >= 1, "be at least 1")
-        check_fields(self, "cfg_scale", lambda value: 0 <= value < float("inf"), "be a finite number of at least 0")
+        check_fields(
+            self, "num_steps", lambda value: isinstance(value, int) and value >= 1, "be at least 1, an integer"
+        )
+        check_fields(
+            self,
+            "cfg_scale",
+            lambda value: isinstance(value, int | float) and 0 <= value < float("inf"),
+            "be a finite number of at least 0",
+        )
         if self.solver not in flow.SOLVERS:
             raise UserError(f"solver={self.solver!r} is unknown: use one of {', '.join(flow.SOLVERS)}.")
         flow.guidance_scale(self.cfg_scale, 0, 1, self.cfg_schedule)
