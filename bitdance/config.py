@@ -27,22 +27,52 @@ class AutoencoderConfig:
         widths: channels of each level, finest level first; multiples of 32 (GroupNorm has 32 groups).
         blocks: residual blocks per level.
         bits: C, bits per token, a multiple of 8.
+        patch_size: side of the squares of pixels that are moved into channels before the finest level
+            (space-to-depth). With 1 the finest level has the resolution of the images, which takes most of the time.
+        split: a position of the coarsest level is split x split tokens.
+        bit_depths: bits of each latent channel, which has then 2^bits levels (successive approximation); their sum is
+            bits x split^2. If empty, each channel has one bit, its sign.
+        linear: whether a linear transform of blocks of pixels is added to the encoder and the decoder. It can be
+            initialized with principal components, so that training starts from transform coding.
     """
 
     widths: tuple[int, ...] = (256, 256, 512, 512, 1024)
     blocks: int = 4
     bits: int = 32
+    patch_size: int = 1
+    split: int = 1
+    bit_depths: tuple[int, ...] = ()
+    linear: bool = False
 
     def __post_init__(self) -> None:
         if not self.widths or any(width <= 0 or width % 32 for width in self.widths):
             raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 32.")
-        check_fields(self, "blocks", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "blocks patch_size", lambda value: value >= 1, "be at least 1")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
+        if self.split < 1 or self.cell_size % self.split:
+            raise UserError(
+                f"split={self.split} is invalid: it must divide {self.cell_size}, the pixels of a position."
+            )
+        if any(not 1 <= depth <= 8 for depth in self.bit_depths):
+            raise UserError(f"bit_depths={self.bit_depths} is invalid: each must be between 1 and 8.")
+        if self.bit_depths and sum(self.bit_depths) != self.cell_bits:
+            problem = f"bit_depths={self.bit_depths} is invalid: their sum is {sum(self.bit_depths)}"
+            raise UserError(f"{problem} and must be {self.cell_bits}, which is bits x split^2.")
+
+    @property
+    def cell_size(self) -> int:
+        """Side of a position of the coarsest level in pixels."""
+        return self.patch_size * 2 ** (len(self.widths) - 1)
+
+    @property
+    def cell_bits(self) -> int:
+        """Bits of a position of the coarsest level."""
+        return self.bits * self.split**2
 
     @property
     def down_size(self) -> int:
         """Downsampling factor: the side of a token in pixels."""
-        return 2 ** (len(self.widths) - 1)
+        return self.cell_size // self.split
 
 
 @dataclasses.dataclass(frozen=True)

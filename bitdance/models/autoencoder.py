@@ -1,7 +1,8 @@
 """The autoencoder: a fully convolutional tokenizer that maps images to bits and back.
 
 The architecture is that of WeTok (arXiv 2508.05599); the released model is d16c32. Parameter names are those of the
-released files.
+released files. Options that d16c32 does not use make small tokenizers better: space-to-depth, several bits per latent
+channel, and a linear transform beside the networks.
 """
 
 from __future__ import annotations
@@ -57,28 +58,73 @@ class DownLevel(nn.Module):
         return self.downsample(x) if hasattr(self, "downsample") else x
 
 
+def successive_approximation(x: Tensor, bit_depths: tuple[int, ...]) -> Tensor:
+    """Expands channels into numbers whose signs are their bits, most significant first.
+
+    The first number of a channel is x, clamped to [-1, 1]; number k + 1 is number k minus 2^-(k + 1) times its sign.
+    So sum_k 2^-(k + 1) sign_k is x, rounded to one of 2^depth levels. Gradients pass through the signs.
+
+    Args:
+        x: (B, c, h, w).
+        bit_depths: numbers of each of the c channels.
+
+    Returns:
+        (B, sum of `bit_depths`, h, w), channel by channel.
+    """
+    steps = [x.clamp(-1, 1)]
+    for k in range(1, max(bit_depths)):
+        steps.append(steps[-1] - quantize(steps[-1]).detach() * 0.5**k)
+    return torch.stack([steps[k][:, i] for i, depth in enumerate(bit_depths) for k in range(depth)], dim=1)
+
+
+def tokens_from_cells(x: Tensor, split: int) -> Tensor:
+    """Splits each position into split x split tokens: (B, split^2 C, h, w) -> (B, C, split h, split w).
+
+    The first C channels become the token at the top left, the next C the token on its right.
+    """
+    b, _, h, w = x.shape
+    x = x.reshape(b, split, split, -1, h, w).permute(0, 3, 4, 1, 5, 2)  # (B, C, h, split, w, split)
+    return x.reshape(b, -1, split * h, split * w)
+
+
+def cells_from_tokens(x: Tensor, split: int) -> Tensor:
+    """Inverts `tokens_from_cells`: (B, C, split h, split w) -> (B, split^2 C, h, w)."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // split, split, w // split, split).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(b, split**2 * c, h // split, w // split)
+
+
 class Encoder(nn.Module):
     """Maps images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), whose signs are the bits."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = config.widths
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.config = config
+        widths, channels = config.widths, len(config.bit_depths) or config.cell_bits
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, widths[0], 3, padding=1, bias=False)
         self.down = nn.ModuleList(
             DownLevel(widths[max(i - 1, 0)], width, config.blocks, downsample=i < len(widths) - 1)
             for i, width in enumerate(widths)
         )
         self.mid_block = res_blocks(widths[-1], widths[-1], config.blocks)
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.bits, 1)
+        self.conv_out = nn.Conv2d(widths[-1], channels, 1)
+        if config.linear:
+            self.linear = nn.Conv2d(3 * config.cell_size**2, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+    def forward(self, images: Tensor) -> Tensor:
+        config = self.config
+        x = self.conv_in(F.pixel_unshuffle(images, config.patch_size))
         for level in self.down:
             x = level(x)
         for block in self.mid_block:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        if config.linear:
+            x = x + self.linear(F.pixel_unshuffle(images, config.cell_size))
+        if config.bit_depths:
+            x = successive_approximation(x, config.bit_depths)
+        return tokens_from_cells(x, config.split)
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -135,24 +181,29 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self.config = config
         widths = config.widths
         inputs = (*widths[1:], widths[-1])  # level i reads the output of level i + 1, the last level that of mid_block
-        self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.cell_bits, widths[-1], 3, padding=1)
         self.mid_block = res_blocks(widths[-1], widths[-1], config.blocks)
         self.up = nn.ModuleList(
             UpLevel(inputs[i], width, config.blocks, upsample=i > 0) for i, width in enumerate(widths)
         )
-        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(config.bits, width) for width in inputs)
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(config.cell_bits, width) for width in inputs)
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+        if config.linear:
+            self.linear = nn.Conv2d(config.cell_bits, 3 * config.cell_size**2, 3, padding=1)
 
     def forward(self, bits: Tensor) -> Tensor:
+        bits = cells_from_tokens(bits, self.config.split)
         x = self.conv_in(bits)
         for block in self.mid_block:
             x = block(x)
         for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
             x = level(adaptive(x, bits))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        images = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch_size)
+        return images + F.pixel_shuffle(self.linear(bits), self.config.cell_size) if self.config.linear else images
 
 
 class Autoencoder(nn.Module):
@@ -174,10 +225,10 @@ class Autoencoder(nn.Module):
             ValueError: H or W is not a multiple of `down_size`.
         """
         height, width = images.shape[-2:]
-        if height % self.config.down_size or width % self.config.down_size:
+        if height % self.config.cell_size or width % self.config.cell_size:
             raise ValueError(
                 f"an image of {width}x{height} pixels does not fit the autoencoder: "
-                f"both sides must be multiples of {self.config.down_size}."
+                f"both sides must be multiples of {self.config.cell_size}."
             )
         return quantize(self.encoder(images))
 

@@ -11,6 +11,7 @@ import torch
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.data.class_names import imagenet, numbered
+from bitdance.data.crops import normalize
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models.autoencoder import Autoencoder
@@ -20,10 +21,14 @@ from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
 from bitdance.training.loader import Loader, data_digest, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.principal_components import initialize_linear
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.resolve import DEMO, find_weights
+
+LINEAR_IMAGES = 8192
+"""Images from which the linear transform of an autoencoder is initialized."""
 
 
 def train_autoencoder(
@@ -51,8 +56,13 @@ def train_autoencoder(
         images = open_images(config.data_path)
         torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss)
+        loader = Loader(images, config, world)
+        if network.linear:
+            steps = range(min(loader.steps_per_epoch, -(-LINEAR_IMAGES // config.batch_size)))
+            views = torch.cat([loader.load(step).inputs for step in steps])
+            initialize_linear(objective.network, normalize(views))
         data = DataInfo(len(images), data_digest(images))
-        return Trainer(objective, config, Loader(images, config, world), world, data).train()
+        return Trainer(objective, config, loader, world, data).train()
 
 
 def train_model(

@@ -25,6 +25,9 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "token_order": lambda value: isinstance(value, str),
     "time_shift": lambda value: isinstance(value, int | float),
     "class_names": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+    "bits": lambda value: type(value) is int,
+    "split": lambda value: type(value) is int,
+    "bit_depths": lambda value: isinstance(value, tuple) and all(type(depth) is int for depth in value),
 }
 
 
@@ -64,6 +67,8 @@ def _describe(
         if file.config is not None:
             part = "model" if cls is BitDanceConfig else "autoencoder"
             source, settings = "file", _settings_in_file(file.config.get(part), part, names, found)
+            if settings.get("split", 1) != 1:  # then the shapes tell only bits x split^2
+                del found["bits"]
         else:
             source, settings = "args", _settings_in_args(file.args, found) if cls is BitDanceConfig else {}
         for name in settings.keys() & _IS_VALID.keys():
@@ -100,12 +105,15 @@ def _model_sizes(state: State) -> dict[str, Any]:
 
 
 def _autoencoder_sizes(state: State) -> dict[str, Any]:
-    """Returns the fields of `AutoencoderConfig`, all of which follow from names and shapes."""
+    """Returns the fields of `AutoencoderConfig` that follow from names and shapes."""
     levels = range(_count(state, "encoder.down."))
+    inputs = _shape(state, "encoder.conv_in.weight", 4)[1]
     return {
         "widths": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels),
         "blocks": _count(state, "encoder.mid_block."),
-        "bits": _shape(state, "encoder.conv_out.weight", 4)[0],
+        "bits": _shape(state, "decoder.conv_in.weight", 4)[1],
+        "patch_size": math.isqrt(inputs // 3),
+        "linear": "encoder.linear.weight" in state,
     }
 
 
@@ -151,7 +159,7 @@ def _settings_in_file(stored: Any, part: str, names: list[str], found: dict[str,
     # JSON has lists where the configuration has tuples.
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     for name in found.keys() & settings.keys():
-        if settings[name] != found[name]:
+        if settings[name] != found[name] and not (name == "bits" and settings.get("split", 1) != 1):
             values = f"{name}={printable(repr(settings[name]))} and its tensors {found[name]}"
             raise UserError(f"its configuration has {values}: the file is damaged.")
     return settings
