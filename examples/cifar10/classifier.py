@@ -1,0 +1,142 @@
+"""The classifier of the CIFAR-10 example: trains it, and gives its features to `bitdance evaluate`.
+
+    python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
+    bitdance evaluate samples.npz --reference cifar10_test.zip --features examples/cifar10/classifier.py:extractor
+
+A residual network of nine layers (Page 2018, half the width). It is a measure for this example only: nothing that is
+computed with it can be compared with published numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bitdance.data.crops import normalize, to_array
+from bitdance.data.images import open_images
+from bitdance.metrics.features import FeatureExtractor, Features
+from bitdance.runtime.atomic_files import atomic_write, file_digest
+from bitdance.runtime.errors import UserError
+
+WEIGHTS = pathlib.Path("runs/cifar10/classifier.safetensors")
+SIZE = 256
+
+
+def conv(c_in: int, c_out: int) -> nn.Sequential:
+    """Returns a 3x3 convolution with batch normalization and ReLU."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+class Residual(nn.Module):
+    """Adds two convolutions to the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(conv(channels, channels), conv(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.convs(x)
+
+
+class Classifier(nn.Module):
+    """Maps images (B, 3, 32, 32) in [-1, 1] to features (B, 256) and logits (B, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            conv(3, 32),
+            *(conv(32, 64), nn.MaxPool2d(2), Residual(64)),
+            *(conv(64, 128), nn.MaxPool2d(2)),
+            *(conv(128, SIZE), nn.MaxPool2d(2), Residual(SIZE)),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+        )
+        self.fc = nn.Linear(SIZE, 10)
+
+    def forward(self, x: Tensor) -> Features:
+        pool = self.layers(x)
+        return Features(pool, logits=self.fc(pool))
+
+
+def extractor() -> FeatureExtractor:
+    """Returns the trained classifier as a feature extractor, which also reports accuracy."""
+    if not WEIGHTS.exists():
+        raise UserError(f"there is no {WEIGHTS}: train it with examples/cifar10/classifier.py.")
+    network = Classifier().eval().requires_grad_(False)
+    network.load_state_dict(load_file(WEIGHTS))
+    digest = file_digest(WEIGHTS)
+    return FeatureExtractor("cifar10-classifier", SIZE, lambda x: network(normalize(x)), classifies=True, digest=digest)
+
+
+def load_images(path: pathlib.Path) -> tuple[Tensor, Tensor]:
+    """Returns all images (N, 32, 32, 3) uint8 and their labels (N,) int64."""
+    images = open_images(path)
+    pixels = np.stack([to_array(images.read(i)) for i in range(len(images))])
+    return torch.from_numpy(pixels), torch.from_numpy(images.labels)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flips half of the images (B, 32, 32, 3) and shifts all by up to 4 pixels, repeating the border."""
+    flipped = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(flipped[:, None, None, None], images.flip(2), images)
+    shifts = torch.randint(-4, 5, (2, len(images), 1), generator=generator)
+    rows, columns = (torch.arange(32) + shifts).clamp(0, 31)
+    return images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Returns the fraction of images that are classified correctly."""
+    network.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = [network(normalize(part)).logits for part in images.split(500)]
+    network.train()
+    predicted = torch.cat([part for part in logits if part is not None]).argmax(dim=1)
+    return (predicted == labels).double().mean().item()
+
+
+def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4) -> None:
+    """Trains the classifier with SGD and a one-cycle schedule, and writes its weights."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    (images, labels), held_out = load_images(data), load_images(val)
+    network = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = len(images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps, pct_start=0.2)
+    start = time.monotonic()
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
+        for batch in order.split(batch_size):
+            x = normalize(augment(images[batch], generator)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network(x).logits
+            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        correct = accuracy(network, *held_out)
+        print(f"epoch {epoch + 1} of {epochs}: {correct:.2%} correct, {time.monotonic() - start:.0f} s", flush=True)
+    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    with atomic_write(WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+    print(f"wrote {WEIGHTS}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-path", type=pathlib.Path, required=True)
+    parser.add_argument("--val-path", type=pathlib.Path, required=True)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.data_path, options.val_path, options.epochs)
