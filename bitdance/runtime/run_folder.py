@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bitdance.runtime.atomic_files import lock_file, make_folder, read_json, remove_leftovers, write_json
+from bitdance.runtime.atomic_files import is_locked, lock_file, make_folder, read_json, remove_leftovers, write_json
 from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -99,13 +99,23 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    lock = folder.with_name(folder.name + ".lock")
+    lock = _lock_of(folder)
     with lock_file(lock, LOCK_TIMEOUT, f"another process works in {folder}: wait for it to finish, or stop it first."):
         try:
             remove_leftovers(folder)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def is_active(folder: pathlib.Path) -> bool:
+    """Returns whether a process holds the lock of a run folder; where the file system has no locks, False."""
+    return is_locked(_lock_of(folder))
+
+
+def _lock_of(folder: pathlib.Path) -> pathlib.Path:
+    folder = folder.resolve()
+    return folder.with_name(folder.name + ".lock")
 
 
 def _to_json(value: Any) -> Any:
@@ -168,7 +178,7 @@ def read_settings(
         UserError: the folder belongs to work with other settings, or its settings cannot be read.
     """
     path = folder / SETTINGS
-    if not path.exists():
+    if not path.is_file():
         return {}
     stored = read_json(path, f"restore it, or delete {folder} to start over")
     if not all(isinstance(stored.get(name), dict) for name in sections):
@@ -197,7 +207,7 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
         extensible: whether fields marked "extend" may be larger.
     """
     differences = []
-    for name, field, old, new in _fields(stored, sections):
+    for _, field, old, new in _fields(stored, sections):
         rule = field.metadata.get("resume")
         if rule in ("free", "stored") or old == new:
             continue

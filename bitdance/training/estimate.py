@@ -91,12 +91,13 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     parameters = sum(value.numel() for value in trainer.network.parameters())
     checkpoint = memory["weights"] + memory["optimizer"] + memory["ema"]
     kept = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
-    disk = config.keep_checkpoints * checkpoint + (kept + 1) * (memory["weights"] + memory["ema"])
+    # A checkpoint is written before the oldest one is removed; files of weights hold those of the EMA or the raw ones.
+    disk = (config.keep_checkpoints + 1) * checkpoint + (kept + 1) * memory["weights"]
     space = shutil.disk_usage(_existing_parent(config.output)).free
     rate = config.batch_size / seconds if seconds else None
     total = steps * seconds if seconds else None
-    size = {name: f"{value / 1e9:.2f} GB" for name, value in (memory | {"disk": disk, "space": space}).items()}
-    size["host"] = f"{(memory['process'] + memory['prefetch']) / 1e9:.2f} GB"
+    sizes = {"file": checkpoint, "disk": disk, "space": space, "host": memory["process"] + memory["prefetch"]}
+    size = {name: _format_size(value) for name, value in (memory | sizes).items()}
     rows = [
         ("model", f"{parameters / 1e6:.2f} M parameters, autoencoder {memory['autoencoder'] / 4e6:.2f} M"),
         ("device", f"{world.device}, {world.size} {'process' if world.size == 1 else 'processes'}"),
@@ -110,7 +111,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
         ("process", f"{size['host']} of CPU memory, with prefetched images"),
         ("total", f"{size['needed']} per process, {size['free']} available"),
         ("", ""),
-        ("disk", f"{checkpoint / 1e9:.2f} GB per checkpoint, {size['disk']} at the end of the run"),
+        ("disk", f"{size['file']} per checkpoint, {size['disk']} in all, with a checkpoint that is being written"),
         ("FLOPs", f"{flops / 1e12:.3g} TFLOPs per step, {flops / config.batch_size / 1e9:.4g} GFLOPs per image"),
         ("steps", f"{steps} with {config.batch_size} images each"),
     ]
@@ -145,6 +146,10 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
         "device": str(world.device),
     }
     print(json.dumps(facts), flush=True)
+
+
+def _format_size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _existing_parent(folder: pathlib.Path) -> pathlib.Path:
