@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from bitdance.runtime.errors import UserError, check_fields
 
@@ -46,23 +46,22 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BitDanceConfig:
-    """Sizes of a BitDance model. The defaults are those of B-1X at 256 px.
+class ModelSizes:
+    """Sizes of the model.
+
+    Those that are chosen for a training; the others follow from the autoencoder and the images, see `BitDanceConfig`.
 
     Attributes:
         dim: D, width of the transformer, a multiple of 64 (attention heads have 64 channels).
         n_layer: transformer blocks.
         head_dim: width of the diffusion head, a multiple of 64.
-        head_layers: blocks of the head.
-        head_ada_ln: adaLN projections of the head; each is shared by head_layers / head_ada_ln blocks.
-        parallel_num: P, tokens sampled per autoregressive step.
-        grid: side of the token grid.
-        bits: C, bits per token.
+        head_layers: blocks of the diffusion head.
+        head_ada_ln: adaLN projections of the head; each is shared by `head_layers` / `head_ada_ln` blocks.
+        parallel_num: P, tokens sampled per autoregressive step: 1, 4, 16, ...
         cls_token_num: K, class tokens.
-        num_classes: number of classes, without the null class, whose index this is.
-        token_order: ``patch``: each step samples a sqrt(P) x sqrt(P) patch; ``standard``: P tokens in raster order.
+        num_classes: by default the number of classes of the images; a larger number reserves classes.
+        token_order: patch: the tokens of a step are a square patch; standard: they are consecutive in raster order.
         time_shift: shift of the head's timesteps, in training and in sampling.
-        class_names: one name per class, or empty.
     """
 
     dim: int = 768
@@ -71,12 +70,34 @@ class BitDanceConfig:
     head_layers: int = 6
     head_ada_ln: int = 2
     parallel_num: int = 1
-    grid: int = 16
-    bits: int = 32
     cls_token_num: int = 64
-    num_classes: int = 1000
+    num_classes: int | None = None
     token_order: TokenOrder = "patch"
     time_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "num_classes", lambda value: value >= 1, "be at least 1")
+
+    @classmethod
+    def of(cls, config: BitDanceConfig, **changes: Any) -> ModelSizes:
+        """Returns the sizes of a model, with changes."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitDanceConfig(ModelSizes):
+    """All sizes of a BitDance model. The defaults are those of B-1X at 256 px.
+
+    Attributes:
+        num_classes: number of classes, without the null class, whose index this is.
+        grid: side of the token grid.
+        bits: C, bits per token.
+        class_names: one name per class, or empty.
+    """
+
+    num_classes: int = 1000
+    grid: int = 16
+    bits: int = 32
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from bitdance.cli.main import main
+from bitdance.config import ModelSizes
 from bitdance.runtime import progress
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
@@ -31,7 +32,7 @@ from bitdance.training.evaluation import Validation
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA
 from bitdance.training.setup import train_model
-from bitdance.training.train_config import LossConfig, ModelSizes
+from bitdance.training.train_config import LossConfig
 from bitdance.training.trainer import Trainer
 from bitdance.weights import safetensors_files, weights_file
 

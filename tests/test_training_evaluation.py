@@ -12,6 +12,7 @@ from PIL import Image
 from test_evaluation import SINGLE, SMALL, pixels, save
 
 from bitdance.cli.main import main
+from bitdance.config import ModelSizes
 from bitdance.metrics import references
 from bitdance.metrics.feature_set import extract_features, read_feature_set, write_feature_set
 from bitdance.metrics.features import FeatureExtractor
@@ -24,7 +25,7 @@ from bitdance.sampling.sampler import SamplingConfig
 from bitdance.training import status
 from bitdance.training.evaluation import LOGGED, SampleEvaluation
 from bitdance.training.setup import train_autoencoder, train_model
-from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.weights import weights_file
 
 pytestmark = pytest.mark.usefixtures("quick_previews")

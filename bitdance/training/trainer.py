@@ -426,15 +426,15 @@ class Trainer:
             return
         with self._ema_weights(), self.autocast(), torch.no_grad():
             if isinstance(self.network, Autoencoder):
-                images = self.loader.load(0).inputs[:PREVIEW_IMAGES]
-                pixels = normalize(images.to(self.world.device))
+                originals = self.loader.load(0).inputs[:PREVIEW_IMAGES]
+                pixels = normalize(originals.to(self.world.device))
                 decoded = to_uint8(self.network.decode(self.network.encode(pixels))).cpu()
-                pictures, columns = torch.cat([images, decoded]).numpy(), len(images)
+                images, columns = torch.cat([originals, decoded]).numpy(), len(originals)
             else:
                 assert self.pipeline is not None
                 classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
-                pictures, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
-        write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(pictures, columns=columns, scale=2))
+                images, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
+        write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(images, columns=columns, scale=2))
 
 
 def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
