@@ -24,14 +24,14 @@ from bitdance.data.images import open_images
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
-from bitdance.training import flops
+from bitdance.training import flops, losses
 from bitdance.training.loader import Batch, Loader, random_crop_probability
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate, parameter_groups
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.layout import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
@@ -114,7 +114,7 @@ def test_random_crop_probability():
 @pytest.mark.parametrize("parallel_num", [1, 4])
 def test_parameter_groups(parallel_num):
     network = small.model(parallel_num=parallel_num)
-    decayed, others = parameter_groups(network, 0.05)
+    decayed, others = parameter_groups(dict(network.named_parameters()), 0.05)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
     other_names = {names[id(parameter)] for parameter in others["params"]}
@@ -133,7 +133,7 @@ def test_optimizer_takes_a_step_by_hand():
     torch.nn.init.constant_(network.weight, 2.0)
     torch.nn.init.constant_(network.bias, 3.0)
     run = TrainConfig(pathlib.Path("x"), lr=0.1, weight_decay=0.05)
-    optimizer = build_optimizer(network, run)
+    optimizer = build_optimizer(dict(network.named_parameters()), run)
     network.weight.grad, network.bias.grad = torch.tensor([[4.0]]), torch.tensor([-5.0])
     optimizer.step()
     assert network.weight.item() == pytest.approx(2 * (1 - 0.1 * 0.05) - 0.1)
@@ -153,7 +153,10 @@ def test_ema():
 
 def test_a_skipped_step_changes_nothing():
     network = torch.nn.Linear(3, 2)
-    optimizer, ema = build_optimizer(network, TrainConfig(pathlib.Path("x"), lr=0.1)), EMA(network, 0.5)
+    optimizer, ema = (
+        build_optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path("x"), lr=0.1)),
+        EMA(network, 0.5),
+    )
     guard = NonFiniteGuard(CPU)
 
     def step(gradient: float) -> None:
@@ -594,13 +597,49 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path):
     assert read(tmp_path / "parts", 9).metadata["digest"] == a.metadata["digest"]
 
 
-def test_an_interrupted_autoencoder_run_ends_like_an_uninterrupted_one(data, tmp_path):
+@pytest.mark.parametrize("is_adversarial", [False, True])
+def test_an_interrupted_autoencoder_run_ends_like_an_uninterrupted_one(data, tmp_path, is_adversarial):
+    network, loss = small.NETWORK, AutoencoderLossConfig()
+    if is_adversarial:
+        network = dataclasses.replace(network, linear=True, patch_size=2)
+        loss = AutoencoderLossConfig(
+            l1_weight=0.5, adversarial_weight=0.1, adversarial_ramp=3, discriminator_width=8, discriminator_layers=1
+        )
     for folder, stops in (("whole", (4,)), ("parts", (1, 4))):
         for stop in stops:
             run = small.train_config(data, tmp_path / folder, max_steps=stop)
-            train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+            train_autoencoder(run, network, loss, "cpu")
     a, b = (read(tmp_path / folder, 4) for folder in ("whole", "parts"))
     assert a.metadata["digest"] == b.metadata["digest"] and a.metadata["step"] == "4"
+    assert ("discriminator" in a.states) == is_adversarial
+
+
+def test_a_discriminator_of_another_shape_is_not_loaded(data, tmp_path):
+    """A checkpoint whose discriminator does not fit counts as damaged, like one whose optimizer does not."""
+    loss = AutoencoderLossConfig(adversarial_weight=0.1, discriminator_width=8, discriminator_layers=1)
+    train_autoencoder(small.train_config(data, tmp_path, max_steps=1), small.NETWORK, loss, "cpu")
+    contents = read(tmp_path, 1)
+    states = {part: dict(state) for part, state in contents.states.items() if part != "autoencoder"}
+    states["discriminator"]["layers.0.bias"] = torch.zeros(9)
+    tensors = {f"{part}/{name}": value for part, state in states.items() for name, value in state.items()}
+    metadata = {name: contents.metadata[name] for name in ("step", "skipped", "consecutive", "network")}
+    path = tmp_path / "checkpoint-0000001.safetensors"
+    safetensors_files.save_tensors(path, tensors, "training", contents.config, **metadata)
+    with pytest.raises(UserError, match="the tensors of its discriminator are not those of the network"):
+        train_autoencoder(small.train_config(data, tmp_path, max_steps=2), small.NETWORK, loss, "cpu")
+
+
+def test_problems_of_an_autoencoder_are_named():
+    objective = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
+    healthy = {"dead_bits": 0.0, "bit_entropy": 0.98, "discriminator_loss": 0.9}
+    assert objective.find_problems(healthy) == objective.find_problems({}) == set()
+    cases = (("dead_bits", 2.0, "constant"), ("bit_entropy", 0.3, "half"), ("discriminator_loss", 0.01, "patch"))
+    for name, value, word in cases:
+        (problem,) = objective.find_problems({**healthy, name: value})
+        assert word in problem and name in problem
+    bits = torch.ones(2, 8, 4, 4)
+    bits[:, 3:] = torch.rand(2, 5, 4, 4).sub(0.5).sign()
+    assert losses._bit_metrics(bits)["dead_bits"] == 3
 
 
 def test_other_settings_are_refused_with_the_differences(data, tmp_path):

@@ -6,6 +6,8 @@ in no gradient, EMA or checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,34 +18,91 @@ from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import entropy_loss, quantize, straight_through, unpack
 from bitdance.models.tokens import flip_bits, grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
+from bitdance.training.discriminator import PatchDiscriminator, adversarial_losses
+from bitdance.training.perceptual import PerceptualLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
+
+DEAD_ENTROPY = 0.01
+"""Entropy below which a bit counts as constant: it has one value in 99.9 % of the tokens."""
 
 
 class AutoencoderLoss(nn.Module):
-    """Reconstruction, entropy and commitment loss, with straight-through gradients."""
+    """Loss of an autoencoder, with straight-through gradients, and of its discriminator.
 
-    def __init__(self, network: Autoencoder, config: AutoencoderLossConfig) -> None:
+    Args:
+        network: the autoencoder.
+        config: weights of the terms.
+        perceptual: maps two batches of images to their distance; needed if `perceptual_weight` is positive.
+    """
+
+    def __init__(
+        self, network: Autoencoder, config: AutoencoderLossConfig, perceptual: PerceptualLoss | None = None
+    ) -> None:
         super().__init__()
         self.network, self.config = network, config
+        self._perceptual = [perceptual]  # in a list, where nn.Module does not register it
+        self.discriminator: PatchDiscriminator | None = None
+        if config.adversarial_weight > 0:
+            self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the loss of images (B, H, W, 3) uint8; the other arguments are for `BitDanceLoss`."""
+        """Computes the loss of images (B, H, W, 3) uint8.
+
+        Args:
+            images: of one size, which the autoencoder can encode.
+            labels, indices: not used; `BitDanceLoss` uses them.
+            step: of the training, for the ramp of the adversarial term.
+
+        Returns:
+            The loss, a float32 scalar, with gradients for the autoencoder and the discriminator, each from its own
+            terms, and metrics without gradients.
+        """
+        weights = self.config
         x = normalize(images)  # (B, 3, H, W)
         latent = self.network.encoder(x).float()  # (B, C, h, w)
-        reconstruction = self.network.decode(straight_through(latent)).float()
-        squared, absolute = F.mse_loss(reconstruction, x), F.l1_loss(reconstruction, x)
-        entropy = entropy_loss(latent)
-        commitment = F.mse_loss(latent, quantize(latent).detach())
-        weights = self.config
-        loss = squared + weights.l1_weight * absolute + weights.entropy_weight * entropy.total
-        loss = loss + weights.commitment_weight * commitment
-        metrics = {
-            "psnr": 10 * torch.log10(4 / squared),
-            "entropy_sample": entropy.per_sample,
-            "entropy_codebook": entropy.codebook,
-            "commitment": commitment,
-        }
+        bits = straight_through(latent)
+        reconstruction = self.network.decode(bits).float()
+        squared = F.mse_loss(reconstruction, x)
+        loss = weights.l2_weight * squared
+        metrics = {"psnr": 10 * torch.log10(4 / squared), **_bit_metrics(bits)}
+        if weights.l1_weight:
+            loss = loss + weights.l1_weight * F.l1_loss(reconstruction, x)
+        if weights.entropy_weight:
+            entropy = entropy_loss(latent)
+            loss = loss + weights.entropy_weight * entropy.total
+            metrics |= {"entropy_sample": entropy.per_sample, "entropy_codebook": entropy.codebook}
+        if weights.commitment_weight:
+            commitment = F.mse_loss(latent, quantize(latent).detach())
+            loss = loss + weights.commitment_weight * commitment
+            metrics["commitment"] = commitment
+        if (perceptual := self._perceptual[0]) is not None and weights.perceptual_weight:
+            metrics["perceptual"] = perceptual(reconstruction, x)
+            loss = loss + weights.perceptual_weight * metrics["perceptual"]
+        if self.discriminator is not None:
+            generator_loss, discriminator_loss, real, fake = adversarial_losses(self.discriminator, x, reconstruction)
+            ramp = min(1.0, step / max(1, weights.adversarial_ramp))
+            loss = loss + ramp * weights.adversarial_weight * generator_loss + discriminator_loss
+            metrics |= {"discriminator_loss": discriminator_loss, "real_logit": real.mean(), "fake_logit": fake.mean()}
         return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def find_problems(self, metrics: Mapping[str, float | None]) -> set[str]:
+        """Returns what is wrong with a training by the metrics of a line of its log, in sentences."""
+        problems = set()
+        if (metrics.get("dead_bits") or 0) >= 1:
+            problems.add("some bits of the tokens are constant (dead_bits); raise `entropy_weight` or lower `lr`.")
+        if (metrics.get("bit_entropy") or 1) < 0.5:
+            problems.add("the bits carry less than half of what they could (bit_entropy); raise `entropy_weight`.")
+        if metrics.get("discriminator_loss") is not None and (metrics["discriminator_loss"] or 0) < 0.02:
+            advice = "its gradients help no more; lower `discriminator_width` or `adversarial_weight`"
+            problems.add(f"the discriminator tells every patch from a real one (discriminator_loss): {advice}.")
+        return problems
+
+
+def _bit_metrics(bits: Tensor) -> dict[str, Tensor]:
+    """Returns the mean entropy of a bit, at most 1, and the number of bits of a token that are almost constant."""
+    probability = ((bits.detach() + 1) / 2).mean((0, 2, 3)).clamp(1e-6, 1 - 1e-6)  # (C,)
+    entropy = -(probability * probability.log2() + (1 - probability) * (1 - probability).log2())
+    return {"bit_entropy": entropy.mean(), "dead_bits": (entropy < DEAD_ENTROPY).float().sum()}
 
 
 class BitDanceLoss(nn.Module):

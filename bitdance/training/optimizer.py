@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,19 @@ NO_DECAY = ("proj_in", "cls_embedding", "query_token")
 """Parameters whose names contain one of these have no weight decay, whatever their shape."""
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, object]]:
     """Returns two groups: tensors with two or more dimensions, except `NO_DECAY`, with weight decay; all others."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in parameters.items():
         has_decay = parameter.dim() >= 2 and not any(part in name for part in NO_DECAY)
         (decayed if has_decay else others).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
     """Returns fused AdamW over `parameter_groups`; its learning rate is set before each step."""
-    groups = parameter_groups(network, config.weight_decay)
+    groups = parameter_groups(parameters, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 

@@ -26,6 +26,9 @@ MIN_SIDE = 64
 class VGG16(nn.Module):
     """The convolutions of VGG-16 (Simonyan and Zisserman 2014), with the parameter names of torchvision's weights."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []

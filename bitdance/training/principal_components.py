@@ -40,11 +40,11 @@ def initialize_linear(network: Autoencoder, images: Tensor) -> None:
         (encoder.linear, (vectors / ranges).T, -(mean @ vectors) / ranges),
         (decoder.linear, vectors @ values.T, mean),
     ):
+        assert conv.bias is not None
         conv.weight.zero_()[:, :, 1, 1] = weight
         conv.bias.copy_(bias)
-    for conv in (encoder.conv_out, decoder.conv_out):
-        conv.weight.zero_()
-        conv.bias.zero_()
+    for parameter in (*encoder.conv_out.parameters(), *decoder.conv_out.parameters()):
+        parameter.zero_()
 
 
 def _best_range(x: Tensor, depth: int) -> Tensor:

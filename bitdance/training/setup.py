@@ -21,6 +21,7 @@ from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
 from bitdance.training.loader import Loader, data_digest, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.perceptual import load_perceptual_loss
 from bitdance.training.principal_components import initialize_linear
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
@@ -55,7 +56,10 @@ def train_autoencoder(
     with init_distributed(device, threads) as world:
         images = open_images(config.data_path)
         torch.manual_seed(config.seed)
-        objective = AutoencoderLoss(Autoencoder(network), loss)
+        perceptual = None
+        if loss.perceptual_weight:
+            perceptual = load_perceptual_loss(loss.vgg_weights, loss.lpips_weights, world.device)
+        objective = AutoencoderLoss(Autoencoder(network), loss, perceptual)
         loader = Loader(images, config, world)
         if network.linear:
             steps = range(min(loader.steps_per_epoch, -(-LINEAR_IMAGES // config.batch_size)))

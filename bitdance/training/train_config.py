@@ -51,21 +51,41 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
-    """Loss of the autoencoder: weights of terms besides the mean squared error of images in [-1, 1].
+    """Loss of the autoencoder: weights of its terms, for images in [-1, 1].
 
     Attributes:
+        l2_weight: of the mean squared error.
         l1_weight: of the mean absolute error.
+        perceptual_weight: of the distance in the activations of a classifier: LPIPS if its two files are given, else
+            EfficientNet-Lite0.
+        vgg_weights: torchvision's weights of VGG-16, for LPIPS.
+        lpips_weights: channel weights of LPIPS for VGG, version 0.1.
+        adversarial_weight: of the patch discriminator's judgement, which is fixed; 0 for no discriminator.
+        adversarial_ramp: steps over which that weight rises from 0; the discriminator is trained from the first step.
+        discriminator_width: channels of the discriminator's first layer, a multiple of 8.
+        discriminator_layers: stride-2 convolutions of the discriminator; 3 for patches of 70 x 70 pixels.
         entropy_weight: of the entropy loss.
         commitment_weight: of the squared distance between the encoder's output and its sign.
     """
 
+    l2_weight: float = 1.0
     l1_weight: float = 0.0
+    perceptual_weight: float = 0.0
+    vgg_weights: pathlib.Path | None = _free(None)
+    lpips_weights: pathlib.Path | None = _free(None)
+    adversarial_weight: float = 0.0
+    adversarial_ramp: int = 2000
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
     entropy_weight: float = 0.1
     commitment_weight: float = 0.25
 
     def __post_init__(self) -> None:
-        weights = "l1_weight entropy_weight commitment_weight"
+        weights = " ".join(field.name for field in dataclasses.fields(self) if field.type == "float")
         check_fields(self, weights, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
+        check_fields(self, "adversarial_ramp", lambda value: value >= 0, "be at least 0")
+        check_fields(self, "discriminator_layers", lambda value: 1 <= value <= 6, "be between 1 and 6")
+        check_fields(self, "discriminator_width", lambda value: value > 0 and value % 8 == 0, "be a multiple of 8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,12 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         steps = (loader.steps_per_epoch, self.total_steps, self.last_step)
         self.info = RunInfo(self.kind, __version__, *steps, world.size, world.device.type, autoencoder_name)
-        self.optimizer = build_optimizer(self.network, config)
+        self.discriminator = objective.discriminator if isinstance(objective, AutoencoderLoss) else None
+        self.parameters: dict[str, Tensor] = dict(self.network.named_parameters())
+        if self.discriminator is not None:
+            named = self.discriminator.named_parameters()
+            self.parameters |= {f"discriminator.{name}": parameter for name, parameter in named}
+        self.optimizer = build_optimizer(self.parameters, config)
         self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
         self.guard = NonFiniteGuard(world.device)
         self.step = 0
@@ -185,6 +190,7 @@ class Trainer:
         flops = step_flops(self.objective, config.batch_size, config.image_size, encodes) / self.world.size
         meter = MetricsMeter(config.batch_size, flops, self.world, self.guard, self.in_bf16)
         saved = time.monotonic()
+        warned: set[str] = set()
         with progress_bar(self.last_step, "training", "steps", self.step, disable=not self.world.is_main) as bar:
             for batch in meter.timed(self.loader.stream(self.step, self.last_step)):
                 lr = learning_rate(config, self.step, self.total_steps)
@@ -196,6 +202,10 @@ class Trainer:
                     metrics = meter.read() | {"lr": lr, "bad_images": len(self.loader.bad_images)}
                     bar.set_postfix_str(format_metrics(metrics))
                     self._check_skipped(batch, int(metrics.pop("consecutive") or 0))
+                    if self.world.is_main and isinstance(self.objective, AutoencoderLoss):
+                        for problem in self.objective.find_problems(metrics) - warned:
+                            bar.write(f"step {self.step}: warning: {problem}")
+                            warned.add(problem)
                 with meter.paused():
                     if self.validation is not None and self._is_due(config.val_every):
                         with self._ema_weights(), self.autocast():
@@ -238,13 +248,17 @@ class Trainer:
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm or float("inf"))
-        skipped = self.guard.check(norm)
+        max_norm = self.config.max_grad_norm or float("inf")
+        norms = {"grad_norm": nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)}
+        if self.discriminator is not None:
+            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), max_norm)
+            norms["discriminator_grad_norm"] = norm
+        skipped = self.guard.check(torch.stack(list(norms.values())).sum())
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.network, skipped)
-        means = {name: value / count for name, value in sums.items()} | {"grad_norm": norm}
+        means = {name: value / count for name, value in sums.items()} | norms
         return {name: torch.where(skipped > 0, 0.0, value) for name, value in means.items()}
 
     @property
@@ -345,11 +359,13 @@ class Trainer:
 
         Tensors of other shapes or types would make the fused optimizer write beyond its memory.
         """
-        parameters: dict[str, Tensor] = dict(self.network.named_parameters())
-        optimizer = {f"{key}/{name}": value for name, value in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-        optimizer |= {f"step/{name}": torch.zeros(()) for name in parameters}
-        ema = parameters if self.ema is not None else {}
-        for part, expected in {"model": parameters, "ema": ema, "optimizer": optimizer}.items():
+        keys = ("exp_avg", "exp_avg_sq")
+        optimizer = {f"{key}/{name}": value for name, value in self.parameters.items() for key in keys}
+        optimizer |= {f"step/{name}": torch.zeros(()) for name in self.parameters}
+        network: dict[str, Tensor] = dict(self.network.named_parameters())
+        parts = {"model": network, "ema": network if self.ema is not None else {}, "optimizer": optimizer}
+        parts["discriminator"] = dict(self.discriminator.named_parameters()) if self.discriminator is not None else {}
+        for part, expected in parts.items():
             found = contents.states.get(part, {})
             if _shapes_and_types(found) != _shapes_and_types(expected):
                 raise UserError(f"{contents.path} is damaged (the tensors of its {part} are not those of the network).")
@@ -364,6 +380,8 @@ class Trainer:
         """Loads the state of a checkpoint."""
         metadata = contents.metadata
         self.network.load_state_dict(contents.states["model"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(contents.states["discriminator"])
         # Copies, since the file, whose memory is mapped, may soon be removed.
         ema, moments = (
             {name: value.to(self.world.device, copy=True) for name, value in contents.states.get(part, {}).items()}
@@ -371,7 +389,7 @@ class Trainer:
         )
         if self.ema is not None:
             self.ema.state = ema
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.parameters.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             self.optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
         self.guard = NonFiniteGuard(self.world.device, int(metadata["skipped"]), int(metadata["consecutive"]))
@@ -384,7 +402,9 @@ class Trainer:
         tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in self.network.named_parameters()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.state.items()}
-        for name, parameter in self.network.named_parameters():
+        if self.discriminator is not None:
+            tensors |= {f"discriminator/{name}": value for name, value in self.discriminator.named_parameters()}
+        for name, parameter in self.parameters.items():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
         counts = {"skipped": str(int(self.guard.skipped)), "consecutive": str(int(self.guard.consecutive))}
         metadata = {**self._provenance(), "network": self.kind, **counts}
