@@ -24,7 +24,7 @@ class AutoencoderConfig:
     """Sizes of an autoencoder. The defaults are those of d16c32, the released one.
 
     Attributes:
-        widths: channels of each level, finest level first; multiples of 32 (GroupNorm has 32 groups).
+        widths: channels of each level, finest level first; multiples of 8 (GroupNorm has 32 groups, or 16 or 8).
         blocks: residual blocks per level.
         bits: C, bits per token, a multiple of 8.
         patch_size: side of the squares of pixels that are moved into channels before the finest level
@@ -45,8 +45,8 @@ class AutoencoderConfig:
     linear: bool = False
 
     def __post_init__(self) -> None:
-        if not self.widths or any(width <= 0 or width % 32 for width in self.widths):
-            raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 32.")
+        if not self.widths or any(width <= 0 or width % 8 for width in self.widths):
+            raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 8.")
         check_fields(self, "blocks patch_size", lambda value: value >= 1, "be at least 1")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
         if self.split < 1 or self.cell_size % self.split:

@@ -39,9 +39,9 @@ INVALID = [
     ),
     (BitDanceConfig, {"class_names": ("cat", "dog")}, "2 class names for num_classes=1000", "one per class or none"),
     # Sizes of an autoencoder.
-    (AutoencoderConfig, {"widths": ()}, r"widths=\(\)", "multiple of 32"),
-    (AutoencoderConfig, {"widths": (32, 48)}, r"widths=\(32, 48\)", "multiple of 32"),
-    (AutoencoderConfig, {"widths": (0,)}, r"widths=\(0,\)", "multiple of 32"),
+    (AutoencoderConfig, {"widths": ()}, r"widths=\(\)", "multiple of 8"),
+    (AutoencoderConfig, {"widths": (32, 44)}, r"widths=\(32, 44\)", "multiple of 8"),
+    (AutoencoderConfig, {"widths": (0,)}, r"widths=\(0,\)", "multiple of 8"),
     (AutoencoderConfig, {"blocks": 0}, "blocks=0", "at least 1"),
     (AutoencoderConfig, {"bits": 20}, "bits=20", "multiple of 8"),
     # Training.

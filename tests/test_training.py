@@ -629,6 +629,25 @@ def test_a_discriminator_of_another_shape_is_not_loaded(data, tmp_path):
         train_autoencoder(small.train_config(data, tmp_path, max_steps=2), small.NETWORK, loss, "cpu")
 
 
+@pytest.mark.parametrize("part", ["all", "decoder"])
+def test_an_autoencoder_starts_from_another(data, tmp_path, part):
+    weights_file.save(tmp_path / "start.safetensors", small.autoencoder(seed=5))
+    run = small.train_config(data, tmp_path / "run", max_steps=1, lr=0.0, weight_decay=0.0)
+    start = {"init_from": str(tmp_path / "start.safetensors"), "init_part": part}
+    path = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu", **start)
+    trained, given = weights_file.load_autoencoder(path).state_dict(), small.autoencoder(seed=5).state_dict()
+    for name, value in trained.items():
+        if part == "all" or name.startswith("decoder."):
+            assert torch.allclose(value, given[name], rtol=0, atol=1e-6), name
+    assert torch.equal(trained["encoder.conv_in.weight"], given["encoder.conv_in.weight"]) == (part == "all")
+    wider = dataclasses.replace(small.NETWORK, bits=16)
+    with pytest.raises(UserError, match=r"start.safetensors has other sizes \(.* is \(.*\) instead of"):
+        train_autoencoder(
+            dataclasses.replace(run, output=tmp_path / "b"), wider, AutoencoderLossConfig(), "cpu", **start
+        )
+    assert not list((tmp_path / "b").glob("*.safetensors")) if (tmp_path / "b").exists() else True
+
+
 def test_problems_of_an_autoencoder_are_named():
     objective = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
     healthy = {"dead_bits": 0.0, "bit_entropy": 0.98, "discriminator_loss": 0.9}

@@ -7,6 +7,8 @@ channel, and a linear transform beside the networks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +17,9 @@ from bitdance.config import AutoencoderConfig
 from bitdance.models.quantizer import quantize
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Returns GroupNorm with 32 groups and eps 1e-6."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    """Returns GroupNorm with 32 groups, or the largest smaller power of two that divides `channels`, and eps 1e-6."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6, affine=affine)
 
 
 class ResBlock(nn.Module):
@@ -135,7 +137,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, bits: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6, affine=False)
+        self.norm = group_norm(channels, affine=False)
         self.gamma = nn.Linear(bits, channels)
         self.beta = nn.Linear(bits, channels)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.resolve import DEMO, find_weights
 
+InitPart = Literal["all", "decoder"]
+
 LINEAR_IMAGES = 8192
 """Images from which the linear transform of an autoencoder is initialized."""
 
@@ -38,8 +41,17 @@ def train_autoencoder(
     loss: AutoencoderLossConfig,
     device: str | None = None,
     threads: int | None = None,
+    *,
+    init_from: str | None = None,
+    init_part: InitPart = "all",
 ) -> pathlib.Path:
     """Trains an autoencoder and returns the path of its weights.
+
+    Args:
+        config, network, loss: settings.
+        device, threads: by default a GPU if there is one, and all cores.
+        init_from: name or file of an autoencoder whose weights a new run starts with.
+        init_part: whether these are the weights of `all` or only of the `decoder`.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -65,6 +77,8 @@ def train_autoencoder(
             steps = range(min(loader.steps_per_epoch, -(-LINEAR_IMAGES // config.batch_size)))
             views = torch.cat([loader.load(step).inputs for step in steps])
             initialize_linear(objective.network, normalize(views))
+        if init_from is not None:
+            _initialize(objective.network, init_from, init_part)
         data = DataInfo(len(images), data_digest(images))
         return Trainer(objective, config, loader, world, data).train()
 
@@ -121,6 +135,26 @@ def train_model(
             print_estimate(trainer)
             return None
         return trainer.train()
+
+
+def _initialize(network: Autoencoder, name: str, part: InitPart) -> None:
+    """Copies the weights of another autoencoder, all or those of its decoder.
+
+    Raises:
+        UserError: a tensor has another shape, or exists in only one of the two.
+    """
+    contents = weights_file.read(find_weights(name, "autoencoder"))
+    other = weights_file.load_autoencoder(contents)
+    mine, theirs = (network, other) if part == "all" else (network.decoder, other.decoder)
+    found = theirs.state_dict()
+    for key, value in mine.state_dict().items():
+        if key not in found or found[key].shape != value.shape:
+            shape = tuple(found[key].shape) if key in found else "missing"
+            problem = f"{contents.path} has other sizes ({key} is {shape} instead of {tuple(value.shape)})"
+            raise UserError(f"{problem}: `init_from` needs the same sizes, see `bitdance info {contents.path}`.")
+    if unknown := sorted(found.keys() - mine.state_dict().keys()):
+        raise UserError(f"{contents.path} has the tensor {unknown[0]}, which a network of these sizes has not.")
+    mine.load_state_dict(found)
 
 
 def _recorded_name(autoencoder: str | os.PathLike[str]) -> str:
