@@ -1,0 +1,99 @@
+"""The linear baseline of the tokenizers: transform coding of whole images, at the same number of bits.
+
+    python examples/cifar10/transform_coding.py --data-path cifar10_train.zip --val-path cifar10_test.zip
+
+Principal components of whole images, each quantized by a Lloyd-Max quantizer of fixed length; the bits are given one
+by one to the component whose error they reduce most. All is fitted to the training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import numpy as np
+import torch
+from classifier import WEIGHTS, extractor, load_images
+
+from bitdance.metrics.frechet_distance import frechet_distance
+from bitdance.metrics.psnr_ssim import psnr, ssim
+from bitdance.metrics.statistics import StatisticsAccumulator
+
+MAX_BITS = 8
+
+
+def lloyd_max(x: np.ndarray, bits: int, iterations: int = 50) -> np.ndarray:
+    """Returns the 2^bits values of the quantizer with the least squared error on x (N,), in ascending order."""
+    values = np.quantile(x, (np.arange(1 << bits) + 0.5) / (1 << bits))
+    for _ in range(iterations):
+        index = np.searchsorted((values[1:] + values[:-1]) / 2, x)
+        count = np.bincount(index, minlength=1 << bits)
+        values = np.where(count > 0, np.bincount(index, x, 1 << bits) / np.maximum(count, 1), values)
+    return values
+
+
+def quantize(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Replaces numbers by the nearest of the values."""
+    return values[np.searchsorted((values[1:] + values[:-1]) / 2, x)]
+
+
+def allocate(x: np.ndarray, bits: int) -> list[list[np.ndarray]]:
+    """Returns the quantizers of the components x (N, D): of component i those with 0, 1, ... bits it was given."""
+    quantizers = [[np.zeros(1)] for _ in range(x.shape[1])]
+    errors = [float(column.var()) for column in x.T]
+    following = [lloyd_max(column, 1) for column in x.T]
+    gains = [error - float(np.mean((column - quantize(column, values)) ** 2))
+             for error, column, values in zip(errors, x.T, following, strict=True)]  # fmt: skip
+    for _ in range(bits):
+        best = int(np.argmax(gains))
+        column, count = x[:, best], len(quantizers[best])
+        quantizers[best].append(following[best])
+        errors[best] -= gains[best]
+        gains[best] = 0.0
+        if count < MAX_BITS:
+            following[best] = lloyd_max(column, count + 1)
+            gains[best] = errors[best] - float(np.mean((column - quantize(column, following[best])) ** 2))
+    return quantizers
+
+
+def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Returns PSNR, SSIM, and of the classifier, if it is trained, the accuracy and the Frechet distance."""
+    metrics = {"psnr": psnr(original, decoded).mean().item()}
+    parts = zip(original.split(500), decoded.split(500), strict=True)
+    metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
+    if WEIGHTS.exists():
+        network, statistics = extractor(), []
+        for images in (original, decoded):
+            accumulator, correct = StatisticsAccumulator(network.size), 0
+            for part, label in zip(images.split(500), labels.split(500), strict=True):
+                features = network(part.numpy())
+                accumulator.add(features["pool"])
+                correct += int((features["logits"].argmax(1) == label.numpy()).sum())
+            statistics.append(accumulator.statistics())
+        metrics |= {"accuracy": correct / len(labels), "frechet_distance": frechet_distance(*statistics)}
+    return metrics
+
+
+def main() -> None:
+    """Prints a row for each number of bits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-path", type=pathlib.Path, required=True)
+    parser.add_argument("--val-path", type=pathlib.Path, required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048])
+    options = parser.parse_args()
+    train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
+    x = train.flatten(1).numpy().astype(np.float32)
+    mean = x.mean(0)
+    vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(options.bits)].astype(np.float32)
+    coefficients = (x[:: max(1, len(x) // 20000)] - mean) @ vectors
+    held_out = (original.flatten(1).numpy().astype(np.float32) - mean) @ vectors
+    for bits in options.bits:
+        quantizers = allocate(coefficients, bits)
+        rounded = np.stack([quantize(held_out[:, i], steps[-1]) for i, steps in enumerate(quantizers)], axis=1)
+        decoded = (rounded @ vectors.T + mean).round().clip(0, 255).astype(np.uint8).reshape(original.shape)
+        metrics = measure(original, torch.from_numpy(decoded), labels)
+        print(f"{bits} bits: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
