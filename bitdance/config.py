@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 from bitdance.runtime.errors import UserError, check_fields
@@ -15,8 +16,14 @@ from bitdance.runtime.errors import UserError, check_fields
 HEAD_DIM = 64
 """Channels of an attention head, in every released model."""
 
+MAX_BLOCKS, MAX_LEVELS, MAX_NAME = 256, 8, 1000
+"""Blocks of a network, levels of an autoencoder and characters of a class name: files of weights name them freely."""
+
 TokenOrder = Literal["patch", "standard"]
-TOKEN_ORDERS: tuple[TokenOrder, ...] = ("patch", "standard")
+Weights = Literal["ema", "model"]
+Precision = Literal["auto", "fp32", "bf16"]
+Solver = Literal["euler-maruyama", "euler", "heun"]
+CfgSchedule = Literal["linear", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +31,7 @@ class AutoencoderConfig:
     """Sizes of an autoencoder. The defaults are those of d16c32, the released one.
 
     Attributes:
-        widths: channels of each level, finest level first; multiples of 32 (GroupNorm has 32 groups).
+        widths: channels of each level, finest level first, at most 8; multiples of 32 (GroupNorm has 32 groups).
         blocks: residual blocks per level.
         bits: C, bits per token, a multiple of 8.
     """
@@ -36,7 +43,9 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if not self.widths or any(width <= 0 or width % 32 for width in self.widths):
             raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 32.")
+        check_fields(self, "widths", lambda value: len(value) <= MAX_LEVELS, f"have at most {MAX_LEVELS} levels")
         check_fields(self, "blocks", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "blocks", lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
 
     @property
@@ -82,6 +91,8 @@ class BitDanceConfig:
     def __post_init__(self) -> None:
         counts = "dim n_layer head_dim head_layers head_ada_ln parallel_num grid cls_token_num num_classes"
         check_fields(self, counts, lambda value: value >= 1, "be at least 1")
+        blocks = "n_layer head_layers head_ada_ln"
+        check_fields(self, blocks, lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "dim head_dim", lambda value: value % HEAD_DIM == 0, f"be a multiple of {HEAD_DIM}")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
         check_fields(self, "time_shift", lambda value: math.isfinite(value) and value > 0, "be a positive number")
@@ -89,11 +100,13 @@ class BitDanceConfig:
             raise UserError(
                 f"head_layers={self.head_layers} is invalid: it must be a multiple of head_ada_ln={self.head_ada_ln}."
             )
-        if self.token_order not in TOKEN_ORDERS:
+        if self.token_order not in typing.get_args(TokenOrder):
             raise UserError(f"token_order={self.token_order!r} is invalid: it must be patch or standard.")
         if self.class_names and len(self.class_names) != self.num_classes:
             given = len(self.class_names)
             raise UserError(f"{given} class names for num_classes={self.num_classes}: give one per class or none.")
+        if (longest := max(map(len, self.class_names), default=0)) > MAX_NAME:
+            raise UserError(f"a class name has {longest} characters: shorten it to at most {MAX_NAME}.")
         self._check_parallel_num()
 
     def _check_parallel_num(self) -> None:

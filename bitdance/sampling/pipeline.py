@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.config import RELEASED_MODELS, SamplingDefaults
+from bitdance.config import RELEASED_MODELS, Precision, SamplingDefaults, Weights
 from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
@@ -26,11 +26,9 @@ from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
 from bitdance.weights import safetensors_files, weights_file
-from bitdance.weights.layout import Weights
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 BATCH_SIZE = 100
 """Images sampled at once by default."""
