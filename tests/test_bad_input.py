@@ -104,7 +104,7 @@ def test_classes_without_names(files, tmp_path, fails):
         (["--num-images", 4], "leave out either it or --per-class"),
         (["--labels", "random"], "--labels goes with --num-images"),
         (["--batch-size", 0], "--batch-size 0 is invalid: it must be at least 1"),
-        (["--seed", -1], "--seed -1 is invalid: it must be between 0 and 4294967295"),
+        (["--seed", -1], "--seed -1 is invalid: it must be an integer between 0 and 4294967295"),
         (["--seed", 2**32], "--seed 4294967296 is invalid"),
         (["--num-steps", 0], "--num-steps 0 is invalid: it must be at least 1"),
         (["--cfg-scale", -1], "--cfg-scale -1.0 is invalid"),
@@ -112,7 +112,8 @@ def test_classes_without_names(files, tmp_path, fails):
         (["--chunk-size", -1], "--chunk-size -1 is invalid"),
         (["--threads", 0], "--threads 0 is invalid: it must be at least 1"),
         (["--threads", -3], "--threads -3 is invalid"),
-        (["--device", "tpu"], "device 'tpu' cannot be used"),
+        (["--threads", 100_000], "--threads 100000 is invalid: it must be at least 1, at most 1024"),
+        (["--device", "tpu"], "device 'tpu' cannot be used (there is no such device): choose cpu, cuda, cuda:N or mps"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--weights", "ema"], "holds no EMA weights"),
     ],
@@ -288,7 +289,7 @@ def test_training_without_an_autoencoder(files, tmp_path, fails, script):
         (["--num-fid-samples", -4], "--num-fid-samples -4 is invalid"),
         (["--per-proc-batch-size", 0], "--per-proc-batch-size 0 is invalid"),
         (["--ckpt", "nowhere.pt"], "there is no model 'nowhere.pt'"),
-        (["--seed", -1], "--seed -1 is out of range"),
+        (["--seed", -1], "--seed -1 is invalid: it must be an integer between 0 and 4294967295"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint(files, tmp_path, fails, arguments, words):

@@ -86,10 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"bitdance {__version__}")
         return
     if name not in COMMANDS:
-        import difflib
+        from bitdance.runtime.errors import did_you_mean
 
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        advice = f"{did_you_mean(name, COMMANDS)}choose one of {', '.join(COMMANDS)}."
         print(f"bitdance: there is no command {name!r}: {advice}", file=sys.stderr)
         raise SystemExit(2)
     arguments.remove(name)

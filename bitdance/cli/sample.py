@@ -13,7 +13,7 @@ from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.options import ModelOptions, PrecisionOptions, Solver
 from bitdance.cli.parsing import Positional, parse
 from bitdance.metrics.evaluation_config import EvaluationConfig
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.errors import UserError, check_fields, check_seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,7 +138,7 @@ def _check(command: Sample) -> None:
     check_fields(results, "seeds", lambda value: value >= 1, "be at least 1")
     check_fields(command.how, "batch_size", lambda value: value >= 1, "be at least 1")
     check_fields(command.how, "chunk_size", lambda value: value >= 0, "be at least 0")
-    check_fields(what, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
+    check_seed(what.seed)
     if what.num_images is None:
         for name, is_given in (
             ("npz", results.npz),

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitdance.runtime import devices
-from bitdance.runtime.errors import Interrupted, UserError
+from bitdance.runtime.errors import Interrupted, UserError, first_line
 from bitdance.runtime.peer_monitor import PeerMonitor, state_key
+from bitdance.runtime.run_folder import MAX_THREADS
 
 T = TypeVar("T")
 
@@ -152,8 +153,8 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         UserError: the device cannot be used, `threads` is not positive, the variables of the environment that torchrun
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"threads={threads} is invalid: it must be at least 1.")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:  # too many end the process with SIGSEGV
+        raise UserError(f"threads={threads} is invalid: it must be at least 1, at most {MAX_THREADS}.")
     rank, size, local_rank, local_size = _read_environment()
     world = World(rank, size, devices.choose_device(device, local_rank))
     on_gpu = world.device.type == "cuda"
@@ -195,7 +196,7 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         yield world
     except BaseException as error:
         if not isinstance(error, Interrupted):  # which all processes raise after the same step
-            failure = _first_line(error)
+            failure = first_line(error)
         raise
     finally:
         monitor.leave(failure)
@@ -271,7 +272,7 @@ def _user_errors(problem: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{problem} ({_first_line(error)}): {advice}.") from error
+        raise UserError(f"{problem} ({first_line(error)}): {advice}.") from error
 
 
 def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
@@ -279,7 +280,3 @@ def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
         f"process {rank} lost the connection to another process",
         "see the messages of the others, then run the same command again",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120].rstrip(". ") or type(error).__name__

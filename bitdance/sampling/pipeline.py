@@ -181,8 +181,6 @@ class Pipeline:
             UserError: a setting is out of range.
         """
         chunk_size = self.defaults.chunk_size if chunk_size is None else chunk_size
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed} is out of range: it must be an integer between 0 and {2**32 - 1}.")
         if chunk_size < 0:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
         try:

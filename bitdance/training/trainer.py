@@ -31,7 +31,7 @@ from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusiv
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
-from bitdance.training.checkpointing import Checkpointer, list_checkpoints, read_newest
+from bitdance.training.checkpointing import Checkpointer, read_newest
 from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
@@ -42,6 +42,7 @@ from bitdance.training.preemption import PreemptionHandler
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.layout import WeightsFile
+from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
 PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
