@@ -116,6 +116,8 @@ def test_classes_without_names(files, tmp_path, fails):
         (["--device", "tpu"], "device 'tpu' cannot be used (there is no such device): choose cpu, cuda, cuda:N or mps"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--weights", "ema"], "holds no EMA weights"),
+        (["--output", "grid.png"], "--output grid.png is the name of a file: name a folder"),
+        (["--output", __file__], "it is a file; choose another place"),
     ],
 )
 def test_invalid_values_for_sampling(files, tmp_path, fails, arguments, words):
@@ -326,7 +328,9 @@ def test_a_folder_that_cannot_be_created(files, tmp_path, fails):
     inside = tmp_path / "file" / "out"
     words = f"cannot make the folder {inside}"
     assert words in fails("sample", *sampling(files, inside))
-    assert f"cannot make the folder {tmp_path / 'file'}: File exists" in fails("train", *training(files, inside))
+    assert f"cannot make the folder {tmp_path / 'file'}: it is a file; choose" in fails(
+        "train", *training(files, inside)
+    )
     job = ["--ckpt", files / "model.safetensors", "--sample-dir", inside]
     assert "cannot make the folder" in fails("sample_ddp.py", *job)
     assert "cannot make the folder" in fails("convert", files / "model.safetensors", inside / "model.safetensors")

@@ -439,6 +439,14 @@ def test_sampling_extracts_the_features_of_its_file(tmp_path, capsys, monkeypatc
     main([*arguments, "--seeds", "2"])
     printed = capsys.readouterr().out
     assert all(f"| {row} " in printed for row in ("seed 0", "seed 1", "mean", "std"))
+    assert (
+        len(list(tmp_path.glob("out/*-seeds-0-to-1-*.metrics.json")))
+        == 1
+        == len(list(tmp_path.glob("out/*-seed-*.metrics.json")))
+    )
+    with pytest.raises(SystemExit):
+        main([*arguments, "--seeds", "2", "--seed", str(2**32 - 1)])
+    assert "--seed 4294967296 is invalid" in capsys.readouterr().err
 
 
 def test_sampling_with_features_resumes(tmp_path, monkeypatch):
@@ -467,7 +475,7 @@ def test_sweep(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = small.save_pair(tmp_path)
     real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
-    options = "--num-images 6 --batch-size 6 --cfg-scales 1 3 --num-steps 2 --solvers euler heun --device cpu"
+    options = "--num-images 6 --batch-size 6 --cfg-scale 1 3 --num-steps 2 --solver euler heun --device cpu"
     arguments = f"sweep --model {path} --output out --reference {real} {options} --threads 1 --cache cache".split()
     main(arguments)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())

@@ -20,6 +20,9 @@ from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import ProgressLines
+from bitdance.sampling import pipeline as pipeline_module
+from bitdance.sampling import sampler
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
@@ -154,6 +157,45 @@ def test_a_call_that_fails_leaves_the_images_of_an_earlier_one(model, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["grid.png", "0000-dog.png", "samples.json"])
+def test_files_of_others_are_not_overwritten(model, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(Pipeline, "__call__", lambda *_, **__: pytest.fail("found only after sampling"))
+    (tmp_path / name).write_bytes(b"[" * 100_000)
+    with pytest.raises(SystemExit):
+        sample(model, tmp_path, "dog")
+    assert (
+        f"{tmp_path / name} is not of an earlier sampling: move it, or choose another --output."
+        in capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_record_cannot_name_other_files_for_removal(model, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "samples.json").write_text(json.dumps({"images": [{"file": "mine.txt"}]}))
+    assert (sample(model, tmp_path, "dog", "--per-class", 1) / "mine.txt").exists()
+
+
+def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(ProgressLines, "update", lambda bar, n: (setattr(bar, "n", bar.n + n), counts.append(bar.n)))
+    real = sampler.sample_tokens
+
+    def limited(network, labels, noise_fn, config, callback=None, denoise=None):
+        def stop(step, steps, tokens):
+            callback(step, steps, tokens)
+            if len(labels) > 2 and step == 8:
+                raise torch.OutOfMemoryError
+
+        return real(network, labels, noise_fn, config, stop, denoise)
+
+    monkeypatch.setattr(pipeline_module, "sample_tokens", limited)
+    sample(model, tmp_path / "out", "--per-class", 1)
+    assert counts[:8] == [3 * step for step in range(1, 9)] and counts[8:] == list(range(1, 17)) + [
+        16 + 2 * i for i in range(1, 17)
+    ]
+
+
 def test_guidance_and_steps_are_published_ones_for_a_released_file(model, tmp_path):
     released = tmp_path / "BitDance_B_16X.pt"  # what it holds does not matter here
     released.write_bytes(model.read_bytes())
@@ -231,9 +273,24 @@ def test_settings_of_the_pipeline_are_checked(model):
         ("cat", {"chunk_size": -1}, "chunk_size=-1"),
         ("cat", {"solver": "x"}, "solver='x'"),
         ("cat", {"output": "jpeg"}, "output='jpeg'"),
+        ("cat", {"callback": 3}, "callback=3 is no function"),
+        ("cat", {"batch_size": 2.5}, "batch_size=2.5"),
+        ("cat", {"chunk_size": "x"}, "chunk_size=x"),
+        (None, {}, "None is not a class"),
+        (3.5, {}, "3.5 is not a class"),
     ):
         with pytest.raises(UserError, match=words):
             pipe(classes, **settings)
+    assert repr(pipe) == "Pipeline('model-model', 16 px, 3 classes, float32 on cpu)"
+    assert repr(pipe.classes) == "ClassNames(3: cat, dog, sea lion)"
+    for name, settings, words in (
+        (3, {}, "model=3 is no name"),
+        ("demo", {"weights": "emma"}, "holds no weights 'emma'"),
+        ("demo", {"dtype": 3}, "precision=3 is unknown"),
+        ("demo", {"device": 3}, "device 3 cannot be used"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_pipeline(name, **settings)
     with pytest.raises(UserError, match="8 bits per token and the autoencoder 16"):
         Pipeline(small.model(), Autoencoder(dataclasses.replace(small.NETWORK, bits=16)))
 
@@ -543,6 +600,14 @@ def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, aver
         ]
     )
     assert capsys.readouterr().out.splitlines()[-1].startswith("autoencoder in float32, ")
+    if averaged:
+        for weights in ("model", "ema"):
+            (checkpoint,) = (tmp_path / "run").glob("checkpoint-*.safetensors")
+            for suffix in ("safetensors", "pt"):
+                target = tmp_path / f"{weights}.{suffix}"
+                main(["convert", str(checkpoint), str(target), "--weights", weights])
+                state, stored = weights_file.load_autoencoder(target).state_dict(), weights_file.read(checkpoint)
+                assert all(torch.equal(state[name], value) for name, value in stored.states[weights].items())
     a, b = (weights_file.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -68,7 +68,8 @@ def make_folder(path: pathlib.Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place.") from error
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise UserError(f"cannot make the folder {path}: {reason}; choose another place.") from error
 
 
 def rename(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -94,7 +95,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Writes a dictionary as readable JSON, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n")
 
 
 def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
@@ -105,12 +106,12 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
         advice: what the user can do if it cannot be read; the end of the error's sentence.
 
     Raises:
-        UserError: the file cannot be read, or holds no dictionary.
+        UserError: the file cannot be read, or holds no dictionary or an empty one.
     """
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no dictionary")
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it holds no settings")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
     return found

@@ -24,7 +24,7 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,4})?", name):
+        if not isinstance(name, str) or not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,4})?", name):
             raise RuntimeError("there is no such device")
         device = torch.device(name)
         if name == "cuda":

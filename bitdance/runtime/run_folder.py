@@ -158,15 +158,12 @@ def _update(folder: pathlib.Path, sections: Sections, stored: Mapping[str, Any])
 def read_settings(
     folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Returns the stored settings, empty for a new folder, after comparing them; arguments as of `check_settings`.
+    """Returns the stored settings after comparing them; arguments as of `check_settings`.
 
     Raises:
         UserError: the folder belongs to work with other settings, or its settings cannot be read.
     """
-    path = folder / SETTINGS
-    if not path.exists():
-        return {}
-    stored = read_json(path, f"restore it, or delete {folder} to start over")
+    stored = read_json(folder / SETTINGS, f"restore it, or delete {folder} to start over")
     if differences := "; ".join(compare(stored, sections, extensible=is_finished(stored))):
         reason = f"{folder} belongs to a run with other settings ({differences})"
         raise UserError(f"{reason}: use those settings, or another folder.")

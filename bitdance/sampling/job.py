@@ -34,7 +34,7 @@ from bitdance.metrics.feature_set import (
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
@@ -65,6 +65,10 @@ class JobConfig:
     seed: int = 0
     labels: str = "balanced"
     chunk_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_fields(self, "chunk_size", lambda value: value >= 0, "be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +200,20 @@ class SamplingJob:
             "networks": self.networks,
             "machine": Machine.of(world),
         }
+        nothing = JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
+        # The first process decides for all, since they may see a shared folder at different times.
+        if world.broadcast(not self._missing_results() and not self.run_folder.exists()):
+            if world.is_main:
+                self._check_finished([], sections)
+            return nothing  # without a lock, since the folder may be read-only
         with exclusive(self.run_folder, world), self._open_log(world) as log:
-            # The first process decides for all, since they may see a shared folder at different times.
             kinds = world.broadcast(self._missing_results())
             if world.is_main and len(kinds) < len(self.results):
                 self._check_finished(kinds, sections)
             if not kinds:
                 if world.is_main:
                     shutil.rmtree(self.run_folder, ignore_errors=True)  # left by a job killed in its last moment
-                return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
+                return nothing
             settings = check_settings(self.run_folder, sections, world, any(self.run_folder.glob("*.npz"))).settings
             Machine.apply(settings["machine"], world)
             missing = world.broadcast(self._missing_batches(kinds) if world.is_main else [])
@@ -239,8 +248,8 @@ class SamplingJob:
                 raise UserError(
                     f"{there}: sampled with other settings ({'; '.join(differences)}): use those, or another folder."
                 )
-        what = "nothing to do" if not missing else "all images are sampled again for the other results"
-        print(f"{there}: exists, {what}.", file=sys.stderr)
+        what = "complete, nothing to do" if not missing else "exists, all images are sampled again for other results"
+        print(f"{there}: {what}.", file=sys.stderr)
 
     def _missing_batches(self, kinds: list[str]) -> list[int]:
         """Returns the batches whose part lacks an array that the results need, undamaged and of the right shape."""
@@ -427,7 +436,9 @@ def _read_array(path: pathlib.Path, name: str, shape: tuple[int, ...] | None = N
 
 
 def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
-    """Prints a result as one line of JSON."""
+    """Prints a result as a sentence and as one line of JSON."""
+    files, rate = ", ".join(map(str, result.results.values())), result.sampled / max(result.seconds, 1e-9)
+    print(f"{result.sampled} images sampled in {result.seconds:.1f} s ({rate:.2f} images/s): {files}")
     facts = {
         "result": next(iter(result.results.values())),
         **dataclasses.asdict(result),

@@ -58,7 +58,8 @@ class WeightsFile:
         for name in candidates:
             if "model" in self.parts and self.states.get(name):
                 return name
-        raise self.lacks({"ema": "EMA weights", "model": "raw weights", None: "model"}[weights])
+        names = {"ema": "EMA weights", "model": "raw weights", None: "model"}
+        raise self.lacks(names.get(weights, f"weights {weights!r}"))
 
     def lacks(self, wanted: str) -> UserError:
         """Returns the error for something that the file does not have; it names what the file has."""
