@@ -195,40 +195,13 @@ MODEL_SIZES: dict[str, BitDanceConfig] = {"BitDance-B": _B, "BitDance-L": _L, "B
 """Sizes of the original's `--model`, and a tiny one to try a command with."""
 
 RELEASED_MODELS: dict[str, ReleasedModel] = {
-    "B-1X": ReleasedModel(
-        "BitDance_B_1X.pt", "BitDance-B", _B, SamplingDefaults(3.2, 100, 64), 384, 0.1, 242.37, 1.68, 297.1, 0.80, 0.62
-    ),
-    "B-4X": ReleasedModel(
-        "BitDance_B_4X.pt", "BitDance-B", _B4, SamplingDefaults(3.9, 100, 64), 384, 0.1, 260.10, 1.69, 291.2, 0.79, 0.63
-    ),
-    "B-16X": ReleasedModel(
-        "BitDance_B_16X.pt",
-        "BitDance-B",
-        _B16,
-        SamplingDefaults(6.1, 100, 64),
-        384,
-        0.1,
-        260.11,
-        1.91,
-        283.8,
-        0.78,
-        0.62,
-    ),
-    "L-1X": ReleasedModel(
-        "BitDance_L_1X.pt", "BitDance-L", _L, SamplingDefaults(4.0, 100, 48), 352, 0.05, 527.27, 1.31, 300.2, 0.80, 0.64
-    ),
-    "H-1X": ReleasedModel(
-        "BitDance_H_1X.pt",
-        "BitDance-H",
-        _H,
-        SamplingDefaults(4.55, 100, 32),
-        224,
-        0.05,
-        1007.96,
-        1.24,
-        304.4,
-        0.81,
-        0.64,
-    ),
+    name: ReleasedModel(f"BitDance_{name.replace('-', '_')}.pt", *row)  # type: ignore[arg-type]
+    for name, *row in (
+        ("B-1X", "BitDance-B", _B, SamplingDefaults(3.2, 100, 64), 384, 0.1, 242.37, 1.68, 297.1, 0.80, 0.62),
+        ("B-4X", "BitDance-B", _B4, SamplingDefaults(3.9, 100, 64), 384, 0.1, 260.10, 1.69, 291.2, 0.79, 0.63),
+        ("B-16X", "BitDance-B", _B16, SamplingDefaults(6.1, 100, 64), 384, 0.1, 260.11, 1.91, 283.8, 0.78, 0.62),
+        ("L-1X", "BitDance-L", _L, SamplingDefaults(4.0, 100, 48), 352, 0.05, 527.27, 1.31, 300.2, 0.80, 0.64),
+        ("H-1X", "BitDance-H", _H, SamplingDefaults(4.55, 100, 32), 224, 0.05, 1007.96, 1.24, 304.4, 0.81, 0.64),
+    )
 }
 """The released models by their names in the paper."""

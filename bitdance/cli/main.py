@@ -34,21 +34,8 @@ bitdance info runs/model
 """
 
 # Errors of the system that a user can fix: a path, permissions, space.
-_USER_ERRORS = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ENOTEMPTY,
-    errno.EFBIG,
-    errno.ELOOP,
-    getattr(errno, "EDQUOT", errno.ENOSPC),  # not on Windows
-}
+_NAMES = "ENOENT EACCES EPERM ENOSPC EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ENOTEMPTY EFBIG ELOOP EDQUOT"
+_USER_ERRORS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate")  # PyTorch's words, on a GPU and on a CPU
 
