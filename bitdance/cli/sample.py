@@ -14,7 +14,7 @@ from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
 from bitdance.config import CfgSchedule, Solver
 from bitdance.metrics.evaluation_config import EvaluationConfig
-from bitdance.runtime.errors import UserError, check_fields, check_seed
+from bitdance.runtime.errors import UserError, check_fields, check_seed, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,7 +210,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     settings |= {**dataclasses.asdict(config), "chunk_size": chunk_size, "per_class": per_class}
     _write(folder, images, {**settings, "images": entries}, earlier)
     classes = len(set(chosen))
-    print(f"{len(entries)} images of {classes} class{'es' * (classes > 1)}: {folder / GRID}")
+    print(one_line(f"{len(entries)} images of {classes} class{'es' * (classes > 1)}: {folder / GRID}"))
 
 
 def _write(folder: pathlib.Path, images: np.ndarray, record: dict[str, Any], earlier: set[str]) -> None:

@@ -253,27 +253,23 @@ class SamplingJob:
 
     def _missing_batches(self, kinds: list[str]) -> list[int]:
         """Returns the batches whose part lacks an array that the results need, undamaged and of the right shape."""
-
-        def is_complete(path: pathlib.Path, count: int) -> bool:
-            shapes = self._part_shapes(kinds, count)
-            return path.exists() and all(_read_array(path, name, shape) is not None for name, shape in shapes.items())
-
-        return [index for index, ids in enumerate(self.batches) if not is_complete(self.part(index), len(ids))]
+        return [index for index in range(len(self.batches)) if self._read(index, kinds) is None]
 
     def _needed_extractors(self, kinds: list[str]) -> list[FeatureExtractor]:
         return [extractor for extractor in self.extractors if f"{FEATURES}.{extractor.key}" in kinds]
 
-    def _part_shapes(self, kinds: list[str], count: int) -> dict[str, tuple[int, ...]]:
-        """Returns the arrays that a part of `count` images must have, and their shapes."""
-        size, config = self.pipeline.image_size, self.pipeline.model.config
-        shapes: dict[str, tuple[int, ...]] = {"halved": ()}
+    def _read(self, batch: int, kinds: list[str]) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of a part that these results need, or None if it is missing, damaged or incomplete."""
+        size, config, count = self.pipeline.image_size, self.pipeline.model.config, len(self.batches[batch])
+        shapes: dict[str, tuple[int, ...] | None] = {"halved": ()}
         if NPZ in kinds or PNGS in kinds:
             shapes["images"] = (count, size, size, 3)
         if BITS in kinds:
             shapes["bits"] = (count, config.num_tokens, config.bits // 8)
         for extractor in self._needed_extractors(kinds):
+            shapes |= {f"{extractor.key}.{name}": None for name in Features._fields[1:]}  # optional
             shapes |= {f"{extractor.key}.pool": (count, extractor.size), "extremes": (2,), "digests": (count, 32)}
-        return shapes
+        return _read_arrays(self.part(batch), shapes)
 
     def _sample_batches(self, kinds: list[str], world: World, missing: list[int], log: Callable[[str], None]) -> int:
         """Samples this process's share of the missing batches and returns the number of images.
@@ -281,12 +277,6 @@ class SamplingJob:
         A part is written while the next batch is sampled.
         """
         config, start, sampled = self.config, time.perf_counter(), 0
-        halved: list[str] = []
-
-        def report(line: str) -> None:
-            halved.append(line)
-            log(line)
-
         there = config.num_images - sum(len(self.batches[index]) for index in missing)
         with (
             progress_bar(config.num_images, "sampling", "images", there, disable=not world.is_main) as bar,
@@ -301,12 +291,14 @@ class SamplingJob:
                     # The last batch is padded, so that all batches are computed in the same shapes.
                     padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
                     classes = [int(self.labels[min(i, config.num_images - 1)]) for i in padded]
+                    halved: list[str] = []
                     pixels, bits = self.pipeline.generate(
-                        padded, classes, self.sampling, config.seed, config.chunk_size, report=report
+                        padded, classes, self.sampling, config.seed, config.chunk_size, report=halved.append
                     )
+                    for line in halved:
+                        log(line)
                     arrays = self._part_arrays(kinds, pixels[: len(ids)], bits[: len(ids)])
                     arrays["halved"] = np.array(bool(halved), np.uint8)
-                    halved.clear()
                     if writing is not None:
                         writing.result()  # raises what went wrong
                     writing = writer.submit(_write_part, self.part(batch), arrays)
@@ -331,13 +323,13 @@ class SamplingJob:
             arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
         return arrays
 
-    def _read_part(self, batch: int, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Reads an array of a part, which is removed if the array is missing, damaged or of another shape."""
-        array = _read_array(self.part(batch), name, shape)
-        if array is None:
+    def _read_part(self, batch: int, *kinds: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of a part that these results need; a damaged part is removed."""
+        arrays = self._read(batch, list(kinds))
+        if arrays is None:
             self.part(batch).unlink(missing_ok=True)
             raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
-        return array
+        return arrays
 
     def _write_results(self, kinds: list[str], settings: dict[str, Any]) -> None:
         """Writes the missing results from the parts.
@@ -345,15 +337,14 @@ class SamplingJob:
         Everything is written in the run folder first, where leftovers of killed processes are removed.
         """
 
-        def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
+        def read_all(kind: str, name: str) -> Iterator[tuple[range, np.ndarray]]:
             with progress_bar(len(self.batches), f"writing {name}", "batches") as bar:
                 for index, ids in enumerate(self.batches):
-                    yield ids, self._read_part(index, name, shapes[name] and (len(ids), *shapes[name][1:]))
+                    yield ids, self._read_part(index, kind)[name]
                     bar.update()
 
-        shapes = self._part_shapes(kinds, len(self.batches[0]))
         # The batches that did not fit into the memory of a GPU as a whole.
-        halved = [index for index in range(len(self.batches)) if self._read_part(index, "halved", ())]
+        halved = [index for index in range(len(self.batches)) if self._read_part(index)["halved"]]
         settings = {"format_version": FORMAT_VERSION, **settings, "halved_batches": halved}
         write_json(self.run_folder / "result.json", settings)
         _move(self.run_folder / "result.json", self.settings_file)
@@ -362,25 +353,24 @@ class SamplingJob:
             result, temporary = self.results[kind], self.run_folder / ("images" if kind == PNGS else "result.npz")
             if kind == PNGS:
                 shutil.rmtree(temporary, ignore_errors=True)
-                write_png_folder(temporary, read_all("images"), self.labels)
+                write_png_folder(temporary, read_all(kind, "images"), self.labels)
             elif kind in extractors:
-                write_feature_set(temporary, self._collect_features(extractors[kind]))
+                write_feature_set(temporary, self._collect_features(kind, extractors[kind]))
             else:
                 name = "images" if kind == NPZ else "bits"
-                shape = (self.config.num_images, *shapes[name][1:])
-                write_npz(temporary, (array for _, array in read_all(name)), shape, self.labels)
+                shape = (self.config.num_images, *self._read_part(0, kind)[name].shape[1:])
+                write_npz(temporary, (array for _, array in read_all(kind, name)), shape, self.labels)
             _move(temporary, result)
 
-    def _collect_features(self, extractor: FeatureExtractor) -> FeatureSet:
+    def _collect_features(self, kind: str, extractor: FeatureExtractor) -> FeatureSet:
         """Returns the features of all parts, as if they had been extracted from the file of the images."""
         collector, summaries = Collector(extractor, self.config.num_images), []
         for index, ids in enumerate(self.batches):
-            found = {name: _read_array(self.part(index), f"{extractor.key}.{name}") for name in Features._fields}
-            features = {name: array for name, array in found.items() if array is not None and len(array) == len(ids)}
-            collector.add(features)
-            low, high = self._read_part(index, "extremes", (2,)).tolist()
-            digests = self._read_part(index, "digests", (len(ids), 32))
-            summaries.append(PixelSummary(low, high, [row.tobytes() for row in digests]))
+            arrays = self._read_part(index, kind)
+            named = {name: arrays.get(f"{extractor.key}.{name}", np.array(0)) for name in Features._fields}
+            collector.add({name: array for name, array in named.items() if array.shape[:1] == (len(ids),)})
+            low, high = arrays["extremes"].tolist()
+            summaries.append(PixelSummary(low, high, [row.tobytes() for row in arrays["digests"]]))
         size, num_classes = self.pipeline.image_size, self.pipeline.model.config.num_classes
         about = {"source": str(self.path), "height": size, "width": size, "num_classes": num_classes}
         return collector.finish({**about, **describe_pixels(summaries, "uint8", self.labels)}, self.labels)
@@ -419,20 +409,26 @@ def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def _read_array(path: pathlib.Path, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
-    """Reads an array of a part; None if the part is missing or damaged, or the array has another shape.
+def _read_arrays(path: pathlib.Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, np.ndarray] | None:
+    """Reads arrays of a part, those of shape None if they are there; None if one is missing, damaged or of other shape.
 
     The checksums of the zip tell whether it is damaged.
     """
+    arrays = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.zip.infolist()):
                 return None  # not written by this project, and could expand to any size
-            array = file[name]
+            for name, shape in shapes.items():
+                if shape is None and name not in file:
+                    continue
+                array = file[name]  # bytes if it is no .npy
+                if array.dtype not in (np.uint8, np.float32) or shape not in (None, array.shape):
+                    return None
+                arrays[name] = array
     except Exception:  # a damaged zip raises almost anything
         return None
-    is_valid = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.float32)  # bytes if it is no .npy
-    return array if is_valid and shape in (None, array.shape) else None
+    return arrays
 
 
 def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
