@@ -59,7 +59,10 @@ def test_a_file_instead_of_a_folder(tmp_path, name):
 
 def test_a_folder_instead_of_the_file(tmp_path):
     (tmp_path / "taken").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*taken"), atomic_write(tmp_path / "taken") as temporary:
+    with (
+        pytest.raises(UserError, match=r"cannot write .*taken: Is a directory; delete it\."),
+        atomic_write(tmp_path / "taken") as temporary,
+    ):
         temporary.write_text("new")
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 

@@ -273,6 +273,17 @@ def test_a_disk_that_fills_up_while_pngs_are_written_is_named(pipeline, tmp_path
     assert len(list(run(job).glob("*.png"))) == 4
 
 
+def test_folders_in_place_of_files_of_a_job_are_to_be_deleted(pipeline, tmp_path):
+    job = make(pipeline, tmp_path, 4, 2)
+    run_share(job, 1, 2)
+    for path in (job.run_folder.with_name(f"{job.run_folder.name}.lock"), job.part(0)):
+        path.mkdir()
+        with pytest.raises(UserError, match=f"cannot write {path}: Is a directory; delete it."):
+            job.run(SINGLE)
+        path.rmdir()
+    run(job)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])
 def test_a_damaged_result_is_not_taken_for_a_finished_one(pipeline, tmp_path, content):
     """Nor is half of one, or a folder of its name."""

@@ -22,6 +22,8 @@ from bitdance.runtime.errors import UserError
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+_ADVICE = {errno.EROFS: "choose another place", errno.EISDIR: "delete it"}
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
@@ -43,9 +45,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         rename(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary), str(path.parent)):
-            reason = error.strerror or error
-            advice = "free some space or choose another place" if error.errno != errno.EROFS else "choose another place"
-            raise UserError(f"cannot write {path}: {reason}; {advice}.") from error
+            advice = _ADVICE.get(error.errno or 0, "free some space or choose another place")
+            raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}.") from error
         raise
     finally:
         with contextlib.suppress(OSError):  # an error on the way here says more
@@ -113,7 +114,8 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
         if not isinstance(found, dict) or not found:
             raise ValueError("it holds no settings")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): {advice}.") from None
     return found
 
 
@@ -148,7 +150,8 @@ def _open_locked(path: pathlib.Path) -> BinaryIO | None:
     try:
         file = open(path, "ab", buffering=0)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+        advice = _ADVICE.get(error.errno or 0, "choose another folder")
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}.") from error
     # If the other process has renamed or removed the file meanwhile, a lock on it has no effect.
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         _lock(file)

@@ -154,7 +154,8 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
     if threads is not None and not 1 <= threads <= MAX_THREADS:  # too many end the process with SIGSEGV
-        raise UserError(f"threads={threads} is invalid: it must be at least 1, at most {MAX_THREADS}.")
+        rule = "at least 1" if threads < 1 else f"at most {MAX_THREADS}"
+        raise UserError(f"threads={threads} is invalid: it must be {rule}.")
     rank, size, local_rank, local_size = _read_environment()
     world = World(rank, size, devices.choose_device(device, local_rank))
     on_gpu = world.device.type == "cuda"
@@ -172,7 +173,9 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
     )
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    note = threading.Timer(NOTE_AFTER, _print_waiting, [f"process {rank} waits for the other processes at {address}"])
+    minutes = f"for up to {JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes"
+    waits = f"bitdance: process {rank} waits for the other processes at {address}, {minutes}."
+    note = threading.Timer(NOTE_AFTER, print, [waits], {"file": sys.stderr, "flush": True})
     note.start()
     try:
         with _user_errors(*cannot_join):
@@ -202,10 +205,6 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         monitor.leave(failure)
         if not failure:  # with NCCL it could wait for processes that have ended
             dist.destroy_process_group()
-
-
-def _print_waiting(text: str) -> None:
-    print(f"bitdance: {text}, for up to {JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes.", file=sys.stderr, flush=True)
 
 
 def _read_environment() -> tuple[int, int, int, int]:

@@ -56,7 +56,7 @@ class JobConfig:
         num_images: N.
         batch_size: images per batch.
         seed: 0 <= seed < 2**32.
-        labels: how the classes are chosen, one of `bitdance.sampling.labels.LABELS`.
+        labels: how the classes are chosen, see `bitdance.sampling.labels.make_labels`.
         chunk_size: images decoded at once, 0 for a whole batch.
     """
 

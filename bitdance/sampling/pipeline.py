@@ -30,9 +30,6 @@ from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
 
-BATCH_SIZE = 100
-"""Images sampled at once by default."""
-
 
 class SampleBatch(NamedTuple):
     """A batch of samples.
@@ -111,7 +108,7 @@ class Pipeline:
         cfg_schedule: str = "linear",
         share_first: bool = False,
         solver: str = "euler-maruyama",
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = 100,
         chunk_size: int | None = None,
         output: Output = "pil",
         callback: StepCallback | None = None,
