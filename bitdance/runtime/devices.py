@@ -10,6 +10,9 @@ import torch
 
 from bitdance.runtime.errors import UserError, first_line
 
+MAX_THREADS = 1024
+"""CPU threads of a process; too many end it with SIGSEGV."""
+
 
 def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """Returns the device of that name, by default a GPU if there is one.

@@ -20,7 +20,6 @@ from torch import Tensor
 from bitdance.runtime import devices
 from bitdance.runtime.errors import Interrupted, UserError, first_line
 from bitdance.runtime.peer_monitor import PeerMonitor, state_key
-from bitdance.runtime.run_folder import MAX_THREADS
 
 T = TypeVar("T")
 
@@ -153,8 +152,8 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         UserError: the device cannot be used, `threads` is not positive, the variables of the environment that torchrun
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:  # too many end the process with SIGSEGV
-        rule = "at least 1" if threads < 1 else f"at most {MAX_THREADS}"
+    if threads is not None and not 1 <= threads <= devices.MAX_THREADS:
+        rule = "at least 1" if threads < 1 else f"at most {devices.MAX_THREADS}"
         raise UserError(f"threads={threads} is invalid: it must be {rule}.")
     rank, size, local_rank, local_size = _read_environment()
     world = World(rank, size, devices.choose_device(device, local_rank))

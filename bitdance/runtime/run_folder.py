@@ -29,7 +29,6 @@ SETTINGS = "settings.json"
 FORMAT_VERSION = 2
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for another process to release the lock."""
-MAX_THREADS = 1024
 
 FREE: dict[str, str] = {"resume": "free"}
 STORED: dict[str, str] = {"resume": "stored"}
@@ -66,6 +65,8 @@ class Machine:
             UserError: it is not a number of threads.
         """
         import torch
+
+        from bitdance.runtime.devices import MAX_THREADS
 
         threads = stored["threads"]
         if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
