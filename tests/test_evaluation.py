@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -246,7 +247,7 @@ def test_features_do_not_depend_on_the_number_of_processes(tmp_path, processes):
 def test_the_digest_is_of_pixels_and_labels_in_any_format(tmp_path):
     images = pixels(5)
     digests = [content_digest(open_source(save(tmp_path / "a.npz", images)))]
-    digests.append(content_digest(open_source(save_images(tmp_path / "flat", images)), batch_size=2))
+    digests.append(content_digest(open_source(save_images(tmp_path / "flat", images))))
     assert digests[0] == digests[1]
     others = [images[::-1], images.astype(np.float32), images[:4]]
     digests += [content_digest(open_source(save(tmp_path / "b.npz", other))) for other in others]
@@ -537,3 +538,45 @@ def test_report_and_table():
         "| mean | 2.000 |           |          |",
         "| std  | 1.414 |           |          |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "words"),
+    [
+        (zipfile.ZIP_BZIP2, 1000, "compressed in another way"),
+        (zipfile.ZIP_LZMA, 1000, "compressed in another way"),
+        (zipfile.ZIP_DEFLATED, 2 << 28, "expands to too many"),
+    ],
+)
+@pytest.mark.parametrize("name", ["arr_0", "about", "sigma"])
+def test_arrays_that_expand_to_gigabytes_are_not_expanded(tmp_path, how, size, words, name):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", how) as archive:
+        with archive.open(f"{name}.npy", "w") as file:
+            shape = (size // 768, 16, 16, 3) if name == "arr_0" else (size,)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for _ in range(size // 1000):
+                file.write(bytes(1000))
+        archive.writestr("mu.npy" if name == "sigma" else "x", b"")
+    for read in (read_feature_set, open_source):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path / "a.npz")
+
+
+ODD = [None, [], {}, "\x1b[31m", "x" * 5000, -1, 10**100, True]
+
+
+@pytest.mark.parametrize("field", ["count", "height", "num_classes", "extractor", "extractor_digest", "type", "source"])
+def test_stored_features_with_odd_descriptions(tmp_path, capsys, monkeypatch, field):
+    found = extract(tmp_path / "images.npz", pixels(9), np.arange(9))
+    for value in ODD:
+        features = dataclasses.replace(found, about={**found.about, field: value})
+        write_feature_set(tmp_path / "f.npz", features)
+        for arguments in (("f.npz", "--reference", "none"), ("images.npz", "--reference", "f.npz")):
+            monkeypatch.chdir(tmp_path)
+            with contextlib.suppress(SystemExit):
+                run(tmp_path, *arguments)
+            assert "\x1b" not in (output := capsys.readouterr().err) and "x" * 300 not in output
+    nested = np.frombuffer(b"[" * 200_000, np.uint8)
+    np.savez(tmp_path / "f.npz", about=nested, pool=found.pool)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_feature_set(tmp_path / "f.npz")

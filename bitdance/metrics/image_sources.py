@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import contextlib
 import json
 import math
 import os
 import pathlib
-import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +20,7 @@ from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import is_image, read_image
 from bitdance.data.image_dataset import ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
+from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
 from bitdance.runtime.errors import UserError
 
 LABELS_FILE = "labels.json"
@@ -87,71 +85,40 @@ def open_source(
     return ImageFileSource(path, image_size, split, limit)
 
 
-@contextlib.contextmanager
-def npz_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns any error from reading an `.npz` file into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive can raise any error of zipfile, zlib and NumPy
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise UserError(f"{path} cannot be read as an .npz file ({reason}): create or download it again.") from error
-
-
 class NpzSource(ImageSource):
     """Images in an `.npz` file, compressed or not, read as a stream."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        with npz_errors(path), zipfile.ZipFile(path) as archive:
-            headers = {name: _read_header(archive, name) for name in archive.namelist() if name.endswith(".npy")}
-            images = {"arr_0.npy"} & headers.keys() or {name for name in headers if len(headers[name][0]) == 4}
+        with open_npz(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            headers = {name: read_header(archive, name) for name in names}
+            images = {"arr_0"} & headers.keys() or {name for name in headers if len(headers[name].shape) == 4}
             if len(images) != 1:
                 raise UserError(
                     f"{path} holds no arr_0 ({len(headers)} arrays, {len(images)} of four dimensions): expected images "
                     "of shape (N, H, W, 3) under that name."
                 )
-            self._member = images.pop()
-            shape, self.dtype, is_fortran, self._start = headers[self._member]
+            name = images.pop()
+            shape, self.dtype, is_fortran, self._start = headers[name]
             if len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or self.dtype.kind not in "uif":
                 raise UserError(f"{path} holds {self.dtype} of shape {shape}: expected numbers of shape (N, H, W, 3).")
             if is_fortran:
                 raise UserError(f"{path} holds an array in Fortran order: save it in C order.")
-            self.shape = shape
+            self.shape, self._member = shape, f"{name}.npy"
             self._image_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-            if archive.getinfo(self._member).file_size != self._start + len(self) * self._image_bytes:
-                raise UserError(f"{path}: {self._member} is truncated: create or download it again.")
-            if self._member == "arr_0.npy" and "arr_1.npy" in headers:
-                self.labels = self._read_labels(archive, headers["arr_1.npy"])
-
-    def _read_labels(self, archive: zipfile.ZipFile, header: tuple[Any, ...]) -> np.ndarray:
-        shape, dtype, _, start = header
-        if shape != (len(self),) or dtype.kind not in "iu":
-            raise UserError(f"{self.path}: arr_1 is {dtype} of shape {shape}: expected {len(self)} integer labels.")
-        with archive.open("arr_1.npy") as file:
-            data = file.read(start + len(self) * dtype.itemsize)
-        labels = np.frombuffer(data, dtype, len(self), start).astype(np.int64)
-        if labels.min() < 0:
-            raise UserError(f"{self.path}: arr_1 holds the label {labels.min()}: labels start at 0.")
-        return labels
+            labels = read_array(archive, "arr_1") if name == "arr_0" else None
+            if labels is not None:
+                self.labels = check_labels(labels, len(self), f"{path}: arr_1")
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self._member) as file:
+        with open_npz(self.path) as archive, archive.open(self._member) as file:
             file.read(self._start)  # a seek would end the comparison with the checksum
             for block in range(rank, -(-len(self) // size), ranks):
                 first, count = block * size, min(size, len(self) - block * size)
                 file.seek(self._start + first * self._image_bytes)
                 pixels = np.frombuffer(file.read(count * self._image_bytes), self.dtype)
                 yield block, pixels.reshape(count, *self.shape[1:])
-
-
-def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool, int]:
-    """Returns shape and dtype of an array, whether it is in Fortran order, and the offset of its data in the member."""
-    formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with archive.open(name) as file:
-        shape, is_fortran, dtype = formats[np.lib.format.read_magic(file)](file)
-        return shape, dtype, is_fortran and len(shape) > 1, file.tell()
 
 
 class ImageFileSource(ImageSource):
@@ -200,9 +167,6 @@ class ImageFileSource(ImageSource):
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:
     try:
-        labels = np.array(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it to evaluate the images without it.") from None
-    if labels.shape != (count,) or labels.dtype.kind != "i" or labels.min() < 0:
-        raise UserError(f"{path} does not hold a label for each of the {count} images beside it: delete it.")
-    return labels.astype(np.int64)
+        return check_labels(np.array(json.loads(path.read_text())), count, str(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be used ({error}): delete it to evaluate the images without it.") from None
