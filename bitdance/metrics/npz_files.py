@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitdance.data.decoding import check_zip
 from bitdance.runtime.errors import UserError
 
 MAX_ARRAYS = 1000
-MAX_RATIO, MAX_BYTES = 32, 1 << 28
-"""A file may expand to 32 times its size, or to 256 MB if that is more; images expand to a few times theirs."""
 MAX_CLASSES = 1 << 20
 
 
@@ -37,12 +36,9 @@ def open_npz(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
-                raise UserError(f"{path} is compressed in another way than NumPy's: save it with numpy.savez.")
-            limit = max(MAX_RATIO * path.stat().st_size, MAX_BYTES)
-            if len(members) > MAX_ARRAYS or sum(member.file_size for member in members) > limit:
-                raise UserError(f"{path} expands to too many arrays or bytes: save it with numpy.savez.")
+            check_zip(archive)
+            if len(archive.namelist()) > MAX_ARRAYS:
+                raise UserError(f"{path} holds more than {MAX_ARRAYS} arrays: save only the images.")
             yield archive
     except UserError:
         raise
