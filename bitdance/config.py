@@ -15,6 +15,9 @@ from bitdance.runtime.errors import UserError, check_fields
 HEAD_DIM = 64
 """Channels of an attention head, in every released model."""
 
+Split = Literal["train", "test"]
+"""Of CIFAR-10."""
+
 TokenOrder = Literal["patch", "standard"]
 TOKEN_ORDERS: tuple[TokenOrder, ...] = ("patch", "standard")
 
@@ -43,6 +46,17 @@ class AutoencoderConfig:
     def down_size(self) -> int:
         """Downsampling factor: the side of a token in pixels."""
         return 2 ** (len(self.widths) - 1)
+
+    def grid(self, image_size: int) -> int:
+        """Returns the side of the token grid of an image of this size.
+
+        Raises:
+            UserError: `image_size` is not a multiple of `down_size`.
+        """
+        if image_size % self.down_size:
+            rule = f"it must be a multiple of {self.down_size}, of the autoencoder"
+            raise UserError(f"image_size={image_size} is invalid: {rule}.")
+        return image_size // self.down_size
 
 
 @dataclasses.dataclass(frozen=True)

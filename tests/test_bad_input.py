@@ -225,11 +225,18 @@ def test_an_unreadable_image_is_named(files, tmp_path, fails):
     assert "--max-bad-images 0" in message and f"cannot read the image {bad}: " in message
     assert message.endswith("repair or remove it.")
     fixed = ["--autoencoder", files / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
-    assert str(bad) in fails("reconstruct", "--data-path", data, *fixed)
+    assert str(bad) in fails("reconstruct", "--data-path", data, *fixed, "--max-bad-images", 0)
 
 
-@pytest.mark.parametrize("command", ["train", "train-autoencoder", "reconstruct", "train.py"])
-@pytest.mark.parametrize("kind", ["empty", "no folder", "flat", "text", "empty class"])
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (command, kind)
+        for command in ("train", "train-autoencoder", "reconstruct", "train.py")
+        for kind in ("empty", "no folder", "flat", "text", "empty class")
+        if (command, kind) != ("reconstruct", "flat")  # it takes such a folder
+    ],
+)
 def test_paths_without_images(files, tmp_path, fails, command, kind):
     data = tmp_path / "data"
     words = {
@@ -260,7 +267,7 @@ def test_paths_without_images(files, tmp_path, fails, command, kind):
 
 def test_a_folder_without_samples(files, tmp_path, fails):
     message = fails("nearest", tmp_path, "--data-path", files / "pictures", "--output", tmp_path / "out")
-    assert "holds no samples.json with its images" in message
+    assert f"no images in {tmp_path}" in message
 
 
 # ------------------------------------------------------------ launchers

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any, Literal
 
+from bitdance.config import Split
 from bitdance.runtime.errors import check_fields
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -80,7 +81,7 @@ class DataOptions:
     """
 
     data_path: pathlib.Path
-    split: Literal["train", "test"] = "train"
+    split: Split = "train"
     image_size: int | None = None
     limit: int | None = None
 

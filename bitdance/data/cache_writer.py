@@ -86,16 +86,11 @@ class CacheWriter:
 
     def __post_init__(self) -> None:
         config, network, count = self.config, self.autoencoder.config, len(self.images)
-        if config.image_size % network.down_size:
-            raise UserError(
-                f"image_size={config.image_size} is invalid: it must be a multiple of {network.down_size}, of the "
-                "autoencoder."
-            )
         self._info = TokenCacheInfo(
             autoencoder=self.digest,
             precision=str(next(self.autoencoder.parameters()).dtype).removeprefix("torch."),
             image_size=config.image_size,
-            grid=config.image_size // network.down_size,
+            grid=network.grid(config.image_size),
             bits=network.bits,
             crops=config.crops,
             flips=config.flips,

@@ -19,6 +19,9 @@ FORMATS = (
     "the folder that one of them unpacks to)"
 )
 
+LABELS_FILE = "labels.json"
+"""In a folder of image files: their labels, in the order of the file names."""
+
 
 class ImageDataset(abc.ABC):
     """Labelled images in a fixed order. A data set can be pickled, and read from several threads and processes.

@@ -15,16 +15,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bitdance.data.cifar10 import Split
+from bitdance.config import Split
+from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import is_image, read_image
-from bitdance.data.image_dataset import ImageDataset, evenly_spaced
+from bitdance.data.image_dataset import LABELS_FILE, ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
 from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
 from bitdance.runtime.errors import UserError
 
-LABELS_FILE = "labels.json"
-"""In a folder of image files: their labels, in the order of the file names."""
 READERS = 4
 
 
@@ -122,47 +121,86 @@ class NpzSource(ImageSource):
 
 
 class ImageFileSource(ImageSource):
-    """Image files in a folder, with or without class folders, or in any data set that training reads."""
+    """An image file, a folder of them with or without class folders, or any data set that training reads.
+
+    Args:
+        path, image_size, split, limit: as of `open_source`.
+        bad_images: positions of images that cannot be read, which are left out of the blocks; without it an error.
+    """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, path: pathlib.Path, image_size: int | None, split: Split, limit: int | None) -> None:
-        self.path, self._image_size = path, image_size
+    def __init__(
+        self,
+        path: pathlib.Path,
+        image_size: int | None = None,
+        split: Split = "train",
+        limit: int | None = None,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.path, self._bad_images = path, bad_images
         for name, value in (("image_size", image_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
         flat = sorted(file for file in path.glob("[!.]*") if is_image(file.name) and file.is_file())
         if (path / "samples.json").exists():  # a folder of `bitdance sample`, with the grid of its images
             flat = [file for file in flat if file.name != "grid.png"]
+        if flat and any(is_image(file.name) for file in path.glob("[!.]*/[!.]*")):
+            raise UserError(f"{path} holds {flat[0].name} and folders of images: leave one of the two there.")
+        if is_image(path.name) and path.is_file():
+            flat = [path]
         self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)
         self._order = evenly_spaced(len(self._images), limit)
         if isinstance(self._images, ImageDataset):
             self.labels, self.num_classes = self._images.labels[self._order], len(self._images.classes)
         elif (path / LABELS_FILE).exists():
             self.labels = _read_labels_file(path / LABELS_FILE, len(flat))[self._order]
-        height, width, _ = self._read(0).shape
-        self.shape = (len(self._order), height, width, 3)
+        self.crop(image_size)
+        first = next((image for i in range(len(self._order)) if (image := self._try_read(i)) is not None), None)
+        if first is None:
+            raise UserError(f"none of the images of {path} can be read: repair them.")
+        self.shape = (len(self._order), *first.shape)
 
-    def _read(self, position: int) -> np.ndarray:
+    def crop(self, image_size: int | None) -> None:
+        """Scales and crops the images that are read from now on to squares of this size; None for their own size."""
+        self._image_size = image_size
+        self.shape = (len(self._order), image_size or 0, image_size or 0, 3)
+
+    def read(self, position: int) -> np.ndarray:
+        """Reads an image, (H, W, 3) uint8.
+
+        Raises:
+            UserError: it cannot be read, or has another size than the first one.
+        """
         index = int(self._order[position])
         if isinstance(self._images, ImageDataset):
             image, name = self._images.read(index), self._images.name(index)
         else:
             image, name = read_image(self._images[index]), self._images[index].name
         if self._image_size is not None:
-            return to_array(center_crop(image, self._image_size))
-        if position > 0 and image.size != (self.shape[2], self.shape[1]):
+            image = center_crop(image, self._image_size)
+        elif self.shape[1] and image.size != (self.shape[2], self.shape[1]):
             raise UserError(
                 f"{name} in {self.path} has {image.size[0]} x {image.size[1]} pixels, the first image "
                 f"{self.shape[2]} x {self.shape[1]}: crop all to one size with `image_size`."
             )
         return to_array(image)
 
+    def _try_read(self, position: int) -> np.ndarray | None:
+        try:
+            return self.read(position)
+        except UserError as error:
+            if self._bad_images is None:
+                raise
+            self._bad_images.add(position, error)
+            return None
+
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             for block in range(rank, -(-len(self) // size), ranks):
                 positions = range(block * size, min((block + 1) * size, len(self)))
-                yield block, np.stack(list(pool.map(self._read, positions)))
+                found = [image for image in pool.map(self._try_read, positions) if image is not None]
+                yield block, np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
 
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:

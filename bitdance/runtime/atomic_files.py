@@ -92,9 +92,9 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Writes a dictionary as readable JSON, atomically."""
+    """Writes a dictionary as readable JSON, atomically; what is not JSON, such as a path, as a string."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(settings, indent=1, default=str) + "\n")
 
 
 def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bitdance.data.image_dataset import LABELS_FILE
 from bitdance.metrics.feature_set import (
     Collector,
     FeatureSet,
@@ -32,7 +33,6 @@ from bitdance.metrics.feature_set import (
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, Features
-from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
