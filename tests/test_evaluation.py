@@ -130,6 +130,13 @@ def test_folders_of_images(tmp_path):
     source = open_source(small.pictures(tmp_path / "classes"))
     assert (len(source), source.num_classes, source.shape[1]) == (12, 3, 16)
     assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    Image.fromarray(images[0]).save(tmp_path / "classes" / "stray.png")
+    with pytest.raises(UserError, match="and folders of images: leave one of the two"):
+        open_source(tmp_path / "classes")
+    for text in ("[" * 200_000, "{}", "[1e999]", "[1, 2, 3, 4, 5, 99999999]", "[[]]"):
+        (folder / "labels.json").write_text(text)
+        with pytest.raises(UserError, match=r"labels\.json"):
+            open_source(folder, image_size=4)
 
 
 @pytest.mark.parametrize(
