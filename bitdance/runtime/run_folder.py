@@ -31,9 +31,6 @@ LOCK_TIMEOUT = 5.0
 """Seconds to wait for another process to release the lock."""
 MAX_THREADS = 1024
 
-IMAGES = {"difference": "images were added or removed: there were {old}, now there are {new}, and the same are needed"}
-NAMES = {"difference": "the images or their names are others"}
-"""Metadata of fields with the number and the digest of images: what is said if they differ, in place of the values."""
 FREE: dict[str, str] = {"resume": "free"}
 STORED: dict[str, str] = {"resume": "stored"}
 EXTEND: dict[str, str] = {"resume": "extend"}
@@ -194,8 +191,7 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
             continue
         if rule == "extend" and extensible and isinstance(old, int) and isinstance(new, int) and new > old:
             continue
-        sentence = field.metadata.get("difference", f"{name}.{field.name} was {{old}}, is {{new}}")
-        differences.append(sentence.format(old=printable(str(old)), new=new))
+        differences.append(f"{name}.{field.name} was {printable(str(old))}, is {new}")
     for name, section in sections.items():
         found = stored.get(name, {})
         known = {field.name for field in dataclasses.fields(section)}

@@ -27,7 +27,7 @@ from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
-from bitdance.runtime.run_folder import FREE, IMAGES, NAMES, SETTINGS, check_settings, exclusive, read_settings
+from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
@@ -80,8 +80,8 @@ class DataInfo:
         autoencoder: of a model, the digest of the autoencoder's tensors.
     """
 
-    images: int = dataclasses.field(metadata=IMAGES)
-    digest: str = dataclasses.field(metadata=NAMES)
+    images: int
+    digest: str
     autoencoder: str | None = None
 
 
