@@ -37,7 +37,7 @@ from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, 
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
-from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
+from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive, format_differences
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
@@ -235,10 +235,8 @@ class SamplingJob:
         there = ", ".join(str(path) for kind, path in self.results.items() if kind not in missing)
         if self.settings_file.exists():
             stored = read_json(self.settings_file, f"delete it to take {there} as it is")
-            if differences := compare(stored, sections):
-                raise UserError(
-                    f"{there}: sampled with other settings ({'; '.join(differences)}): use those, or another folder."
-                )
+            if differences := format_differences(compare(stored, sections)):
+                raise UserError(f"{there}: sampled with other settings ({differences}): use those, or another folder.")
         what = "nothing to do" if not missing else "all images are sampled again for the other results"
         print(f"{there}: exists, {what}.", file=sys.stderr)
 
