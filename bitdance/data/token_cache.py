@@ -28,7 +28,7 @@ from torch import Tensor
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.atomic_files import read_json
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.run_folder import FREE, IMAGES, NAMES, SETTINGS
+from bitdance.runtime.run_folder import FREE, SETTINGS
 from bitdance.weights import safetensors_files
 
 MANIFEST = "token_cache.json"
@@ -68,8 +68,8 @@ class TokenCacheInfo:
     crops: int
     flips: bool
     seed: int
-    images: int = dataclasses.field(metadata=IMAGES)
-    names: str = dataclasses.field(metadata=NAMES)
+    images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
+    names: str = dataclasses.field(metadata={"difference": "the names of the images are others"})
     classes: tuple[str, ...] = dataclasses.field(metadata=FREE)  # the names of the images begin with them
 
     def __post_init__(self) -> None:
