@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import hashlib
+import os
 import pathlib
 from collections.abc import Collection
 
@@ -38,6 +40,14 @@ class ImageDataset(abc.ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the images' names in their order, which identifies the data set and its classes."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.name(index)) + b"\n")
+        return digest.hexdigest()
 
     @abc.abstractmethod
     def read(self, index: int) -> Image.Image:

@@ -173,14 +173,6 @@ def is_token_cache(path: pathlib.Path) -> bool:
         return False
 
 
-def names_digest(images: ImageDataset) -> str:
-    """Returns the SHA-256 of the images' names in their order, which identifies a data set and its classes."""
-    digest = hashlib.sha256()
-    for index in range(len(images)):
-        digest.update(os.fsencode(images.name(index)) + b"\n")
-    return digest.hexdigest()
-
-
 def write_shard(
     path: pathlib.Path, info: TokenCacheInfo, images: ImageDataset, covered: range, kept: list[int], bits: Tensor
 ) -> Shard:

@@ -92,7 +92,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Writes a dictionary as readable JSON, atomically; what is not JSON, such as a path, as a string."""
+    """Writes a dictionary as readable JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1, default=str) + "\n")
 

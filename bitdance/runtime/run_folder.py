@@ -197,7 +197,7 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
         extensible: whether fields marked "extend" may be larger.
     """
     differences = []
-    for name, field, old, new in _fields(stored, sections):
+    for _, field, old, new in _fields(stored, sections):
         rule = field.metadata.get("resume")
         if rule in ("free", "stored") or old == new:
             continue
