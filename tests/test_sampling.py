@@ -488,6 +488,11 @@ def test_nearest_streams_an_npz_and_skips_bad_images(model, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*arguments, *wrong])
         assert words in capsys.readouterr().err
+    (tmp_path / "bad" / "a").mkdir(parents=True)
+    (tmp_path / "bad" / "a" / "x.png").write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--data-path", str(tmp_path / "bad")])
+    assert "none of the images of" in capsys.readouterr().err
     np.savez(tmp_path / "samples.npz", np.zeros((2, 8, 16, 3), np.uint8))
     with pytest.raises(SystemExit):
         main(arguments)

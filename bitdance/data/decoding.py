@@ -16,7 +16,7 @@ from bitdance.runtime.errors import UserError
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_FILE_BYTES = 1 << 28  # no photograph or CIFAR-10 batch is larger; a zip bomb is
 
-MAX_PIXELS = 120_000_000  # of the largest cameras; a page of zeros compresses to a few bytes
+MAX_PIXELS = 64_000_000  # of large cameras; a WebP of zeros has 34 bytes and costs 16 bytes a pixel
 MAX_RATIO = 100  # of the sides: a crop of an image of 1 x 5000 pixels would scale it to gigabytes
 MAX_SCANS = 100  # of a JPEG, which has about ten; each is decoded over the whole image
 MAX_EXPANSION = 32  # of a zip to more than MAX_FILE_BYTES; arrays of pixels expand to a few times their size

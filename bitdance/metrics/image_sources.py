@@ -156,10 +156,11 @@ class ImageFileSource(ImageSource):
         elif (path / LABELS_FILE).exists():
             self.labels = _read_labels_file(path / LABELS_FILE, len(flat))[self._order]
         self.crop(image_size)
-        first = next((image for i in range(len(self._order)) if (image := self._try_read(i)) is not None), None)
-        if first is None:
-            raise UserError(f"none of the images of {path} can be read: repair them.")
-        self.shape = (len(self._order), *first.shape)
+        if image_size is None:
+            found = (self._try_read(position) for position in range(len(self)))
+            if (first := next((image for image in found if image is not None), None)) is None:
+                raise UserError(f"none of the images of {path} can be read: repair them.")
+            self.shape = (len(self), *first.shape)
 
     def crop(self, image_size: int | None) -> None:
         """Scales and crops the images that are read from now on to squares of this size; None for their own size."""
@@ -201,6 +202,8 @@ class ImageFileSource(ImageSource):
                 positions = range(block * size, min((block + 1) * size, len(self)))
                 found = [image for image in pool.map(self._try_read, positions) if image is not None]
                 yield block, np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
+        if self._bad_images is not None and len(self._bad_images) == len(self):
+            raise UserError(f"none of the images of {self.path} can be read: repair them.")
 
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:
