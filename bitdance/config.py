@@ -19,6 +19,9 @@ HEAD_DIM = 64
 MAX_BLOCKS, MAX_LEVELS, MAX_NAME = 256, 8, 1000
 """Blocks of a network, levels of an autoencoder and characters of a class name: files of weights name them freely."""
 
+Split = Literal["train", "test"]
+"""Of CIFAR-10."""
+
 TokenOrder = Literal["patch", "standard"]
 Weights = Literal["ema", "model"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -52,6 +55,17 @@ class AutoencoderConfig:
     def down_size(self) -> int:
         """Downsampling factor: the side of a token in pixels."""
         return 2 ** (len(self.widths) - 1)
+
+    def grid(self, image_size: int) -> int:
+        """Returns the side of the token grid of an image of this size.
+
+        Raises:
+            UserError: `image_size` is not a multiple of `down_size`.
+        """
+        if image_size % self.down_size:
+            rule = f"it must be a multiple of {self.down_size}, of the autoencoder"
+            raise UserError(f"image_size={image_size} is invalid: {rule}.")
+        return image_size // self.down_size
 
 
 @dataclasses.dataclass(frozen=True)

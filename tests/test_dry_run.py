@@ -197,7 +197,7 @@ def test_a_resumed_run_counts_the_steps_left_and_nothing_is_changed(place, tmp_p
         assert (facts["steps"], facts["images"]) == (steps, 4 * steps)
     with pytest.raises(SystemExit) as stop:
         main([*arguments(place, tmp_path / "run", "--epochs", 2, "--lr", 1e-5), "--dry-run"])
-    assert stop.value.code == 2 and "belongs to a run with other settings (train.lr was" in capsys.readouterr().err
+    assert stop.value.code == 2 and "belongs to a run with other settings (--lr was" in capsys.readouterr().err
     assert everything(tmp_path) == before
 
 

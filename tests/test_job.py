@@ -125,7 +125,7 @@ def test_an_unfinished_job_with_other_settings_is_refused(pipeline, tmp_path):
     run_share(job, 1, 2)
     other = make(pipeline, tmp_path, 4, 4)
     assert other.run_folder == job.run_folder  # the name does not tell the batch size
-    with pytest.raises(UserError, match=r"job.batch_size was 2, is 4"):
+    with pytest.raises(UserError, match=r"`batch_size` was 2, is 4"):
         other.run(SINGLE)
     settings = job.run_folder / "settings.json"
     stored = json.loads(settings.read_text())
@@ -155,9 +155,7 @@ def test_a_finished_job_with_other_settings_is_refused(pipeline, tmp_path):
     job = make(pipeline, tmp_path, 4, 2, ("npz", "bits"))
     job.run(SINGLE)
     before = job.results["npz"].read_bytes()
-    with pytest.raises(
-        UserError, match=r"\.npz, .*-bits\.npz: sampled with other settings \(job.batch_size was 2, is 4"
-    ):
+    with pytest.raises(UserError, match=r"\.npz, .*-bits\.npz: sampled with other settings \(`batch_size` was 2, is 4"):
         make(pipeline, tmp_path, 4, 4, ("npz", "bits")).run(SINGLE)
     assert dataclasses.replace(job, kinds=("npz",)).run(SINGLE).sampled == 0
     for damaged in ("{", "[1]"):

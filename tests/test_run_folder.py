@@ -41,18 +41,18 @@ def stored(**changes: Any) -> dict[str, Any]:
     ("found", "ours", "differences"),
     [
         (stored(), {}, []),
-        (stored(seed=1), {}, ["run.seed was 1, is 0"]),
-        (stored(path="b", sizes=[1, 3]), {}, ["run.path was b, is a", "run.sizes was [1, 3], is [1, 2]"]),
+        (stored(seed=1), {}, ["`seed` was 1, is 0"]),
+        (stored(path="b", sizes=[1, 3]), {}, ["`path` was b, is a", "`sizes` was [1, 3], is [1, 2]"]),
         (stored(workers=9, threads=9), {}, []),
         (stored(path=None, sizes=None), {}, []),  # missing fields have their defaults
-        (stored(path=None), {"path": pathlib.Path("b")}, ["run.path was a, is b"]),
-        (stored(seed=None), {}, ["run.seed was None, is 0"]),  # it has no default
-        (stored(b=1, a=2), {}, ["run.a is unknown to this release", "run.b is unknown to this release"]),
+        (stored(path=None), {"path": pathlib.Path("b")}, ["`path` was a, is b"]),
+        (stored(seed=None), {}, ["`seed` was None, is 0"]),  # it has no default
+        (stored(b=1, a=2), {}, ["`a` is unknown to this release", "`b` is unknown to this release"]),
         ({"run": stored()["run"], "section": {"of": "a later release"}}, {}, []),
-        ({"run": [1]}, {"seed": None}, ["run.? is unknown to this release"]),
+        ({"run": [1]}, {"seed": None}, ["`?` is unknown to this release"]),
         ({}, {"seed": None}, []),
-        (stored(), {"epochs": 11}, ["run.epochs was 10, is 11"]),
-        (stored(), {"epochs": 9}, ["run.epochs was 10, is 9"]),
+        (stored(), {"epochs": 11}, ["`epochs` was 10, is 11"]),
+        (stored(), {"epochs": 9}, ["`epochs` was 10, is 9"]),
     ],
 )  # fmt: skip
 def test_compare(found, ours, differences):
@@ -87,12 +87,12 @@ def test_settings_that_differ_are_refused(tmp_path):
     tmp_path /= "run"
     check(tmp_path)
     before = (tmp_path / "settings.json").read_bytes()
-    message = rf"{tmp_path} belongs to a run with other settings \(run.seed was 0, is 1; run.epochs was 10, is 12\)"
+    message = rf"{tmp_path} belongs to a run with other settings \(`seed` was 0, is 1; `epochs` was 10, is 12\)"
     with pytest.raises(UserError, match=message):
         check(tmp_path, seed=1, epochs=12)
     assert (tmp_path / "settings.json").read_bytes() == before
     resumed = check(tmp_path, is_finished=True, epochs=12)
-    assert resumed == (stored(epochs=12), ["run.epochs extended from 10 to 12"])
+    assert resumed == (stored(epochs=12), ["epochs extended from 10 to 12"])
     assert json.loads((tmp_path / "settings.json").read_text())["run"]["epochs"] == 12
 
 
@@ -164,5 +164,5 @@ def test_without_parts_the_settings_may_change(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["run"]["seed"] == 1
     (tmp_path / "settings.json").write_text("{")
     check_settings(tmp_path, {"run": Settings(seed=2)}, SINGLE, has_parts=False)
-    with pytest.raises(UserError, match=r"run\.seed was 2, is 3"):
+    with pytest.raises(UserError, match=r"`seed` was 2, is 3"):
         check_settings(tmp_path, {"run": Settings(seed=3)}, SINGLE, has_parts=True)

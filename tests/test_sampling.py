@@ -494,10 +494,8 @@ def test_nearest_finds_a_mirrored_copy():
     queries = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     queries[0] = references[17]
     queries[1] = references[33][:, ::-1]
-    seen: list[int] = []
-    distance, index, mirrored = find_nearest(queries, references, seen.append)
+    distance, index, mirrored = find_nearest(queries, [references[:30], references[:0], references[30:]])
     assert distance[:2].max() < 0.1 and index[:2].tolist() == [17, 33] and mirrored[:2].tolist() == [False, True]
-    assert sum(seen) == 40
     both = np.stack([references, references[:, :, ::-1]]).astype(float)
     brute = np.sqrt(((both - queries[2]) ** 2).mean(axis=(2, 3, 4)))
     assert distance[2] == pytest.approx(brute.min(), abs=1e-3)
@@ -505,9 +503,9 @@ def test_nearest_finds_a_mirrored_copy():
 
 
 def test_nearest_looks_at_all_blocks(monkeypatch):
-    monkeypatch.setattr("bitdance.metrics.nearest_neighbours.BLOCK", 7)
+    monkeypatch.setattr("bitdance.metrics.nearest_neighbours.BLOCK", 7 * 48)  # of the queries
     references = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
-    distance, index, mirrored = find_nearest(references[::-1], references)
+    distance, index, mirrored = find_nearest(references[::-1], np.split(references, 8))
     assert index.tolist() == list(range(39, -1, -1)) and not mirrored.any() and distance.max() < 0.1
 
 
@@ -526,6 +524,53 @@ def test_the_command_nearest(model, tmp_path, capsys):
     with Image.open(tmp_path / "near" / "nearest.png") as sheet:
         assert sheet.height == 2 * 98 + 2
     assert "generated images minimum 0.0" in capsys.readouterr().out
+
+
+def test_nearest_streams_an_npz_and_skips_bad_images(model, tmp_path, capsys):
+    data = small.pictures(tmp_path / "data")
+    planted = np.asarray(Image.open(data / "class-2" / "1.png"))
+    np.savez(tmp_path / "samples.npz", np.stack([planted, planted[::-1]]))
+    (data / "class-0" / "0.png").write_bytes(b"damaged")
+    Image.new("RGB", (1, 5000)).save(data / "class-1" / "narrow.png")
+    arguments = ["nearest", str(tmp_path / "samples.npz"), "--data-path", str(data), "--output", str(tmp_path / "near")]
+    main([*arguments, "--shown", "1"])
+    figures = json.loads((tmp_path / "near" / "nearest.json").read_text())
+    assert figures["images"] == 2 and figures["training_images"] == 11 and figures["minimum"] < 0.1
+    assert "class-0/0.png" in (errors := capsys.readouterr().err) and "1 x 5000 pixels" in errors
+    with Image.open(tmp_path / "near" / "nearest.png") as sheet:  # the first pair is the picture and its original
+        pixels = np.asarray(sheet)
+    top, bottom = (pixels[y : y + 96, -98:-2] for y in (2, 100))
+    assert np.array_equal(top, bottom)
+    for wrong, words in (["--max-bad-images", "1"], "--max-bad-images 1"), (["--max-bad-images", "-1"], "at least 0"):
+        with pytest.raises(SystemExit):
+            main([*arguments, *wrong])
+        assert words in capsys.readouterr().err
+    (tmp_path / "bad" / "a").mkdir(parents=True)
+    (tmp_path / "bad" / "a" / "x.png").write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--data-path", str(tmp_path / "bad")])
+    assert "none of the images of" in capsys.readouterr().err
+    np.savez(tmp_path / "samples.npz", np.zeros((2, 8, 16, 3), np.uint8))
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "give square ones" in capsys.readouterr().err
+
+
+def test_reconstruct_takes_one_image_of_any_size_and_skips_bad_ones(model, tmp_path, capsys):
+    data = small.pictures(tmp_path / "data", side=19)
+    fixed = ["--autoencoder", str(model.with_name("autoencoder.safetensors")), "--output", str(tmp_path / "out")]
+    Image.new("RGB", (30, 21), "red").save(tmp_path / "x.jpg")
+    main(["reconstruct", "--data-path", str(tmp_path / "x.jpg"), *fixed])
+    assert "1 images, cropped from 30 x 21 to 28 x 20 pixels: PSNR" in capsys.readouterr().out
+    main(["reconstruct", "--data-path", str(data / "class-1"), *fixed])
+    assert "4 images, cropped from 19 x 19 to 16 x 16 pixels" in capsys.readouterr().out
+    (data / "class-0" / "0.png").write_bytes(b"damaged")
+    main(["reconstruct", "--data-path", str(data), *fixed, "--shown", "1"])
+    output = capsys.readouterr()
+    assert "11 images, cropped from 19 x 19 to 16 x 16 pixels" in output.out and "class-0/0.png" in output.err
+    with pytest.raises(SystemExit):
+        main(["reconstruct", "--data-path", str(data), *fixed, "--max-bad-images", "0"])
+    assert "--max-bad-images 0" in capsys.readouterr().err
 
 
 def test_the_command_reconstruct(model, tmp_path, capsys):

@@ -590,9 +590,9 @@ def test_other_settings_are_refused_with_the_differences(data, tmp_path):
               seed=7, num_workers=1)  # fmt: skip
     message = str(error.value)
     assert message.startswith(f"{tmp_path} belongs to a run with other settings (")
-    for change in ("train.lr was 0.003, is 0.0001", "train.seed was 0, is 7", "model.n_layer was 2, is 3"):
+    for change in ("`lr` was 0.003, is 0.0001", "`seed` was 0, is 7", "`n_layer` was 2, is 3"):
         assert change in message
-    assert "loss.drop_rate was 0.0, is 0.1" in message
+    assert "`drop_rate` was 0.0, is 0.1" in message
     assert "max_steps" not in message and "weight_decay" not in message and "num_workers" not in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -604,12 +604,28 @@ def test_other_images_or_another_autoencoder_are_refused(data, tmp_path):
     train(place / "pictures", tmp_path / "run", max_steps=2)  # images and autoencoder may be moved
     first = sorted((place / "pictures").rglob("*.png"))[0]
     first.rename(first.with_name("renamed.png"))
-    with pytest.raises(UserError, match=r"\(data\.digest was \w+, is \w+\)"):
+    with pytest.raises(UserError, match=r"\(the names of the images are others\)"):
         train(place / "pictures", tmp_path / "run")
     first.with_name("renamed.png").rename(first)
-    weights_file.save(place / "autoencoder.safetensors", small.autoencoder(seed=9))
-    with pytest.raises(UserError, match=r"\(data\.autoencoder was \w+, is \w+\)"):
+    shutil.copy(first, first.with_name("another.png"))
+    with pytest.raises(UserError, match=r"\(it had 12 images, now there are 13; the names of the images are others\)"):
         train(place / "pictures", tmp_path / "run")
+    first.with_name("another.png").unlink()
+    weights_file.save(place / "autoencoder.safetensors", small.autoencoder(seed=9))
+    with pytest.raises(UserError, match=r"\(the weights of the `autoencoder` are others\)"):
+        train(place / "pictures", tmp_path / "run")
+
+
+def test_the_folder_of_another_kind_of_run_is_refused_in_few_words(data, tmp_path):
+    train(data, tmp_path, max_steps=1)
+    with pytest.raises(UserError, match=rf"^{tmp_path} belongs to another kind of run: use another folder"):
+        train_autoencoder(
+            small.train_config(data, tmp_path, batch_size=6), small.NETWORK, AutoencoderLossConfig(), "cpu"
+        )
+    settings = {"ema": 0.5, "lr": 1.0, "seed": 1, "beta1": 0.1, "beta2": 0.1, "min_lr": 1.0, "warmup_steps": 9}
+    others = {"weight_decay": 0.0, "max_grad_norm": 2.0, "decay_start": 3, "batch_size": 6, "random_crop": False}
+    with pytest.raises(UserError, match=r"; and 2 more\): use those settings"):
+        train(data, tmp_path, **settings, **others)
 
 
 def test_a_setting_of_a_later_release_has_its_default_in_older_runs(data, tmp_path):
@@ -617,7 +633,7 @@ def test_a_setting_of_a_later_release_has_its_default_in_older_runs(data, tmp_pa
     stored = json.loads((tmp_path / "settings.json").read_text())
     assert stored["train"].pop("weight_decay") == 0.05
     (tmp_path / "settings.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"\(train.weight_decay was 0.05, is 0.1\)"):
+    with pytest.raises(UserError, match=r"\(`weight_decay` was 0.05, is 0.1\)"):
         train(data, tmp_path, max_steps=2, weight_decay=0.1)
     train(data, tmp_path, max_steps=2)
     assert json.loads((tmp_path / "settings.json").read_text())["train"]["weight_decay"] == 0.05
@@ -626,12 +642,12 @@ def test_a_setting_of_a_later_release_has_its_default_in_older_runs(data, tmp_pa
 def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     train(data, tmp_path / "whole", epochs=3)
     train(data, tmp_path / "run", epochs=2, max_steps=4)
-    with pytest.raises(UserError, match=r"\(train.epochs was 2, is 3\)"):  # it is not finished
+    with pytest.raises(UserError, match=r"\(`epochs` was 2, is 3\)"):  # it is not finished
         train(data, tmp_path / "run", epochs=3)
     train(data, tmp_path / "run", epochs=2)
     capsys.readouterr()
     train(data, tmp_path / "run", epochs=3)
-    change = "train.epochs extended from 2 to 3"
+    change = "epochs extended from 2 to 3"
     assert capsys.readouterr().out.splitlines() == [change, f"9 steps: {tmp_path / 'run' / 'model.safetensors'}"]
     lines = small.read_log(tmp_path / "run")
     assert [(line["step"], line.get("note")) for line in lines] == [
@@ -639,7 +655,7 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     ]  # fmt: skip
     # With a constant learning rate it ends like a run that had three epochs from the start.
     assert read(tmp_path / "run", 9).metadata["digest"] == read(tmp_path / "whole", 9).metadata["digest"]
-    with pytest.raises(UserError, match=r"\(train.epochs was 3, is 2\)"):
+    with pytest.raises(UserError, match=r"\(`epochs` was 3, is 2\)"):
         train(data, tmp_path / "run", epochs=2)
 
 
@@ -648,8 +664,11 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     [
         (None, "has checkpoints but no settings.json: restore it, or delete the folder to start over."),
         ("{", "settings.json cannot be read"),
-        ('{"sampling": {"num_steps": 100}}', "belongs to a run with other settings (run.kind was None, is model; "),
-        ('{"run": []}', "belongs to a run with other settings (run.kind was None, is model; "),
+        (
+            '{"sampling": {"num_steps": 100}}',
+            "belongs to another kind of run: use another folder, or delete it to start over.",
+        ),
+        ('{"run": []}', "belongs to another kind of run: use another folder, or delete it to start over."),
     ],
 )
 def test_a_folder_with_missing_or_other_settings(data, tmp_path, settings, sentence):

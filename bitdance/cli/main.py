@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -94,6 +95,8 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """
     from bitdance.runtime.errors import Interrupted, UserError, one_line
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     try:

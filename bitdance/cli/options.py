@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any, Literal
 
-from bitdance.config import Precision, Weights
+from bitdance.config import Precision, Split, Weights
 from bitdance.runtime.errors import check_fields
 
 TRAIN_HEADINGS = {
@@ -78,7 +78,7 @@ class DataOptions:
     """
 
     data_path: pathlib.Path
-    split: Literal["train", "test"] = "train"
+    split: Split = "train"
     image_size: int | None = None
     limit: int | None = None
 

@@ -96,7 +96,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Writes a dictionary as readable JSON, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n")
+        temporary.write_text(json.dumps(settings, indent=1, default=str) + "\n")
 
 
 def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:

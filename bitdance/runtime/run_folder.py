@@ -8,6 +8,8 @@ value may differ on resume:
 - ``"free"``: it may differ, the new value is used;
 - ``"stored"``: the stored value is used, for settings on which the last bit depends, such as the number of threads;
 - ``"extend"``: it may be larger once the work is finished.
+
+``metadata={"difference": "it had {old} images, there are {new}"}`` says in other words how the value differs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ SETTINGS = "settings.json"
 FORMAT_VERSION = 2
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for another process to release the lock."""
+MAX_DIFFERENCES = 10
+"""Settings that differ in an error message."""
 
 FREE: dict[str, str] = {"resume": "free"}
 STORED: dict[str, str] = {"resume": "stored"}
@@ -149,7 +153,7 @@ def _update(folder: pathlib.Path, sections: Sections, stored: Mapping[str, Any])
         rule = field.metadata.get("resume") if stored else None
         ours[name][field.name] = old if rule == "stored" else new
         if rule == "extend" and old != new:
-            changes.append(f"{name}.{field.name} extended from {old} to {new}")
+            changes.append(f"{field.name} extended from {old} to {new}")
     written = {"format_version": FORMAT_VERSION, **ours}
     if written != stored:
         write_json(folder / SETTINGS, written)
@@ -165,14 +169,22 @@ def read_settings(
         UserError: the folder belongs to work with other settings, or its settings cannot be read.
     """
     stored = read_json(folder / SETTINGS, f"restore it, or delete {folder} to start over")
-    if differences := "; ".join(compare(stored, sections, extensible=is_finished(stored))):
+    if not all(isinstance(stored.get(name), dict) for name in sections):
+        raise UserError(f"{folder} belongs to another kind of run: use another folder, or delete it to start over.")
+    if differences := format_differences(compare(stored, sections, extensible=is_finished(stored))):
         reason = f"{folder} belongs to a run with other settings ({differences})"
         raise UserError(f"{reason}: use those settings, or another folder.")
     return stored
 
 
+def format_differences(differences: list[str]) -> str:
+    """Joins the first differences that `compare` returned, and the number of the others."""
+    others = len(differences) - MAX_DIFFERENCES
+    return "; ".join(differences[:MAX_DIFFERENCES] + [f"and {others} more"] * (others > 0))
+
+
 def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = False) -> list[str]:
-    """Returns the differences that are not allowed, in words, such as "sampling.num_steps was 50, is 100".
+    """Returns the differences that are not allowed, in words, such as "`num_steps` was 50, is 100".
 
     A field that `stored` does not have, since it was added later, has its default value. Sections may have fields of
     their own in `stored` only if this release knows them.
@@ -183,18 +195,19 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
         extensible: whether fields marked "extend" may be larger.
     """
     differences = []
-    for name, field, old, new in _fields(stored, sections):
+    for _, field, old, new in _fields(stored, sections):
         rule = field.metadata.get("resume")
         if rule in ("free", "stored") or old == new:
             continue
         if rule == "extend" and extensible and isinstance(old, int) and isinstance(new, int) and new > old:
             continue
-        differences.append(f"{name}.{field.name} was {printable(str(old))}, is {new}")
+        words = field.metadata.get("difference", f"`{field.name}` was {{old}}, is {{new}}")
+        differences.append(words.format(old=printable(str(old)), new=new))
     for name, section in sections.items():
         found = stored.get(name, {})
         known = {field.name for field in dataclasses.fields(section)}
         unknown = sorted(set(found) - known) if isinstance(found, dict) else ["?"]
-        differences += [f"{name}.{printable(other)} is unknown to this release" for other in unknown]
+        differences += [f"`{printable(other)}` is unknown to this release" for other in unknown]
     return differences
 
 

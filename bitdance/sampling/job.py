@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bitdance.data.image_dataset import LABELS_FILE
 from bitdance.metrics.feature_set import (
     Collector,
     FeatureSet,
@@ -32,12 +33,11 @@ from bitdance.metrics.feature_set import (
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, Features
-from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
 from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
-from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive
+from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive, format_differences
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
@@ -244,10 +244,8 @@ class SamplingJob:
         there = ", ".join(str(path) for kind, path in self.results.items() if kind not in missing)
         if self.settings_file.exists():
             stored = read_json(self.settings_file, f"delete it to take {there} as it is")
-            if differences := compare(stored, sections):
-                raise UserError(
-                    f"{there}: sampled with other settings ({'; '.join(differences)}): use those, or another folder."
-                )
+            if differences := format_differences(compare(stored, sections)):
+                raise UserError(f"{there}: sampled with other settings ({differences}): use those, or another folder.")
         what = "complete, nothing to do" if not missing else "exists, all images are sampled again for other results"
         print(f"{there}: {what}.", file=sys.stderr)
 

@@ -81,9 +81,11 @@ class DataInfo:
         autoencoder: of a model, the digest of the autoencoder's tensors.
     """
 
-    images: int
-    digest: str
-    autoencoder: str | None = None
+    images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
+    digest: str = dataclasses.field(metadata={"difference": "the names of the images are others"})
+    autoencoder: str | None = dataclasses.field(
+        default=None, metadata={"difference": "the weights of the `autoencoder` are others"}
+    )
 
 
 class Trainer:
