@@ -146,9 +146,11 @@ class Trainer:
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
         if world.size > 1:
-            self.module = nn.parallel.DistributedDataParallel(
-                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in 2.7
+                self.module = nn.parallel.DistributedDataParallel(
+                    self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     # ------------------------------------------------------------ steps
 
