@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from bitdance.runtime.errors import UserError, check_fields
 
@@ -69,23 +69,22 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BitDanceConfig:
-    """Sizes of a BitDance model. The defaults are those of B-1X at 256 px.
+class ModelSizes:
+    """Sizes of the model.
+
+    Those that are chosen for a training; the others follow from the autoencoder and the images, see `BitDanceConfig`.
 
     Attributes:
         dim: D, width of the transformer, a multiple of 64 (attention heads have 64 channels).
         n_layer: transformer blocks.
         head_dim: width of the diffusion head, a multiple of 64.
-        head_layers: blocks of the head.
-        head_ada_ln: adaLN projections of the head; each is shared by head_layers / head_ada_ln blocks.
-        parallel_num: P, tokens sampled per autoregressive step.
-        grid: side of the token grid.
-        bits: C, bits per token.
+        head_layers: blocks of the diffusion head.
+        head_ada_ln: adaLN projections of the head; each is shared by `head_layers` / `head_ada_ln` blocks.
+        parallel_num: P, tokens sampled per autoregressive step: 1, 4, 16, ...
         cls_token_num: K, class tokens.
-        num_classes: number of classes, without the null class, whose index this is.
-        token_order: ``patch``: each step samples a sqrt(P) x sqrt(P) patch; ``standard``: P tokens in raster order.
+        num_classes: by default the number of classes of the images; a larger number reserves classes.
+        token_order: patch: the tokens of a step are a square patch; standard: they are consecutive in raster order.
         time_shift: shift of the head's timesteps, in training and in sampling.
-        class_names: one name per class, or empty.
     """
 
     dim: int = 768
@@ -94,12 +93,34 @@ class BitDanceConfig:
     head_layers: int = 6
     head_ada_ln: int = 2
     parallel_num: int = 1
-    grid: int = 16
-    bits: int = 32
     cls_token_num: int = 64
-    num_classes: int = 1000
+    num_classes: int | None = None
     token_order: TokenOrder = "patch"
     time_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "num_classes", lambda value: value >= 1, "be at least 1")
+
+    @classmethod
+    def of(cls, config: BitDanceConfig, **changes: Any) -> ModelSizes:
+        """Returns the sizes of a model, with changes."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitDanceConfig(ModelSizes):
+    """All sizes of a BitDance model. The defaults are those of B-1X at 256 px.
+
+    Attributes:
+        num_classes: number of classes, without the null class, whose index this is.
+        grid: side of the token grid.
+        bits: C, bits per token.
+        class_names: one name per class, or empty.
+    """
+
+    num_classes: int = 1000
+    grid: int = 16
+    bits: int = 32
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -208,14 +229,17 @@ _TINY = BitDanceConfig(dim=128, n_layer=3, head_dim=128, head_layers=4)
 MODEL_SIZES: dict[str, BitDanceConfig] = {"BitDance-B": _B, "BitDance-L": _L, "BitDance-H": _H, "BitDance-Tiny": _TINY}
 """Sizes of the original's `--model`, and a tiny one to try a command with."""
 
-RELEASED_MODELS: dict[str, ReleasedModel] = {
-    name: ReleasedModel(f"BitDance_{name.replace('-', '_')}.pt", *row)  # type: ignore[arg-type]
-    for name, *row in (
-        ("B-1X", "BitDance-B", _B, SamplingDefaults(3.2, 100, 64), 384, 0.1, 242.37, 1.68, 297.1, 0.80, 0.62),
-        ("B-4X", "BitDance-B", _B4, SamplingDefaults(3.9, 100, 64), 384, 0.1, 260.10, 1.69, 291.2, 0.79, 0.63),
-        ("B-16X", "BitDance-B", _B16, SamplingDefaults(6.1, 100, 64), 384, 0.1, 260.11, 1.91, 283.8, 0.78, 0.62),
-        ("L-1X", "BitDance-L", _L, SamplingDefaults(4.0, 100, 48), 352, 0.05, 527.27, 1.31, 300.2, 0.80, 0.64),
-        ("H-1X", "BitDance-H", _H, SamplingDefaults(4.55, 100, 32), 224, 0.05, 1007.96, 1.24, 304.4, 0.81, 0.64),
+_PUBLISHED: dict[str, Any] = {  # family, sizes, guidance, decoder chunk, and the other fields in their order
+    "B-1X":  ("BitDance-B", _B,   3.2,  64, 384, 0.1,  242.37,  1.68, 297.1, 0.80, 0.62),
+    "B-4X":  ("BitDance-B", _B4,  3.9,  64, 384, 0.1,  260.10,  1.69, 291.2, 0.79, 0.63),
+    "B-16X": ("BitDance-B", _B16, 6.1,  64, 384, 0.1,  260.11,  1.91, 283.8, 0.78, 0.62),
+    "L-1X":  ("BitDance-L", _L,   4.0,  48, 352, 0.05, 527.27,  1.31, 300.2, 0.80, 0.64),
+    "H-1X":  ("BitDance-H", _H,   4.55, 32, 224, 0.05, 1007.96, 1.24, 304.4, 0.81, 0.64),
+}  # fmt: skip
+RELEASED_MODELS = {
+    name: ReleasedModel(
+        f"BitDance_{name.replace('-', '_')}.pt", family, config, SamplingDefaults(cfg_scale, 100, chunk), *rest
     )
+    for name, (family, config, cfg_scale, chunk, *rest) in _PUBLISHED.items()
 }
 """The released models by their names in the paper."""

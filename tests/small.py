@@ -27,6 +27,7 @@ from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.sampling import pipeline, sampler
+from bitdance.training.loader import Loader
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import weights_file
 
@@ -93,6 +94,13 @@ def train_config(data_path: pathlib.Path, output: pathlib.Path, **changes: Any) 
         "precision": "fp32", "num_workers": 2, "log_every": 1,
     }  # fmt: skip
     return TrainConfig(data_path, output, **{**settings, **changes})
+
+
+def image_indices(batches: Loader, step: int) -> list[int]:
+    """The images of a process in a step if none is unreadable."""
+    epoch, batch = divmod(step, batches.steps_per_epoch)
+    positions = batch * batches.config.batch_size + batches.indices.numpy()
+    return batches._draws(epoch)[0][positions].tolist()
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

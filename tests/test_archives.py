@@ -21,14 +21,13 @@ import small
 from PIL import Image
 from test_data import fails, is_refused, mutations, pixels, tar, write, write_folder, write_zip
 
-from bitdance.config import BitDanceConfig
+from bitdance.config import BitDanceConfig, ModelSizes
 from bitdance.data import tar as tar_reader
 from bitdance.data.class_names import ClassNames, are_imagenet, imagenet
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.images import open_images
 from bitdance.runtime.errors import UserError
 from bitdance.training.setup import _complete_sizes
-from bitdance.training.train_config import ModelSizes
 
 # The first, the second and the last of ImageNet's classes, out of order.
 NAMES = [f"{wordnet_id}/{wordnet_id}_{number}.JPEG" for wordnet_id in ("n15075141", "n01440764", "n01443537")

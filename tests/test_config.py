@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
+from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig, ModelSizes
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import SamplingConfig
-from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 
 # Class, fields that are given, a pattern that names the field with its value, and one that says what is allowed.
 INVALID = [

@@ -159,7 +159,9 @@ def test_it_prints_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
     parts = ("weights", "gradients", "optimizer", "ema", "autoencoder", "activations")
     assert memory["step"] == sum(memory[part] for part in parts)
     assert facts["checkpoint_bytes"] == 16 * count
-    assert facts["disk_bytes"] == 3 * 16 * count + (2 + 1) * 8 * count  # epochs 2 and 4, and the final weights
+    # Three checkpoints and one that is being written; the weights of epochs 2 and 4, and the final ones.
+    assert facts["disk_bytes"] == (3 + 1) * 16 * count + (2 + 1) * 4 * count
+    assert f"disk         {16 * count / 1e6:.2f} MB per checkpoint, " in text and " 0.00 GB" not in text
     assert (facts["steps"], facts["images"], facts["fits"], facts["device"]) == (15, 60, True, "cpu")
     assert facts["seconds"] == pytest.approx(15 * facts["seconds_per_step"]) and facts["seconds"] > 0
     objective = BitDanceLoss(network, small.autoencoder(), LossConfig(), 0)
@@ -220,6 +222,13 @@ WRONG = [
     (["--autoencoder", "nothing.pt"], "nothing.pt"),
     (["--output", __file__], "cannot make the folder"),
 ]
+
+
+def test_an_evaluation_of_images_leaves_no_features(place, tmp_path, capsys, untimed, monkeypatch):
+    """It would read all of them, and the Inception weights."""
+    monkeypatch.chdir(tmp_path)
+    dry_run(capsys, place, tmp_path / "run", "--eval-every", 1, "--eval-reference", place / "pictures")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("flags", "sentence"), WRONG, ids=[sentence for _, sentence in WRONG])

@@ -22,14 +22,15 @@ from bitdance.metrics import inception, references
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import (
     FeatureSet,
-    content_digest,
+    describe_pixels,
     extract_features,
     read_feature_set,
+    summarize_pixels,
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.frechet_distance import frechet_distance
-from bitdance.metrics.image_sources import NpzSource, open_source
+from bitdance.metrics.image_sources import ImageSource, NpzSource, open_source
 from bitdance.metrics.precision_recall import precision_recall
 from bitdance.metrics.report import build_report, compute_metrics, find_problems, format_table
 from bitdance.metrics.statistics import compute_statistics
@@ -251,6 +252,11 @@ def test_features_do_not_depend_on_the_number_of_processes(tmp_path, processes):
     assert compute_metrics(found, expected) == compute_metrics(expected, expected)
 
 
+def content_digest(source: ImageSource, batch_size: int = 256) -> str:
+    summaries = [summarize_pixels(images) for _, images in source.blocks(batch_size)]
+    return str(describe_pixels(summaries, str(source.dtype), source.labels)["content"])
+
+
 def test_the_digest_is_of_pixels_and_labels_in_any_format(tmp_path):
     images = pixels(5)
     digests = [content_digest(open_source(save(tmp_path / "a.npz", images)))]
@@ -361,7 +367,8 @@ def test_evaluate_against_images_and_their_stored_reference(tmp_path, capsys, mo
     assert only(run(tmp_path, samples, "--reference", cached))["metrics"] == first
     with monkeypatch.context() as patch:  # features of the reference are cached, its pixels are not read again
         patch.setattr(references, "extract_features", None)
-        patch.setattr(references, "content_digest", None)
+        blocks = NpzSource.blocks
+        patch.setattr(NpzSource, "blocks", lambda self, *sizes: None if self.path == real else blocks(self, *sizes))
         assert only(run(tmp_path, samples, "--reference", real))["metrics"] == first
     cached.write_bytes(b"damaged")
     with pytest.raises(SystemExit):

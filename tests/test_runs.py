@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -19,16 +22,18 @@ from PIL import Image
 from safetensors import safe_open
 
 from bitdance.cli.main import main
+from bitdance.config import ModelSizes
 from bitdance.runtime import progress
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
+from bitdance.runtime.run_folder import exclusive
 from bitdance.training import status
 from bitdance.training.checkpointing import Checkpointer, read_newest
 from bitdance.training.evaluation import Validation
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA
 from bitdance.training.setup import train_model
-from bitdance.training.train_config import LossConfig, ModelSizes
+from bitdance.training.train_config import LossConfig
 from bitdance.training.trainer import Trainer
 from bitdance.weights import safetensors_files, weights_file
 
@@ -68,9 +73,10 @@ def digest(folder: pathlib.Path) -> str:
 def test_the_newest_checkpoints_are_kept_and_other_files_ignored(place, tmp_path):
     train(place, tmp_path, save_every=1, keep_checkpoints=3, max_steps=4)
     assert checkpoints(tmp_path) == [f"checkpoint-000000{step}.safetensors" for step in (2, 3, 4)]
-    others = {"checkpoint-0000040 (copy).safetensors", "checkpoint-old.safetensors"}
-    for name in others:
+    others = {"checkpoint-0000040 (copy).safetensors", "checkpoint-old.safetensors", "checkpoint-0000009.safetensors"}
+    for name in sorted(others)[1:]:
         (tmp_path / name).write_bytes(b"of the user")
+    (tmp_path / "checkpoint-0000009.safetensors").mkdir()
     train(place, tmp_path, save_every=4, max_steps=10)
     assert set(checkpoints(tmp_path)) == others | {f"checkpoint-00000{step}.safetensors" for step in ("08", "10")}
     facts = status.describe_run(tmp_path)
@@ -229,6 +235,12 @@ def test_a_damaged_log_keeps_its_other_lines(place, tmp_path, capsys):
         expected.append(step)
         assert [line["step"] for line in small.read_log(tmp_path)] == expected
         assert status.describe_run(tmp_path)["step"] == step
+
+
+def test_a_log_that_is_no_file(place, tmp_path):
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"log.jsonl is not a file: delete it"):
+        train(place, tmp_path, max_steps=1)
 
 
 def test_a_warm_up_longer_than_the_run_is_reported(place, tmp_path, capsys):
@@ -410,6 +422,79 @@ def test_info_shows_a_run_and_plots_it(place, tmp_path, capsys):
     assert [entry["complete"] for entry in facts["checkpoints"]] == [True, False, True]
     after = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "loss.png"}
     assert after == before  # nothing was changed or renamed
+
+
+def test_info_says_that_a_run_has_stopped(place, tmp_path, capsys):
+    train(place, tmp_path, max_steps=2, log_every=2, save_every=3)
+    (tmp_path / "model.safetensors").unlink()
+    for state in ("running", "stopped"):
+        opened = exclusive(tmp_path, World(0, 1, CPU)) if state == "running" else contextlib.nullcontext()
+        with opened:
+            capsys.readouterr()
+            main(["info", str(tmp_path)])
+        out = capsys.readouterr().out
+        assert ("run the same command again to resume" in out, "time left" in out) == (
+            state == "stopped",
+            state == "running",
+        )
+    # Steps after the last line of the log, and the digests of the older checkpoints, which need a long time.
+    train(place, tmp_path, max_steps=7, log_every=5, save_every=3)
+    lines = small.read_log(tmp_path)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= 5))
+    newest, older = (tmp_path / f"checkpoint-000000{step}.safetensors" for step in (7, 6))
+    contents = bytearray(older.read_bytes())
+    contents[-100] ^= 1
+    older.write_bytes(contents)
+    facts = status.describe_run(tmp_path)
+    assert facts["step"] == 7 and facts["state"] == "finished"
+    assert [entry["complete"] for entry in facts["checkpoints"]] == [True, True]
+    shutil.copy(older, newest)
+    assert [entry["complete"] for entry in status.describe_run(tmp_path)["checkpoints"]] == [False, True]
+
+
+def test_a_complete_run_in_a_folder_that_cannot_be_written(place, tmp_path, capsys, monkeypatch):
+    train(place, tmp_path, max_steps=2)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on read-only disks
+    train(place, tmp_path, max_steps=2)
+    assert capsys.readouterr().out == f"{tmp_path / 'model.safetensors'}: the run is complete.\n"
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    with pytest.raises(UserError, match="`lr` was"):
+        train(place, tmp_path, max_steps=2, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": {"kind": "../../x"}}, {"run": {"last_step": 10**400}}, {"run": {"last_step": "many"}}, {"train": []},
+        {"run": {"steps_per_epoch": 0}}, {"train": {"batch_size": 1e999}}, "[" * 100_000, "\0", "{}",
+    ],
+)  # fmt: skip
+def test_info_of_damaged_settings(place, tmp_path, change):
+    train(place, tmp_path, max_steps=1)
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    for name, values in change.items() if isinstance(change, dict) else ():
+        stored[name] = {**stored[name], **values} if values else values
+    path.write_text(change if isinstance(change, str) else json.dumps(stored))
+    with pytest.raises(UserError, match="holds no training run"):
+        status.describe_run(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["loss", "step", "time", "val_loss", "images_per_second", "mfu", "eval_fid", "skipped"])
+def test_values_of_a_damaged_log(tmp_path, key):
+    line = {"step": 1, "time": 1.0, "loss": 1.0, "images_per_second": 1.0, "waiting": 0.1}
+    settings = {"run": {"kind": "model", "last_step": 5, "steps_per_epoch": 2}, "train": {"batch_size": 3}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    text = json.dumps(line) + "\n"
+    for value in ("text", [1], {}, 10**400, 1e999, float("nan"), 1e99, True):
+        for others in ({}, {"loss": value, "images_per_second": value}, {"waiting": None}):
+            text += json.dumps({**line, **others, key: value}) + "\n"
+            (tmp_path / "log.jsonl").write_text(text)
+            assert "step " in status.format_run(status.describe_run(tmp_path))
+    if importlib.util.find_spec("matplotlib"):
+        status.plot_run(tmp_path)
 
 
 def test_status_of_a_run_that_has_just_started(place, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.quantizer import pack
 from bitdance.models.transformer import BitDance
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -121,6 +122,11 @@ def save_checkpoint(path: pathlib.Path, parallel_num: int, **args: object) -> No
 
 def save_autoencoder(path: pathlib.Path) -> None:
     torch.save({"state_dict": autoencoder_state()}, path)
+
+
+def group_indices(bits: Tensor) -> Tensor:
+    """Codebook indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64."""
+    return pack(bits.flatten(2).mT).long().permute(2, 0, 1).flatten(1)
 
 
 class Golden:

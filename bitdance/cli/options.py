@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from bitdance.config import Precision, Split, Weights
 from bitdance.runtime.errors import check_fields

@@ -7,12 +7,19 @@ the original's default is ignored because the checkpoint or the autoencoder says
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pathlib
-from typing import TYPE_CHECKING, Literal, TypeVar
+import re
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from bitdance.cli.parsing import parse
-from bitdance.config import MODEL_SIZES
+from bitdance.config import MODEL_SIZES, ModelSizes
 from bitdance.runtime.errors import UserError
+from bitdance.training.train_config import LossConfig, TrainConfig
 
 if TYPE_CHECKING:
     from bitdance.sampling.pipeline import Pipeline
@@ -47,13 +54,44 @@ TRAIN_ALIASES = {
     "autoencoder": "trained_vae",
     "time_mean": "P_mean",
     "time_std": "P_std",
+    "token_order": "parallel_mode",
 }
 """The original's names of fields of our configurations."""
+FIELDS = {flag: name for name, flag in TRAIN_ALIASES.items()}
 
 
-@dataclasses.dataclass(frozen=True)
+def _with_fields(config: type, flags: str, first: bool = False, **defaults: Any) -> Callable[[type[T]], type[T]]:
+    """Returns a decorator that adds flags for fields of a configuration, with their help, to those of a class.
+
+    Args:
+        config: the configuration, a dataclass.
+        flags: names of the original, separated by spaces.
+        first: whether they come before those of the class.
+        defaults: of the original, where they are others than those of the fields.
+    """
+    help_texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(config.__doc__ or ""), re.M))
+    hints, fields = typing.get_type_hints(config), config.__dataclass_fields__  # type: ignore[attr-defined]
+
+    def decorate(cls: type[T]) -> type[T]:
+        added = {}
+        for flag in flags.split():
+            name = FIELDS.get(flag, flag)
+            added[flag] = Annotated[hints[name], tyro.conf.arg(help=" ".join(help_texts[name].split()))]
+            default = defaults.get(flag, fields[name].default)
+            if default is not dataclasses.MISSING:
+                setattr(cls, flag, default)
+        own = cls.__annotations__
+        cls.__annotations__ = {**added, **own} if first else {**own, **added}
+        return cls
+
+    return decorate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@_with_fields(LossConfig, "diff_batch_mul drop_rate perturb_rate time_schedule P_mean P_std")
+@_with_fields(TrainConfig, "grad_checkpointing")
 class ModelFlags:
-    """Model and loss; when sampling, sizes are only compared with the checkpoint.
+    """Model, and loss in training; when sampling, sizes are only compared with the checkpoint.
 
     Attributes:
         model: size of the model, by default BitDance-L; when sampling, that of the checkpoint.
@@ -64,17 +102,10 @@ class ModelFlags:
         cls_token_num: class tokens; by default 64.
         latent_dim: bits of a token; by default those of the autoencoder, since no released model has the original's
             default of 16.
-        diff_batch_mul: copies of each token with different timesteps and noise, in training.
-        grad_checkpointing: recompute activations in the backward pass to save memory, in training.
         trained_vae: file of the autoencoder.
-        drop_rate: dropout, in training.
         perturb_schedule: only constant.
-        perturb_rate: maximum rate of flipped input bits, in training.
         perturb_rate_max: has no effect, as in the original.
-        time_schedule: distribution of the head's timesteps, in training.
         time_shift: shift of the head's timesteps; by default 1.
-        P_std: standard deviation of the normal distribution of logit_normal timesteps.
-        P_mean: mean of the same.
     """
 
     model: Family | None = None
@@ -84,17 +115,10 @@ class ModelFlags:
     num_classes: int | None = None
     cls_token_num: int | None = None
     latent_dim: int | None = None
-    diff_batch_mul: int = 4
-    grad_checkpointing: bool = False
     trained_vae: str | None = None
-    drop_rate: float = 0.0
     perturb_schedule: Literal["constant"] = "constant"
-    perturb_rate: float = 0.0
     perturb_rate_max: float = 0.3
-    time_schedule: Literal["logit_normal", "uniform"] = "logit_normal"
     time_shift: float | None = None
-    P_std: float = 0.8
-    P_mean: float = -0.8
 
     def __post_init__(self) -> None:
         if self.patch_size != 1:
@@ -149,62 +173,30 @@ class SampleFlags:
     threads: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@_with_fields(
+    TrainConfig,
+    "data_path results_dir aug_decay_start_epoch aug_decay_end_epoch ema epochs lr min_lr warmup_steps decay_start "
+    "weight_decay beta1 beta2 max_grad_norm global_batch_size global_seed num_workers log_every keep_freq",
+    first=True,
+    keep_freq=50,
+)
 class TrainFlags:
     """Training.
 
     Attributes:
-        data_path: images: a folder, zip or tar of class folders, ImageNet's tar or parquet files, CIFAR-10's archives;
-            or a token cache that `bitdance encode` wrote.
-        aug_decay_start_epoch: from this epoch on, the fraction of random crops decreases.
-        aug_decay_end_epoch: from this epoch on, there are no random crops.
-        ema: decay of the exponential moving average of the weights; 0 or less disables it.
         no_compile: do not compile the network; on a CPU it never is.
         tmp_results_dir: has no effect: checkpoints are written to the results folder and renamed.
-        results_dir: the run folder.
-        epochs: passes over the data.
-        lr: peak learning rate.
-        min_lr: final learning rate.
-        warmup_steps: steps of linear warm-up from 0.
-        decay_start: step at which the cosine decay begins; 0 for a constant rate.
-        weight_decay: of tensors with two or more dimensions, except a few names.
-        beta1: of AdamW.
-        beta2: of AdamW.
-        max_grad_norm: gradients are clipped to this norm; 0 disables clipping.
-        global_batch_size: images per step, over all processes.
-        global_seed: of all random numbers.
-        num_workers: threads of a process that read images.
-        log_every: steps between lines of the log.
         mixed_precision: bf16, or none for float32.
-        keep_freq: epochs between weights that are kept.
         max_steps: ends the run earlier, for a test. (Not in the original.)
         dry_run: print what the run needs of memory, disk and time on this machine, and end. (Not in the original.)
         device: cpu, cuda, cuda:N or mps; by default a GPU if there is one. (Not in the original.)
         threads: CPU threads of a process; by default its share of the cores. (Not in the original.)
     """
 
-    data_path: pathlib.Path
-    aug_decay_start_epoch: int = 700
-    aug_decay_end_epoch: int = 750
-    ema: float = -1.0
     no_compile: bool = False
     tmp_results_dir: str = "/tmp/"
-    results_dir: pathlib.Path = pathlib.Path("results")
-    epochs: int = 400
-    lr: float = 3e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 20_000
-    decay_start: int = 20_000
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    global_batch_size: int = 256
-    global_seed: int = 0
-    num_workers: int = 16
-    log_every: int = 100
     mixed_precision: Literal["none", "bf16"] = "bf16"
-    keep_freq: int = 50
     max_steps: int | None = None
     dry_run: bool = False
     device: str | None = None
@@ -330,46 +322,23 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
             "models/BitDance-ImageNet/ae_d16c32.pt."
         )
     from bitdance.training.setup import train_model
-    from bitdance.training.train_config import LossConfig, ModelSizes, TrainConfig
 
-    size = MODEL_SIZES[model_flags.model or "BitDance-L"]
-    sizes = ModelSizes(
-        dim=size.dim,
-        n_layer=size.n_layer,
-        head_dim=size.head_dim,
-        head_layers=size.head_layers,
-        head_ada_ln=size.head_ada_ln,
-        parallel_num=_given(parallel.parallel_num, 4),
-        cls_token_num=_given(model_flags.cls_token_num, 64),
-        num_classes=_given(model_flags.num_classes, 1000),
-        token_order=_given(parallel.parallel_mode, "patch"),
-        time_shift=_given(model_flags.time_shift, 1.0),
-    )
-    loss = LossConfig(
-        diff_batch_mul=model_flags.diff_batch_mul,
-        time_mean=model_flags.P_mean,
-        time_std=model_flags.P_std,
-        time_schedule=model_flags.time_schedule,
-        perturb_rate=model_flags.perturb_rate,
-        drop_rate=model_flags.drop_rate,
-    )
-    shared = {field.name for field in dataclasses.fields(TrainConfig)}
-    shared &= {field.name for field in dataclasses.fields(TrainFlags)}
-    config = TrainConfig(
-        **{name: getattr(flags, name) for name in shared},
-        output=flags.results_dir,
-        batch_size=flags.global_batch_size,
-        seed=flags.global_seed,
-        precision=PRECISIONS[flags.mixed_precision],
-        image_size=_given(model_flags.image_size, 256),
-        keep_epochs=flags.keep_freq,
-        compile=not flags.no_compile,
-        grad_checkpointing=model_flags.grad_checkpointing,
+    given = {
+        FIELDS.get(flag, flag): value
+        for group in (flags, model_flags, parallel)
+        for flag, value in vars(group).items()
+        if value is not None
+    }
+    given["precision"] = PRECISIONS[flags.mixed_precision]
+    given["compile"] = not flags.no_compile
+    sizes, loss, config = (
+        {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
+        for cls in (ModelSizes, LossConfig, TrainConfig)
     )
     train_model(
-        config,
-        sizes,
-        loss,
+        TrainConfig(**config),
+        ModelSizes.of(MODEL_SIZES[model_flags.model or "BitDance-L"], **{"parallel_num": 4, **sizes}),
+        LossConfig(**loss),
         model_flags.trained_vae,
         flags.device,
         flags.threads,
@@ -377,7 +346,3 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         expected_down_size=model_flags.down_size,
         dry_run=flags.dry_run,
     )
-
-
-def _given(value: T | None, default: T) -> T:
-    return default if value is None else value

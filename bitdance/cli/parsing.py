@@ -58,7 +58,7 @@ def parse(
     """
     _flags.clear()
     _flags.update(_find_flags(cls))
-    _flags.update({name: _flags[field] for name, field in (aliases or {}).items()})
+    _flags.update({name: _flags[field] for name, field in (aliases or {}).items() if field in _flags})
     config: tuple[Any, ...] = (
         tyro.conf.OmitArgPrefixes,
         tyro.conf.OmitSubcommandPrefixes,

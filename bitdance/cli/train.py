@@ -7,9 +7,9 @@ import dataclasses
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, parse
-from bitdance.config import RELEASED_MODELS
+from bitdance.config import RELEASED_MODELS, ModelSizes
 from bitdance.runtime.errors import UserError, did_you_mean
-from bitdance.training.train_config import LossConfig, ModelSizes, TrainConfig, recipe
+from bitdance.training.train_config import LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
 
 EXAMPLES = """

@@ -203,12 +203,6 @@ def describe_pixels(summaries: Iterable[PixelSummary], dtype: str, labels: np.nd
     }
 
 
-def content_digest(source: ImageSource, batch_size: int = 256) -> str:
-    """Computes the `content` of `describe_pixels` from the pixels of a source."""
-    summaries = [summarize_pixels(images) for images in _prefetch(source.blocks(batch_size))]
-    return str(describe_pixels(summaries, str(source.dtype), source.labels)["content"])
-
-
 def write_feature_set(path: pathlib.Path, features: FeatureSet) -> None:
     """Writes a set as an `.npz` atomically; its statistics have the names of ADM's files.
 

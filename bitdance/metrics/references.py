@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 import sys
 
 from bitdance.metrics.evaluation_config import NO_REFERENCE, EvaluationConfig
 from bitdance.metrics.feature_set import (
     FeatureSet,
-    content_digest,
     extract_features,
     read_feature_set,
     read_statistics,
@@ -127,10 +127,11 @@ def _extract_cached(
 
 
 def _cache_key(source: ImageSource, config: EvaluationConfig) -> str:
-    """A file is identified by its path, size and time of modification, a folder by its pixels."""
-    if not source.path.is_file():
-        return content_digest(source)
-    stat = source.path.stat()
-    selection = (source.shape, config.reference_split, config.reference_limit)
-    identity = (str(source.path.resolve()), stat.st_size, stat.st_mtime_ns, *selection)
-    return hashlib.sha256(repr(identity).encode()).hexdigest()
+    """Files are identified by their paths, sizes and times of modification."""
+    path = source.path.resolve()
+    files = [path] if path.is_file() else sorted(filter(pathlib.Path.is_file, path.rglob("*")))
+    digest = hashlib.sha256(repr((source.shape, config.reference_split, config.reference_limit)).encode())
+    for file in files:
+        stat = file.stat()
+        digest.update(repr((os.fsencode(file), stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()

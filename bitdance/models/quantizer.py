@@ -1,4 +1,4 @@
-"""Binary quantizer: signs, group indices, packed bits and the entropy loss.
+"""Binary quantizer: signs, packed bits and the entropy loss.
 
 Lookup-free quantization in groups of 8 bits (WeTok, arXiv 2508.05599): a token is the sign of the encoder's output.
 """
@@ -13,6 +13,9 @@ from torch import Tensor
 GROUP = 8
 """Bits per group; the 256 sign vectors of a group are the codebook of the entropy loss."""
 
+TEMPERATURE, EPS = 0.01, 1e-5
+"""Of the softmax of the entropy loss, and what is added inside its logarithms."""
+
 
 def quantize(x: Tensor) -> Tensor:
     """Returns +1 where x > 0, else -1, with the dtype and shape of x."""
@@ -24,17 +27,6 @@ def straight_through(x: Tensor) -> Tensor:
     return x + (quantize(x) - x).detach()
 
 
-def group_indices(bits: Tensor) -> Tensor:
-    """Returns codebook indices of a grid of bits: (B, C, h, w) +-1 -> (C / 8, B * h * w) int64 in 0..255.
-
-    The index of group g is the sum of 2^j over those j for which bit 8 g + j is +1.
-    """
-    b, c, h, w = bits.shape
-    groups = bits.reshape(b, c // GROUP, GROUP, h * w).permute(1, 0, 3, 2).reshape(c // GROUP, b * h * w, GROUP)
-    weights = 2 ** torch.arange(GROUP, device=bits.device)
-    return ((groups > 0) * weights).sum(dim=-1)
-
-
 def pack(bits: Tensor) -> Tensor:
     """Packs bits: (..., C) +-1 -> (..., C / 8) uint8; bit j of byte g is bit 8 g + j of the token."""
     groups = bits.unflatten(-1, (-1, GROUP)) > 0
@@ -42,11 +34,11 @@ def pack(bits: Tensor) -> Tensor:
     return (groups * weights).sum(dim=-1).to(torch.uint8)
 
 
-def unpack(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Inverts `pack`: (..., C / 8) uint8 -> (..., C) +-1 of `dtype`."""
+def unpack(packed: Tensor) -> Tensor:
+    """Inverts `pack`: (..., C / 8) uint8 -> (..., C) +-1 float32."""
     shifts = torch.arange(GROUP, device=packed.device, dtype=torch.uint8)
     ones = (packed[..., None] >> shifts) & 1
-    return (ones.to(dtype) * 2 - 1).flatten(-2)
+    return (ones.float() * 2 - 1).flatten(-2)
 
 
 class EntropyLoss(NamedTuple):
@@ -57,24 +49,22 @@ class EntropyLoss(NamedTuple):
     codebook: Tensor
 
 
-def entropy_loss(x: Tensor, temperature: float = 0.01, eps: float = 1e-5) -> EntropyLoss:
+def entropy_loss(x: Tensor) -> EntropyLoss:
     """Computes the mean entropy per sample minus the entropy of the mean code distribution.
 
-    The code distribution of a group is softmax(2 x . codebook / temperature) over its 256 sign vectors. The mean is
+    The code distribution of a group is softmax(2 x . codebook / 0.01) over its 256 sign vectors. The mean is
     taken over all samples and groups.
 
     Args:
         x: (B, C, h, w) encoder output before the sign; C is a multiple of 8.
-        temperature: of the softmax.
-        eps: added inside logarithms.
     """
     b, c, h, w = x.shape
     groups = x.float().reshape(b, c // GROUP, GROUP, h * w).permute(0, 3, 1, 2).reshape(-1, GROUP)
     codebook = unpack(torch.arange(2**GROUP, dtype=torch.uint8, device=x.device)[:, None])  # (256, 8)
     with torch.autocast(x.device.type, enabled=False):  # at this temperature bf16 products would be noise
-        logits = 2 * groups @ codebook.T / temperature  # (samples * groups, 256)
+        logits = 2 * groups @ codebook.T / TEMPERATURE  # (samples * groups, 256)
     p = logits.softmax(dim=-1)
-    per_sample = -(p * (logits + eps).log_softmax(dim=-1)).sum(dim=-1).mean()
+    per_sample = -(p * (logits + EPS).log_softmax(dim=-1)).sum(dim=-1).mean()
     mean = p.mean(dim=0)
-    codebook_entropy = -(mean * (mean + eps).log()).sum()
+    codebook_entropy = -(mean * (mean + EPS).log()).sum()
     return EntropyLoss(per_sample - codebook_entropy, per_sample, codebook_entropy)

@@ -145,6 +145,18 @@ def lock_file(path: pathlib.Path, timeout: float, message: str) -> Iterator[Bina
         yield file
 
 
+def is_locked(path: pathlib.Path) -> bool:
+    """Returns whether another process has locked a file with `lock_file`, or may have, if it cannot be opened."""
+    try:
+        with open(path, "rb+") as file:
+            _lock(file)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def _open_locked(path: pathlib.Path) -> BinaryIO | None:
     """Returns None if another process holds the lock."""
     try:

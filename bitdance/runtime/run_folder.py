@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bitdance.runtime.atomic_files import lock_file, make_folder, read_json, remove_leftovers, write_json
+from bitdance.runtime.atomic_files import is_locked, lock_file, make_folder, read_json, remove_leftovers, write_json
 from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -100,13 +100,23 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    lock = folder.with_name(folder.name + ".lock")
+    lock = _lock_of(folder)
     with lock_file(lock, LOCK_TIMEOUT, f"another process works in {folder}: wait for it to finish, or stop it first."):
         try:
             remove_leftovers(folder)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def is_active(folder: pathlib.Path) -> bool:
+    """Returns whether a process holds the lock of a run folder; where the file system has no locks, False."""
+    return is_locked(_lock_of(folder))
+
+
+def _lock_of(folder: pathlib.Path) -> pathlib.Path:
+    folder = folder.resolve()
+    return folder.with_name(folder.name + ".lock")
 
 
 def _to_json(value: Any) -> Any:

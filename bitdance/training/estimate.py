@@ -7,7 +7,6 @@ not fit. Time is measured in real steps, whose results are discarded.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -27,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
+from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import format_duration
 from bitdance.training.flops import step_flops
@@ -61,7 +62,7 @@ def print_estimate(trainer: Trainer) -> None:
     before = _resident_bytes()
     available = free - constant  # for activations
     fits = memory["activations"] <= available
-    timed = measure_time(trainer, images, images if fits else int(images * available / memory["activations"]))
+    timed = measure_time(trainer, images if fits else int(images * available / memory["activations"]))
     on_gpu = world.device.type == "cuda"
     if timed is not None:
         peak, ratio = world.peak_memory(), images / timed[1]
@@ -91,12 +92,13 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     parameters = sum(value.numel() for value in trainer.network.parameters())
     checkpoint = memory["weights"] + memory["optimizer"] + memory["ema"]
     kept = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
-    disk = config.keep_checkpoints * checkpoint + (kept + 1) * (memory["weights"] + memory["ema"])
+    # A checkpoint is written before the oldest one is removed; files of weights hold those of the EMA or the raw ones.
+    disk = (config.keep_checkpoints + 1) * checkpoint + (kept + 1) * memory["weights"]
     space = shutil.disk_usage(_existing_parent(config.output)).free
     rate = config.batch_size / seconds if seconds else None
     total = steps * seconds if seconds else None
-    size = {name: f"{value / 1e9:.2f} GB" for name, value in (memory | {"disk": disk, "space": space}).items()}
-    size["host"] = f"{(memory['process'] + memory['prefetch']) / 1e9:.2f} GB"
+    sizes = {"file": checkpoint, "disk": disk, "space": space, "host": memory["process"] + memory["prefetch"]}
+    size = {name: _format_size(value) for name, value in (memory | sizes).items()}
     rows = [
         ("model", f"{parameters / 1e6:.2f} M parameters, autoencoder {memory['autoencoder'] / 4e6:.2f} M"),
         ("device", f"{world.device}, {world.size} {'process' if world.size == 1 else 'processes'}"),
@@ -110,7 +112,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
         ("process", f"{size['host']} of CPU memory, with prefetched images"),
         ("total", f"{size['needed']} per process, {size['free']} available"),
         ("", ""),
-        ("disk", f"{checkpoint / 1e9:.2f} GB per checkpoint, {size['disk']} at the end of the run"),
+        ("disk", f"{size['file']} per checkpoint, {size['disk']} in all, with a checkpoint that is being written"),
         ("FLOPs", f"{flops / 1e12:.3g} TFLOPs per step, {flops / config.batch_size / 1e9:.4g} GFLOPs per image"),
         ("steps", f"{steps} with {config.batch_size} images each"),
     ]
@@ -145,6 +147,10 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
         "device": str(world.device),
     }
     print(json.dumps(facts), flush=True)
+
+
+def _format_size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _existing_parent(folder: pathlib.Path) -> pathlib.Path:
@@ -194,7 +200,9 @@ def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
     # Gradients exist before the backward pass if microbatches add to them, or if they lie in buckets of DDP.
     passes = 2 if config.accumulate > 1 or world.size > 1 else 1
     with FakeTensorMode():
-        fake = _fake_copy(objective)
+        network = BitDance(objective.network.config, objective.config.drop_rate, config.grad_checkpointing)
+        autoencoder_config = objective.autoencoder.config
+        fake = BitDanceLoss(network, Autoencoder(autoencoder_config), objective.config, config.seed)
         peak = _step_bytes(fake, images, sample, passes, trainer.in_bf16)
         preview = _preview_bytes(fake)
     return {
@@ -209,18 +217,6 @@ def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
         "prefetch": (PREFETCH + 2) * len(trainer.loader.indices) * sample.nbytes,
         "process": process,
     }
-
-
-def _fake_copy(objective: BitDanceLoss) -> BitDanceLoss:
-    """Returns a copy with fake tensors on the CPU; called in `FakeTensorMode`."""
-    memo: dict[int, Any] = {}
-    for network in (objective.network, objective.autoencoder):
-        for parameter in network.parameters():
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-            memo[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
-        for buffer in network.buffers():
-            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return copy.deepcopy(objective, memo)
 
 
 def _step_bytes(objective: BitDanceLoss, images: int, sample: Tensor, passes: int, in_bf16: bool) -> int:
@@ -278,57 +274,50 @@ def _free_memory(device: torch.device) -> int:
 # ------------------------------------------------------------ time
 
 
-def measure_time(trainer: Trainer, images: int, fitting: int) -> tuple[float, int] | None:
+def measure_time(trainer: Trainer, fitting: int) -> tuple[float, int] | None:
     """Measures the duration of a step.
 
-    A step that would take long is timed with fewer images or fewer microbatches, at two sizes, and extrapolated.
+    A step that would take long, or that has more than one microbatch, is timed with fewer images, at two sizes, and
+    extrapolated.
 
     Args:
         trainer: takes the steps; its state is useless afterwards.
-        images: per microbatch.
-        fitting: number of them that fit into memory.
+        fitting: number of images of a microbatch that fit into memory.
 
     Returns:
-        Seconds per step of the run, and images per microbatch of the measured steps; None if not even one image fits
-        into memory.
+        Seconds per step of the run, and images of the measured steps; None if not even one image fits into memory.
     """
     world = trainer.world
     if world.broadcast(fitting) < 1:
         return None
     trainer.network.train()
     stream = trainer.loader.stream(0, 64)
+    config, trainer.config = trainer.config, dataclasses.replace(trainer.config, accumulate=1)
 
-    def timed(count: int, microbatches: int = 1, repeats: int = 3) -> float:
-        seconds = [_timed_step(trainer, stream, count, microbatches) for _ in range(1 + repeats)]
+    def timed(count: int, repeats: int) -> float:
+        seconds = [_timed_step(trainer, stream, count) for _ in range(1 + repeats)]
         return world.broadcast(statistics.median(seconds[1:]))
 
     size = world.broadcast(min(fitting, 2))
     seconds = timed(size, repeats=1)
     size = world.broadcast(min(fitting, max(size, int(size * MAX_SECONDS / seconds))))
     seconds = timed(size, repeats=max(3, min(20, int(REPEAT_SECONDS / seconds))))
-    others = len(trainer.loader.indices) - size
-    if others == 0:
-        return seconds, size
-    if size == images:
-        per_image = (timed(2 * size, microbatches=2, repeats=2) - seconds) / size
-    elif size == 1:
-        per_image = seconds
-    else:
+    if others := len(trainer.loader.indices) - size:
         half = size // 2
-        per_image = (seconds - timed(half, repeats=2)) / (size - half)
-    return seconds + per_image * others, size
+        per_image = (seconds - timed(half, repeats=2)) / (size - half) if half else seconds
+        seconds += per_image * others
+    trainer.config = config
+    return seconds, size
 
 
-def _timed_step(trainer: Trainer, stream: Iterator[Batch], images: int, microbatches: int) -> float:
-    """Takes a step with the first images of a batch and returns its duration in seconds."""
+def _timed_step(trainer: Trainer, stream: Iterator[Batch], images: int) -> float:
+    """Takes a step with the first images of a batch and returns its duration in seconds, without reading the others."""
     start = time.perf_counter()
     batch = next(stream)
     if images < len(batch.labels):
         batch = Batch(*(value[:images] for value in batch))
-        start = time.perf_counter()  # without the reading, which would be of more images
-    config, trainer.config = trainer.config, dataclasses.replace(trainer.config, accumulate=microbatches)
+        start = time.perf_counter()
     trainer.train_step(batch, lr=0.0)
-    trainer.config = config
     if trainer.world.device.type == "cuda":
         torch.cuda.synchronize(trainer.world.device)
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""FLOPs of a training step by formula, and the peak throughput of GPUs, for the model-FLOP utilization.
+"""FLOPs of a training step, and the peak throughput of GPUs, for the model-FLOP utilization.
 
 A multiplication and an addition are two FLOPs. As usual (appendix B of arXiv 2204.02311), only matrix products and
 convolutions count, and recomputation by activation checkpointing does not. Attention counts in full, although the mask
@@ -7,14 +7,20 @@ hides almost half of it.
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.train_config import LossConfig
 
 # FLOP/s without sparsity, from NVIDIA's data sheets. The first name that occurs in the device's name counts.
 _PEAK_BF16 = {
@@ -46,7 +52,7 @@ def peak_bf16(device_name: str) -> float | None:
 
 
 def step_flops(objective: AutoencoderLoss | BitDanceLoss, images: int, side: int, encodes: bool) -> float:
-    """Returns the FLOPs of a training step, forward and backward.
+    """Returns the FLOPs of a training step, forward and backward, counted in a step with fake tensors.
 
     Args:
         objective: the loss with its network.
@@ -54,58 +60,24 @@ def step_flops(objective: AutoencoderLoss | BitDanceLoss, images: int, side: int
         side: of the images, in pixels.
         encodes: whether the autoencoder encodes the images of a model in each step; otherwise tokens are cached.
     """
+    shape: tuple[int, ...] = (side, side, 3)
     if isinstance(objective, AutoencoderLoss):
-        network = objective.network
-        first = 2 * side**2 * _weights(network.encoder.conv_in)
-        return float(images * (3 * (encoder_flops(network, side) + decoder_flops(network, side)) - first))
-    total = model_flops(objective.network, images, objective.config.diff_batch_mul)
-    return total + (images * encoder_flops(objective.autoencoder, side) if encodes else 0.0)
+        return float(images * _image_flops(shape, objective.config, objective.network.config))
+    config = objective.network.config
+    shape = shape if encodes else (config.num_tokens, config.bits // 8)
+    return float(images * _image_flops(shape, objective.config, config, objective.autoencoder.config))
 
 
-def model_flops(network: BitDance, images: int, copies: int) -> float:
-    """Returns the FLOPs of a training step of a model on tokens, with `copies` noisy copies of each token."""
-    config = network.config
-    tokens, p = config.num_tokens, config.parallel_num
-    length = config.cls_token_num + tokens - 1
-    # Of the forward pass; the backward pass needs twice as many, except for layers whose input needs no gradient.
-    transformer = 2 * length * _weights(network.layers) + 2 * (tokens - p) * _weights(network.proj_in)
-    transformer += config.n_layer * 4 * length**2 * config.dim
-    net = network.head.net
-    rows = copies * tokens
-    head = 2 * rows * (_weights(net) - _weights(net.time_embed)) + 2 * (rows // p) * _weights(net.time_embed)
-    if p > 1:
-        head += config.head_layers * 4 * p * rows * config.head_dim
-    first = 2 * (tokens - p) * _weights(network.proj_in.w1) + 2 * rows * _weights(net.input_proj)
-    first += 2 * (rows // p) * _weights(net.time_embed.mlp[0])
-    return float(images * (3 * (transformer + head) - first))
-
-
-def encoder_flops(network: Autoencoder, side: int) -> int:
-    """Returns the FLOPs of encoding one image of side x side pixels."""
-    encoder = network.encoder
-    total = side**2 * _weights(encoder.conv_in)
-    for level in encoder.down:
-        total += side**2 * _weights(level.block)
-        if hasattr(level, "downsample"):
-            side //= 2
-            total += side**2 * _weights(level.downsample)
-    return 2 * (total + side**2 * (_weights(encoder.mid_block) + _weights(encoder.conv_out)))
-
-
-def decoder_flops(network: Autoencoder, side: int) -> int:
-    """Returns the FLOPs of decoding one image of side x side pixels."""
-    decoder = network.decoder
-    side //= network.config.down_size
-    total = side**2 * (_weights(decoder.conv_in) + _weights(decoder.mid_block)) + _weights(decoder.adaptive)
-    for level in reversed(decoder.up):
-        total += side**2 * _weights(level.block)
-        if hasattr(level, "upsample"):
-            total += side**2 * _weights(level.upsample)
-            side *= 2
-    return 2 * (total + side**2 * _weights(decoder.conv_out))
-
-
-def _weights(module: nn.Module | torch.Tensor) -> int:
-    """Returns the number of weights of linear layers and convolutions, without biases."""
-    assert isinstance(module, nn.Module)
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+@functools.lru_cache
+def _image_flops(shape: tuple[int, ...], loss: Any, *networks: Any) -> int:
+    """Counts the FLOPs of an input of this shape; the loss and its networks are given by their configurations."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        objective: nn.Module
+        if isinstance(loss, LossConfig):
+            model, autoencoder = networks
+            objective = BitDanceLoss(BitDance(model), Autoencoder(autoencoder), loss, seed=0)
+        else:
+            objective = AutoencoderLoss(Autoencoder(*networks), loss)
+        index = torch.zeros(1, dtype=torch.int64)
+        objective(torch.empty((1, *shape), dtype=torch.uint8), index, index, 0)[0].backward()
+    return counter.get_total_flops()

@@ -104,12 +104,6 @@ class Loader:
         self._lock = threading.Lock()
         self.bad_images = BadImages(config.max_bad_images)
 
-    def image_indices(self, step: int) -> Tensor:
-        """Returns the images of this process in a step if none is unreadable: (B,) int64."""
-        order, _ = self._draws(step // self.steps_per_epoch)
-        start = (step % self.steps_per_epoch) * self.config.batch_size
-        return torch.from_numpy(order[start + self.indices.numpy()])
-
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the order of the images in an epoch, (N,), and five uniform numbers per image, (N, 5)."""
         with self._lock:  # or all threads would compute them

@@ -22,6 +22,8 @@ from bitdance.training.loader import Batch
 from bitdance.training.optimizer import NonFiniteGuard
 
 LOG_FILE = "log.jsonl"
+MAX_VALUE = 1e100
+"""Larger numbers in a log are damage."""
 
 Metrics = dict[str, float | None]
 """Metrics of a line of the log; None where there is no finite value."""
@@ -134,6 +136,8 @@ class RunLog:
         self.path = folder / LOG_FILE
         self._tensorboard = _open_tensorboard(folder, step) if tensorboard else None
         self._wandb = _open_wandb(folder, wandb, settings) if wandb else None
+        if self.path.is_fifo() or self.path.is_dir():
+            raise UserError(f"{self.path} is not a file: delete it.")
         if self.path.is_file():
             lines = [line for line in read_log(folder) if line["step"] <= step]
             with atomic_write(self.path) as temporary:
@@ -168,15 +172,20 @@ class RunLog:
 
 
 def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the lines of a run's log; lines that are torn or damaged are skipped."""
+    """Reads the lines of a run's log; lines that are torn or damaged, or have values of other types, are skipped."""
     path = folder / LOG_FILE
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("time"), float):
-                lines.append(line)
+                lines += [line] if all(map(_is_valid, line, line.values())) else []
     return lines
+
+
+def _is_valid(key: str, value: object) -> bool:
+    is_number = isinstance(value, int | float) and abs(value) < MAX_VALUE  # and not NaN
+    return is_number or value is None or key == "note"
 
 
 def _open_tensorboard(folder: pathlib.Path, step: int) -> Any:
@@ -196,5 +205,5 @@ def _open_wandb(folder: pathlib.Path, project: str, settings: dict[str, Any]) ->
     if not name.exists():
         with atomic_write(name) as temporary:
             temporary.write_text(secrets.token_hex(8))
-    run_id = name.read_text().strip()
+    run_id = name.read_text(errors="replace").strip()
     return wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=settings)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from bitdance.config import AutoencoderConfig, BitDanceConfig
+from bitdance.config import AutoencoderConfig, BitDanceConfig, ModelSizes
 from bitdance.data.class_names import imagenet, numbered
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
@@ -20,7 +20,7 @@ from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
 from bitdance.training.loader import Loader, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
-from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, ModelSizes, TrainConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.resolve import DEMO, find_weights
@@ -125,6 +125,5 @@ def _complete_sizes(
         reason = ", ImageNet's, whose ids its folders have" if images.classes == imagenet().wordnet_ids else ""
         raise UserError(f"{images.path} has {count} classes{reason}, more than num_classes={num_classes}: raise it.")
     names = (*images.classes, *map(numbered(num_classes).label, range(count, num_classes)))
-    return sizes.complete(
-        grid=autoencoder.grid(image_size), bits=autoencoder.bits, num_classes=num_classes, class_names=names
-    )
+    others = {"grid": autoencoder.grid(image_size), "bits": autoencoder.bits}
+    return BitDanceConfig(**{**vars(sizes), **others, "num_classes": num_classes, "class_names": names})

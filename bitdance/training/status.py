@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import time
 from typing import Any
 
 import numpy as np
 
-from bitdance.runtime.atomic_files import atomic_write
+from bitdance.runtime.atomic_files import atomic_write, read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import format_duration
-from bitdance.runtime.run_folder import SETTINGS
+from bitdance.runtime.run_folder import SETTINGS, is_active
 from bitdance.training.evaluation import LOGGED, format_evaluation
 from bitdance.training.logging import read_log
 from bitdance.weights import weights_file
@@ -28,17 +27,19 @@ CHARTS = {
 
 
 def describe_run(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what is known of a run, for JSON; all its checkpoints are read to check them.
+    """Returns what is known of a run, for JSON; the newest checkpoint is read to compare its digest.
 
     Raises:
         UserError: the folder holds no run.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
-        info, batch_size = settings["run"], int(settings["train"]["batch_size"])
-        kind, last_step = str(info["kind"]), int(info["last_step"])
-        steps_per_epoch = max(1, int(info["steps_per_epoch"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = read_json(folder / SETTINGS, "")
+        kind, batch_size = settings["run"]["kind"], settings["train"]["batch_size"]
+        last_step, steps_per_epoch = (settings["run"][name] for name in ("last_step", "steps_per_epoch"))
+        numbers = (batch_size, last_step, steps_per_epoch)
+        if kind not in ("model", "autoencoder") or not all(type(n) is int and 0 < n < 2**63 for n in numbers):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder} holds no training run: name a folder that `bitdance train` wrote to, with a {SETTINGS}, or a "
             "file of weights."
@@ -46,14 +47,18 @@ def describe_run(folder: pathlib.Path) -> dict[str, Any]:
     lines = read_log(folder)
     steps = [line for line in lines if "loss" in line]  # others have validations or evaluations
     last = steps[-1] if steps else {}
-    step = lines[-1]["step"] if lines else 0
+    checkpoints = list_checkpoints(folder)
+    step = max(lines[-1]["step"] if lines else 0, *checkpoints, 0)
     rate = last.get("images_per_second")
-    finished = folder / f"{kind}.safetensors"
+    final = folder / f"{kind}.safetensors"
+    state = "running" if is_active(folder) else "stopped"
+    state = "finished" if final.exists() and step >= last_step else state
     validated = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
     evaluated = [line for line in lines if format_evaluation(line)]
     return {
         "folder": str(folder),
         "kind": kind,
+        "state": state,
         "step": step,
         "last_step": last_step,
         "epoch": step / steps_per_epoch,
@@ -63,18 +68,18 @@ def describe_run(folder: pathlib.Path) -> dict[str, Any]:
         "evaluation": {name: evaluated[-1].get(name) for name in ("step", *LOGGED)} if evaluated else None,
         "skipped": last.get("skipped", 0),
         **{name: last.get(name) for name in ("images_per_second", "waiting", "tflops", "mfu")},
-        "seconds_left": (last_step - step) * batch_size / rate if rate else None,
+        "seconds_left": (last_step - step) * batch_size / rate if rate and state != "stopped" else None,
         "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
-        "checkpoints": [_describe_checkpoint(path) for path in list_checkpoints(folder).values()],
-        "weights": finished.name if finished.exists() else None,
+        "checkpoints": [_describe_checkpoint(path, step == max(checkpoints)) for step, path in checkpoints.items()],
+        "weights": final.name if final.exists() else None,
         "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),
     }
 
 
-def _describe_checkpoint(path: pathlib.Path) -> dict[str, Any]:
+def _describe_checkpoint(path: pathlib.Path, verify: bool) -> dict[str, Any]:
     facts = {"file": path.name, "bytes": path.stat().st_size}
     try:
-        weights_file.read(path)
+        weights_file.read(path, verify)
     except UserError as error:
         return {**facts, "complete": False, "reason": str(error)}
     return {**facts, "complete": True}
@@ -93,10 +98,14 @@ def format_run(facts: dict[str, Any]) -> str:
     rows.append(("skipped steps", str(facts["skipped"])))
     if facts["images_per_second"]:
         use = f", model-FLOP utilization {facts['mfu']:.0%}" if facts["mfu"] else ""
-        rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting']:.0%}{use}"))
-        is_finished = facts["weights"] is not None and facts["step"] >= facts["last_step"]
-        left = "none, finished" if is_finished else f"{format_duration(facts['seconds_left'])} at this speed"
-        rows.append(("time left", left))
+        rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting'] or 0:.0%}{use}"))
+    if facts["state"] == "stopped":
+        rows.append(("stopped", "run the same command again to resume"))
+    elif facts["state"] == "finished":
+        rows.append(("time left", "none, finished"))
+    elif facts["seconds_left"] is not None:
+        rows.append(("time left", f"{format_duration(facts['seconds_left'])} at this speed"))
+    if facts["seconds_since_last_line"] is not None:
         rows.append(("last line of the log", f"{format_duration(facts['seconds_since_last_line'])} ago"))
     if not facts["checkpoints"]:
         rows.append(("checkpoint", "none yet"))

@@ -1,4 +1,4 @@
-"""Settings of training: sizes of the network, losses, the run, and the published recipes.
+"""Settings of training: losses, the run, and the published recipes.
 
 Field metadata says which settings may change when a run is resumed, see `bitdance.runtime.run_folder`.
 """
@@ -10,52 +10,13 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from bitdance.config import BitDanceConfig, ReleasedModel, SamplingDefaults, TokenOrder
+from bitdance.config import ModelSizes, ReleasedModel, SamplingDefaults
 from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.run_folder import EXTEND, FREE
 
 
 def _free(default: Any) -> Any:
     return dataclasses.field(default=default, metadata=FREE)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """Sizes of the model.
-
-    Those that are missing here follow from the autoencoder and the images, see `BitDanceConfig`.
-
-    Attributes:
-        dim: width of the transformer, a multiple of 64.
-        n_layer: transformer blocks.
-        head_dim: width of the diffusion head, a multiple of 64.
-        head_layers: blocks of the diffusion head.
-        head_ada_ln: adaLN projections of the head; each is shared by `head_layers` / `head_ada_ln` blocks.
-        parallel_num: tokens sampled per autoregressive step: 1, 4, 16, ...
-        cls_token_num: class tokens.
-        num_classes: by default the number of classes of the images; a larger number reserves classes.
-        token_order: patch: the tokens of a step are a square patch; standard: they are consecutive in raster order.
-        time_shift: shift of the head's timesteps, in training and in sampling.
-    """
-
-    dim: int = 768
-    n_layer: int = 24
-    head_dim: int = 768
-    head_layers: int = 6
-    head_ada_ln: int = 2
-    parallel_num: int = 1
-    cls_token_num: int = 64
-    num_classes: int | None = None
-    token_order: TokenOrder = "patch"
-    time_shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "num_classes", lambda value: value >= 1, "be at least 1")
-
-    def complete(self, **others: Any) -> BitDanceConfig:
-        """Returns the configuration with the sizes that are not chosen: `grid`, `bits`, classes."""
-        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return BitDanceConfig(**{**chosen, **others})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,5 +201,4 @@ def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig
     run = TrainConfig(
         data_path, epochs=800, batch_size=1024, lr=6e-4, ema=0.9999, precision="bf16", keep_epochs=50, compile=True
     )
-    sizes = ModelSizes(**{field.name: getattr(release.config, field.name) for field in dataclasses.fields(ModelSizes)})
-    return run, sizes, LossConfig(perturb_rate=release.perturb_rate)
+    return run, ModelSizes.of(release.config), LossConfig(perturb_rate=release.perturb_rate)

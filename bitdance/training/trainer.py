@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 import signal
@@ -136,18 +137,21 @@ class Trainer:
             problem = f"accumulate={config.accumulate} does not divide the {len(loader.indices)} images of a process"
             rule = "a multiple of the number of microbatches times the number of processes"
             raise UserError(f"{problem}: make `batch_size` {rule}.")
-        self.validation = self.evaluation = None
+        self.validation: Validation | None = None
         if config.val_path:
             self.validation = Validation(objective, config, loader.images.classes, world, data.autoencoder)
-        if config.eval_every and self.pipeline is not None:
-            self.evaluation = SampleEvaluation(self.pipeline, config, loader.images.labels, world, self.in_bf16)
+        self.evaluation: SampleEvaluation | None = None
         self.checkpointer = Checkpointer(config.output, config.keep_checkpoints)
         self.log: RunLog | None = None
         self.module: nn.Module = self.objective
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
         if world.size > 1:
-            self.module = nn.parallel.DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in 2.7
+                self.module = nn.parallel.DistributedDataParallel(
+                    self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     # ------------------------------------------------------------ steps
 
@@ -159,6 +163,11 @@ class Trainer:
             UserError: the folder belongs to another run, another process trains in it, too many consecutive steps were
                 skipped, an image cannot be read, or a file cannot be written.
         """
+        if path := self.world.broadcast(self._find_complete() if self.world.is_main else None):
+            return path
+        if self.config.eval_every and self.pipeline is not None:  # not of a dry run, since features may be written
+            labels = self.loader.images.labels
+            self.evaluation = SampleEvaluation(self.pipeline, self.config, labels, self.world, self.in_bf16)
         with exclusive(self.config.output, self.world), contextlib.ExitStack() as opened:
             opened.callback(self.checkpointer.close)
             self._open_run(opened)
@@ -261,7 +270,7 @@ class Trainer:
         self.checkpointer.finish()
         self.world.barrier()  # otherwise the first process to end would end the others before they have written theirs
         problem = f"gradients were not finite in {consecutive} consecutive steps, up to step {self.step}"
-        raise UserError(f"{problem}: the batch is in {path}; lower `lr`, or train with precision=fp32.")
+        raise UserError(f"{problem}: the batch is in {path}; lower `lr`, or train in float32 (`precision`).")
 
     def _is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps (0: only at the end) happens after this step."""
@@ -283,11 +292,23 @@ class Trainer:
 
     # ------------------------------------------------------------ files
 
+    def _find_complete(self) -> pathlib.Path | None:
+        """Returns the final weights of a complete run whose folder cannot be written, where nothing is left to do."""
+        folder = self.config.output
+        path = folder / f"{self.kind}.safetensors"
+        if all(os.access(place, os.W_OK) for place in (folder, folder.resolve().parent)) or not path.is_file():
+            return None
+        read_settings(folder, self._sections(), lambda stored: False)
+        if weights_file.read(path).metadata.get("step") != str(self.last_step):
+            return None
+        print(f"{path}: the run is complete.")
+        return path
+
     def _open_run(self, opened: contextlib.ExitStack) -> None:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
         folder = self.config.output
         done = next(iter(list_checkpoints(folder)), 0) if self.world.is_main else 0
-        if done and not (folder / SETTINGS).exists():
+        if done and not (folder / SETTINGS).is_file():
             advice = "restore it, or delete the folder to start over"
             raise UserError(f"{folder} has checkpoints but no {SETTINGS}: {advice}.")
         is_finished = functools.partial(_is_finished, done)
@@ -408,15 +429,15 @@ class Trainer:
             return
         with self._ema_weights(), self.autocast(), torch.no_grad():
             if isinstance(self.network, Autoencoder):
-                images = self.loader.load(0).inputs[:PREVIEW_IMAGES]
-                pixels = normalize(images.to(self.world.device))
+                originals = self.loader.load(0).inputs[:PREVIEW_IMAGES]
+                pixels = normalize(originals.to(self.world.device))
                 decoded = to_uint8(self.network.decode(self.network.encode(pixels))).cpu()
-                pictures, columns = torch.cat([images, decoded]).numpy(), len(images)
+                images, columns = torch.cat([originals, decoded]).numpy(), len(originals)
             else:
                 assert self.pipeline is not None
                 classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
-                pictures, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
-        write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(pictures, columns=columns, scale=2))
+                images, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
+        write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(images, columns=columns, scale=2))
 
 
 def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

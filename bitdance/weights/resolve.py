@@ -89,8 +89,9 @@ def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:
 
 
 def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Returns the checkpoints in a folder by their steps, newest first; files with other names are ignored."""
-    named = {path.stem.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*.safetensors")}
+    """Returns the checkpoints in a folder by their steps, newest first; anything else is ignored."""
+    files = filter(pathlib.Path.is_file, folder.glob("checkpoint-*.safetensors"))
+    named = {path.stem.removeprefix("checkpoint-"): path for path in files}
     return dict(
         sorted(((int(step), path) for step, path in named.items() if step.isdecimal() and int(step)), reverse=True)
     )
