@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Any, Literal
 
 from bitdance.runtime.errors import UserError, check_fields
@@ -15,8 +16,17 @@ from bitdance.runtime.errors import UserError, check_fields
 HEAD_DIM = 64
 """Channels of an attention head, in every released model."""
 
+MAX_BLOCKS, MAX_LEVELS, MAX_NAME = 256, 8, 1000
+"""Blocks of a network, levels of an autoencoder and characters of a class name: files of weights name them freely."""
+
+Split = Literal["train", "test"]
+"""Of CIFAR-10."""
+
 TokenOrder = Literal["patch", "standard"]
-TOKEN_ORDERS: tuple[TokenOrder, ...] = ("patch", "standard")
+Weights = Literal["ema", "model"]
+Precision = Literal["auto", "fp32", "bf16"]
+Solver = Literal["euler-maruyama", "euler", "heun"]
+CfgSchedule = Literal["linear", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +34,8 @@ class AutoencoderConfig:
     """Sizes of an autoencoder. The defaults are those of d16c32, the released one.
 
     Attributes:
-        widths: channels of each level, finest level first; multiples of 8 (GroupNorm has 32 groups, or 16 or 8).
+        widths: channels of each level, finest level first, at most 8; multiples of 8 (GroupNorm has 32 groups, or 16 or
+            8).
         blocks: residual blocks per level.
         bits: C, bits per token, a multiple of 8.
         patch_size: side of the squares of pixels that are moved into channels before the finest level
@@ -47,7 +58,10 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if not self.widths or any(width <= 0 or width % 8 for width in self.widths):
             raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 8.")
+        check_fields(self, "widths", lambda value: len(value) <= MAX_LEVELS, f"have at most {MAX_LEVELS} levels")
         check_fields(self, "blocks patch_size", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "blocks", lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
+        check_fields(self, "patch_size", lambda value: value <= 32, "be at most 32")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
         if self.split < 1 or self.cell_size % self.split:
             raise UserError(
@@ -73,6 +87,17 @@ class AutoencoderConfig:
     def down_size(self) -> int:
         """Downsampling factor: the side of a token in pixels."""
         return self.cell_size // self.split
+
+    def grid(self, image_size: int) -> int:
+        """Returns the side of the token grid of an image of this size.
+
+        Raises:
+            UserError: `image_size` is not a multiple of `cell_size`.
+        """
+        if image_size % self.cell_size:
+            rule = f"it must be a multiple of {self.cell_size}, of the autoencoder"
+            raise UserError(f"image_size={image_size} is invalid: {rule}.")
+        return image_size // self.down_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +158,8 @@ class BitDanceConfig(ModelSizes):
     def __post_init__(self) -> None:
         counts = "dim n_layer head_dim head_layers head_ada_ln parallel_num grid cls_token_num num_classes"
         check_fields(self, counts, lambda value: value >= 1, "be at least 1")
+        blocks = "n_layer head_layers head_ada_ln"
+        check_fields(self, blocks, lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "dim head_dim", lambda value: value % HEAD_DIM == 0, f"be a multiple of {HEAD_DIM}")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
         check_fields(self, "time_shift", lambda value: math.isfinite(value) and value > 0, "be a positive number")
@@ -140,11 +167,13 @@ class BitDanceConfig(ModelSizes):
             raise UserError(
                 f"head_layers={self.head_layers} is invalid: it must be a multiple of head_ada_ln={self.head_ada_ln}."
             )
-        if self.token_order not in TOKEN_ORDERS:
+        if self.token_order not in typing.get_args(TokenOrder):
             raise UserError(f"token_order={self.token_order!r} is invalid: it must be patch or standard.")
         if self.class_names and len(self.class_names) != self.num_classes:
             given = len(self.class_names)
             raise UserError(f"{given} class names for num_classes={self.num_classes}: give one per class or none.")
+        if (longest := max(map(len, self.class_names), default=0)) > MAX_NAME:
+            raise UserError(f"a class name has {longest} characters: shorten it to at most {MAX_NAME}.")
         self._check_parallel_num()
 
     def _check_parallel_num(self) -> None:

@@ -392,6 +392,12 @@ def test_errors_of_parquet(tmp_path: pathlib.Path) -> None:
     fails(write_table(path, pa.table({"image": [image], "label": ["cat"]})), "an integer 'label'")
     fails(write_table(path, pa.table({"image": [image], "label": [-1]})), "labels from -1 to -1")
     fails(write_table(path, pa.table({"image": [image] * 2, "label": [0, None]})), "row 1 has no label")
+    bomb = pa.table({"image": [{"bytes": bytes(1 << 28), "path": "x"}] * 2, "label": [0, 0]})
+    fails(write_table(path, bomb, compression="zstd", use_dictionary=False), "expands to far more bytes")
+    many = pa.table(
+        {"image": pa.nulls((1 << 24) + 1, bomb.schema.field("image").type), "label": np.zeros((1 << 24) + 1, int)}
+    )
+    fails(write_table(path, many, row_group_size=1 << 25), "more than 16777216 rows")
     empty = pa.table({"image": [image], "label": [0]}).slice(0, 0)
     fails(write_table(path, empty), "no images", "have no rows")
     good = parquet(path, ORDER).read_bytes()

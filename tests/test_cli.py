@@ -179,7 +179,7 @@ def test_fields_are_shown_as_flags(monkeypatch):
          "--global-batch-size 1 --global-seed 2 --keep-freq 3 --P-mean 4 --P-std 5 --parallel-num 6 --results-dir "
          "--mixed-precision accumulate=2"),
         (["sweep"], "cfg_scale=1 solver=heun num_steps=2 `reference`",
-         "--cfg-scales 1 --solvers heun --num-steps 2 --reference"),
+         "--cfg-scale 1 --solver heun --num-steps 2 --reference"),
         (["nearest", "folder", "--data-path", "x"], "`samples` `data_path`", "SAMPLES --data-path"),
     ],
 )  # fmt: skip

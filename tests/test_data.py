@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from bitdance.data import crops, decoding
+from bitdance.data.decoding import decode_image
 from bitdance.data.folders import ZipImages
 from bitdance.data.image_dataset import ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
@@ -209,6 +210,36 @@ def test_unreadable_image_is_named(
     with pytest.raises(UserError, match=words) as caught:
         found.read(0)
     assert "cat/bad.jpg" in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_zips_that_expand_to_gigabytes_are_not_expanded(tmp_path: pathlib.Path, how: int) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", how) as archive, archive.open("cat/0.png", "w") as file:
+        for _ in range(3 << 8 if how == zipfile.ZIP_DEFLATED else 1):
+            file.write(bytes(1 << 20))
+    fails(tmp_path / "x.zip", "make it again")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("narrow", "1 x 5000 pixels"), ("scans", "too many scans"), ("large", "too many pixels")]
+)
+def test_small_files_that_cost_gigabytes_are_refused(tmp_path: pathlib.Path, kind: str, words: str) -> None:
+    jpeg = encoded(picture(0), "JPEG")
+    data = {
+        "narrow": lambda: encoded(np.zeros((5000, 1, 3), np.uint8)),
+        "scans": lambda: jpeg[:-2] + jpeg[jpeg.index(b"\xff\xda") : -2] * 200 + jpeg[-2:],
+        "large": lambda: encoded(np.zeros((8001, 8000), np.uint8)),
+    }[kind]()
+    with pytest.raises(UserError, match=words):
+        decode_image(data, "x")
+
+
+def test_grey_of_16_bits_needs_little_memory() -> None:
+    data = encoded(np.zeros((2000, 2000), np.uint16))
+    tracemalloc.start()
+    decode_image(data, "x")
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2000**2
+    tracemalloc.stop()
 
 
 def test_files_that_vanish_are_named(tmp_path: pathlib.Path) -> None:

@@ -441,3 +441,35 @@ def test_nothing_is_fetched_for_other_files_or_offline(server, monkeypatch):
         with pytest.raises(UserError, match="does not exist, and HF_HUB_OFFLINE disables downloads"):
             resolve.find_weights(name)
     assert server.tokens == []
+
+
+def test_names_resolve_alike(tmp_path, monkeypatch, capsys):
+    """In every command; a name that is nearly one of ours gets a hint, and `info` downloads nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert resolve.find_weights("demo").name == "demo_model.safetensors"
+    with pytest.raises(UserError, match=r"there is no model 'Demo': did you mean demo\? name a file"):
+        resolve.find_weights("Demo")
+    with pytest.raises(UserError, match="model=3 is no name: give a string or a path"):
+        resolve.find_weights(3)  # type: ignore[arg-type]
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pathlib.Path, "home", lambda: pytest.fail("there is no home"))
+    with pytest.raises(UserError, match=r"there is no model .~nobody-here/model.pt."):
+        resolve.find_weights("~nobody-here/model.pt")
+    (tmp_path / "some").mkdir()
+    for name in ("some/BitDance_B_16X.pt", "some/notes.txt"):
+        (tmp_path / name).write_text("")
+    assert resolve.find_weights("some") == pathlib.Path("some/BitDance_B_16X.pt")
+    (tmp_path / "some" / "other.pt").write_text("")
+    with pytest.raises(UserError, match="some holds no weights: name another folder, or a file"):
+        resolve.find_weights("some")
+    for name in ("BitDance-B-16X", "b-16x"):
+        with pytest.raises(SystemExit):
+            main(["info", name])
+        assert f"{name} is not in models/BitDance-ImageNet: download it with `bitdance d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", '{"run": 3}', '{"run": {"autoencoder": [1]}}', "[" * 10**5, "\xff", "[1]"])
+def test_odd_settings_beside_a_model_name_no_autoencoder(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="holds no autoencoder, and there is none beside it"):
+        resolve.find_autoencoder_of(tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -130,6 +131,13 @@ def test_folders_of_images(tmp_path):
     source = open_source(small.pictures(tmp_path / "classes"))
     assert (len(source), source.num_classes, source.shape[1]) == (12, 3, 16)
     assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    Image.fromarray(images[0]).save(tmp_path / "classes" / "stray.png")
+    with pytest.raises(UserError, match="and folders of images: leave one of the two"):
+        open_source(tmp_path / "classes")
+    for text in ("[" * 200_000, "{}", "[1e999]", "[1, 2, 3, 4, 5, 99999999]", "[[]]"):
+        (folder / "labels.json").write_text(text)
+        with pytest.raises(UserError, match=r"labels\.json"):
+            open_source(folder, image_size=4)
 
 
 @pytest.mark.parametrize(
@@ -446,6 +454,14 @@ def test_sampling_extracts_the_features_of_its_file(tmp_path, capsys, monkeypatc
     main([*arguments, "--seeds", "2"])
     printed = capsys.readouterr().out
     assert all(f"| {row} " in printed for row in ("seed 0", "seed 1", "mean", "std"))
+    assert (
+        len(list(tmp_path.glob("out/*-seeds-0-to-1-*.metrics.json")))
+        == 1
+        == len(list(tmp_path.glob("out/*-seed-*.metrics.json")))
+    )
+    with pytest.raises(SystemExit):
+        main([*arguments, "--seeds", "2", "--seed", str(2**32 - 1)])
+    assert "--seed 4294967296 is invalid" in capsys.readouterr().err
 
 
 def test_sampling_with_features_resumes(tmp_path, monkeypatch):
@@ -474,7 +490,7 @@ def test_sweep(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = small.save_pair(tmp_path)
     real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
-    options = "--num-images 6 --batch-size 6 --cfg-scales 1 3 --num-steps 2 --solvers euler heun --device cpu"
+    options = "--num-images 6 --batch-size 6 --cfg-scale 1 3 --num-steps 2 --solver euler heun --device cpu"
     arguments = f"sweep --model {path} --output out --reference {real} {options} --threads 1 --cache cache".split()
     main(arguments)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -544,3 +560,45 @@ def test_report_and_table():
         "| mean | 2.000 |           |          |",
         "| std  | 1.414 |           |          |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "words"),
+    [
+        (zipfile.ZIP_BZIP2, 1000, "another method than deflate"),
+        (zipfile.ZIP_LZMA, 1000, "another method than deflate"),
+        (zipfile.ZIP_DEFLATED, 2 << 28, "expands to far more bytes"),
+    ],
+)
+@pytest.mark.parametrize("name", ["arr_0", "about", "sigma"])
+def test_arrays_that_expand_to_gigabytes_are_not_expanded(tmp_path, how, size, words, name):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", how) as archive:
+        with archive.open(f"{name}.npy", "w") as file:
+            shape = (size // 768, 16, 16, 3) if name == "arr_0" else (size,)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for _ in range(size // 1000):
+                file.write(bytes(1000))
+        archive.writestr("mu.npy" if name == "sigma" else "x", b"")
+    for read in (read_feature_set, open_source):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path / "a.npz")
+
+
+ODD = [None, [], {}, "\x1b[31m", "x" * 5000, -1, 10**100, True]
+
+
+@pytest.mark.parametrize("field", ["count", "height", "num_classes", "extractor", "extractor_digest", "type", "source"])
+def test_stored_features_with_odd_descriptions(tmp_path, capsys, monkeypatch, field):
+    found = extract(tmp_path / "images.npz", pixels(9), np.arange(9))
+    for value in ODD:
+        features = dataclasses.replace(found, about={**found.about, field: value})
+        write_feature_set(tmp_path / "f.npz", features)
+        for arguments in (("f.npz", "--reference", "none"), ("images.npz", "--reference", "f.npz")):
+            monkeypatch.chdir(tmp_path)
+            with contextlib.suppress(SystemExit):
+                run(tmp_path, *arguments)
+            assert "\x1b" not in (output := capsys.readouterr().err) and "x" * 300 not in output
+    nested = np.frombuffer(b"[" * 200_000, np.uint8)
+    np.savez(tmp_path / "f.npz", about=nested, pool=found.pool)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_feature_set(tmp_path / "f.npz")

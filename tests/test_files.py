@@ -11,9 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from bitdance.runtime.atomic_files import atomic_write, remove_leftovers
 from bitdance.runtime.errors import UserError
+from bitdance.sampling import image_grid as image_grid_module
 from bitdance.sampling.image_grid import image_grid
 
 
@@ -57,7 +59,10 @@ def test_a_file_instead_of_a_folder(tmp_path, name):
 
 def test_a_folder_instead_of_the_file(tmp_path):
     (tmp_path / "taken").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*taken"), atomic_write(tmp_path / "taken") as temporary:
+    with (
+        pytest.raises(UserError, match=r"cannot write .*taken: Is a directory; delete it\."),
+        atomic_write(tmp_path / "taken") as temporary,
+    ):
         temporary.write_text("new")
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
@@ -111,7 +116,7 @@ def images_of(count, height=3, width=2):
 
 
 def test_positions_in_a_grid():
-    sheet = np.asarray(image_grid(images_of(5), columns=3, gap=2))
+    sheet = np.asarray(image_grid(images_of(5), columns=3))
     assert sheet.shape == (2 * (3 + 2) + 2, 3 * (2 + 2) + 2, 3)
     expected = np.full_like(sheet, 255)
     for i, image in enumerate(images_of(5)):
@@ -122,8 +127,9 @@ def test_positions_in_a_grid():
 
 def test_a_grid_enlarges_without_interpolation():
     images = images_of(2)
-    sheet = np.asarray(image_grid(images, columns=2, scale=4, gap=0))
-    assert np.array_equal(sheet, np.concatenate(images, axis=1).repeat(4, axis=0).repeat(4, axis=1))
+    sheet = np.asarray(image_grid(images, columns=2, scale=4))
+    for i, image in enumerate(images):
+        assert np.array_equal(sheet[2:14, 2 + 10 * i : 10 + 10 * i], image.repeat(4, axis=0).repeat(4, axis=1))
 
 
 def test_labels_are_left_of_their_rows():
@@ -136,6 +142,26 @@ def test_labels_are_left_of_their_rows():
     ink = [(labelled[34 * row : 34 * (row + 1), :margin] < 128).all(axis=-1) for row in range(2)]
     assert 0 < ink[0].sum() < ink[1].sum()
     assert not ink[1][:, 0].any(), "the longest label fits"
+
+
+def test_labels_have_no_boxes_of_missing_characters(monkeypatch):
+    default = ImageFont.load_default(14)
+    name = "Stra\u00dfe"
+    if image_grid_module._can_draw(default, name):
+        pytest.skip("this version of Pillow has a larger font")
+    for label in (name, "\u72ac", "\u043a\u043e\u0448\u043a\u0430"):
+        fonts = list(image_grid_module._load_fonts(14))
+        text, font = image_grid_module._fit_label(label, 0, fonts)
+        assert image_grid_module._can_draw(font, text) and (text == label) == (font is not fonts[0])
+    monkeypatch.setattr(image_grid_module, "FONTS", ())
+    alone = list(image_grid_module._load_fonts(14))
+    for label, text in (
+        ("na\u00efve", "naive"),
+        ("\u72ac", "row 3"),
+        ("\x1b[31m", "[31m"),
+        ("x" * 70_000, "x" * 57 + "..."),
+    ):
+        assert image_grid_module._fit_label(label, 2, alone) == (text, alone[0])
 
 
 def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):

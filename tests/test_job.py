@@ -64,7 +64,7 @@ def run_share(job: SamplingJob, rank: int, size: int) -> None:
     job._sample_batches(job._missing_results(), world, list(range(len(job.batches))), print)
 
 
-def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monkeypatch):
+def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monkeypatch, capsys):
     job = make(pipeline, tmp_path)
     path = run(job)
     assert path.name.startswith("made-1x-size-16-steps-3-cfg-2-seed-1-fp32-n-7-")
@@ -79,7 +79,11 @@ def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monk
     assert settings["format_version"] == 2 and settings["halved_batches"] == []
     before = path.read_bytes()
     monkeypatch.setattr(Pipeline, "generate", None)  # would fail if it were called
-    assert run(job) == path and path.read_bytes() == before
+    monkeypatch.setattr("bitdance.sampling.job.exclusive", None)  # nor is anything written: the folder may be read-only
+    log = job.path.with_name(f"{job.path.name}.rank0.log")
+    log.unlink()
+    assert run(job) == path and path.read_bytes() == before and not log.exists()
+    assert f"{path}: complete, nothing to do." in capsys.readouterr().err
 
 
 def test_an_interrupted_job_resumes_where_it_stopped(pipeline, tmp_path, monkeypatch):
@@ -133,7 +137,9 @@ def test_an_unfinished_job_with_other_settings_is_refused(pipeline, tmp_path):
     assert torch.get_num_threads() == 2 != before  # goes on as it began, since the last bit depends on it
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", '{"machine": 3}', '{"machine": {"device": "cpu", "threads": 100000}}'])
+@pytest.mark.parametrize(
+    "damage", ["{", "[1]", "{}", '{"machine": 3}', '{"machine": {"device": "cpu", "threads": 100000}}']
+)
 def test_damaged_settings_are_named(pipeline, tmp_path, damage):
     job = make(pipeline, tmp_path, 4, 2)
     run_share(job, 1, 2)
@@ -166,7 +172,7 @@ def test_a_result_that_is_requested_later_is_of_the_same_images(pipeline, tmp_pa
     before = run(job).read_bytes()
     both = dataclasses.replace(job, kinds=("npz", "bits"))
     assert both.run(SINGLE).sampled == 4
-    assert ".npz: exists, all images are sampled again for the other results." in capsys.readouterr().err
+    assert ".npz: exists, all images are sampled again for other results." in capsys.readouterr().err
     whole = make(pipeline, tmp_path / "whole", 4, 2, ("npz", "bits"))
     run(whole)
     assert both.results["bits"].read_bytes() == whole.results["bits"].read_bytes()
@@ -263,6 +269,17 @@ def test_a_disk_that_fills_up_while_pngs_are_written_is_named(pipeline, tmp_path
     assert not job.results["pngs"].exists()
     monkeypatch.undo()
     assert len(list(run(job).glob("*.png"))) == 4
+
+
+def test_folders_in_place_of_files_of_a_job_are_to_be_deleted(pipeline, tmp_path):
+    job = make(pipeline, tmp_path, 4, 2)
+    run_share(job, 1, 2)
+    for path in (job.run_folder.with_name(f"{job.run_folder.name}.lock"), job.part(0)):
+        path.mkdir()
+        with pytest.raises(UserError, match=f"cannot write {path}: Is a directory; delete it."):
+            job.run(SINGLE)
+        path.rmdir()
+    run(job)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])

@@ -118,7 +118,7 @@ def dying(before: dict[str, int], after: dict[str, int]) -> Iterator[None]:
         setattr(owner, name, call)
 
     deadly(os, "replace")  # every file and folder that appears
-    deadly(job, "_read_array")  # also while a result is being written
+    deadly(job, "_read_arrays")  # also while a result is being written
     deadly(os, "unlink")  # also while the job's folder is being removed
     deadly(os, "sync")
     yield
@@ -169,7 +169,7 @@ def test_a_job_may_die_at_any_of_its_files(tmp_path, to_npz):
     }
     for function, calls in (
         ("replace", range(1, 10)),
-        ("_read_array", range(2, 8)),
+        ("_read_arrays", range(2, 8)),
         ("unlink", range(1, 4)),
         ("sync", [1]),
     ):

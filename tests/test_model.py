@@ -348,7 +348,7 @@ def test_a_model_made_without_memory_is_whole_once_it_is_filled():
         model = BitDance(tiny.config(4))
     model.to_empty(device="cpu").load_state_dict(tiny.model_state(4))
     assert torch.equal(model.rotary, expected.rotary)
-    assert torch.equal(model.mask, expected.mask)
+    assert torch.equal(model.blocks, expected.blocks)
 
 
 def test_an_image_that_does_not_fit_the_autoencoder():

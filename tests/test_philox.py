@@ -89,7 +89,7 @@ def test_shape_and_type(law, size):
 def test_out_of_range(law, wrong):
     arguments = {"seed": 0, "step": 0, **wrong}
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name}={value} is out of range.*4294967295"):
+    with pytest.raises(ValueError, match=rf"{name}={value} is invalid.*4294967295"):
         law(ids=torch.arange(2), size=4, stream=philox.SAMPLE, **arguments)
 
 

@@ -66,7 +66,8 @@ def test_finished_work_may_be_extended(epochs, is_allowed):
 
 
 def check(folder: pathlib.Path, is_finished: bool = False, **changes: Any) -> run_folder.ResumedSettings:
-    return check_settings(folder, {"run": Settings(**{"seed": 0, **changes})}, SINGLE, True, lambda stored: is_finished)
+    sections, has_parts = {"run": Settings(**{"seed": 0, **changes})}, folder.exists()
+    return check_settings(folder, sections, SINGLE, has_parts, lambda stored: is_finished)
 
 
 def test_settings_are_written_once(tmp_path, monkeypatch):
@@ -83,6 +84,7 @@ def test_settings_are_written_once(tmp_path, monkeypatch):
 
 
 def test_settings_that_differ_are_refused(tmp_path):
+    tmp_path /= "run"
     check(tmp_path)
     before = (tmp_path / "settings.json").read_bytes()
     message = rf"{tmp_path} belongs to a run with other settings \(`seed` was 0, is 1; `epochs` was 10, is 12\)"
@@ -94,9 +96,11 @@ def test_settings_that_differ_are_refused(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["run"]["epochs"] == 12
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "\x00", "[" * 10_000])
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}", '"text"', "\x00", "[" * 10_000, None])
 def test_damaged_settings_are_refused(tmp_path, content):
-    (tmp_path / "settings.json").write_text(content)
+    """Also if they are missing although there are parts, which would otherwise be taken for some of these settings."""
+    if content is not None:
+        (tmp_path / "settings.json").write_text(content)
     with pytest.raises(
         UserError, match=f"settings.json cannot be read .*: restore it, or delete {tmp_path} to start over"
     ):

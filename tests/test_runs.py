@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -234,6 +235,12 @@ def test_a_damaged_log_keeps_its_other_lines(place, tmp_path, capsys):
         expected.append(step)
         assert [line["step"] for line in small.read_log(tmp_path)] == expected
         assert status.describe_run(tmp_path)["step"] == step
+
+
+def test_a_log_that_is_no_file(place, tmp_path):
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"log.jsonl is not a file: delete it"):
+        train(place, tmp_path, max_steps=1)
 
 
 def test_a_warm_up_longer_than_the_run_is_reported(place, tmp_path, capsys):

@@ -20,6 +20,9 @@ from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.progress import ProgressLines
+from bitdance.sampling import pipeline as pipeline_module
+from bitdance.sampling import sampler
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
 from bitdance.sampling.sampler import SamplingConfig
@@ -154,6 +157,45 @@ def test_a_call_that_fails_leaves_the_images_of_an_earlier_one(model, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["grid.png", "0000-dog.png", "samples.json"])
+def test_files_of_others_are_not_overwritten(model, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(Pipeline, "__call__", lambda *_, **__: pytest.fail("found only after sampling"))
+    (tmp_path / name).write_bytes(b"[" * 100_000)
+    with pytest.raises(SystemExit):
+        sample(model, tmp_path, "dog")
+    assert (
+        f"{tmp_path / name} is not of an earlier sampling: move it, or choose another --output."
+        in capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_record_cannot_name_other_files_for_removal(model, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "samples.json").write_text(json.dumps({"images": [{"file": "mine.txt"}]}))
+    assert (sample(model, tmp_path, "dog", "--per-class", 1) / "mine.txt").exists()
+
+
+def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(ProgressLines, "update", lambda bar, n: (setattr(bar, "n", bar.n + n), counts.append(bar.n)))
+    real = sampler.sample_tokens
+
+    def limited(network, labels, noise_fn, config, callback=None, denoise=None):
+        def stop(step, steps, tokens):
+            callback(step, steps, tokens)
+            if len(labels) > 2 and step == 8:
+                raise torch.OutOfMemoryError
+
+        return real(network, labels, noise_fn, config, stop, denoise)
+
+    monkeypatch.setattr(pipeline_module, "sample_tokens", limited)
+    sample(model, tmp_path / "out", "--per-class", 1)
+    assert counts[:8] == [3 * step for step in range(1, 9)] and counts[8:] == list(range(1, 17)) + [
+        16 + 2 * i for i in range(1, 17)
+    ]
+
+
 def test_guidance_and_steps_are_published_ones_for_a_released_file(model, tmp_path):
     released = tmp_path / "BitDance_B_16X.pt"  # what it holds does not matter here
     released.write_bytes(model.read_bytes())
@@ -231,9 +273,24 @@ def test_settings_of_the_pipeline_are_checked(model):
         ("cat", {"chunk_size": -1}, "chunk_size=-1"),
         ("cat", {"solver": "x"}, "solver='x'"),
         ("cat", {"output": "jpeg"}, "output='jpeg'"),
+        ("cat", {"callback": 3}, "callback=3 is no function"),
+        ("cat", {"batch_size": 2.5}, "batch_size=2.5"),
+        ("cat", {"chunk_size": "x"}, "chunk_size=x"),
+        (None, {}, "None is not a class"),
+        (3.5, {}, "3.5 is not a class"),
     ):
         with pytest.raises(UserError, match=words):
             pipe(classes, **settings)
+    assert repr(pipe) == "Pipeline('model-model', 16 px, 3 classes, float32 on cpu)"
+    assert repr(pipe.classes) == "ClassNames(3: cat, dog, sea lion)"
+    for name, settings, words in (
+        (3, {}, "model=3 is no name"),
+        ("demo", {"weights": "emma"}, "holds no weights 'emma'"),
+        ("demo", {"dtype": 3}, "precision=3 is unknown"),
+        ("demo", {"device": 3}, "device 3 cannot be used"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_pipeline(name, **settings)
     with pytest.raises(UserError, match="8 bits per token and the autoencoder 16"):
         Pipeline(small.model(), Autoencoder(dataclasses.replace(small.NETWORK, bits=16)))
 
@@ -437,10 +494,8 @@ def test_nearest_finds_a_mirrored_copy():
     queries = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     queries[0] = references[17]
     queries[1] = references[33][:, ::-1]
-    seen: list[int] = []
-    distance, index, mirrored = find_nearest(queries, references, seen.append)
+    distance, index, mirrored = find_nearest(queries, [references[:30], references[:0], references[30:]])
     assert distance[:2].max() < 0.1 and index[:2].tolist() == [17, 33] and mirrored[:2].tolist() == [False, True]
-    assert sum(seen) == 40
     both = np.stack([references, references[:, :, ::-1]]).astype(float)
     brute = np.sqrt(((both - queries[2]) ** 2).mean(axis=(2, 3, 4)))
     assert distance[2] == pytest.approx(brute.min(), abs=1e-3)
@@ -448,9 +503,9 @@ def test_nearest_finds_a_mirrored_copy():
 
 
 def test_nearest_looks_at_all_blocks(monkeypatch):
-    monkeypatch.setattr("bitdance.metrics.nearest_neighbours.BLOCK", 7)
+    monkeypatch.setattr("bitdance.metrics.nearest_neighbours.BLOCK", 7 * 48)  # of the queries
     references = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
-    distance, index, mirrored = find_nearest(references[::-1], references)
+    distance, index, mirrored = find_nearest(references[::-1], np.split(references, 8))
     assert index.tolist() == list(range(39, -1, -1)) and not mirrored.any() and distance.max() < 0.1
 
 
@@ -469,6 +524,53 @@ def test_the_command_nearest(model, tmp_path, capsys):
     with Image.open(tmp_path / "near" / "nearest.png") as sheet:
         assert sheet.height == 2 * 98 + 2
     assert "generated images minimum 0.0" in capsys.readouterr().out
+
+
+def test_nearest_streams_an_npz_and_skips_bad_images(model, tmp_path, capsys):
+    data = small.pictures(tmp_path / "data")
+    planted = np.asarray(Image.open(data / "class-2" / "1.png"))
+    np.savez(tmp_path / "samples.npz", np.stack([planted, planted[::-1]]))
+    (data / "class-0" / "0.png").write_bytes(b"damaged")
+    Image.new("RGB", (1, 5000)).save(data / "class-1" / "narrow.png")
+    arguments = ["nearest", str(tmp_path / "samples.npz"), "--data-path", str(data), "--output", str(tmp_path / "near")]
+    main([*arguments, "--shown", "1"])
+    figures = json.loads((tmp_path / "near" / "nearest.json").read_text())
+    assert figures["images"] == 2 and figures["training_images"] == 11 and figures["minimum"] < 0.1
+    assert "class-0/0.png" in (errors := capsys.readouterr().err) and "1 x 5000 pixels" in errors
+    with Image.open(tmp_path / "near" / "nearest.png") as sheet:  # the first pair is the picture and its original
+        pixels = np.asarray(sheet)
+    top, bottom = (pixels[y : y + 96, -98:-2] for y in (2, 100))
+    assert np.array_equal(top, bottom)
+    for wrong, words in (["--max-bad-images", "1"], "--max-bad-images 1"), (["--max-bad-images", "-1"], "at least 0"):
+        with pytest.raises(SystemExit):
+            main([*arguments, *wrong])
+        assert words in capsys.readouterr().err
+    (tmp_path / "bad" / "a").mkdir(parents=True)
+    (tmp_path / "bad" / "a" / "x.png").write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--data-path", str(tmp_path / "bad")])
+    assert "none of the images of" in capsys.readouterr().err
+    np.savez(tmp_path / "samples.npz", np.zeros((2, 8, 16, 3), np.uint8))
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "give square ones" in capsys.readouterr().err
+
+
+def test_reconstruct_takes_one_image_of_any_size_and_skips_bad_ones(model, tmp_path, capsys):
+    data = small.pictures(tmp_path / "data", side=19)
+    fixed = ["--autoencoder", str(model.with_name("autoencoder.safetensors")), "--output", str(tmp_path / "out")]
+    Image.new("RGB", (30, 21), "red").save(tmp_path / "x.jpg")
+    main(["reconstruct", "--data-path", str(tmp_path / "x.jpg"), *fixed])
+    assert "1 images, cropped from 30 x 21 to 28 x 20 pixels: PSNR" in capsys.readouterr().out
+    main(["reconstruct", "--data-path", str(data / "class-1"), *fixed])
+    assert "4 images, cropped from 19 x 19 to 16 x 16 pixels" in capsys.readouterr().out
+    (data / "class-0" / "0.png").write_bytes(b"damaged")
+    main(["reconstruct", "--data-path", str(data), *fixed, "--shown", "1"])
+    output = capsys.readouterr()
+    assert "11 images, cropped from 19 x 19 to 16 x 16 pixels" in output.out and "class-0/0.png" in output.err
+    with pytest.raises(SystemExit):
+        main(["reconstruct", "--data-path", str(data), *fixed, "--max-bad-images", "0"])
+    assert "--max-bad-images 0" in capsys.readouterr().err
 
 
 def test_the_command_reconstruct(model, tmp_path, capsys):
@@ -543,6 +645,14 @@ def test_convert_takes_an_autoencoder_out_of_its_training(tmp_path, capsys, aver
         ]
     )
     assert capsys.readouterr().out.splitlines()[-1].startswith("autoencoder in float32, ")
+    if averaged:
+        for weights in ("model", "ema"):
+            (checkpoint,) = (tmp_path / "run").glob("checkpoint-*.safetensors")
+            for suffix in ("safetensors", "pt"):
+                target = tmp_path / f"{weights}.{suffix}"
+                main(["convert", str(checkpoint), str(target), "--weights", weights])
+                state, stored = weights_file.load_autoencoder(target).state_dict(), weights_file.read(checkpoint)
+                assert all(torch.equal(state[name], value) for name, value in stored.states[weights].items())
     a, b = (weights_file.load_autoencoder(path).state_dict() for path in (finished, tmp_path / "converted.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

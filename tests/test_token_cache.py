@@ -33,7 +33,7 @@ from bitdance.training.loader import Loader
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
-from bitdance.weights import weights_file
+from bitdance.weights import safetensors_files, weights_file
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
 CPU = torch.device("cpu")
@@ -192,6 +192,29 @@ def test_a_damaged_shard_is_detected_and_encoded_again(data, weights, cache, dam
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"covered": None}, {"covered": [0, "5"]}, {"covered": [0]}, {"covered": [5, 10**6]}, {"bad_images": None},
+     {"bad_images": [[]]}, {"info": []}],
+)  # fmt: skip
+def test_shards_with_odd_metadata_are_refused_and_encoded_again(data, weights, cache, change):
+    before, path = contents(cache), cache / "000001.safetensors"
+    file = weights_file.read(path)
+    config = {name: value for name, value in {**file.config, **change}.items() if value is not None}
+    safetensors_files.save_tensors(path, file.states["tokens"], "tokens", config)
+    with pytest.raises(UserError, match=r"000001\.safetensors.*: run the same `bitdance encode` command again"):
+        TokenDataset(cache)
+    assert encode(data, weights, cache).encoded == 5
+    assert contents(cache) == before
+
+
+def test_images_that_were_removed_are_named(data, weights, shared, tmp_path):
+    fewer = shutil.copytree(data, tmp_path / "data")
+    next(fewer.rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"it had 12 images, now there are 11; the names of the images are others\): "):
+        encode(fewer, weights, shared)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"crops": 2}, "`crops` was 1, is 2"),
@@ -211,7 +234,10 @@ def test_a_damaged_manifest_is_refused(cache):
     shorter = json.loads(text)
     del shorter["shards"][1]
     other, unknown = text.replace('"crops": 1', '"crops": 2'), text.replace('"crops"', '"crop"')
-    for wrong in (json.dumps(shorter), "", "[]", "{}", other, unknown):
+    odd = [text.replace(old, new) for old, new in (('"grid": 4', '"grid": "4"'), ('"bits": 8', '"bits": []'),
+           ('"flips": true', '"flips": {}'), ('"images": 12', '"images": 0'))]  # fmt: skip
+    for wrong in (json.dumps(shorter), "", "[]", "{}", "[" * 200_000, other, unknown, *odd):
+        assert wrong != text
         path.write_text(wrong)
         with pytest.raises(UserError, match="bitdance encode"):
             TokenDataset(cache)

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from bitdance.models.layers import rotary_table
-from bitdance.models.tokens import block_causal_mask, flip_bits, grid_from_tokens, positions, tokens_from_grid
+from bitdance.models.tokens import attention_blocks, flip_bits, grid_from_tokens, positions, tokens_from_grid
 from bitdance.models.transformer import BitDance
 
 RASTER = list(range(20))
@@ -114,6 +114,10 @@ def test_rotary_table_of_a_small_head_by_hand():
 
 
 def test_mask_is_causal_at_first_and_then_in_blocks():
+    def mask(*sizes: int) -> torch.Tensor:
+        blocks = attention_blocks(*sizes)
+        return blocks[:, None] >= blocks
+
     expected = [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -122,9 +126,9 @@ def test_mask_is_causal_at_first_and_then_in_blocks():
         [1, 1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1, 1],
     ]
-    assert torch.equal(block_causal_mask(2, 4, 2), torch.tensor(expected).bool())
-    assert torch.equal(block_causal_mask(0, 4, 4), torch.ones(4, 4).bool())
-    assert torch.equal(block_causal_mask(3, 5, 1), torch.ones(8, 8).tril().bool())
+    assert torch.equal(mask(2, 4, 2), torch.tensor(expected).bool())
+    assert torch.equal(mask(0, 4, 4), torch.ones(4, 4).bool())
+    assert torch.equal(mask(3, 5, 1), torch.ones(8, 8).tril().bool())
 
 
 def test_flip_bits_follows_its_rule_exactly():

@@ -15,6 +15,7 @@ import small
 import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -785,6 +786,8 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, monkeypatch):
     loss, steps = BitDance.loss, []
 
     def bad_at_the_second_step(self, *arguments):
+        if isinstance(arguments[0], FakeTensor):  # FLOPs are counted before the first step
+            return loss(self, *arguments)
         steps.append(None)
         return loss(self, *arguments) * (float("nan") if len(steps) == 2 else 1)
 

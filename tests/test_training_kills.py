@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 import pytest
 import small
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bitdance.cli.main import main
 from bitdance.models.transformer import BitDance
@@ -159,6 +160,8 @@ def make_steps_of_process_1_non_finite() -> None:
     loss, steps = BitDance.loss, []
 
     def bad(self, *arguments):
+        if isinstance(arguments[0], FakeTensor):  # FLOPs are counted before the first step
+            return loss(self, *arguments)
         steps.append(None)
         is_bad = os.environ["RANK"] == "1" and (len(steps) == 2 or len(steps) > 4)
         return loss(self, *arguments) * (float("nan") if is_bad else 1)

@@ -109,7 +109,7 @@ def test_the_golden_models_are_loaded(tmp_path):
     tiny.save_checkpoint(path, 4)
     model = bitdance.load_model(path)
     assert same(model, tiny.model_state(4)) and model.config == tiny.config(4)
-    assert torch.equal(model.rotary, tiny.model(4).rotary) and torch.equal(model.mask, tiny.model(4).mask)
+    assert torch.equal(model.rotary, tiny.model(4).rotary) and torch.equal(model.blocks, tiny.model(4).blocks)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     autoencoder = bitdance.load_autoencoder(path)
     assert autoencoder.config == tiny.AUTOENCODER and same(autoencoder, tiny.autoencoder_state(4))
@@ -589,3 +589,45 @@ def test_the_reason_names_the_code(tmp_path):
     assert f"carries code ({os.system.__module__}.system," in refusal(path)
     path.write_bytes(torch_bytes({"ema": Plain()}))
     assert f"{Plain.__module__}.Plain" in refusal(path)
+
+
+def test_zips_that_expand_or_lie_are_not_read(tmp_path, capsys, monkeypatch):
+    """Compressed entries, sizes that differ, entries that overlap, and a pickle that only torch would find."""
+    whole = model_file(tmp_path / "model.pt")
+    data = whole.read_bytes()
+    entry = data.rfind(b"PK\x01\x02")
+    contents = [with_entry(whole, "extra", bytes(10**6), kind) for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)]
+    contents.append(data[: entry + 20] + struct.pack("<II", 40, 10**9) + data[entry + 28 :])
+    contents.append(data[: entry + 20] + struct.pack("<II", 10**9, 10**9) + data[entry + 28 :])
+    contents.append(with_entry(whole, "DATA.PKL", b"x"))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("the entries were read"))
+    for number, content in enumerate(contents):
+        whole.write_bytes(content)
+        assert refused(whole, str(number), capsys)
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "words"),
+    [
+        ({f"layers.{i}.norm.weight": torch.ones(1) for i in range(30_000)}, {}, "n_layer=30000 is invalid"),
+        ({f"head.net.res_blocks.{i}.w": torch.ones(1) for i in range(300)}, {}, "head_layers=300 is invalid"),
+        ({}, {"class_names": ["x" * 70_000, "y"]}, "a class name has 70000 characters: shorten it to at most 1000."),
+    ],
+    ids=["layers", "blocks", "names"],
+)
+def test_names_in_a_file_cost_little(tmp_path, monkeypatch, state, config, words):
+    monkeypatch.setattr(network_config, "empty_network", lambda *_: pytest.fail("a network was built"))
+    content = {"model": {"class_names": [], **config}}
+    safetensors_files.save_tensors(tmp_path / "model", EMA | state, "model", content)
+    assert words in refusal(tmp_path / "model")
+
+
+def test_a_large_grid_needs_no_memory_of_its_square():
+    network = BitDance(dataclasses.replace(MODEL, grid=300))
+    assert sum(buffer.nbytes for buffer in network.buffers()) < 10**8
+
+
+def test_the_advice_for_a_damaged_checkpoint_is_to_delete_it(tmp_path):
+    for name, advice in (("checkpoint-0000005.safetensors", "delete it."), ("m.safetensors", "download or copy it")):
+        (tmp_path / name).write_bytes(our_checkpoint(tmp_path / "whole", "model").read_bytes()[:-1])
+        assert advice in refusal(tmp_path / name)

@@ -7,6 +7,7 @@ import pathlib
 from typing import Literal
 
 from bitdance.cli.parsing import Positional, parse
+from bitdance.config import Weights
 from bitdance.runtime.errors import UserError
 
 EXAMPLES = """
@@ -34,7 +35,7 @@ class Convert:
     target: Positional[pathlib.Path]
     autoencoder: str | None = None
     part: Literal["model", "autoencoder"] | None = None
-    weights: Literal["ema", "model"] | None = None
+    weights: Weights | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 

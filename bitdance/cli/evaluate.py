@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.options import DeviceOptions
 from bitdance.cli.parsing import Positional, parse
+from bitdance.config import Split
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 
@@ -41,7 +41,7 @@ class What:
 
     samples: Positional[tuple[pathlib.Path, ...]]
     image_size: int | None = None
-    split: Literal["train", "test"] = "train"
+    split: Split = "train"
     limit: int | None = None
 
 
@@ -153,12 +153,11 @@ def report(
 ) -> None:
     """Prints the table and the warnings of a report and writes it as JSON; see `build_report`."""
     from bitdance.metrics.report import build_report, format_table, format_warnings
-    from bitdance.runtime.atomic_files import atomic_write
+    from bitdance.runtime.atomic_files import write_json
 
     record = build_report(evaluations, reference, config, mean_std)
     print(format_table(record))
     for warning in format_warnings(record):
         print(f"bitdance: {warning}", file=sys.stderr)
-    with atomic_write(output) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    write_json(output, record)
     print(f"written to {output}")

@@ -45,13 +45,14 @@ class Info:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Info, arguments, "bitdance info", EXAMPLES)
-    if pathlib.Path(command.name).is_dir():
+    from bitdance.runtime.run_folder import SETTINGS
+    from bitdance.weights import weights_file
+    from bitdance.weights.resolve import DEMO, find_weights
+
+    if command.name != DEMO and (pathlib.Path(command.name) / SETTINGS).exists():
         _show_run(command)
         return
-    from bitdance.weights import weights_file
-    from bitdance.weights.resolve import find_weights
-
-    facts = describe_file(weights_file.read(find_weights(command.name)))
+    facts = describe_file(weights_file.read(find_weights(command.name, download=False)))
     print(json.dumps(facts, indent=2) if command.json else format_file(facts))
 
 

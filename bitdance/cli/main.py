@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -34,21 +35,8 @@ bitdance info runs/model
 """
 
 # Errors of the system that a user can fix: a path, permissions, space.
-_USER_ERRORS = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ENOTEMPTY,
-    errno.EFBIG,
-    errno.ELOOP,
-    getattr(errno, "EDQUOT", errno.ENOSPC),  # not on Windows
-}
+_NAMES = "ENOENT EACCES EPERM ENOSPC EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ENOTEMPTY EFBIG ELOOP EDQUOT"
+_USER_ERRORS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate")  # PyTorch's words, on a GPU and on a CPU
 
@@ -86,10 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"bitdance {__version__}")
         return
     if name not in COMMANDS:
-        import difflib
+        from bitdance.runtime.errors import did_you_mean
 
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        advice = f"{did_you_mean(name, COMMANDS)}choose one of {', '.join(COMMANDS)}."
         print(f"bitdance: there is no command {name!r}: {advice}", file=sys.stderr)
         raise SystemExit(2)
     arguments.remove(name)
@@ -108,6 +95,8 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """
     from bitdance.runtime.errors import Interrupted, UserError, one_line
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     try:

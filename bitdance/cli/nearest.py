@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.options import DeviceOptions
 from bitdance.cli.parsing import Positional, parse
+from bitdance.config import Split
 from bitdance.runtime.errors import UserError, check_fields
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Nearest:
     """Find the nearest training image of each sample.
 
     Attributes:
-        samples: folder written by `bitdance sample`.
+        samples: folder of samples, or an .npz file of them.
         data_path: the training images: a folder, zip or tar of class folders, ImageNet's tar or parquet files, or
             CIFAR-10's archives.
         held_out: real images that were not trained on; their distances to the training images show how similar
@@ -34,18 +35,21 @@ class Nearest:
         held_out_split: train or test, for CIFAR-10's archives.
         output: folder for nearest.png and nearest.json.
         shown: pairs in the picture, the nearest first.
+        max_bad_images: unreadable images that are tolerated; they are named and skipped.
     """
 
     samples: Positional[pathlib.Path]
     data_path: pathlib.Path
     held_out: pathlib.Path | None = None
-    held_out_split: Literal["train", "test"] = "train"
+    held_out_split: Split = "train"
     output: pathlib.Path = pathlib.Path("nearest")
     shown: int = 16
+    max_bad_images: int = 100
     where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
     def __post_init__(self) -> None:
         check_fields(self, "shown", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "max_bad_images", lambda value: value >= 0, "be at least 0")
 
 
 def main(arguments: list[str]) -> None:
@@ -60,7 +64,9 @@ def main(arguments: list[str]) -> None:
 def _compare(command: Nearest, device: torch.device) -> None:
     import numpy as np
 
-    from bitdance.metrics.nearest_neighbours import find_nearest
+    from bitdance.data.bad_images import BadImages
+    from bitdance.metrics.image_sources import ImageFileSource, open_source
+    from bitdance.metrics.nearest_neighbours import BLOCK, find_nearest
     from bitdance.runtime.atomic_files import write_json
     from bitdance.runtime.progress import progress_bar
     from bitdance.sampling.image_grid import image_grid
@@ -72,17 +78,31 @@ def _compare(command: Nearest, device: torch.device) -> None:
             f"held_out={held_out} are the training images: name others, or set held_out_split=test for a CIFAR-10 "
             "archive."
         )
-    queries = _read_samples(command.samples)
-    side = queries.shape[1]
-    references = _read_images(command.data_path, side)
-    with progress_bar(len(references), "comparing", "images") as bar:
-        distance, index, mirrored = find_nearest(queries, references, bar.update, device)
-    metrics: dict[str, Any] = {"images": len(queries), "training_images": len(references), **_summarize(distance)}
+    samples = open_source(command.samples)
+    _, side, width, _ = samples.shape
+    if side != width or samples.dtype != np.uint8:
+        raise UserError(f"{command.samples} holds {samples.dtype} images of {width} x {side} pixels: give square ones.")
+    queries = np.concatenate([block for _, block in samples.blocks(256)])
+    bad_images = BadImages(command.max_bad_images)
+    references = ImageFileSource(command.data_path, side, bad_images=bad_images)
+    size = max(1, BLOCK // queries[0].size)
+
+    def read(source: ImageFileSource) -> Iterator[np.ndarray]:
+        with progress_bar(len(source), f"comparing with {source.path.name}", "images") as bar:
+            for number, block in source.blocks(size):
+                yield block
+                bar.update(min(size, len(source) - number * size))
+
+    distance, index, mirrored = find_nearest(queries, read(references), device)
+    positions = [position for position in range(len(references)) if position not in bad_images]
+    metrics: dict[str, Any] = {"images": len(queries), "training_images": len(positions), **_summarize(distance)}
     if held_out is not None:
-        real = _read_images(held_out, side, len(queries), command.held_out_split)
-        metrics["held_out"] = _summarize(find_nearest(real, references, device=device)[0])
+        bad_images = BadImages(command.max_bad_images)
+        real = ImageFileSource(held_out, side, command.held_out_split, len(queries), bad_images)
+        unseen = np.concatenate([block for _, block in real.blocks(256)])
+        metrics["held_out"] = _summarize(find_nearest(unseen, read(references), device)[0])
     order = np.argsort(distance)[: command.shown]
-    found = np.stack([references[index[i]][:, :: -1 if mirrored[i] else 1] for i in order])
+    found = np.stack([references.read(positions[index[i]])[:, :: -1 if mirrored[i] else 1] for i in order])
     write_json(command.output / "nearest.json", metrics)
     picture = command.output / "nearest.png"
     pairs = np.concatenate([queries[order], found])
@@ -98,43 +118,3 @@ def _summarize(distance: np.ndarray) -> dict[str, float]:
     import numpy as np
 
     return {"minimum": float(distance.min()), "median": float(np.median(distance)), "mean": float(distance.mean())}
-
-
-def _read_samples(folder: pathlib.Path) -> np.ndarray:
-    """Reads the images in a record of `bitdance sample`: (B, H, W, 3) uint8."""
-    import numpy as np
-
-    from bitdance.data.crops import to_array
-    from bitdance.data.decoding import read_image
-
-    try:
-        files = [entry["file"] for entry in json.loads((folder / "samples.json").read_text())["images"]]
-        return np.stack([to_array(read_image(folder / file)) for file in files])
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{folder} holds no samples.json with its images: name a folder that `bitdance "
-            "sample` wrote for classes, not as a job."
-        ) from None
-
-
-def _read_images(
-    data: pathlib.Path, side: int, limit: int | None = None, split: Literal["train", "test"] = "train"
-) -> np.ndarray:
-    """Reads all images of a set, or `limit` evenly spaced ones, cropped to squares: (R, side, side, 3) uint8."""
-    import numpy as np
-
-    from bitdance.data.crops import center_crop, to_array
-    from bitdance.data.image_dataset import evenly_spaced
-    from bitdance.data.images import open_images
-    from bitdance.runtime.progress import progress_bar
-
-    images = open_images(data, split)
-    chosen = evenly_spaced(len(images), limit)
-    pixels = []
-    with progress_bar(len(chosen), f"reading {data.name}", "images") as bar:
-        for i in chosen:
-            pixels.append(to_array(center_crop(images.read(int(i)), side)))
-            bar.update()
-    return np.stack(pixels)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
+from bitdance.config import Precision, Split, Weights
 from bitdance.runtime.errors import check_fields
-
-Precision = Literal["auto", "fp32", "bf16"]
-Solver = Literal["euler-maruyama", "euler", "heun"]
 
 TRAIN_HEADINGS = {
     "data_path": "Data",
@@ -57,7 +55,7 @@ class ModelOptions:
 
     model: str = "demo"
     autoencoder: str | None = None
-    weights: Literal["ema", "model"] | None = None
+    weights: Weights | None = None
 
     def load(self, device: Any, precision: Precision) -> Any:
         """Loads the pipeline on a device."""
@@ -80,7 +78,7 @@ class DataOptions:
     """
 
     data_path: pathlib.Path
-    split: Literal["train", "test"] = "train"
+    split: Split = "train"
     image_size: int | None = None
     limit: int | None = None
 

@@ -27,6 +27,7 @@ class How:
     Attributes:
         autoencoder: demo, autoencoder (the released one), the folder of a training run, or a file of weights.
         batch_size: images at once.
+        max_bad_images: unreadable images that are tolerated; they are named and skipped.
         rfid: compute rFID, the FID between the images and their reconstructions; by default if the Inception weights
             are found.
         inception_weights: weights of the Inception network; by default the downloaded file.
@@ -34,11 +35,13 @@ class How:
 
     autoencoder: str = "demo"
     batch_size: int = 100
+    max_bad_images: int = 100
     rfid: bool | None = None
     inception_weights: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "batch_size", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "max_bad_images", lambda value: value >= 0, "be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +83,12 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     import numpy as np
     import torch
 
-    from bitdance.data.crops import center_crop, normalize, to_array
+    from bitdance.data.bad_images import BadImages
+    from bitdance.data.crops import normalize
+    from bitdance.data.decoding import is_image
     from bitdance.data.image_dataset import evenly_spaced
-    from bitdance.data.images import open_images
     from bitdance.metrics.frechet_distance import frechet_distance
+    from bitdance.metrics.image_sources import ImageFileSource
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
     from bitdance.metrics.statistics import StatisticsAccumulator
     from bitdance.models.autoencoder import to_uint8
@@ -96,38 +101,48 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
 
     path = find_weights(how.autoencoder, "autoencoder")
     autoencoder = load_autoencoder(path).to(world.device)
-    images = open_images(data.data_path, data.split)
-    size = data.image_size or min(images.read(0).size)
-    if size % autoencoder.config.down_size or size < WINDOW:
-        raise UserError(
-            f"image_size={size} is invalid: it must be a multiple of {autoencoder.config.down_size} and at least "
-            f"{WINDOW}."
-        )
+    bad_images = BadImages(how.max_bad_images)
+    source = ImageFileSource(data.data_path, data.image_size, data.split, data.limit, bad_images)
+    _, stored_height, stored_width, _ = source.shape
+    if data.image_size is not None:
+        autoencoder.config.grid(data.image_size)
+    cell = autoencoder.config.cell_size
+    height, width = (side // cell * cell for side in (stored_height, stored_width))
+    if data.image_size is None and not is_image(data.data_path.name):  # the images of a set may have several sizes
+        height = width = min(height, width)
+        source.crop(height)
+    if min(height, width) < WINDOW:
+        raise UserError(f"image_size={min(height, width)} is invalid: it must be at least {WINDOW}.")
+    top, left = ((source.shape[i] - side) // 2 for i, side in ((1, height), (2, width)))
     extractor = _load_inception(how, world)
     accumulators = [StatisticsAccumulator(extractor.size) for _ in range(2)] if extractor else []
-    chosen = evenly_spaced(len(images), data.limit)
-    count, shown = len(chosen), evenly_spaced(len(chosen), results.shown)
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    pairs: list[list[np.ndarray]] = []
+    shown = set(evenly_spaced(len(source), results.shown).tolist())
     ratios, similarities = [], []
-    with progress_bar(count, "reconstructing", "images") as bar, torch.no_grad():
-        for start in range(0, count, how.batch_size):
-            part = chosen[start : start + how.batch_size]
-            batch = [to_array(center_crop(images.read(int(i)), size)) for i in part]
-            original = torch.from_numpy(np.stack(batch)).to(world.device)
-            decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original))))
-            ratios.append(psnr(original.cpu(), decoded.cpu()))
-            similarities.append(ssim(original.cpu(), decoded.cpu()))
-            for accumulator, pixels in zip(accumulators, (original, decoded), strict=False):
+    with progress_bar(len(source), "reconstructing", "images") as bar, torch.no_grad():
+        for number, block in source.blocks(how.batch_size):
+            positions = range(number * how.batch_size, min((number + 1) * how.batch_size, len(source)))
+            bar.update(len(positions))
+            if not len(block):
+                continue
+            block = np.ascontiguousarray(block[:, top : top + height, left : left + width])
+            original = torch.from_numpy(block).to(world.device)
+            decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original)))).cpu().numpy()
+            ratios.append(psnr(torch.from_numpy(block), torch.from_numpy(decoded)))
+            similarities.append(ssim(torch.from_numpy(block), torch.from_numpy(decoded)))
+            for accumulator, pixels in zip(accumulators, (block, decoded), strict=False):
                 assert extractor is not None
-                accumulator.add(extractor(pixels.cpu().numpy())["pool"])
-            for i in shown[(shown >= start) & (shown < start + len(batch))] - start:
-                pairs.append((original[i].cpu().numpy(), decoded[i].cpu().numpy()))
-            bar.update(len(batch))
+                accumulator.add(extractor(pixels)["pool"])
+            readable = [position for position in positions if position not in bad_images]
+            for position, *pair in zip(readable, block, decoded, strict=True):
+                if position in shown or not pairs:
+                    pairs.append(pair)
+    count, side = len(source) - len(bad_images), height if height == width else [height, width]
     metrics = {
         "autoencoder": str(path),
         "data": str(data.data_path),
         "images": count,
-        "image_size": size,
+        "image_size": side,
         "psnr": float(torch.cat(ratios).mean()),
         "ssim": float(torch.cat(similarities).mean()),
     }
@@ -138,19 +153,22 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     write_json(results.output / "reconstruction.json", metrics)
     picture = results.output / "reconstruction.png"
     both, labels = np.concatenate([above, below]), ("original", "decoded")
-    write_png(picture, image_grid(both, len(shown), labels, scale=max(1, 96 // size)))
+    write_png(picture, image_grid(both, len(pairs), labels, scale=max(1, 96 // height)))
     rfid = f", rFID {metrics['rfid']:.3f}" if "rfid" in metrics else ""
-    print(f"{count} images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{rfid}: {picture}")
+    cropped = ""
+    if data.image_size is None and (height, width) != (stored_height, stored_width):
+        cropped = f", cropped from {stored_width} x {stored_height} to {width} x {height} pixels"
+    print(f"{count} images{cropped}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{rfid}: {picture}")
 
 
 def _load_inception(how: How, world: World) -> FeatureExtractor | None:
     """Loads the Inception network if `rfid` asks for it, or by default if its weights are found."""
-    from bitdance.metrics.inception import find_weights, load_inception
+    from bitdance.metrics.inception import find_inception_weights, load_inception
 
     if how.rfid is False:
         return None
     try:
-        path = find_weights(how.inception_weights)
+        path = find_inception_weights(how.inception_weights)
     except UserError:
         if how.rfid or how.inception_weights:
             raise

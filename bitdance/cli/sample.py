@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.evaluate import evaluate_job, report
-from bitdance.cli.options import ModelOptions, PrecisionOptions, Solver
+from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
+from bitdance.config import CfgSchedule, Solver
 from bitdance.metrics.evaluation_config import EvaluationConfig
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.errors import UserError, check_fields, check_seed, one_line
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from bitdance.runtime.process_group import World
     from bitdance.sampling.pipeline import Pipeline
@@ -70,7 +72,7 @@ class How:
     """
 
     cfg_scale: float | None = None
-    cfg_schedule: Literal["linear", "constant"] = "linear"
+    cfg_schedule: CfgSchedule = "linear"
     num_steps: int | None = None
     solver: Solver = "euler-maruyama"
     share_first: bool = False
@@ -138,7 +140,10 @@ def _check(command: Sample) -> None:
     check_fields(results, "seeds", lambda value: value >= 1, "be at least 1")
     check_fields(command.how, "batch_size", lambda value: value >= 1, "be at least 1")
     check_fields(command.how, "chunk_size", lambda value: value >= 0, "be at least 0")
-    check_fields(what, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
+    check_seed(what.seed)
+    check_seed(what.seed + results.seeds - 1)
+    if results.output.suffix in (".png", ".jpg", ".npz") and not results.output.is_dir():
+        raise UserError(f"output={results.output} is the name of a file: name a folder for {GRID} and the images.")
     if what.num_images is None:
         for name, is_given in (
             ("npz", results.npz),
@@ -169,67 +174,81 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     from bitdance.runtime.progress import progress_bar
 
     what, how, names = command.what, command.how, pipeline.classes
+    folder, per_class = command.results.output, what.per_class or 10
     chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
-    labels = [label for label in chosen for _ in range(what.per_class or 10)]
+    entries: list[dict[str, Any]] = []
+    for number, label in enumerate(label for label in chosen for _ in range(per_class)):
+        word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60]
+        entry = {"file": f"{number:04d}-{word}.png", "class": label, "name": names.label(label), "number": number}
+        entries.append(entry)
     config = pipeline.sampling_config(**how.sampling())
     chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
-    make_folder(command.results.output)
-    total = len(labels) * pipeline.model.config.ar_steps
+    make_folder(folder)
+    earlier = _list_images(folder)
+    for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
+        if name not in earlier and (folder / name).exists():
+            raise UserError(f"{folder / name} is not of an earlier sampling: move it, or choose another `output`.")
+    total, finished = len(entries) * pipeline.model.config.ar_steps, 0
+
+    def count(step: int, steps: int, tokens: Tensor) -> None:
+        nonlocal finished  # the steps of whole batches; one that is halved begins again
+        bar.update(min(finished + step * len(tokens), total) - bar.n)
+        finished += steps * len(tokens) * (step == steps)
+
     with progress_bar(total, "sampling", "token steps") as bar:
         images = pipeline(
-            labels,
+            [entry["class"] for entry in entries],
             seed=what.seed,
             **dataclasses.asdict(config),
             batch_size=how.batch_size,
             chunk_size=chunk_size,
             output="np",
-            callback=lambda step, steps, tokens: bar.update(min(len(tokens), total - bar.n)),  # halves start again
+            callback=count,
         )
     settings = {name: value for group in ("what", "model", "how", "results", "where", "evaluation")
                 for name, value in dataclasses.asdict(getattr(command, group)).items()}  # fmt: skip
-    resolved = {**dataclasses.asdict(config), "chunk_size": chunk_size, "per_class": what.per_class or 10}
-    grid = _write(command.results.output, images, labels, pipeline, {**settings, **resolved})
+    settings |= {**dataclasses.asdict(config), "chunk_size": chunk_size, "per_class": per_class}
+    _write(folder, images, {**settings, "images": entries}, earlier)
     classes = len(set(chosen))
-    print(f"{len(labels)} images of {classes} class{'es' * (classes > 1)}: {grid}")
+    print(one_line(f"{len(entries)} images of {classes} class{'es' * (classes > 1)}: {folder / GRID}"))
 
 
-def _write(
-    folder: pathlib.Path, images: np.ndarray, labels: list[int], pipeline: Pipeline, settings: dict[str, Any]
-) -> pathlib.Path:
-    """Writes the settings, the images and the grid; images that an earlier call listed there are removed."""
-    from bitdance.runtime.atomic_files import atomic_write
+def _write(folder: pathlib.Path, images: np.ndarray, record: dict[str, Any], earlier: set[str]) -> None:
+    """Writes the record, the images and the grid in place of those of an earlier call."""
+    from bitdance.runtime.atomic_files import write_json
     from bitdance.sampling.image_grid import image_grid
     from bitdance.sampling.writers import write_png
 
-    entries, names = [], [pipeline.classes.label(label) for label in labels]
-    for number, (label, name) in enumerate(zip(labels, names, strict=True)):
-        word = "".join(c if c.isalnum() else "-" for c in name.lower())[:60]
-        entries.append({"file": f"{number:04d}-{word}.png", "class": label, "name": name, "number": number})
-    per_class = settings["per_class"]
-    _remove_images(folder)
+    entries, per_class = record["images"], record["per_class"]
+    _remove(folder, earlier)
     try:
-        with atomic_write(folder / RECORD) as path:
-            path.write_text(json.dumps({**settings, "images": entries}, indent=1, default=str) + "\n")
+        write_json(folder / RECORD, record)
         for entry, image in zip(entries, images, strict=True):
-            write_png(folder / str(entry["file"]), image)
-        scale = max(1, 96 // images.shape[1])
-        write_png(folder / GRID, image_grid(images, per_class, names[::per_class], scale))
+            write_png(folder / entry["file"], image)
+        labels = [entry["name"] for entry in entries[::per_class]]
+        write_png(folder / GRID, image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1])))
     except BaseException:
-        _remove_images(folder)  # an incomplete set would be taken for a complete one
+        # An incomplete set would be taken for a complete one.
+        _remove(folder, {entry["file"] for entry in entries})
         raise
-    return folder / GRID
 
 
-def _remove_images(folder: pathlib.Path) -> None:
-    """Removes the images that the record of an earlier call lists, its grid and the record, and nothing else."""
+def _list_images(folder: pathlib.Path) -> set[str]:
+    """Returns the files of an earlier call by its record: the images, the grid and the record, or none."""
+    from bitdance.runtime.atomic_files import read_json
+
     try:
-        files = [image["file"] for image in json.loads((folder / RECORD).read_text())["images"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in (*files, GRID, RECORD):
-        if isinstance(name, str) and pathlib.PurePath(name).name == name:
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
+        files = [image["file"] for image in read_json(folder / RECORD, "delete it")["images"]]
+    except (UserError, KeyError, TypeError):
+        return set()
+    return {GRID, RECORD, *(str(name) for name in files if re.fullmatch(r"\d{4,}-[^/\\]*\.png", str(name)))}
+
+
+def _remove(folder: pathlib.Path, files: set[str]) -> None:
+    """Removes files, and last the record that lists them."""
+    for name in (*sorted(files - {RECORD}), *([GRID, RECORD] if files else ())):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
 
 
 def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
@@ -261,4 +280,8 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
             if results.evaluate:
                 rows[f"seed {seed}"] = evaluate_job(result, reference, command.evaluation)
     if rows:
-        report(rows, reference, command.evaluation, job.settings_file.with_suffix(".metrics.json"), mean_std=True)
+        last = what.seed + results.seeds - 1
+        seeds = f"-seeds-{what.seed}-to-{last}-" if results.seeds > 1 else f"-seed-{last}-"
+        path = job.settings_file.with_suffix(".metrics.json")
+        path = path.with_name(path.name.replace(f"-seed-{last}-", seeds))
+        report(rows, reference, command.evaluation, path, mean_std=True)

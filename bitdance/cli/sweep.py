@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.evaluate import evaluate_job, report
-from bitdance.cli.options import ModelOptions, PrecisionOptions, Solver
+from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import parse
+from bitdance.config import CfgSchedule, Solver
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from bitdance.runtime.process_group import World
 
 EXAMPLES = """
-bitdance sweep --model runs/model --cfg-scales 1 2 3 4 --num-images 5000 --reference data.zip
-bitdance sweep --model BitDance-B-16X --num-steps 25 50 100 --solvers euler-maruyama heun --cfg-scales 6.1
+bitdance sweep --model runs/model --cfg-scale 1 2 3 4 --num-images 5000 --reference data.zip
+bitdance sweep --model BitDance-B-16X --num-steps 25 50 100 --solver euler-maruyama heun --cfg-scale 6.1
 """
 
 
@@ -27,9 +28,9 @@ class How:
     """How to sample: each combination of the first three, with the same labels and noise.
 
     Attributes:
-        cfg_scales: guidance scales.
+        cfg_scale: guidance scales.
         num_steps: solver steps of the diffusion head.
-        solvers: any of euler-maruyama, euler and heun.
+        solver: any of euler-maruyama, euler and heun.
         cfg_schedule: linear or constant.
         num_images: samples per combination. Metrics of few images only compare combinations of equal counts.
         seed: the same for all.
@@ -37,10 +38,10 @@ class How:
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
     """
 
-    cfg_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    cfg_scale: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     num_steps: tuple[int, ...] = (50,)
-    solvers: tuple[Solver, ...] = ("euler-maruyama",)
-    cfg_schedule: Literal["linear", "constant"] = "linear"
+    solver: tuple[Solver, ...] = ("euler-maruyama",)
+    cfg_schedule: CfgSchedule = "linear"
     num_images: int = 1000
     seed: int = 0
     batch_size: int = 100
@@ -74,9 +75,8 @@ class Sweep:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    aliases = {"cfg_scale": "cfg_scales", "solver": "solvers"}
-    command = parse(Sweep, arguments, "bitdance sweep", EXAMPLES, aliases=aliases)
-    for name in ("cfg_scales", "num_steps", "solvers"):
+    command = parse(Sweep, arguments, "bitdance sweep", EXAMPLES)
+    for name in ("cfg_scale", "num_steps", "solver"):
         if not getattr(command.how, name):
             raise UserError(f"`{name}` is empty: give at least one value.")
     from bitdance.runtime.process_group import init_distributed
@@ -94,7 +94,7 @@ def _sweep(command: Sweep, world: World) -> None:
     pipeline = command.model.load(world.device, command.where.precision)
     combinations = [
         SamplingConfig(steps, scale, how.cfg_schedule, solver=solver)
-        for solver, steps, scale in itertools.product(how.solvers, how.num_steps, how.cfg_scales)
+        for solver, steps, scale in itertools.product(how.solver, how.num_steps, how.cfg_scale)
     ]
     chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
     job_config = JobConfig(how.num_images, how.batch_size, how.seed, chunk_size=chunk_size)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, parse
 from bitdance.config import RELEASED_MODELS, ModelSizes
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
 
@@ -71,8 +70,7 @@ def _recipe_defaults(arguments: list[str]) -> Train | None:
         return None
     released = released_name(name)
     if released is None:
-        near = difflib.get_close_matches(name.upper().removeprefix("BITDANCE-"), RELEASED_MODELS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, RELEASED_MODELS)
         raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes one of {', '.join(RELEASED_MODELS)}.")
     run, sizes, loss = recipe(RELEASED_MODELS[released], MISSING)
     return Train(MISSING, run, sizes, loss, recipe=name)

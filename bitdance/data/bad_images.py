@@ -13,8 +13,8 @@ from bitdance.runtime.errors import UserError, one_line
 class BadImages:
     """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`."""
 
-    def __init__(self, limit: int, before: int = 0) -> None:
-        self.limit, self.before = limit, before
+    def __init__(self, limit: int) -> None:
+        self.limit, self.before = limit, 0
         self._indices: set[int] = set()
         self._lock = threading.Lock()
 

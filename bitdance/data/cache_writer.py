@@ -21,13 +21,12 @@ from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, normalize, random_crop, to_array
 from bitdance.data.encode_config import EncodeConfig
 from bitdance.data.image_dataset import ImageDataset
-from bitdance.data.prefetch import PREFETCH, read_ahead
+from bitdance.data.prefetch import read_ahead
 from bitdance.data.token_cache import (
     MANIFEST,
     SECTION,
     Shard,
     TokenCacheInfo,
-    names_digest,
     read_shard,
     write_shard,
 )
@@ -86,22 +85,17 @@ class CacheWriter:
 
     def __post_init__(self) -> None:
         config, network, count = self.config, self.autoencoder.config, len(self.images)
-        if config.image_size % network.down_size:
-            raise UserError(
-                f"image_size={config.image_size} is invalid: it must be a multiple of {network.down_size}, of the "
-                "autoencoder."
-            )
         self._info = TokenCacheInfo(
             autoencoder=self.digest,
             precision=str(next(self.autoencoder.parameters()).dtype).removeprefix("torch."),
             image_size=config.image_size,
-            grid=config.image_size // network.down_size,
+            grid=network.grid(config.image_size),
             bits=network.bits,
             crops=config.crops,
             flips=config.flips,
             seed=config.seed,
             images=count,
-            names=names_digest(self.images),
+            names=self.images.digest,
             classes=tuple(self.images.classes),
         )
         step = config.shard_size
@@ -170,7 +164,7 @@ class CacheWriter:
         count = max(1, self.config.batch_size // (info.crops * (1 + info.flips)))
         groups = [covered[start : start + count] for start in range(0, len(covered), count)]
         packed, kept = [torch.empty((0, *info.view_shape), dtype=torch.uint8)], []
-        for group, views in read_ahead(groups, lambda group: [pool.submit(self._read, i) for i in group], PREFETCH):
+        for group, views in read_ahead(groups, lambda group: [pool.submit(self._read, i) for i in group]):
             readable = {index: view for index, view in zip(group, views, strict=True) if view is not None}
             kept += list(readable)
             if readable:

@@ -8,18 +8,18 @@ import itertools
 import pathlib
 import pickle
 import re
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bitdance.config import Split
 from bitdance.data.decoding import MAX_FILE_BYTES, reason
 from bitdance.data.image_dataset import FORMATS, ImageDataset
 from bitdance.data.tar import walk
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.pickle_guard import check_pickle
 
-Split = Literal["train", "test"]
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "test": ("test_batch",),

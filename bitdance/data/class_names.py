@@ -23,7 +23,7 @@ def _shorten(query: object) -> str:
     return repr(query[:59] + "…" if isinstance(query, str) and len(query) > 60 else query)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ClassNames:
     """The names of a model's classes, in the order of their ids.
 
@@ -50,6 +50,9 @@ class ClassNames:
             rows = [ids[label] for label in labels]
             return cls(tuple(known.names[i] for i in rows), tuple(labels), tuple(known.definitions[i] for i in rows))
         return cls(tuple((label,) for label in labels))
+
+    def __repr__(self) -> str:
+        return f"ClassNames({len(self)}: {', '.join(names[0] for names in self.names[:5])}{', ...' * (len(self) > 5)})"
 
     def __len__(self) -> int:
         return len(self.names)

@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import stat
+import zipfile
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,6 +15,11 @@ from bitdance.runtime.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_FILE_BYTES = 1 << 28  # no photograph or CIFAR-10 batch is larger; a zip bomb is
+
+MAX_PIXELS = 64_000_000  # of large cameras; a WebP of zeros has 34 bytes and costs 16 bytes a pixel
+MAX_RATIO = 100  # of the sides: a crop of an image of 1 x 5000 pixels would scale it to gigabytes
+MAX_SCANS = 100  # of a JPEG, which has about ten; each is decoded over the whole image
+MAX_EXPANSION = 32  # of a zip to more than MAX_FILE_BYTES; arrays of pixels expand to a few times their size
 
 # Pillow has decoders that are unsafe for untrusted files; that of EPS runs Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -57,12 +63,32 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
+            if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError("it has too many scans")
             return to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the image {where} has too many pixels to decode; remove it or scale it down.") from error
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
         why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UserError(f"cannot read the image {where}: {why}; repair or remove it.") from error
+
+
+def check_zip(archive: zipfile.ZipFile) -> None:
+    """Checks how a zip is compressed, before anything in it is expanded.
+
+    Raises:
+        UserError: it is not stored or deflated, or says that it expands to too many bytes. More are never read.
+    """
+    members = archive.infolist()
+    if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+        raise UserError(f"{archive.filename} is compressed by another method than deflate: make it again with that.")
+    size = os.fstat(archive.fp.fileno()).st_size  # type: ignore[union-attr]  # (it is open)
+    if sum(member.file_size for member in members) > max(MAX_EXPANSION * size, MAX_FILE_BYTES):
+        raise UserError(f"{archive.filename} expands to far more bytes than it has: make it again without compression.")
 
 
 def reason(error: Exception) -> str:
@@ -75,10 +101,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.mode.startswith("I"):  # 16-bit grey is "I;16" and its byte orders, "I" before Pillow 11
-        grey = np.asarray(image).astype(np.int64)  # convert() would clip at 255
+        grey = np.asarray(image)  # convert() would clip at 255
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("pixels of more than 16 bits have no defined range")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        bands = [((band.astype(np.int32) + 128) // 257).astype(np.uint8) for band in np.array_split(grey, 64)]
+        return Image.fromarray(np.concatenate(bands)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")  # the same pixels without Pillow's warning
     return image.convert("RGB")

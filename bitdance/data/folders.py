@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, read_image, reason
+from bitdance.data.decoding import MAX_FILE_BYTES, check_zip, decode_image, read_image, reason
 from bitdance.data.image_dataset import NamedImages, is_hidden, sort_by_class
 from bitdance.runtime.errors import UserError
 
@@ -51,7 +51,11 @@ class ZipImages(NamedImages):
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
         try:
-            members = self._open()[0].namelist()
+            archive = self._open()[0]
+            check_zip(archive)
+            members = archive.namelist()
+        except UserError:
+            raise
         except Exception as error:  # besides BadZipFile: struct.error, UnicodeDecodeError, NotImplementedError ...
             raise UserError(f"{path} is a damaged or truncated zip ({error}); copy or download it again.") from error
         self._prefix, names = sort_by_class(path, members, is_archive=True)

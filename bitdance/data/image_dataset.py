@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import hashlib
+import os
 import pathlib
 from collections.abc import Collection
 
@@ -18,6 +20,9 @@ FORMATS = (
     "of the hub's parquet files, or CIFAR-10's official archives (cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or "
     "the folder that one of them unpacks to)"
 )
+
+LABELS_FILE = "labels.json"
+"""In a folder of image files: their labels, in the order of the file names."""
 
 
 class ImageDataset(abc.ABC):
@@ -35,6 +40,14 @@ class ImageDataset(abc.ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the images' names in their order, which identifies the data set and its classes."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.name(index)) + b"\n")
+        return digest.hexdigest()
 
     @abc.abstractmethod
     def read(self, index: int) -> Image.Image:

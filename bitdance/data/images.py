@@ -6,7 +6,8 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from bitdance.data.cifar10 import GZIP, MAX_MEMBERS, METADATA_FILES, SPLITS, CifarImages, Split
+from bitdance.config import Split
+from bitdance.data.cifar10 import GZIP, MAX_MEMBERS, METADATA_FILES, SPLITS, CifarImages
 from bitdance.data.folders import FolderImages, ZipImages
 from bitdance.data.image_dataset import FORMATS, ImageDataset
 from bitdance.data.parquet import ParquetImages, find_parquet

@@ -18,12 +18,13 @@ import numpy as np
 from PIL import Image
 
 from bitdance.data.class_names import are_imagenet, imagenet
-from bitdance.data.decoding import decode_image, reason
+from bitdance.data.decoding import MAX_EXPANSION, MAX_FILE_BYTES, decode_image, reason
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.errors import UserError
 
 _BATCH = 16  # rows that are decompressed at once
 _MAX_CLASSES = 1 << 20
+_MAX_ROWS = 1 << 24  # of a file; a billion equal labels need some bytes
 
 
 class ParquetImages(ImageDataset):
@@ -48,10 +49,14 @@ class ParquetImages(ImageDataset):
         for number, file in enumerate(self._files):
             try:
                 with pq.ParquetFile(file, memory_map=True) as opened:
+                    groups_of_file = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+                    expanded = sum(group.total_byte_size for group in groups_of_file)
+                    if expanded > max(MAX_EXPANSION * file.stat().st_size, MAX_FILE_BYTES):
+                        raise ValueError("it expands to far more bytes than it has")
                     labels.append(_read_labels(opened))
                     self._footers.append(opened.metadata)
                     schema = opened.schema_arrow
-                rows = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+                rows = [group.num_rows for group in groups_of_file]
                 if sum(rows) != len(labels[-1]):
                     raise ValueError(f"it has {len(labels[-1])} labels for {sum(rows)} rows")
                 groups += [(number, group) for group in range(len(rows))]
@@ -132,6 +137,8 @@ def _read_labels(file: Any) -> np.ndarray:
     """Checks the columns of an opened file and reads its labels, (N,) int64."""
     import pyarrow as pa
 
+    if file.metadata.num_rows > _MAX_ROWS:
+        raise ValueError(f"it has more than {_MAX_ROWS} rows")
     types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
     image, label = types.get("image"), types.get("label", pa.null())
     fields = {field.name: field.type for field in image} if isinstance(image, pa.StructType) else {}

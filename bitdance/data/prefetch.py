@@ -12,20 +12,20 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 PREFETCH = 4
-"""Default number of items that are read ahead."""
+"""Items that are read ahead."""
 
 
 def read_ahead(
-    items: Iterable[T], submit: Callable[[T], list[concurrent.futures.Future[U]]], depth: int
+    items: Iterable[T], submit: Callable[[T], list[concurrent.futures.Future[U]]]
 ) -> Iterator[tuple[T, list[U]]]:
-    """Yields each item with the results of the futures that `submit` returned for it, submitted `depth` items ahead.
+    """Yields each item with the results of the futures that `submit` returned for it, submitted `PREFETCH` items ahead.
 
     If the iteration ends early, the remaining futures are cancelled.
     """
     submitted = ((item, submit(item)) for item in items)
     ahead: collections.deque[tuple[T, list[concurrent.futures.Future[U]]]] = collections.deque()
     try:
-        ahead.extend(itertools.islice(submitted, depth + 1))
+        ahead.extend(itertools.islice(submitted, PREFETCH + 1))
         while ahead:
             item, futures = ahead[0]
             results = [future.result() for future in futures]

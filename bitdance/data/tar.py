@@ -27,7 +27,7 @@ from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, s
 from bitdance.runtime.atomic_files import lock_file
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import progress_bar
-from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights import safetensors_files
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME_BYTES = 1 << 16
@@ -232,8 +232,10 @@ def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:
 
 def _read_index(file: pathlib.Path, path: pathlib.Path) -> Index | None:
     """Reads an index; returns None if it is missing, damaged or forged: 16 headers are compared with it."""
+    if not file.is_file():
+        return None
     try:
-        contents = weights_file.read(file)
+        contents = safetensors_files.read_safetensors(file, verify=True)
         index = {name: contents.states[_KIND][name].numpy().copy() for name in ("names", "offsets", "sizes")}
         offsets, sizes, count = index["offsets"], index["sizes"], len(_split_names(index))
         has_types = all(array.dtype == np.int64 and array.shape == (count,) for array in (offsets, sizes))
@@ -245,7 +247,7 @@ def _read_index(file: pathlib.Path, path: pathlib.Path) -> Index | None:
                 member = tarfile.TarInfo.frombuf(stream.read(_BLOCK), "utf-8", "replace")
                 if not member.isreg() or member.size != sizes[i]:
                     return None
-    except (ValueError, KeyError, TypeError, tarfile.TarError):
+    except (ValueError, KeyError, TypeError, OSError, tarfile.TarError):
         return None
     return index
 

@@ -29,7 +29,7 @@ from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.atomic_files import read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.run_folder import FREE, SETTINGS
-from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights import safetensors_files
 
 MANIFEST = "token_cache.json"
 """Written last: the `TokenCacheInfo`, and the shards with their digests."""
@@ -68,9 +68,16 @@ class TokenCacheInfo:
     crops: int
     flips: bool
     seed: int
-    images: int
-    names: str
+    images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
+    names: str = dataclasses.field(metadata={"difference": "the names of the images are others"})
     classes: tuple[str, ...] = dataclasses.field(metadata=FREE)  # the names of the images begin with them
+
+    def __post_init__(self) -> None:
+        numbers = (self.image_size, self.grid, self.bits, self.crops, self.images, self.seed + 1)
+        names = (self.autoencoder, self.precision, self.names, *self.classes)
+        are_numbers = all(type(number) is int and 0 < number < 1 << 40 for number in numbers)
+        if not are_numbers or type(self.flips) is not bool or not all(isinstance(name, str) for name in names):
+            raise ValueError("a value of another type or size than expected")
 
     @property
     def view_shape(self) -> tuple[int, int, int, int]:
@@ -162,16 +169,8 @@ def is_token_cache(path: pathlib.Path) -> bool:
     """Whether a folder is a token cache, complete or not."""
     try:
         return (path / MANIFEST).is_file() or SECTION in json.loads((path / SETTINGS).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
-
-
-def names_digest(images: ImageDataset) -> str:
-    """Returns the SHA-256 of the images' names in their order, which identifies a data set and its classes."""
-    digest = hashlib.sha256()
-    for index in range(len(images)):
-        digest.update(os.fsencode(images.name(index)) + b"\n")
-    return digest.hexdigest()
 
 
 def write_shard(
@@ -206,8 +205,10 @@ def read_shard(
     Raises:
         UserError: the shard is missing, damaged, or of another token cache.
     """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: {AGAIN}.")
     try:
-        contents = weights_file.read(path, verify)
+        contents = safetensors_files.read_safetensors(path, verify)
     except UserError as error:
         raise UserError(f"{str(error).rpartition(': ')[0]}: {AGAIN}.") from error
     state, config = contents.states.get(KIND, {}), contents.config or {}
@@ -221,7 +222,11 @@ def read_shard(
         "indices": (torch.int64, (count,)),
     }
     is_whole = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == expected
+    match config:
+        case {"covered": [int(start), int(stop)], "bad_images": [*bad_images]}:
+            is_whole &= 0 <= start <= stop <= info.images and all(isinstance(name, str) for name in bad_images)
+        case _:
+            is_whole = False
     if not is_whole or (count and not 0 <= state["labels"].min() <= state["labels"].max() < len(info.classes)):
-        raise UserError(f"{path} holds other tensors than its metadata describe: {AGAIN}.")
-    entry = Shard(path.name, count, contents.metadata["digest"], tuple(config["bad_images"]))
-    return state, entry, range(*config["covered"])
+        raise UserError(f"{path} holds other contents than the metadata of a shard describe: {AGAIN}.")
+    return state, Shard(path.name, count, contents.metadata["digest"], tuple(bad_images)), range(start, stop)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
 
+from bitdance.config import Split
 from bitdance.runtime.errors import check_fields
 
 NO_REFERENCE = "none"
@@ -32,7 +32,7 @@ class EvaluationConfig:
     """
 
     reference: str | None = None
-    reference_split: Literal["train", "test"] = "train"
+    reference_split: Split = "train"
     reference_limit: int | None = None
     inception_weights: pathlib.Path | None = None
     features: tuple[str, ...] = ()

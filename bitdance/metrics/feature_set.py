@@ -6,16 +6,16 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitdance.data.image_dataset import evenly_spaced
 from bitdance.metrics.features import FeatureExtractor
-from bitdance.metrics.image_sources import ImageSource, npz_errors
+from bitdance.metrics.image_sources import ImageSource
+from bitdance.metrics.npz_files import MAX_CLASSES, check_labels, open_npz, read_array
 from bitdance.metrics.statistics import Statistics, StatisticsAccumulator, validate_features, validate_statistics
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
@@ -23,7 +23,29 @@ from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 
 FORMAT, FORMAT_VERSION = "bitdance-features", 2
+MAX_SIDE = 1 << 13
+"""Height and width in a file that is read; references are cropped to them."""
 ARRAYS = ("pool", "logits", "labels")
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 100 and value.isprintable()
+
+
+def _is_count(value: Any, limit: int = 1 << 40) -> bool:
+    return type(value) is int and 0 <= value <= limit  # a bool is none
+
+
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "source": lambda value: isinstance(value, str),
+    **dict.fromkeys(("extractor", "extractor_digest", "type", "content"), _is_short),
+    **dict.fromkeys(("count", "duplicates"), _is_count),
+    **dict.fromkeys(("height", "width"), lambda value: _is_count(value, MAX_SIDE)),
+    **dict.fromkeys(("minimum", "maximum"), lambda value: isinstance(value, int | float)),
+    "classifies": lambda value: isinstance(value, bool),
+    "num_classes": lambda value: value is None or _is_count(value, MAX_CLASSES),
+}
+"""What the values of `FeatureSet.about` in a file must be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +134,8 @@ def extract_features(
     collectors = [Collector(extractor, len(source), keep) for extractor in extractors]
     summaries: list[PixelSummary] = []
     blocks = _prefetch(source.blocks(batch_size, world.rank, world.size))
-    hidden = progress is None or not world.is_main
-    with progress_bar(len(source), progress or "", "images", disable=hidden, leave=False) as bar:
+    disable = progress is None or not world.is_main
+    with progress_bar(len(source), progress or "", "images", disable=disable, leave=False) as bar:
         for _ in range(0, len(source), batch_size * world.size):
             images, own = next(blocks, None), None  # some processes have none in the last round
             if images is not None:
@@ -199,7 +221,7 @@ def write_feature_set(path: pathlib.Path, features: FeatureSet) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def read_feature_set(path: str | os.PathLike[str]) -> FeatureSet | None:
+def read_feature_set(path: pathlib.Path) -> FeatureSet | None:
     """Reads a stored set; None if the file holds something else, which may be images.
 
     A file that holds only statistics (`mu`, `sigma`, and optionally `mu_s`, `sigma_s`) is a set without features.
@@ -207,25 +229,28 @@ def read_feature_set(path: str | os.PathLike[str]) -> FeatureSet | None:
     Raises:
         UserError: the file is damaged, or holds invalid features.
     """
-    path = pathlib.Path(path)
     about: dict[str, Any] = {"source": str(path)}
-    with npz_errors(path), np.load(path, allow_pickle=False) as file:
-        if "about" in file:
-            about = json.loads(file["about"].tobytes())
-            if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
-                raise UserError(f"{path} is not of format {FORMAT} {FORMAT_VERSION}: extract the features again.")
-        elif "arr_0" in file or "mu" not in file:
+    again = "extract the features again"
+    with open_npz(path) as archive:
+        names = archive.namelist()
+        if "about.npy" not in names and ("arr_0.npy" in names or "mu.npy" not in names):
             return None
-        pool, logits, labels = (np.asarray(file[name]) if name in file else None for name in ARRAYS)
+        if (text := read_array(archive, "about")) is not None:
+            about = json.loads(text.tobytes())
+            if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
+                raise UserError(f"{path} is not of format {FORMAT} {FORMAT_VERSION}: {again}.")
+            if wrong := [name for name, is_valid in _VALID.items() if not is_valid(about.get(name, ...))]:
+                raise UserError(f"{path} is damaged ({wrong[0]} has no valid value): {again}.")
+        pool, logits, labels = (read_array(archive, name) for name in ARRAYS)
     count = about.get("count")
     if pool is not None:
         pool = validate_features(pool, f"{path}: pool")
     if logits is not None:
         logits = validate_features(logits, f"{path}: logits")
         if len(logits) != count:
-            raise UserError(f"{path} holds {len(logits)} logits for {count} images: extract them again.")
-    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise UserError(f"{path} holds labels of type {labels.dtype} and shape {labels.shape} for {count} images.")
+            raise UserError(f"{path} holds {len(logits)} logits for {count} images: {again}.")
+    if labels is not None:
+        labels = check_labels(labels, count or 0, f"{path}: labels")
     return FeatureSet(about, pool, *read_statistics(path), logits, labels)
 
 
@@ -236,9 +261,9 @@ def read_statistics(path: pathlib.Path) -> tuple[Statistics | None, Statistics |
         UserError: the file is damaged, or holds invalid statistics.
     """
     found: list[Statistics | None] = []
-    with npz_errors(path), np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as archive:
         for names in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            arrays = [np.asarray(file[name]) for name in names if name in file]
+            arrays = [array for name in names if (array := read_array(archive, name)) is not None]
             if len(arrays) == 1:
                 raise UserError(f"{path} holds only one of {' and '.join(names)}: create or download it again.")
             found.append(validate_statistics(Statistics(*arrays), f"{path}: {', '.join(names)}") if arrays else None)

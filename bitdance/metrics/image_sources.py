@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import contextlib
 import json
 import math
 import os
 import pathlib
-import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from bitdance.data.cifar10 import Split
+from bitdance.config import Split
+from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import is_image, read_image
-from bitdance.data.image_dataset import ImageDataset, evenly_spaced
+from bitdance.data.image_dataset import LABELS_FILE, ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
+from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
 from bitdance.runtime.errors import UserError
 
-LABELS_FILE = "labels.json"
-"""In a folder of image files: their labels, in the order of the file names."""
 READERS = 4
 
 
@@ -87,57 +84,34 @@ def open_source(
     return ImageFileSource(path, image_size, split, limit)
 
 
-@contextlib.contextmanager
-def npz_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns any error from reading an `.npz` file into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive can raise any error of zipfile, zlib and NumPy
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise UserError(f"{path} cannot be read as an .npz file ({reason}): create or download it again.") from error
-
-
 class NpzSource(ImageSource):
     """Images in an `.npz` file, compressed or not, read as a stream."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        with npz_errors(path), zipfile.ZipFile(path) as archive:
-            headers = {name: _read_header(archive, name) for name in archive.namelist() if name.endswith(".npy")}
-            images = {"arr_0.npy"} & headers.keys() or {name for name in headers if len(headers[name][0]) == 4}
+        with open_npz(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            headers = {name: read_header(archive, name) for name in names}
+            images = {"arr_0"} & headers.keys() or {name for name in headers if len(headers[name].shape) == 4}
             if len(images) != 1:
                 raise UserError(
                     f"{path} holds no arr_0 ({len(headers)} arrays, {len(images)} of four dimensions): expected images "
                     "of shape (N, H, W, 3) under that name."
                 )
-            self._member = images.pop()
-            shape, self.dtype, is_fortran, self._start = headers[self._member]
+            name = images.pop()
+            shape, self.dtype, is_fortran, self._start = headers[name]
             if len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or self.dtype.kind not in "uif":
                 raise UserError(f"{path} holds {self.dtype} of shape {shape}: expected numbers of shape (N, H, W, 3).")
             if is_fortran:
                 raise UserError(f"{path} holds an array in Fortran order: save it in C order.")
-            self.shape = shape
+            self.shape, self._member = shape, f"{name}.npy"
             self._image_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-            if archive.getinfo(self._member).file_size != self._start + len(self) * self._image_bytes:
-                raise UserError(f"{path}: {self._member} is truncated: create or download it again.")
-            if self._member == "arr_0.npy" and "arr_1.npy" in headers:
-                self.labels = self._read_labels(archive, headers["arr_1.npy"])
-
-    def _read_labels(self, archive: zipfile.ZipFile, header: tuple[Any, ...]) -> np.ndarray:
-        shape, dtype, _, start = header
-        if shape != (len(self),) or dtype.kind not in "iu":
-            raise UserError(f"{self.path}: arr_1 is {dtype} of shape {shape}: expected {len(self)} integer labels.")
-        with archive.open("arr_1.npy") as file:
-            data = file.read(start + len(self) * dtype.itemsize)
-        labels = np.frombuffer(data, dtype, len(self), start).astype(np.int64)
-        if labels.min() < 0:
-            raise UserError(f"{self.path}: arr_1 holds the label {labels.min()}: labels start at 0.")
-        return labels
+            labels = read_array(archive, "arr_1") if name == "arr_0" else None
+            if labels is not None:
+                self.labels = check_labels(labels, len(self), f"{path}: arr_1")
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self._member) as file:
+        with open_npz(self.path) as archive, archive.open(self._member) as file:
             file.read(self._start)  # a seek would end the comparison with the checksum
             for block in range(rank, -(-len(self) // size), ranks):
                 first, count = block * size, min(size, len(self) - block * size)
@@ -146,63 +120,94 @@ class NpzSource(ImageSource):
                 yield block, pixels.reshape(count, *self.shape[1:])
 
 
-def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool, int]:
-    """Returns shape and dtype of an array, whether it is in Fortran order, and the offset of its data in the member."""
-    formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with archive.open(name) as file:
-        shape, is_fortran, dtype = formats[np.lib.format.read_magic(file)](file)
-        return shape, dtype, is_fortran and len(shape) > 1, file.tell()
-
-
 class ImageFileSource(ImageSource):
-    """Image files in a folder, with or without class folders, or in any data set that training reads."""
+    """An image file, a folder of them with or without class folders, or any data set that training reads.
+
+    Args:
+        path, image_size, split, limit: as of `open_source`.
+        bad_images: positions of images that cannot be read, which are left out of the blocks; without it an error.
+    """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, path: pathlib.Path, image_size: int | None, split: Split, limit: int | None) -> None:
-        self.path, self._image_size = path, image_size
+    def __init__(
+        self,
+        path: pathlib.Path,
+        image_size: int | None = None,
+        split: Split = "train",
+        limit: int | None = None,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.path, self._bad_images = path, bad_images
         for name, value in (("image_size", image_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
         flat = sorted(file for file in path.glob("[!.]*") if is_image(file.name) and file.is_file())
         if (path / "samples.json").exists():  # a folder of `bitdance sample`, with the grid of its images
             flat = [file for file in flat if file.name != "grid.png"]
+        if flat and any(is_image(file.name) for file in path.glob("[!.]*/[!.]*")):
+            raise UserError(f"{path} holds {flat[0].name} and folders of images: leave one of the two there.")
+        if is_image(path.name) and path.is_file():
+            flat = [path]
         self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)
         self._order = evenly_spaced(len(self._images), limit)
         if isinstance(self._images, ImageDataset):
             self.labels, self.num_classes = self._images.labels[self._order], len(self._images.classes)
         elif (path / LABELS_FILE).exists():
             self.labels = _read_labels_file(path / LABELS_FILE, len(flat))[self._order]
-        height, width, _ = self._read(0).shape
-        self.shape = (len(self._order), height, width, 3)
+        self.crop(image_size)
+        if image_size is None:
+            found = (self._try_read(position) for position in range(len(self)))
+            if (first := next((image for image in found if image is not None), None)) is None:
+                raise UserError(f"none of the images of {path} can be read: repair them.")
+            self.shape = (len(self), *first.shape)
 
-    def _read(self, position: int) -> np.ndarray:
+    def crop(self, image_size: int | None) -> None:
+        """Scales and crops the images that are read from now on to squares of this size; None for their own size."""
+        self._image_size = image_size
+        self.shape = (len(self._order), image_size or 0, image_size or 0, 3)
+
+    def read(self, position: int) -> np.ndarray:
+        """Reads an image, (H, W, 3) uint8.
+
+        Raises:
+            UserError: it cannot be read, or has another size than the first one.
+        """
         index = int(self._order[position])
         if isinstance(self._images, ImageDataset):
             image, name = self._images.read(index), self._images.name(index)
         else:
             image, name = read_image(self._images[index]), self._images[index].name
         if self._image_size is not None:
-            return to_array(center_crop(image, self._image_size))
-        if position > 0 and image.size != (self.shape[2], self.shape[1]):
+            image = center_crop(image, self._image_size)
+        elif self.shape[1] and image.size != (self.shape[2], self.shape[1]):
             raise UserError(
                 f"{name} in {self.path} has {image.size[0]} x {image.size[1]} pixels, the first image "
                 f"{self.shape[2]} x {self.shape[1]}: crop all to one size with `image_size`."
             )
         return to_array(image)
 
+    def _try_read(self, position: int) -> np.ndarray | None:
+        try:
+            return self.read(position)
+        except UserError as error:
+            if self._bad_images is None:
+                raise
+            self._bad_images.add(position, error)
+            return None
+
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             for block in range(rank, -(-len(self) // size), ranks):
                 positions = range(block * size, min((block + 1) * size, len(self)))
-                yield block, np.stack(list(pool.map(self._read, positions)))
+                found = [image for image in pool.map(self._try_read, positions) if image is not None]
+                yield block, np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
+        if self._bad_images is not None and len(self._bad_images) == len(self):
+            raise UserError(f"none of the images of {self.path} can be read: repair them.")
 
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:
     try:
-        labels = np.array(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it to evaluate the images without it.") from None
-    if labels.shape != (count,) or labels.dtype.kind != "i" or labels.min() < 0:
-        raise UserError(f"{path} does not hold a label for each of the {count} images beside it: delete it.")
-    return labels.astype(np.int64)
+        return check_labels(np.array(json.loads(path.read_text())), count, str(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be used ({error}): delete it to evaluate the images without it.") from None

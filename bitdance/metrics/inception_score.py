@@ -37,6 +37,6 @@ def inception_score(logits: np.ndarray, chunk: int = CHUNK) -> float:
     return float(np.mean(scores))
 
 
-def shuffled_inception_score(logits: np.ndarray, chunk: int = CHUNK, seed: int = 0) -> float:
-    """Computes `inception_score` after a shuffle that depends only on the seed and the number of images."""
-    return inception_score(logits[np.random.RandomState(seed).permutation(len(logits))], chunk)
+def shuffled_inception_score(logits: np.ndarray, chunk: int = CHUNK) -> float:
+    """Computes `inception_score` after a shuffle that depends only on the number of images."""
+    return inception_score(logits[np.random.RandomState(0).permutation(len(logits))], chunk)

@@ -20,7 +20,7 @@ from bitdance.metrics.feature_set import (
 from bitdance.metrics.features import FeatureExtractor, load_feature_extractor
 from bitdance.metrics.image_sources import ImageSource, open_source
 from bitdance.metrics.inception import NAME as INCEPTION
-from bitdance.metrics.inception import find_weights, load_inception
+from bitdance.metrics.inception import find_inception_weights, load_inception
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.weights.hub import EVALUATION_FOLDER, PLAIN_FILES
@@ -46,7 +46,7 @@ class FeatureExtractors:
     def _loaded(self) -> tuple[FeatureExtractor, ...]:
         loaded = [load_feature_extractor(name) for name in self._config.features]
         try:
-            weights = find_weights(self._config.inception_weights)
+            weights = find_inception_weights(self._config.inception_weights)
         except UserError:
             if self._config.inception_weights is not None or not loaded:
                 raise

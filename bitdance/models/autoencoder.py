@@ -211,7 +211,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Encodes RGB images (B, 3, H, W) in [-1, 1] to bits (B, C, H / f, W / f) in {-1, +1}, and decodes them.
 
-    f is `config.down_size`; H and W must be multiples of it.
+    f is `config.down_size`; H and W must be multiples of `config.cell_size`, which is f unless positions are split.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -224,7 +224,7 @@ class Autoencoder(nn.Module):
         """Encodes images: (B, 3, H, W) -> (B, C, h, w) +-1; a bit is +1 where the encoder's output is > 0.
 
         Raises:
-            ValueError: H or W is not a multiple of `down_size`.
+            ValueError: H or W is not a multiple of `cell_size`.
         """
         height, width = images.shape[-2:]
         if height % self.config.cell_size or width % self.config.cell_size:

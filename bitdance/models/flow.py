@@ -98,15 +98,11 @@ def _last_step(velocity_fn: VelocityFn, x: Tensor, index: int) -> Tensor:
     return x + velocity_fn(x, t, index) * LAST_STEP
 
 
-SOLVERS = ("euler-maruyama", "euler", "heun")
-"""Names of the solvers: the published one and two deterministic ones."""
-
-
 def integrate(solver: str, velocity_fn: VelocityFn, noise: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
     """Runs a solver by its name.
 
     Args:
-        solver: one of `SOLVERS`.
+        solver: `euler-maruyama`, the published one, or `euler` or `heun`, which are deterministic.
         velocity_fn: the guided velocity.
         noise: (S + 1, ...) for `euler-maruyama`, (1, ...) is enough for the others; noise[0] is x_0.
         num_steps: S.
@@ -121,7 +117,7 @@ def integrate(solver: str, velocity_fn: VelocityFn, noise: Tensor, num_steps: in
         return euler(velocity_fn, noise[0], num_steps, shift)
     if solver == "heun":
         return heun(velocity_fn, noise[0], num_steps, shift)
-    raise UserError(f"solver={solver!r} is unknown: use {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}.")
+    raise UserError(f"solver={solver!r} is unknown: use euler-maruyama, euler or heun.")
 
 
 def evaluation_timesteps(solver: str, num_steps: int, shift: float = 1.0) -> Tensor:

@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
         return self.dropout(swiglu(x, self.w1, self.w2))
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+def rotary_table(positions: Tensor, head_dim: int) -> Tensor:
     """Computes cosines and sines of the 2-D rotary embedding.
 
     Args:
@@ -41,7 +41,7 @@ def rotary_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> Ten
         (L, head_dim / 2, 2) float32: the first half of the angles depends on x, the second on y.
     """
     half = head_dim // 2
-    frequencies = 1.0 / (base ** (torch.arange(0, half, 2).float() / half))  # (head_dim / 4,)
+    frequencies = 1.0 / (10000.0 ** (torch.arange(0, half, 2).float() / half))  # (head_dim / 4,)
     angles = torch.cat([positions[:, :1] * frequencies, positions[:, 1:] * frequencies], dim=-1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
@@ -56,17 +56,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class KVCache:
     """Static key/value cache: one pair of tensors (B, H, L, d) per layer, of which `length` positions are filled."""
 
-    def __init__(
-        self,
-        n_layer: int,
-        batch: int,
-        n_head: int,
-        length: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (batch, n_head, length, head_dim)
+    def __init__(self, n_layer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.length = 0

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_seed
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -72,9 +72,9 @@ def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: i
     Raises:
         UserError: the seed or the step is out of range.
     """
-    for name, value in (("seed", seed), ("step", step)):
-        if not 0 <= value <= _MASK:
-            raise UserError(f"{name}={value} is out of range: it must be between 0 and {_MASK}.")
+    check_seed(seed)
+    if not 0 <= step <= _MASK:
+        raise UserError(f"step={step} is invalid: it must be between 0 and {_MASK}.")
     device = ids.device
     element = torch.arange((size + 3) // 4, device=device)
     draw = torch.arange(draws, device=device)[:, None, None]

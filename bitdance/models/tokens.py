@@ -39,16 +39,13 @@ def positions(side: int, patch: int = 1) -> Tensor:
     return tokens_from_grid(torch.stack([rows, columns])[None], patch)[0]  # (2, h, w) -> (N, 2)
 
 
-def block_causal_mask(num_causal: int, num_tokens: int, parallel_num: int) -> Tensor:
-    """Builds the attention mask: (L, L) bool, True where the query attends to the key, L = num_causal + num_tokens.
+def attention_blocks(num_causal: int, num_tokens: int, parallel_num: int) -> Tensor:
+    """Returns the block of each position, (num_causal + num_tokens,) int64; it attends to its own and earlier blocks.
 
-    The first `num_causal` (K - 1) positions are causal. After them each block of P positions attends to itself and to
-    all positions before it. With P = 1 this is the causal mask.
+    The first `num_causal` (K - 1) positions are blocks of their own, that is, causal. After them each P positions are
+    a block. With P = 1 this is causal attention.
     """
-    causal = torch.arange(num_causal)
-    block = num_causal + torch.arange(num_tokens) // parallel_num
-    order = torch.cat([causal, block])
-    return order[:, None] >= order[None, :]
+    return torch.cat([torch.arange(num_causal), num_causal + torch.arange(num_tokens) // parallel_num])
 
 
 def flip_bits(bits: Tensor, rate: float, r1: Tensor, r2: Tensor) -> Tensor:

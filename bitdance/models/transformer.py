@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from bitdance.config import BitDanceConfig
 from bitdance.models.head import DiffusionHead
 from bitdance.models.layers import KVCache, SwiGLU, TransformerBlock, rotary_table
-from bitdance.models.tokens import block_causal_mask, positions
+from bitdance.models.tokens import attention_blocks, positions
 
 
 class BitDance(nn.Module):
@@ -22,7 +22,7 @@ class BitDance(nn.Module):
     """
 
     rotary: Tensor
-    mask: Tensor
+    blocks: Tensor
 
     def __init__(self, config: BitDanceConfig, drop_rate: float = 0.0, grad_checkpointing: bool = False) -> None:
         """Initializes a model with random weights.
@@ -64,15 +64,15 @@ class BitDance(nn.Module):
             nn.init.normal_(self.query_token, std=0.02)
 
     def reset_buffers(self) -> None:
-        """Computes the rotary table and the mask, which no file stores, in float32 on the device of the parameters."""
+        """Computes the rotary table (float32) and the attention blocks, which no file stores, on the model's device."""
         config, device = self.config, self.norm.weight.device
         prefix = config.cls_token_num + config.parallel_num - 1
         # Token centres, shifted by one since (0, 0) is the position of class and query tokens; (x, y) = (column, row).
         centres = positions(config.grid, config.patch).flip(-1).float() + 0.5 + 1
         xy = torch.cat([torch.zeros(prefix, 2), centres])[: config.cls_token_num + config.num_tokens - 1]
-        mask = block_causal_mask(config.cls_token_num - 1, config.num_tokens, config.parallel_num)
+        blocks = attention_blocks(config.cls_token_num - 1, config.num_tokens, config.parallel_num)
         self.register_buffer("rotary", rotary_table(xy, config.dim // config.n_head).to(device), persistent=False)
-        self.register_buffer("mask", mask.to(device), persistent=False)
+        self.register_buffer("blocks", blocks.to(device), persistent=False)
         self.head.net.time_embed.reset_buffers()
 
     def _apply(self, *args: Any, **kwargs: Any) -> BitDance:
@@ -106,7 +106,7 @@ class BitDance(nn.Module):
         x = torch.cat([self.class_tokens(labels), self.proj_in(tokens.to(self.norm.weight.dtype))], dim=1)
         x = self.emb_norm(x)  # (B, K + P - 1 + n, D)
         length = x.shape[1]
-        rotary, mask = self.rotary[:length], self.mask[:length, :length]
+        rotary, mask = self.rotary[:length], self._mask(0, length)
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
@@ -140,13 +140,17 @@ class BitDance(nn.Module):
         """Allocates an empty key/value cache for `batch` rows, in the dtype of the parameters."""
         config, weight = self.config, self.norm.weight
         shape = (batch, config.n_head, config.cls_token_num + config.num_tokens - 1, config.dim // config.n_head)
-        return KVCache(config.n_layer, *shape, weight.dtype, weight.device)
+        return KVCache(config.n_layer, shape, weight.dtype, weight.device)
+
+    def _mask(self, start: int, end: int) -> Tensor:
+        """Returns the mask of the queries from `start` to `end`, (end - start, end) bool, True where they attend."""
+        return self.blocks[start:end, None] >= self.blocks[:end]
 
     def _advance(self, x: Tensor, cache: KVCache) -> Tensor:
         start, end = cache.length, cache.length + x.shape[1]
-        x = self.emb_norm(x)
+        x, rotary, mask = self.emb_norm(x), self.rotary[start:end], self._mask(start, end)
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.rotary[start:end], self.mask[start:end, :end], cache, i)
+            x = layer(x, rotary, mask, cache, i)
         cache.length = end
         group = (end - self.config.cls_token_num + 1) // self.config.parallel_num - 1
         p = self.config.parallel_num

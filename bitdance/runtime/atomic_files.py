@@ -22,6 +22,8 @@ from bitdance.runtime.errors import UserError
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+_ADVICE = {errno.EROFS: "choose another place", errno.EISDIR: "delete it"}
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
@@ -43,9 +45,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         rename(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary), str(path.parent)):
-            reason = error.strerror or error
-            advice = "free some space or choose another place" if error.errno != errno.EROFS else "choose another place"
-            raise UserError(f"cannot write {path}: {reason}; {advice}.") from error
+            advice = _ADVICE.get(error.errno or 0, "free some space or choose another place")
+            raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}.") from error
         raise
     finally:
         with contextlib.suppress(OSError):  # an error on the way here says more
@@ -68,7 +69,8 @@ def make_folder(path: pathlib.Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place.") from error
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise UserError(f"cannot make the folder {path}: {reason}; choose another place.") from error
 
 
 def rename(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -94,7 +96,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Writes a dictionary as readable JSON, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(settings, indent=1, default=str) + "\n")
 
 
 def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
@@ -105,14 +107,15 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
         advice: what the user can do if it cannot be read; the end of the error's sentence.
 
     Raises:
-        UserError: the file cannot be read, or holds no dictionary.
+        UserError: the file cannot be read, or holds no dictionary or an empty one.
     """
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no dictionary")
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it holds no settings")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): {advice}.") from None
     return found
 
 
@@ -159,7 +162,8 @@ def _open_locked(path: pathlib.Path) -> BinaryIO | None:
     try:
         file = open(path, "ab", buffering=0)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder.") from error
+        advice = _ADVICE.get(error.errno or 0, "choose another folder")
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}.") from error
     # If the other process has renamed or removed the file meanwhile, a lock on it has no effect.
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         _lock(file)

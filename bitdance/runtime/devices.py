@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import torch
 
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, first_line
+
+MAX_THREADS = 1024
+"""CPU threads of a process; too many end it with SIGSEGV."""
 
 
 def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
@@ -23,14 +27,14 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if not isinstance(name, str) or not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,4})?", name):
+            raise RuntimeError("there is no such device")
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError(f"{device.type} is not supported")
         if name == "cuda":
             device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:100]
+        reason = first_line(error)
         raise UserError(f"device {name!r} cannot be used ({reason}): choose cpu, cuda, cuda:N or mps.") from None
     return device
 

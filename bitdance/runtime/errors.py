@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -42,6 +43,24 @@ def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], ru
         value = getattr(config, name)
         if value is not None and not is_valid(value):
             raise UserError(f"{name}={value} is invalid: it must {rule}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises a `UserError` unless this is a seed of `bitdance.models.philox`."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is invalid: it must be an integer between 0 and {2**32 - 1}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "did you mean X? " with the most similar known name, in any case, or ""."""
+    keys = {key.lower(): key for key in known}
+    near = difflib.get_close_matches(name.lower().removeprefix("bitdance-")[:100], keys, n=1, cutoff=0.5)
+    return f"did you mean {keys[near[0]]}? " if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns at most 120 characters of the first line of an error's message, or else its type."""
+    return (str(error).strip().splitlines() or [""])[0][:120].rstrip(". ") or type(error).__name__
 
 
 def one_line(text: str) -> str:

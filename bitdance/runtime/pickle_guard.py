@@ -11,7 +11,7 @@ import pickletools
 import re
 from typing import Any
 
-MAX_OPCODES = 1 << 21  # a few seconds; the largest released model has some hundred thousand
+MAX_OPCODES = 1 << 20  # a few seconds; the largest released model has some hundred thousand
 MAX_TUPLE = 1000  # items of a tuple, including those of the tuples inside it; sizes and strides of a tensor have 4
 
 

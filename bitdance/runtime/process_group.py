@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitdance.runtime import devices
-from bitdance.runtime.errors import Interrupted, UserError
+from bitdance.runtime.errors import Interrupted, UserError, first_line
 from bitdance.runtime.peer_monitor import PeerMonitor, state_key
 
 T = TypeVar("T")
@@ -152,8 +152,9 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         UserError: the device cannot be used, `threads` is not positive, the variables of the environment that torchrun
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"threads={threads} is invalid: it must be at least 1.")
+    if threads is not None and not 1 <= threads <= devices.MAX_THREADS:
+        rule = "at least 1" if threads < 1 else f"at most {devices.MAX_THREADS}"
+        raise UserError(f"threads={threads} is invalid: it must be {rule}.")
     rank, size, local_rank, local_size = _read_environment()
     world = World(rank, size, devices.choose_device(device, local_rank))
     on_gpu = world.device.type == "cuda"
@@ -171,7 +172,9 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
     )
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    note = threading.Timer(NOTE_AFTER, _print_waiting, [f"process {rank} waits for the other processes at {address}"])
+    minutes = f"for up to {JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes"
+    waits = f"bitdance: process {rank} waits for the other processes at {address}, {minutes}."
+    note = threading.Timer(NOTE_AFTER, print, [waits], {"file": sys.stderr, "flush": True})
     note.start()
     try:
         with _user_errors(*cannot_join):
@@ -195,16 +198,12 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
         yield world
     except BaseException as error:
         if not isinstance(error, Interrupted):  # which all processes raise after the same step
-            failure = _first_line(error)
+            failure = first_line(error)
         raise
     finally:
         monitor.leave(failure)
         if not failure:  # with NCCL it could wait for processes that have ended
             dist.destroy_process_group()
-
-
-def _print_waiting(text: str) -> None:
-    print(f"bitdance: {text}, for up to {JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes.", file=sys.stderr, flush=True)
 
 
 def _read_environment() -> tuple[int, int, int, int]:
@@ -271,7 +270,7 @@ def _user_errors(problem: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{problem} ({_first_line(error)}): {advice}.") from error
+        raise UserError(f"{problem} ({first_line(error)}): {advice}.") from error
 
 
 def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
@@ -279,7 +278,3 @@ def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
         f"process {rank} lost the connection to another process",
         "see the messages of the others, then run the same command again",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120].rstrip(". ") or type(error).__name__

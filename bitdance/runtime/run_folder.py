@@ -31,7 +31,6 @@ SETTINGS = "settings.json"
 FORMAT_VERSION = 2
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for another process to release the lock."""
-MAX_THREADS = 1024
 MAX_DIFFERENCES = 10
 """Settings that differ in an error message."""
 
@@ -70,6 +69,8 @@ class Machine:
             UserError: it is not a number of threads.
         """
         import torch
+
+        from bitdance.runtime.devices import MAX_THREADS
 
         threads = stored["threads"]
         if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
@@ -172,15 +173,12 @@ def _update(folder: pathlib.Path, sections: Sections, stored: Mapping[str, Any])
 def read_settings(
     folder: pathlib.Path, sections: Sections, is_finished: Callable[[Mapping[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Returns the stored settings, empty for a new folder, after comparing them; arguments as of `check_settings`.
+    """Returns the stored settings after comparing them; arguments as of `check_settings`.
 
     Raises:
         UserError: the folder belongs to work with other settings, or its settings cannot be read.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
-        return {}
-    stored = read_json(path, f"restore it, or delete {folder} to start over")
+    stored = read_json(folder / SETTINGS, f"restore it, or delete {folder} to start over")
     if not all(isinstance(stored.get(name), dict) for name in sections):
         raise UserError(f"{folder} belongs to another kind of run: use another folder, or delete it to start over.")
     if differences := format_differences(compare(stored, sections, extensible=is_finished(stored))):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import unicodedata
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+GAP = 2
+"""Pixels between images."""
 
-def image_grid(
-    images: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1, gap: int = 2
-) -> Image.Image:
+MAX_LABEL = 60
+"""Characters of a label."""
+
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arialuni.ttf")
+"""Fonts of systems, tried in this order for labels that Pillow's own font cannot draw."""
+
+
+def image_grid(images: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
     """Arranges images in rows.
 
     Args:
@@ -18,23 +27,45 @@ def image_grid(
         columns: images per row.
         labels: one per row, written to its left.
         scale: integer factor by which images are enlarged, without interpolation.
-        gap: pixels between images.
     """
     count, height, width, _ = images.shape
     height, width = height * scale, width * scale
     rows = -(-count // columns)
-    font = ImageFont.load_default(size=max(11, min(20, height // 3)))
-    margin = 0
-    if labels:
-        margin = int(max(font.getlength(label) for label in labels)) + 12
-    size = (margin + columns * (width + gap) + gap, rows * (height + gap) + gap)
-    sheet = Image.new("RGB", size, "white")
+    fonts = list(_load_fonts(max(11, min(20, height // 3)))) if labels else []
+    texts = [_fit_label(label, row, fonts) for row, label in enumerate(labels or ())]
+    margin = int(max(font.getlength(text) for text, font in texts)) + 12 if texts else 0
+    sheet = Image.new("RGB", (margin + columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i, pixels in enumerate(images):
         row, column = divmod(i, columns)
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(image, (margin + gap + column * (width + gap), gap + row * (height + gap)))
-    for row, label in enumerate(labels or ()):
-        middle = gap + row * (height + gap) + height // 2
-        draw.text((margin - 6, middle), label, fill="black", font=font, anchor="rm")
+        sheet.paste(image, (margin + GAP + column * (width + GAP), GAP + row * (height + GAP)))
+    for row, (text, font) in enumerate(texts):
+        middle = GAP + row * (height + GAP) + height // 2
+        draw.text((margin - 6, middle), text, fill="black", font=font, anchor="rm")
     return sheet
+
+
+def _fit_label(label: str, row: int, fonts: Sequence[ImageFont.FreeTypeFont]) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Returns a label and a font that has it; without a font the label has no accents, or is the number of its row."""
+    label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
+    plain = "".join(c for c in unicodedata.normalize("NFKD", label) if _can_draw(fonts[0], c)).strip()
+    for text in (label, plain):
+        for font in fonts:
+            if text and _can_draw(font, text):
+                return text, font
+    return f"row {row + 1}", fonts[0]
+
+
+def _can_draw(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    missing = bytes(font.getmask("\uffff"))  # the box of a character that a font does not have
+    return text.isprintable() and all(c == " " or bytes(font.getmask(c)) not in (missing, b"") for c in text)
+
+
+def _load_fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    default = ImageFont.load_default(size)
+    assert isinstance(default, ImageFont.FreeTypeFont)
+    yield default
+    for name in FONTS:
+        with contextlib.suppress(OSError):  # the system does not have it
+            yield ImageFont.truetype(name, size)

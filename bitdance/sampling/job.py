@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bitdance.data.image_dataset import LABELS_FILE
 from bitdance.metrics.feature_set import (
     Collector,
     FeatureSet,
@@ -32,9 +33,8 @@ from bitdance.metrics.feature_set import (
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, Features
-from bitdance.metrics.image_sources import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FORMAT_VERSION, Machine, check_settings, compare, exclusive, format_differences
@@ -56,7 +56,7 @@ class JobConfig:
         num_images: N.
         batch_size: images per batch.
         seed: 0 <= seed < 2**32.
-        labels: how the classes are chosen, one of `bitdance.sampling.labels.LABELS`.
+        labels: how the classes are chosen, see `bitdance.sampling.labels.make_labels`.
         chunk_size: images decoded at once, 0 for a whole batch.
     """
 
@@ -65,6 +65,10 @@ class JobConfig:
     seed: int = 0
     labels: str = "balanced"
     chunk_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_fields(self, "chunk_size", lambda value: value >= 0, "be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +200,20 @@ class SamplingJob:
             "networks": self.networks,
             "machine": Machine.of(world),
         }
+        nothing = JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
+        # The first process decides for all, since they may see a shared folder at different times.
+        if world.broadcast(not self._missing_results() and not self.run_folder.exists()):
+            if world.is_main:
+                self._check_finished([], sections)
+            return nothing  # without a lock, since the folder may be read-only
         with exclusive(self.run_folder, world), self._open_log(world) as log:
-            # The first process decides for all, since they may see a shared folder at different times.
             kinds = world.broadcast(self._missing_results())
             if world.is_main and len(kinds) < len(self.results):
                 self._check_finished(kinds, sections)
             if not kinds:
                 if world.is_main:
                     shutil.rmtree(self.run_folder, ignore_errors=True)  # left by a job killed in its last moment
-                return JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
+                return nothing
             settings = check_settings(self.run_folder, sections, world, any(self.run_folder.glob("*.npz"))).settings
             Machine.apply(settings["machine"], world)
             missing = world.broadcast(self._missing_batches(kinds) if world.is_main else [])
@@ -237,32 +246,28 @@ class SamplingJob:
             stored = read_json(self.settings_file, f"delete it to take {there} as it is")
             if differences := format_differences(compare(stored, sections)):
                 raise UserError(f"{there}: sampled with other settings ({differences}): use those, or another folder.")
-        what = "nothing to do" if not missing else "all images are sampled again for the other results"
-        print(f"{there}: exists, {what}.", file=sys.stderr)
+        what = "complete, nothing to do" if not missing else "exists, all images are sampled again for other results"
+        print(f"{there}: {what}.", file=sys.stderr)
 
     def _missing_batches(self, kinds: list[str]) -> list[int]:
         """Returns the batches whose part lacks an array that the results need, undamaged and of the right shape."""
-
-        def is_complete(path: pathlib.Path, count: int) -> bool:
-            shapes = self._part_shapes(kinds, count)
-            return path.exists() and all(_read_array(path, name, shape) is not None for name, shape in shapes.items())
-
-        return [index for index, ids in enumerate(self.batches) if not is_complete(self.part(index), len(ids))]
+        return [index for index in range(len(self.batches)) if self._read(index, kinds) is None]
 
     def _needed_extractors(self, kinds: list[str]) -> list[FeatureExtractor]:
         return [extractor for extractor in self.extractors if f"{FEATURES}.{extractor.key}" in kinds]
 
-    def _part_shapes(self, kinds: list[str], count: int) -> dict[str, tuple[int, ...]]:
-        """Returns the arrays that a part of `count` images must have, and their shapes."""
-        size, config = self.pipeline.image_size, self.pipeline.model.config
-        shapes: dict[str, tuple[int, ...]] = {"halved": ()}
+    def _read(self, batch: int, kinds: list[str]) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of a part that these results need, or None if it is missing, damaged or incomplete."""
+        size, config, count = self.pipeline.image_size, self.pipeline.model.config, len(self.batches[batch])
+        shapes: dict[str, tuple[int, ...] | None] = {"halved": ()}
         if NPZ in kinds or PNGS in kinds:
             shapes["images"] = (count, size, size, 3)
         if BITS in kinds:
             shapes["bits"] = (count, config.num_tokens, config.bits // 8)
         for extractor in self._needed_extractors(kinds):
+            shapes |= {f"{extractor.key}.{name}": None for name in Features._fields[1:]}  # optional
             shapes |= {f"{extractor.key}.pool": (count, extractor.size), "extremes": (2,), "digests": (count, 32)}
-        return shapes
+        return _read_arrays(self.part(batch), shapes)
 
     def _sample_batches(self, kinds: list[str], world: World, missing: list[int], log: Callable[[str], None]) -> int:
         """Samples this process's share of the missing batches and returns the number of images.
@@ -270,12 +275,6 @@ class SamplingJob:
         A part is written while the next batch is sampled.
         """
         config, start, sampled = self.config, time.perf_counter(), 0
-        halved: list[str] = []
-
-        def report(line: str) -> None:
-            halved.append(line)
-            log(line)
-
         there = config.num_images - sum(len(self.batches[index]) for index in missing)
         with (
             progress_bar(config.num_images, "sampling", "images", there, disable=not world.is_main) as bar,
@@ -290,12 +289,14 @@ class SamplingJob:
                     # The last batch is padded, so that all batches are computed in the same shapes.
                     padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
                     classes = [int(self.labels[min(i, config.num_images - 1)]) for i in padded]
+                    halved: list[str] = []
                     pixels, bits = self.pipeline.generate(
-                        padded, classes, self.sampling, config.seed, config.chunk_size, report=report
+                        padded, classes, self.sampling, config.seed, config.chunk_size, report=halved.append
                     )
+                    for line in halved:
+                        log(line)
                     arrays = self._part_arrays(kinds, pixels[: len(ids)], bits[: len(ids)])
                     arrays["halved"] = np.array(bool(halved), np.uint8)
-                    halved.clear()
                     if writing is not None:
                         writing.result()  # raises what went wrong
                     writing = writer.submit(_write_part, self.part(batch), arrays)
@@ -320,13 +321,13 @@ class SamplingJob:
             arrays["digests"] = np.frombuffer(b"".join(summary.digests), np.uint8).reshape(len(pixels), -1)
         return arrays
 
-    def _read_part(self, batch: int, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Reads an array of a part, which is removed if the array is missing, damaged or of another shape."""
-        array = _read_array(self.part(batch), name, shape)
-        if array is None:
+    def _read_part(self, batch: int, *kinds: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of a part that these results need; a damaged part is removed."""
+        arrays = self._read(batch, list(kinds))
+        if arrays is None:
             self.part(batch).unlink(missing_ok=True)
             raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
-        return array
+        return arrays
 
     def _write_results(self, kinds: list[str], settings: dict[str, Any]) -> None:
         """Writes the missing results from the parts.
@@ -334,15 +335,14 @@ class SamplingJob:
         Everything is written in the run folder first, where leftovers of killed processes are removed.
         """
 
-        def read_all(name: str) -> Iterator[tuple[range, np.ndarray]]:
+        def read_all(kind: str, name: str) -> Iterator[tuple[range, np.ndarray]]:
             with progress_bar(len(self.batches), f"writing {name}", "batches") as bar:
                 for index, ids in enumerate(self.batches):
-                    yield ids, self._read_part(index, name, shapes[name] and (len(ids), *shapes[name][1:]))
+                    yield ids, self._read_part(index, kind)[name]
                     bar.update()
 
-        shapes = self._part_shapes(kinds, len(self.batches[0]))
         # The batches that did not fit into the memory of a GPU as a whole.
-        halved = [index for index in range(len(self.batches)) if self._read_part(index, "halved", ())]
+        halved = [index for index in range(len(self.batches)) if self._read_part(index)["halved"]]
         settings = {"format_version": FORMAT_VERSION, **settings, "halved_batches": halved}
         write_json(self.run_folder / "result.json", settings)
         _move(self.run_folder / "result.json", self.settings_file)
@@ -351,25 +351,24 @@ class SamplingJob:
             result, temporary = self.results[kind], self.run_folder / ("images" if kind == PNGS else "result.npz")
             if kind == PNGS:
                 shutil.rmtree(temporary, ignore_errors=True)
-                write_png_folder(temporary, read_all("images"), self.labels)
+                write_png_folder(temporary, read_all(kind, "images"), self.labels)
             elif kind in extractors:
-                write_feature_set(temporary, self._collect_features(extractors[kind]))
+                write_feature_set(temporary, self._collect_features(kind, extractors[kind]))
             else:
                 name = "images" if kind == NPZ else "bits"
-                shape = (self.config.num_images, *shapes[name][1:])
-                write_npz(temporary, (array for _, array in read_all(name)), shape, self.labels)
+                shape = (self.config.num_images, *self._read_part(0, kind)[name].shape[1:])
+                write_npz(temporary, (array for _, array in read_all(kind, name)), shape, self.labels)
             _move(temporary, result)
 
-    def _collect_features(self, extractor: FeatureExtractor) -> FeatureSet:
+    def _collect_features(self, kind: str, extractor: FeatureExtractor) -> FeatureSet:
         """Returns the features of all parts, as if they had been extracted from the file of the images."""
         collector, summaries = Collector(extractor, self.config.num_images), []
         for index, ids in enumerate(self.batches):
-            found = {name: _read_array(self.part(index), f"{extractor.key}.{name}") for name in Features._fields}
-            features = {name: array for name, array in found.items() if array is not None and len(array) == len(ids)}
-            collector.add(features)
-            low, high = self._read_part(index, "extremes", (2,)).tolist()
-            digests = self._read_part(index, "digests", (len(ids), 32))
-            summaries.append(PixelSummary(low, high, [row.tobytes() for row in digests]))
+            arrays = self._read_part(index, kind)
+            named = {name: arrays.get(f"{extractor.key}.{name}", np.array(0)) for name in Features._fields}
+            collector.add({name: array for name, array in named.items() if array.shape[:1] == (len(ids),)})
+            low, high = arrays["extremes"].tolist()
+            summaries.append(PixelSummary(low, high, [row.tobytes() for row in arrays["digests"]]))
         size, num_classes = self.pipeline.image_size, self.pipeline.model.config.num_classes
         about = {"source": str(self.path), "height": size, "width": size, "num_classes": num_classes}
         return collector.finish({**about, **describe_pixels(summaries, "uint8", self.labels)}, self.labels)
@@ -408,24 +407,32 @@ def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
-def _read_array(path: pathlib.Path, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray | None:
-    """Reads an array of a part; None if the part is missing or damaged, or the array has another shape.
+def _read_arrays(path: pathlib.Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, np.ndarray] | None:
+    """Reads arrays of a part, those of shape None if they are there; None if one is missing, damaged or of other shape.
 
     The checksums of the zip tell whether it is damaged.
     """
+    arrays = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.zip.infolist()):
                 return None  # not written by this project, and could expand to any size
-            array = file[name]
+            for name, shape in shapes.items():
+                if shape is None and name not in file:
+                    continue
+                array = file[name]  # bytes if it is no .npy
+                if array.dtype not in (np.uint8, np.float32) or shape not in (None, array.shape):
+                    return None
+                arrays[name] = array
     except Exception:  # a damaged zip raises almost anything
         return None
-    is_valid = isinstance(array, np.ndarray) and array.dtype in (np.uint8, np.float32)  # bytes if it is no .npy
-    return array if is_valid and shape in (None, array.shape) else None
+    return arrays
 
 
 def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
-    """Prints a result as one line of JSON."""
+    """Prints a result as a sentence and as one line of JSON."""
+    files, rate = ", ".join(map(str, result.results.values())), result.sampled / max(result.seconds, 1e-9)
+    print(f"{result.sampled} images sampled in {result.seconds:.1f} s ({rate:.2f} images/s): {files}")
     facts = {
         "result": next(iter(result.results.values())),
         **dataclasses.asdict(result),

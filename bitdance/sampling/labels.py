@@ -8,9 +8,6 @@ import torch
 from bitdance.models import philox
 from bitdance.runtime.errors import UserError
 
-LABELS = ("balanced", "random")
-"""Ways to choose the classes of a job."""
-
 
 def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
     """Returns the class of each image of a job: (N,) int64.
@@ -31,7 +28,7 @@ def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.n
         words = philox.words(seed, ids, 1, stream=philox.SAMPLE_LABEL, step=0)[0, :, 0].numpy()
         return words * num_classes >> 32  # words are uniform on [0, 2^32)
     if kind != "balanced":
-        raise UserError(f"labels={kind!r} is unknown: use {' or '.join(LABELS)}.")
+        raise UserError(f"labels={kind!r} is unknown: use balanced or random.")
     keys = philox.words(seed, ids, 4, stream=philox.SAMPLE_ORDER, step=0)[0].numpy()
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     whole, rest = divmod(num_images, num_classes)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.config import RELEASED_MODELS, SamplingDefaults
+from bitdance.config import RELEASED_MODELS, Precision, SamplingDefaults, Weights
 from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
@@ -26,14 +26,9 @@ from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
 from bitdance.weights import safetensors_files, weights_file
-from bitdance.weights.layout import Weights
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
-Precision = Literal["auto", "fp32", "bf16"]
-
-BATCH_SIZE = 100
-"""Images sampled at once by default."""
 
 
 class SampleBatch(NamedTuple):
@@ -48,7 +43,7 @@ class SampleBatch(NamedTuple):
     bits: np.ndarray
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Pipeline:
     """A model and its autoencoder, ready to sample; `load_pipeline` makes one from files.
 
@@ -75,6 +70,10 @@ class Pipeline:
                 f"the model has {bits[0]} bits per token and the autoencoder {bits[1]}: use the autoencoder that the "
                 "model was trained with."
             )
+
+    def __repr__(self) -> str:
+        size, dtype = f"{self.image_size} px, {len(self.classes)} classes", str(self.dtype).removeprefix("torch.")
+        return f"Pipeline({self.name!r}, {size}, {dtype} on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +108,7 @@ class Pipeline:
         cfg_schedule: str = "linear",
         share_first: bool = False,
         solver: str = "euler-maruyama",
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = 100,
         chunk_size: int | None = None,
         output: Output = "pil",
         callback: StepCallback | None = None,
@@ -134,9 +133,12 @@ class Pipeline:
         """
         others = {"cfg_schedule": cfg_schedule, "share_first": share_first, "solver": solver}
         config = self.sampling_config(cfg_scale, num_steps, **others)
-        labels = self.classes.find_all([classes] if isinstance(classes, str | int) else classes)
+        one = isinstance(classes, str) or not isinstance(classes, Iterable)
+        labels = self.classes.find_all([classes] if one else classes)  # type: ignore[list-item, arg-type]
         if output not in ("pil", "np", "pt"):
             raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
+        if callback is not None and not callable(callback):
+            raise UserError(f"callback={callback!r} is no function: it is called after each autoregressive step.")
         if not labels:
             raise UserError("no classes are given: name at least one.")
         batches = [
@@ -183,9 +185,7 @@ class Pipeline:
             UserError: a setting is out of range.
         """
         chunk_size = self.defaults.chunk_size if chunk_size is None else chunk_size
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed} is out of range: it must be an integer between 0 and {2**32 - 1}.")
-        if chunk_size < 0:
+        if not isinstance(chunk_size, int) or chunk_size < 0:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
         try:
             ids = torch.tensor(sample_ids, dtype=torch.int64, device=self.device)
@@ -297,7 +297,7 @@ def load_pipeline(
     else:
         source = weights_file.read(find_autoencoder_of(contents.path))
     device = device if isinstance(device, torch.device) else choose_device(device)
-    dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
     trained_with = contents.metadata.get("autoencoder_digest")
@@ -331,7 +331,7 @@ def split_batches(num_images: int, batch_size: int) -> Iterator[range]:
         UserError: a count is not positive.
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}={value} is invalid: it must be at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value} is invalid: it must be at least 1, an integer.")
     for start in range(0, num_images, batch_size):
         yield range(start, min(start + batch_size, num_images))

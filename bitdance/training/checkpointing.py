@@ -13,6 +13,7 @@ from torch import Tensor
 from bitdance.runtime.errors import UserError
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.layout import WeightsFile
+from bitdance.weights.resolve import list_checkpoints
 
 
 class Checkpointer:
@@ -68,15 +69,6 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the thread, whether it succeeds or not."""
         self._pool.shutdown()
-
-
-def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Returns the checkpoints in a folder by their steps, newest first; anything else is ignored."""
-    files = filter(pathlib.Path.is_file, folder.glob("checkpoint-*.safetensors"))
-    named = {path.stem.removeprefix("checkpoint-"): path for path in files}
-    return dict(
-        sorted(((int(step), path) for step, path in named.items() if step.isdecimal() and int(step)), reverse=True)
-    )
 
 
 def read_newest(folder: pathlib.Path, check: Callable[[WeightsFile], None] = lambda _: None) -> WeightsFile | None:

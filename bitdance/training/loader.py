@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bitdance.config import Split
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, random_crop, to_array
-from bitdance.data.images import ImageDataset, Split, open_images
-from bitdance.data.prefetch import PREFETCH, read_ahead
-from bitdance.data.token_cache import TokenDataset, is_token_cache, names_digest
+from bitdance.data.images import ImageDataset, open_images
+from bitdance.data.prefetch import read_ahead
+from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models import philox
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
@@ -73,11 +74,6 @@ def open_data(
     tokens = TokenDataset(path)
     tokens.check(autoencoder, image_size)
     return tokens
-
-
-def data_digest(images: ImageDataset | TokenDataset) -> str:
-    """Returns the SHA-256 that identifies the data: of the names of images, or of a token cache."""
-    return images.digest if isinstance(images, TokenDataset) else names_digest(images)
 
 
 class Loader:
@@ -185,7 +181,7 @@ class Loader:
             def submit(step: int) -> list[concurrent.futures.Future[list[tuple[np.ndarray, int]]]]:
                 return [pool.submit(self._read, step, part) for part in parts]
 
-            for _, items in read_ahead(range(start, stop), submit, PREFETCH):
+            for _, items in read_ahead(range(start, stop), submit):
                 yield self._collate(list(itertools.chain.from_iterable(items)))
 
 

@@ -136,9 +136,9 @@ class RunLog:
         self.path = folder / LOG_FILE
         self._tensorboard = _open_tensorboard(folder, step) if tensorboard else None
         self._wandb = _open_wandb(folder, wandb, settings) if wandb else None
-        if self.path.exists():
-            if not self.path.is_file():
-                raise UserError(f"{self.path} is not a regular file: delete it.")
+        if self.path.is_fifo() or self.path.is_dir():
+            raise UserError(f"{self.path} is not a file: delete it.")
+        if self.path.is_file():
             lines = [line for line in read_log(folder) if line["step"] <= step]
             with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))

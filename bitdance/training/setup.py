@@ -20,7 +20,7 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
-from bitdance.training.loader import Loader, data_digest, open_data
+from bitdance.training.loader import Loader, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.perceptual import load_perceptual_loss
 from bitdance.training.principal_components import initialize_linear
@@ -57,7 +57,7 @@ def train_autoencoder(
         Interrupted: by a signal, after a checkpoint was written.
         UserError: a setting is out of range, or a file cannot be read or written.
     """
-    _check_image_size(config.image_size, network.down_size)
+    network.grid(config.image_size)
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
     if config.eval_every:
@@ -79,7 +79,7 @@ def train_autoencoder(
             initialize_linear(objective.network, normalize(views))
         if init_from is not None:
             _initialize(objective.network, init_from, init_part)
-        data = DataInfo(len(images), data_digest(images))
+        data = DataInfo(len(images), images.digest)
         return Trainer(objective, config, loader, world, data).train()
 
 
@@ -116,7 +116,7 @@ def train_model(
     ):
         if expected not in (None, found):
             raise UserError(f"{name}={expected} contradicts {contents.path}, which has {found}: leave it out.")
-    _check_image_size(config.image_size, tokenizer.config.down_size)
+    tokenizer.config.grid(config.image_size)
     digest = safetensors_files.digest(contents.states["autoencoder"])
     del contents  # holds the tensors a second time
     with init_distributed(device, threads) as world:
@@ -129,7 +129,7 @@ def train_model(
         torch.manual_seed(config.seed)
         network = BitDance(model_config, loss.drop_rate, config.grad_checkpointing)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
-        data = DataInfo(len(images), data_digest(images), digest)
+        data = DataInfo(len(images), images.digest, digest)
         trainer = Trainer(objective, config, Loader(images, config, world), world, data, _recorded_name(autoencoder))
         if dry_run:
             print_estimate(trainer)
@@ -173,11 +173,5 @@ def _complete_sizes(
         reason = ", ImageNet's, whose ids its folders have" if images.classes == imagenet().wordnet_ids else ""
         raise UserError(f"{images.path} has {count} classes{reason}, more than num_classes={num_classes}: raise it.")
     names = (*images.classes, *map(numbered(num_classes).label, range(count, num_classes)))
-    others = {"grid": image_size // autoencoder.down_size, "bits": autoencoder.bits}
+    others = {"grid": autoencoder.grid(image_size), "bits": autoencoder.bits}
     return BitDanceConfig(**{**vars(sizes), **others, "num_classes": num_classes, "class_names": names})
-
-
-def _check_image_size(image_size: int, down_size: int) -> None:
-    if image_size % down_size:
-        rule = f"it must be a multiple of {down_size}, of the autoencoder"
-        raise UserError(f"image_size={image_size} is invalid: {rule}.")

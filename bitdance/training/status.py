@@ -12,10 +12,10 @@ from bitdance.runtime.atomic_files import atomic_write, read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import format_duration
 from bitdance.runtime.run_folder import SETTINGS, is_active
-from bitdance.training.checkpointing import list_checkpoints
 from bitdance.training.evaluation import LOGGED, format_evaluation
 from bitdance.training.logging import read_log
 from bitdance.weights import weights_file
+from bitdance.weights.resolve import list_checkpoints
 
 PLOT = "loss.png"
 CHARTS = {

@@ -32,7 +32,7 @@ from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusiv
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
-from bitdance.training.checkpointing import Checkpointer, list_checkpoints, read_newest
+from bitdance.training.checkpointing import Checkpointer, read_newest
 from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
@@ -43,6 +43,7 @@ from bitdance.training.preemption import PreemptionHandler
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.layout import WeightsFile
+from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
 PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
@@ -151,9 +152,11 @@ class Trainer:
         if config.compile and world.device.type == "cuda":
             self.objective.compile()
         if world.size > 1:
-            self.module = nn.parallel.DistributedDataParallel(
-                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in 2.7
+                self.module = nn.parallel.DistributedDataParallel(
+                    self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     # ------------------------------------------------------------ steps
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import difflib
 import errno
 import math
 import pathlib
@@ -25,7 +24,7 @@ from urllib.parse import urlsplit
 
 from bitdance.config import RELEASED_MODELS
 from bitdance.runtime.atomic_files import atomic_write, file_digest, lock_file, make_folder
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, did_you_mean
 
 REPOSITORY = "shallowdream204/BitDance-ImageNet"
 FOLDER = pathlib.Path("models/BitDance-ImageNet")
@@ -121,8 +120,7 @@ def _resolve(names: Iterable[str]) -> list[str]:
     for name in names:
         key = name.lower().removeprefix("bitdance-")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {known[near[0]]}? " if near else ""
+            hint = did_you_mean(name, known.values())
             raise UserError(f"there is no download {name!r}: {hint}choose from {', '.join(known.values())}.")
         chosen += HUB_FILES if key == ALL else [known[key]]
     return list(dict.fromkeys(chosen))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from bitdance.config import Weights
 from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, "Tensor"]
-Weights = Literal["ema", "model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,8 @@ class WeightsFile:
         for name in candidates:
             if "model" in self.parts and self.states.get(name):
                 return name
-        raise self.lacks({"ema": "EMA weights", "model": "raw weights", None: "model"}[weights])
+        names = {"ema": "EMA weights", "model": "raw weights", None: "model"}
+        raise self.lacks(names.get(weights, f"weights {weights!r}"))
 
     def lacks(self, wanted: str) -> UserError:
         """Returns the error for something that the file does not have; it names what the file has."""
@@ -86,6 +87,8 @@ def select_autoencoder(state: State) -> State:
     return {name: value for name, value in state.items() if name.startswith(("encoder.", "decoder."))}
 
 
-def damaged(path: pathlib.Path) -> UserError:
-    """Returns the error for a file that cannot be read."""
-    return UserError(f"{path} is damaged or not a file of weights: download or copy it again.")
+def damaged(path: pathlib.Path, why: str = "") -> UserError:
+    """Returns the error for a file that cannot be read, and why."""
+    what = f"is damaged ({why})" if why else "is damaged or not a file of weights"
+    remedy = "delete it" if path.name.startswith("checkpoint-") else "download or copy it again"
+    return UserError(f"{path} {what}: {remedy}.")

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bitdance.config import AutoencoderConfig, BitDanceConfig
+from bitdance.config import AutoencoderConfig, BitDanceConfig, Weights
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError, printable
-from bitdance.weights.layout import State, Weights, WeightsFile
+from bitdance.weights.layout import State, WeightsFile
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
-import json
 import os
 import pathlib
-import re
 from typing import Literal
 
 from bitdance.config import RELEASED_MODELS
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.atomic_files import read_json
+from bitdance.runtime.errors import UserError, did_you_mean
+from bitdance.runtime.run_folder import SETTINGS
 from bitdance.weights import hub
 
 DEMO = "demo"
@@ -18,33 +19,42 @@ DEMO = "demo"
 Part = Literal["model", "autoencoder"]
 
 
-def find_weights(name: str | os.PathLike[str], part: Part = "model") -> pathlib.Path:
+def find_weights(name: str | os.PathLike[str], part: Part = "model", download: bool = True) -> pathlib.Path:
     """Finds a file of weights; a released file that is missing is downloaded.
 
     Args:
         name: `demo`; a released model such as `B-16X` or `BitDance-B-16X`, in any case; `autoencoder`, the released
-            one; the folder of a training run, whose finished weights, or else newest checkpoint, are meant; or a file.
+            one; the folder of a training run, whose finished weights, or else newest checkpoint, are meant; a folder
+            with one file of weights; or a file.
         part: the network to find for `demo`, or in a folder with both.
+        download: whether a missing released file is downloaded; otherwise it is an error.
 
     Raises:
         UserError: there is no such file, or it cannot be downloaded.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"{part}={name!r} is no name: give a string or a path.")
     text = os.fspath(name)
     if text == DEMO:
         return _asset(f"demo_{part}.safetensors")
-    path = pathlib.Path(text).expanduser()
+    path = pathlib.Path(os.path.expanduser(text))  # that of pathlib raises where there is no home
     if path.is_dir():
         return _find_in_run(path, part)
     released = hub.released_name(text)
     if released or (text == "autoencoder" and not path.exists()):
         key = released or "autoencoder"
-        return hub.find(hub.FOLDER / hub.HUB_FILES[key]) or _download(key)
+        if found := hub.find(hub.FOLDER / hub.HUB_FILES[key]):
+            return found
+        if not download:
+            raise UserError(f"{text} is not in {hub.FOLDER}: download it with `bitdance download {key}`.")
+        return _download(key)
     if found := hub.find(path):
         return found
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
-    raise UserError(f"there is no {part} {text!r}: name a file, the folder of a run, {DEMO}, or {known}.")
+    hint = did_you_mean(text, (DEMO, "autoencoder", *RELEASED_MODELS))
+    raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {DEMO}, or {known}.")
 
 
 def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
@@ -58,11 +68,11 @@ def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
     for place in (model.parent / hub.AUTOENCODER_FILE, model.parent / "autoencoder.safetensors"):
         if place.exists():
             return place
-    try:
-        settings = json.loads((model.parent / "settings.json").read_text())
-        return find_weights(settings["run"]["autoencoder"], "autoencoder")
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    name = None
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        name = read_json(model.parent / SETTINGS, "restore it")["run"]["autoencoder"]
+    if isinstance(name, str):
+        return find_weights(name, "autoencoder")
     if model in (hub.find(hub.FOLDER / release.file) for release in RELEASED_MODELS.values()):
         return _download("autoencoder")
     raise UserError(f"{model} holds no autoencoder, and there is none beside it: name one with `autoencoder`.")
@@ -70,12 +80,21 @@ def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
 
 def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:
     other = "autoencoder" if part == "model" else "model"
-    checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+\.safetensors", path.name)]
-    newest = sorted(checkpoints, key=lambda path: int(path.stem.partition("-")[2]))[-1:]
-    for path in (folder / f"{part}.safetensors", *newest, folder / f"{other}.safetensors"):
+    files = [path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors")]
+    newest, alone = list(list_checkpoints(folder).values())[:1], files if len(files) == 1 else []
+    for path in (folder / f"{part}.safetensors", *newest, folder / f"{other}.safetensors", *alone):
         if path.is_file():
             return path
-    raise UserError(f"{folder} holds no weights yet: name another folder, or a file.")
+    raise UserError(f"{folder} holds no weights{' yet' * (not files)}: name another folder, or a file.")
+
+
+def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Returns the checkpoints in a folder by their steps, newest first; anything else is ignored."""
+    files = filter(pathlib.Path.is_file, folder.glob("checkpoint-*.safetensors"))
+    named = {path.stem.removeprefix("checkpoint-"): path for path in files}
+    return dict(
+        sorted(((int(step), path) for step, path in named.items() if step.isdecimal() and int(step)), reverse=True)
+    )
 
 
 def _download(name: str) -> pathlib.Path:

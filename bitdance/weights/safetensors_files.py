@@ -58,10 +58,10 @@ def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
             f"{path} was written by {age} version of bitdance (format {version} instead of {VERSION}): {advice}."
         )
     if _checksum(metadata) != metadata.get("checksum"):
-        raise UserError(f"{path} is damaged (its metadata do not match their checksum): download or copy it again.")
+        raise damaged(path, "its metadata do not match their checksum")
     try:
         if verify and digest(state) != metadata["digest"]:
-            raise UserError(f"{path} is damaged (its tensors do not match the digest): download or copy it again.")
+            raise damaged(path, "its tensors do not match the digest")
         config, kind = json.loads(metadata["config"]), metadata["kind"]
     except UserError:
         raise

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitdance.config import Weights
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.atomic_files import atomic_write
@@ -27,7 +28,6 @@ from bitdance.runtime.errors import UserError, printable
 from bitdance.runtime.pickle_guard import UnsafePickleError, check_pickle
 from bitdance.weights.layout import (
     State,
-    Weights,
     WeightsFile,
     damaged,
     select_autoencoder,
@@ -121,24 +121,27 @@ def _to_json(args: Mapping[Any, Any] | argparse.Namespace | None) -> dict[str, A
 
 
 def _check_zip(path: pathlib.Path) -> None:
-    """Checks the checksums of a zip file, which torch does not, and its pickle."""
+    """Checks the checksums of a zip file, which torch does not, and its pickle; nothing is expanded."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename, re.IGNORECASE)]
+            is_stored = all(
+                entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+                for entry in entries
+            )
+            if len(pickles) != 1 or not is_stored or sum(e.file_size for e in entries) > path.stat().st_size:
+                raise UserError(f"{path} is a zip archive but not a file of weights: expected a .pt that torch saved.")
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                raise _carries_code(path, "a TorchScript program")
             if bad_entry := archive.testzip():
-                raise UserError(f"{path} is damaged (checksum of {printable(bad_entry)}): download or copy it again.")
-            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
-            for pickle in pickles:
-                with archive.open(pickle) as file:
-                    _check_pickle(path, file.read(_MAX_PICKLE + 1))
+                raise damaged(path, f"checksum of {printable(bad_entry)}")
+            with archive.open(pickles[0]) as file:
+                _check_pickle(path, file.read(_MAX_PICKLE + 1))
     except UserError:
         raise
     except Exception:  # damage can cause almost any exception
         raise damaged(path) from None
-    if len(pickles) != 1 or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError(f"{path} is a zip archive but not a file of weights: expected a .pt that torch saved.")
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise _carries_code(path, "a TorchScript program")
 
 
 def _check_pickles(path: pathlib.Path) -> None:

@@ -15,11 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bitdance.config import AutoencoderConfig, BitDanceConfig
+from bitdance.config import AutoencoderConfig, BitDanceConfig, Weights
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
-from bitdance.weights.layout import State, Weights, WeightsFile
+from bitdance.weights.layout import State, WeightsFile, damaged
 from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model
 from bitdance.weights.resolve import find_weights
 from bitdance.weights.safetensors_files import read_safetensors, save_tensors
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> WeightsFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check the path.") from error
     if not start:
-        raise UserError(f"{path} is empty: download or copy it again.")
+        raise damaged(path, "it is empty")
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not weights: the download failed, download it again.")
     if start.startswith(b"version https://git-lfs"):
