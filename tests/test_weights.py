@@ -562,7 +562,8 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path, capsys):
         path.write_bytes(content)
         assert refused(path, str(content[:300]), capsys), content[:300]
         count += 1
-    for odd in (tmp_path, tmp_path / "missing"):
+    (tmp_path / "empty").mkdir()
+    for odd in (tmp_path / "empty", tmp_path / "missing"):
         assert refused(odd, str(odd), capsys)
     assert count >= 200
 

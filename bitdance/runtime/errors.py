@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,8 +52,10 @@ def check_seed(seed: Any) -> None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "did you mean X? " with the most similar known name, in any case, or ""."""
+    from difflib import get_close_matches
+
     keys = {key.lower(): key for key in known}
-    near = difflib.get_close_matches(name.lower().removeprefix("bitdance-")[:100], keys, n=1, cutoff=0.5)
+    near = get_close_matches(name.lower().removeprefix("bitdance-")[:100], keys, n=1, cutoff=0.5)
     return f"did you mean {keys[near[0]]}? " if near else ""
 
 
