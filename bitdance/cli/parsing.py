@@ -88,6 +88,15 @@ def parse(
         raise
 
 
+def recipe_name(arguments: list[str]) -> str | None:
+    """Returns the value of `--recipe`, which is parsed before everything else; None if it is not given."""
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?")
+    return parser.parse_known_args(arguments)[0].recipe
+
+
 def with_flags(message: str) -> str:
     """Replaces fields in a library error, `name=value` and `` `name` ``, by flags of the command that was parsed."""
     message = re.sub(r"`(\w+)`", lambda m: _flags.get(m[1], m[0]), message)

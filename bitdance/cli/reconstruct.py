@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.options import DataOptions, DeviceOptions
 from bitdance.cli.parsing import parse
@@ -31,6 +31,9 @@ class How:
         rfid: compute rFID, the FID between the images and their reconstructions; by default if the Inception weights
             are found.
         inception_weights: weights of the Inception network; by default the downloaded file.
+        features: another feature extractor in place of Inception: efficientnet-lite0, or module:attribute or
+            path/to/file.py:attribute (this runs that code). The Frechet distance between its features is computed, and
+            the accuracy if it is a classifier.
     """
 
     autoencoder: str = "demo"
@@ -38,6 +41,7 @@ class How:
     max_bad_images: int = 100
     rfid: bool | None = None
     inception_weights: pathlib.Path | None = None
+    features: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "batch_size", lambda value: value >= 1, "be at least 1")
@@ -90,6 +94,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     from bitdance.metrics.frechet_distance import frechet_distance
     from bitdance.metrics.image_sources import ImageFileSource
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
+    from bitdance.metrics.references import find_extractor
     from bitdance.metrics.statistics import StatisticsAccumulator
     from bitdance.models.autoencoder import to_uint8
     from bitdance.runtime.atomic_files import write_json
@@ -114,7 +119,8 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     if min(height, width) < WINDOW:
         raise UserError(f"image_size={min(height, width)} is invalid: it must be at least {WINDOW}.")
     top, left = ((source.shape[i] - side) // 2 for i, side in ((1, height), (2, width)))
-    extractor = _load_inception(how, world)
+    extractor = find_extractor(how.features, world) if how.features else _load_inception(how, world)
+    correct = np.zeros(2)
     accumulators = [StatisticsAccumulator(extractor.size) for _ in range(2)] if extractor else []
     pairs: list[list[np.ndarray]] = []
     shown = set(evenly_spaced(len(source), results.shown).tolist())
@@ -130,15 +136,18 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
             decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original)))).cpu().numpy()
             ratios.append(psnr(torch.from_numpy(block), torch.from_numpy(decoded)))
             similarities.append(ssim(torch.from_numpy(block), torch.from_numpy(decoded)))
-            for accumulator, pixels in zip(accumulators, (block, decoded), strict=False):
-                assert extractor is not None
-                accumulator.add(extractor(pixels)["pool"])
             readable = [position for position in positions if position not in bad_images]
+            for i, (accumulator, pixels) in enumerate(zip(accumulators, (block, decoded), strict=False)):
+                assert extractor is not None
+                features = extractor(pixels)
+                accumulator.add(features["pool"])
+                if extractor.classifies and source.labels is not None:
+                    correct[i] += (features["logits"].argmax(1) == source.labels[readable]).sum()
             for position, *pair in zip(readable, block, decoded, strict=True):
                 if position in shown or not pairs:
                     pairs.append(pair)
     count, side = len(source) - len(bad_images), height if height == width else [height, width]
-    metrics = {
+    metrics: dict[str, Any] = {
         "autoencoder": str(path),
         "data": str(data.data_path),
         "images": count,
@@ -148,17 +157,25 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     }
     if extractor and count > 1:
         real, reconstructed = (accumulator.statistics() for accumulator in accumulators)
-        metrics |= {"rfid": frechet_distance(real, reconstructed), "inception_digest": extractor.digest}
+        inception = how.features is None
+        metrics["rfid" if inception else "frechet_distance"] = frechet_distance(real, reconstructed)
+        metrics |= {"inception_digest": extractor.digest} if inception else {"feature_extractor": extractor.key}
+        if extractor.classifies and source.labels is not None:
+            metrics |= {"accuracy": correct[1] / count, "accuracy_of_originals": correct[0] / count}
     above, below = (np.stack(part) for part in zip(*pairs, strict=True))
     write_json(results.output / "reconstruction.json", metrics)
     picture = results.output / "reconstruction.png"
     both, labels = np.concatenate([above, below]), ("original", "decoded")
     write_png(picture, image_grid(both, len(pairs), labels, scale=max(1, 96 // height)))
-    rfid = f", rFID {metrics['rfid']:.3f}" if "rfid" in metrics else ""
+    distance = f", rFID {metrics['rfid']:.3f}" if "rfid" in metrics else ""
+    if "frechet_distance" in metrics:
+        distance = f", Frechet distance {metrics['frechet_distance']:.3f} ({metrics['feature_extractor']})"
+    if "accuracy" in metrics:
+        distance += f", accuracy {metrics['accuracy']:.2%} (originals {metrics['accuracy_of_originals']:.2%})"
     cropped = ""
     if data.image_size is None and (height, width) != (stored_height, stored_width):
         cropped = f", cropped from {stored_width} x {stored_height} to {width} x {height} pixels"
-    print(f"{count} images{cropped}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{rfid}: {picture}")
+    print(f"{count} images{cropped}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{distance}: {picture}")
 
 
 def _load_inception(how: How, world: World) -> FeatureExtractor | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
-from bitdance.cli.parsing import MISSING, parse
+from bitdance.cli.parsing import MISSING, parse, recipe_name
 from bitdance.config import RELEASED_MODELS, ModelSizes
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import LossConfig, TrainConfig, recipe
@@ -63,10 +62,7 @@ def main(arguments: list[str]) -> None:
 
 def _recipe_defaults(arguments: list[str]) -> Train | None:
     """Returns the defaults of `--recipe`, which is parsed before everything else; None if it is not given."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?")
-    name = parser.parse_known_args(arguments)[0].recipe
-    if name is None:
+    if (name := recipe_name(arguments)) is None:
         return None
     released = released_name(name)
     if released is None:

@@ -6,12 +6,14 @@ import dataclasses
 from typing import Literal
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
-from bitdance.cli.parsing import parse
+from bitdance.cli.parsing import MISSING, parse, recipe_name
 from bitdance.config import AutoencoderConfig
-from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
+from bitdance.runtime.errors import UserError, did_you_mean
+from bitdance.training.train_config import AUTOENCODER_RECIPES, AutoencoderLossConfig, TrainConfig, autoencoder_recipe
 
 EXAMPLES = """
-bitdance train-autoencoder --data-path pictures.zip --image-size 32 --widths 32 64 64 64 --blocks 1 --output runs/ae
+bitdance train-autoencoder --recipe small --data-path pictures.zip --image-size 32 --output runs/ae
+torchrun --nproc_per_node 8 -m bitdance train-autoencoder --recipe d16c32 --data-path imagenet/train --output runs/ae
 """
 
 
@@ -22,6 +24,8 @@ class TrainAutoencoder:
     Any number of processes under torchrun; an interrupted run is resumed by the same command.
 
     Attributes:
+        recipe: use these settings as defaults: d16c32 (256 px, sizes of the released autoencoder) or small (32 to 64
+            px). With --help, show them.
         init_from: start with the weights of this autoencoder, of the same sizes: demo, autoencoder (the released one),
             the folder of a run, or a file.
         init_part: whether to take all of its weights or only those of the decoder.
@@ -33,11 +37,15 @@ class TrainAutoencoder:
     where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
     init_from: str | None = None
     init_part: Literal["all", "decoder"] = "all"
+    recipe: str | None = None
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    command = parse(TrainAutoencoder, arguments, "bitdance train-autoencoder", EXAMPLES, headings=TRAIN_HEADINGS)
+    defaults = _recipe_defaults(arguments)
+    command = parse(
+        TrainAutoencoder, arguments, "bitdance train-autoencoder", EXAMPLES, defaults, headings=TRAIN_HEADINGS
+    )
     from bitdance.training.setup import train_autoencoder
 
     train_autoencoder(
@@ -49,3 +57,13 @@ def main(arguments: list[str]) -> None:
         init_from=command.init_from,
         init_part=command.init_part,
     )
+
+
+def _recipe_defaults(arguments: list[str]) -> TrainAutoencoder | None:
+    """Returns the defaults of `--recipe`; None if it is not given."""
+    if (name := recipe_name(arguments)) is None:
+        return None
+    if name not in AUTOENCODER_RECIPES:
+        hint = did_you_mean(name, AUTOENCODER_RECIPES)
+        raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes {' or '.join(AUTOENCODER_RECIPES)}.")
+    return TrainAutoencoder(*autoencoder_recipe(name, MISSING), recipe=name)

@@ -23,8 +23,9 @@ class EvaluationConfig:
         reference_limit: use only this many images of a reference, evenly spaced over it.
         inception_weights: weights of the Inception network; by default the downloaded file, and if there is none, only
             `features` are evaluated.
-        features: further feature extractors, each as module:attribute or path/to/file.py:attribute (this runs that
-            code); the attribute is a `bitdance.metrics.features.FeatureExtractor`, or a function that returns one.
+        features: further feature extractors: efficientnet-lite0, or module:attribute or path/to/file.py:attribute (this
+            runs that code); the attribute is a `bitdance.metrics.features.FeatureExtractor`, or a function that returns
+            one.
         adm_fp16: precision and recall with the float16 rounding of ADM on a GPU.
         kid: add the Kernel Inception Distance.
         feature_batch_size: batch size of the feature extractors.

@@ -9,6 +9,8 @@ import os
 import pathlib
 import sys
 
+from bitdance.metrics.efficientnet_lite import NAME as EFFICIENTNET_LITE
+from bitdance.metrics.efficientnet_lite import load_efficientnet_lite
 from bitdance.metrics.evaluation_config import NO_REFERENCE, EvaluationConfig
 from bitdance.metrics.feature_set import (
     FeatureSet,
@@ -44,7 +46,7 @@ class FeatureExtractors:
 
     @functools.cached_property
     def _loaded(self) -> tuple[FeatureExtractor, ...]:
-        loaded = [load_feature_extractor(name) for name in self._config.features]
+        loaded = [find_extractor(name, self._world) for name in self._config.features]
         try:
             weights = find_inception_weights(self._config.inception_weights)
         except UserError:
@@ -58,6 +60,17 @@ class FeatureExtractors:
         if len({extractor.name for extractor in loaded}) < len(loaded):
             raise UserError("two feature extractors have the same name: rename one.")
         return tuple(loaded)
+
+
+def find_extractor(name: str, world: World) -> FeatureExtractor:
+    """Loads EfficientNet-Lite0 by its name, or a feature extractor of the user.
+
+    Raises:
+        UserError: there is no such extractor, or it cannot be loaded.
+    """
+    if name == EFFICIENTNET_LITE:
+        return load_efficientnet_lite(world.device)
+    return load_feature_extractor(name)
 
 
 def find_reference(

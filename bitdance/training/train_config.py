@@ -10,7 +10,7 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from bitdance.config import ModelSizes, ReleasedModel, SamplingDefaults
+from bitdance.config import AutoencoderConfig, ModelSizes, ReleasedModel, SamplingDefaults
 from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.run_folder import EXTEND, FREE
 
@@ -214,6 +214,29 @@ class TrainConfig:
                 "`eval_every` needs images to compare with: name them with `eval_reference` (a data set, ADM's "
                 "reference batch or a stored reference; none for the Inception Score alone)."
             )
+
+
+AUTOENCODER_RECIPES = ("d16c32", "small")
+
+
+def autoencoder_recipe(
+    name: str, data_path: pathlib.Path
+) -> tuple[TrainConfig, AutoencoderConfig, AutoencoderLossConfig]:
+    """Returns settings for an autoencoder, one of `AUTOENCODER_RECIPES`.
+
+    `d16c32` is the usual recipe of this family (WeTok, arXiv 2508.05599) for the released sizes and 256 px; this
+    project has not trained with it. `small` is for images of 32 to 64 px, see docs/tokenizer.md.
+    """
+    if name == "d16c32":
+        run = TrainConfig(data_path, epochs=100, lr=1e-4, ema=0.999, warmup_steps=5000, precision="bf16")
+        return run, AutoencoderConfig(), AutoencoderLossConfig(perceptual_weight=1.0, adversarial_weight=0.1)
+    run = TrainConfig(
+        data_path, image_size=32, random_crop=False, epochs=80, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_steps=200,
+        decay_start=200, weight_decay=0.0, ema=0.999, save_every=0, save_minutes=5.0, preview_every=2000,
+    )  # fmt: skip
+    depths = (6, *[4] * 3, *[3] * 6, *[2] * 8, *[1] * 12)
+    network = AutoencoderConfig((96, 64), 2, 16, patch_size=4, split=2, bit_depths=depths, linear=True)
+    return run, network, AutoencoderLossConfig(entropy_weight=0.0, commitment_weight=0.0)
 
 
 def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig, ModelSizes, LossConfig]:
