@@ -114,7 +114,7 @@ def test_classes_without_names(files, tmp_path, fails):
         (["--chunk-size", -1], "--chunk-size -1 is invalid"),
         (["--threads", 0], "--threads 0 is invalid: it must be at least 1"),
         (["--threads", -3], "--threads -3 is invalid"),
-        (["--threads", 100_000], "--threads 100000 is invalid: it must be at most 1024"),
+        (["--threads", 100_000], "--threads 100000 is invalid: it must be at most 256"),
         (["--device", "tpu"], "device 'tpu' cannot be used (there is no such device): choose cpu, cuda, cuda:N or mps"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--weights", "ema"], "holds no EMA weights"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
+from bitdance.runtime import atomic_files
 from bitdance.runtime.atomic_files import atomic_write, remove_leftovers
 from bitdance.runtime.errors import UserError
 from bitdance.sampling import image_grid as image_grid_module
@@ -191,3 +192,17 @@ save_file({"a": torch.zeros(10**6)}, sys.argv[1])
     remove_leftovers(tmp_path)
     target.unlink(missing_ok=True)  # of a version of safetensors that writes in place
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_small_regular_files_of_json_are_read(tmp_path, monkeypatch):
+    """A pipe would be waited for, and a link to /dev/zero read until the memory is full."""
+    monkeypatch.setattr(atomic_files, "MAX_JSON", 300_000)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "large").write_text('{"a": "' + "b" * 300_000 + '"}')
+    (tmp_path / "deep").write_text("[" * 200_000)
+    for name, reason in (("pipe", "regular"), ("endless", "regular"), ("large", "300009 bytes"), ("deep", "deeply")):
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(it .*{reason}.*\): delete it\."):
+            atomic_files.read_json(tmp_path / name, "delete it")
+    (tmp_path / "good").write_text('{"a": 1}')
+    assert atomic_files.read_json(tmp_path / "good", "delete it") == {"a": 1}

@@ -111,7 +111,7 @@ def test_number_of_threads():
     before = torch.get_num_threads()
     Machine.apply({"threads": before + 1}, SINGLE)
     assert torch.get_num_threads() == before + 1
-    for threads in (0, None, "2", 10**6):
+    for threads in (0, None, True, "2", 257):
         with pytest.raises(UserError, match=f"threads={threads!r} in the settings is invalid"):
             Machine.apply({"threads": threads}, SINGLE)
 
@@ -166,3 +166,9 @@ def test_without_parts_the_settings_may_change(tmp_path):
     check_settings(tmp_path, {"run": Settings(seed=2)}, SINGLE, has_parts=False)
     with pytest.raises(UserError, match=r"`seed` was 2, is 3"):
         check_settings(tmp_path, {"run": Settings(seed=3)}, SINGLE, has_parts=True)
+
+
+def test_a_folder_that_links_to_itself_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match=r"loop"), exclusive(tmp_path / "loop", SINGLE):
+        pass

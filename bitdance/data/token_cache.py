@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bitdance.data.image_dataset import ImageDataset
-from bitdance.runtime.atomic_files import read_json
+from bitdance.runtime.atomic_files import load_json, read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.run_folder import FREE, SETTINGS
 from bitdance.weights import safetensors_files
@@ -168,8 +168,8 @@ class TokenDataset:
 def is_token_cache(path: pathlib.Path) -> bool:
     """Whether a folder is a token cache, complete or not."""
     try:
-        return (path / MANIFEST).is_file() or SECTION in json.loads((path / SETTINGS).read_text())
-    except (OSError, ValueError, TypeError, RecursionError):
+        return (path / MANIFEST).is_file() or SECTION in load_json(path / SETTINGS)
+    except (OSError, ValueError, TypeError):
         return False
 
 

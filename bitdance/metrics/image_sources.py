@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import json
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ from bitdance.data.decoding import is_image, read_image
 from bitdance.data.image_dataset import LABELS_FILE, ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
 from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
+from bitdance.runtime.atomic_files import load_json
 from bitdance.runtime.errors import UserError
 
 READERS = 4
@@ -208,6 +208,6 @@ class ImageFileSource(ImageSource):
 
 def _read_labels_file(path: pathlib.Path, count: int) -> np.ndarray:
     try:
-        return check_labels(np.array(json.loads(path.read_text())), count, str(path))
-    except (OSError, ValueError, RecursionError) as error:
+        return check_labels(np.array(load_json(path)), count, str(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): delete it to evaluate the images without it.") from None

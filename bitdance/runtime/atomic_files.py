@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from bitdance.runtime.errors import UserError
 # The umask of the process; it can only be read by setting it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+MAX_JSON = 2**26
+"""Largest size of a file of JSON that is read, in bytes: labels of several million images."""
 
 _ADVICE = {errno.EROFS: "choose another place", errno.EISDIR: "delete it"}
 
@@ -99,6 +103,24 @@ def write_json(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(settings, indent=1, default=str) + "\n")
 
 
+def load_json(path: pathlib.Path) -> Any:
+    """Parses a regular file of JSON, of at most `MAX_JSON` bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else, too large, no JSON, or nested too deeply.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and /dev/zero has no end
+        raise ValueError("it is not a regular file")
+    if status.st_size > MAX_JSON:
+        raise ValueError(f"it has {status.st_size} bytes")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
     """Reads a dictionary from JSON.
 
@@ -110,10 +132,10 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
         UserError: the file cannot be read, or holds no dictionary or an empty one.
     """
     try:
-        found = json.loads(path.read_text())
+        found = load_json(path)
         if not isinstance(found, dict) or not found:
             raise ValueError("it holds no settings")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason}): {advice}.") from None
     return found

@@ -10,7 +10,7 @@ import torch
 
 from bitdance.runtime.errors import UserError, first_line
 
-MAX_THREADS = 1024
+MAX_THREADS = 256
 """CPU threads of a process; too many end it with SIGSEGV."""
 
 

@@ -73,7 +73,7 @@ class Machine:
         from bitdance.runtime.devices import MAX_THREADS
 
         threads = stored["threads"]
-        if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+        if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads={threads!r} in the settings is invalid: delete the folder to start over.")
         if world.device.type == "cpu":
             torch.set_num_threads(threads)
@@ -95,7 +95,10 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     Raises:
         UserError: another process works in the folder, or it cannot be written.
     """
-    folder = folder.resolve()
+    try:
+        folder = folder.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise UserError(f"{folder} is a link to itself: delete it, or choose another folder.") from None
     make_folder(folder.parent)
     if not world.is_main:
         yield
