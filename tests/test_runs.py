@@ -350,19 +350,19 @@ def test_validation_is_deterministic_and_can_use_the_ema(place, tmp_path, size):
     classes = ("class-0", "class-1", "class-2")
     whole = Validation(objective, run, classes, World(0, 1, CPU))
     assert whole.steps == 3 and whole.loader.images.labels.tolist() == [1, 1, 1, 2, 2, 2]
-    expected = whole.loss().item()
-    assert whole.loss().item() == expected and objective.config == loss
+    expected = whole.metrics()["val_loss"]
+    assert whole.metrics()["val_loss"] == expected and objective.config == loss
     if size == 2:
         halves = []
         for rank in range(2):
             world = World(rank, 2, CPU)
             object.__setattr__(world, "mean", lambda value: value)
-            halves.append(Validation(objective, run, classes, world).loss().item())
+            halves.append(Validation(objective, run, classes, world).metrics()["val_loss"])
         assert sum(halves) / 2 == pytest.approx(expected, rel=1e-5) and halves[0] != halves[1]
         return
     # It is the loss without class dropout and perturbation.
     plain = BitDanceLoss(objective.network, objective.autoencoder, LossConfig(class_dropout=0.0), seed=3)
-    assert Validation(plain, run, classes, World(0, 1, CPU)).loss().item() == expected
+    assert Validation(plain, run, classes, World(0, 1, CPU)).metrics()["val_loss"] == expected
     network = objective.network
     before = [parameter.detach().clone() for parameter in network.parameters()]
     ema = EMA(network, 0.9)
@@ -370,7 +370,7 @@ def test_validation_is_deterministic_and_can_use_the_ema(place, tmp_path, size):
         value.mul_(0.5)
     with ema.swapped_in(network):
         assert all(torch.equal(a, 0.5 * b) for a, b in zip(network.parameters(), before, strict=True))
-        assert whole.loss().item() != expected
+        assert whole.metrics()["val_loss"] != expected
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
 
 

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 import small
+import torch
 from PIL import Image
 from test_evaluation import SINGLE, SMALL, pixels, save
 
 from bitdance.cli.main import main
 from bitdance.config import ModelSizes
+from bitdance.data.images import open_images
 from bitdance.metrics import references
 from bitdance.metrics.feature_set import extract_features, read_feature_set, write_feature_set
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
+from bitdance.metrics.psnr_ssim import psnr
 from bitdance.metrics.report import compute_metrics
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.sampler import SamplingConfig
-from bitdance.training import status
-from bitdance.training.evaluation import LOGGED, SampleEvaluation
+from bitdance.training import evaluation, status
+from bitdance.training.evaluation import LOGGED, Evaluation
+from bitdance.training.loader import Loader
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.weights import weights_file
 
 pytestmark = pytest.mark.usefixtures("quick_previews")
 
+NAMED = dataclasses.replace(SMALL, name="another")
 SIZES = ModelSizes(**small.SIZES)
 IMAGES = 10
+METRICS = LOGGED.keys() - {"eval_accuracy", "eval_frechet_distance"}
 
 
 def use_small_extractor() -> None:
@@ -78,9 +85,9 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
     run = tmp_path / "run"
     train(place, run, epochs=2, eval_every=2, log_every=3)  # so that some lines are of an evaluation only
     lines = [line for line in small.read_log(run) if "eval_fid" in line]
-    assert [line["step"] for line in lines] == [2, 4, 6] and set(LOGGED) < set(lines[-1])
+    assert [line["step"] for line in lines] == [2, 4, 6] and set(lines[-1]) > METRICS
     assert ["loss" in line for line in lines] == [False, False, True]
-    assert not any(set(LOGGED) & set(line) for line in small.read_log(run) if line not in lines)
+    assert not any(METRICS & set(line) for line in small.read_log(run) if line not in lines)
     assert len({line["eval_fid"] for line in lines}) == 3  # the weights change
     (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2: ")]
     assert f"FID {lines[0]['eval_fid']:.4g}, IS " in printed and printed.endswith(f" of {IMAGES} images")
@@ -94,11 +101,13 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
     ]
     source = open_source(save(tmp_path / "samples.npz", np.concatenate(images), labels))
     expected = compute_metrics(extract_features(source, [SMALL], SINGLE)[0], read_feature_set(place / "reference.npz"))
-    for name in LOGGED:
+    for name in METRICS:
         assert lines[-1][name] == pytest.approx(expected[name.removeprefix("eval_")], rel=1e-6), name
 
     facts = status.describe_run(run)
-    assert facts["evaluation"] == {name: lines[-1][name] for name in ("step", *LOGGED)}
+    assert facts["evaluation"] == {name: lines[-1][name] for name in ("step", *METRICS)} | dict.fromkeys(
+        LOGGED.keys() - METRICS
+    )
     assert facts["step"] == 6 and facts["loss"] == lines[-1]["loss"] and facts["seconds_since_last_line"] < 100
     main(["info", str(run)])
     assert f"evaluation            FID {lines[-1]['eval_fid']:.4g}, IS " in (out := capsys.readouterr().out), out
@@ -144,7 +153,7 @@ def test_two_processes_give_the_same_metrics(place, tmp_path, capsys):
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         assert a["eval_fid"] > 0
-        for name in LOGGED:
+        for name in METRICS:
             assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-6), name
 
 
@@ -158,7 +167,7 @@ def test_in_bf16(place, tmp_path):
 def test_samples_are_of_the_classes_that_occur(place, tmp_path):
     pipeline = Pipeline(small.model(), small.autoencoder())
     run = settings(place, tmp_path, eval_reference="none", eval_images=7, batch_size=400)
-    evaluation = SampleEvaluation(pipeline, run, np.array([2, 2, 0, 2]), SINGLE, in_bf16=False)
+    evaluation = Evaluation(pipeline, run, np.array([2, 2, 0, 2]), SINGLE, in_bf16=False)
     labels = evaluation._source.labels
     assert labels is not None and sorted(np.bincount(labels).tolist()) == [0, 3, 4]
     found = evaluation.metrics()
@@ -193,7 +202,7 @@ def test_invalid_settings(place, tmp_path, changes, sentence):
 
 
 def test_invalid_input_is_found_before_the_first_step(place, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="`eval_every` is not available for autoencoders"):
+    with pytest.raises(UserError, match="`eval_every` of an autoencoder needs held-out images"):
         train_autoencoder(settings(place, tmp_path), small.NETWORK, AutoencoderLossConfig(), "cpu")
     with pytest.raises(UserError, match="no images at"):
         train(place, tmp_path / "run", eval_reference=str(tmp_path / "nothing.npz"))
@@ -207,3 +216,26 @@ def test_invalid_input_is_found_before_the_first_step(place, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"no Inception weights in \S*missing.pth: .*`eval_inception`"):
         train(place, tmp_path / "run", eval_inception=missing)
     assert not list(tmp_path.glob("**/log.jsonl"))
+
+
+def test_an_autoencoder_is_evaluated_on_held_out_images(place, tmp_path, monkeypatch):
+    """Its metrics are those of the reconstructions of its EMA weights, which are those that the run ends with."""
+    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (NAMED,))
+    held_out = small.pictures(tmp_path / "held out")
+    run = settings(place, tmp_path / "run", eval_reference=None, val_path=held_out, eval_every=2, epochs=1)
+    path = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
+    line = [line for line in small.read_log(tmp_path / "run") if "eval_frechet_distance" in line][-1]
+    network = weights_file.load_autoencoder(path)
+    originals = open_source(held_out, 16, limit=IMAGES)
+    images = next(block for _, block in originals.blocks(IMAGES))
+    decoded = evaluation.reconstruct(network, torch.from_numpy(images)).numpy()
+    reference, samples = (
+        extract_features(open_source(save(tmp_path / f"{name}.npz", value)), [NAMED], SINGLE)[0]
+        for name, value in (("real", images), ("decoded", decoded))
+    )
+    assert line["eval_frechet_distance"] == pytest.approx(compute_metrics(samples, reference)["fid"], rel=1e-4)
+    assert "eval_fid" not in line
+    loader = Loader(open_images(held_out), dataclasses.replace(run, random_crop=False), SINGLE)
+    batches = [loader.load(step).inputs for step in range(loader.steps_per_epoch)]
+    ratios = torch.cat([psnr(batch, evaluation.reconstruct(network, batch)) for batch in batches])
+    assert line["val_psnr"] == pytest.approx(ratios.mean().item(), abs=1e-3) and 0 < line["val_ssim"] < 1

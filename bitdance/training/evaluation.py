@@ -14,13 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitdance.config import Split
+from bitdance.data.crops import normalize
 from bitdance.data.images import ImageDataset
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import extract_features
-from bitdance.metrics.image_sources import ImageSource
+from bitdance.metrics.image_sources import ImageSource, open_source
+from bitdance.metrics.inception import NAME as INCEPTION
+from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.metrics.references import FeatureExtractors, find_reference
 from bitdance.metrics.report import HEADINGS, check_extractor, compute_metrics
+from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.sampling.labels import make_labels
@@ -34,8 +39,9 @@ from bitdance.training.train_config import TrainConfig
 VALIDATION_STEP = 2**32 - 1
 """Random numbers of validation are those of steps that no training reaches, counted down from here."""
 
-LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", "precision", "recall")}
-"""Metrics in a line of the log, and their titles."""
+LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", "precision", "recall", "accuracy")}
+LOGGED["eval_frechet_distance"] = "Fréchet distance"
+"""Metrics in a line of the log, and their titles; the Fréchet distance is that of another extractor than Inception."""
 
 MAX_BATCH_SIZE = 32
 """Samples at once: few enough to fit beside a training, and fixed, since shapes change the last digits."""
@@ -83,13 +89,29 @@ class Validation:
         self.world = world
 
     @torch.no_grad()
-    def loss(self) -> Tensor:
-        """Returns the mean loss with the network's current weights, a scalar, the same in all processes."""
-        losses = [
-            self._objective.forward(*batch.to(self.world.device), VALIDATION_STEP - number)[0]
-            for number, batch in enumerate(self.loader.stream(0, self.steps))
-        ]
-        return self.world.mean(torch.stack(losses).float().mean())
+    def metrics(self) -> Metrics:
+        """Returns means with the network's current weights, the same in all processes.
+
+        They are `val_loss`, and of an autoencoder also `val_psnr` in dB, `val_ssim`, and with a perceptual term
+        `val_perceptual`.
+        """
+        rows = []
+        for number, batch in enumerate(self.loader.stream(0, self.steps)):
+            batch = batch.to(self.world.device)
+            loss, metrics = self._objective.forward(*batch, VALIDATION_STEP - number)
+            row = {"val_loss": loss}
+            if isinstance(self._objective, AutoencoderLoss):
+                decoded = reconstruct(self._objective.network, batch.inputs)
+                row |= {"val_psnr": psnr(batch.inputs, decoded).mean(), "val_ssim": ssim(batch.inputs, decoded).mean()}
+                row |= {"val_perceptual": metrics["perceptual"]} if "perceptual" in metrics else {}
+            rows.append(row)
+        means = torch.stack([torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]])
+        return dict(zip(rows[0], map(finite, self.world.mean(means).tolist()), strict=True))
+
+
+def reconstruct(network: Autoencoder, images: Tensor) -> Tensor:
+    """Encodes and decodes images (B, H, W, 3) uint8."""
+    return to_uint8(network.decode(network.encode(normalize(images))))
 
 
 def _map_labels(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -> None:
@@ -125,33 +147,67 @@ class PipelineSource(ImageSource):
                     yield index, self._pipeline.generate(ids, labels, self._config).pixels
 
 
-class SampleEvaluation:
-    """Metrics of samples of the model in training; constructed by all processes together.
+class ReconstructionSource(ImageSource):
+    """Reconstructions of images by an autoencoder, with its current weights.
 
     Args:
-        pipeline: of the network in training.
-        config: of the run, with `eval_reference`.
-        labels: of the training images: the classes that occur are sampled in equal numbers.
+        network: the autoencoder.
+        originals: the images, of a size that it encodes.
+        world: the processes.
+        in_bf16: whether to compute under bf16 autocast.
+    """
+
+    def __init__(self, network: Autoencoder, originals: ImageSource, world: World, in_bf16: bool) -> None:
+        self.path, self.labels, self.shape = pathlib.Path("reconstructions"), originals.labels, originals.shape
+        self.dtype, self.num_classes = np.dtype(np.uint8), originals.num_classes
+        self._network, self._originals, self._device, self._in_bf16 = network, originals, world.device, in_bf16
+
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        for index, block in self._originals.blocks(size, rank, ranks):
+            with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bf16):
+                yield index, reconstruct(self._network, torch.from_numpy(block).to(self._device)).cpu().numpy()
+
+
+class Evaluation:
+    """Metrics of the network in training; constructed by all processes together.
+
+    Args:
+        network: the pipeline of a model, which samples the classes of its training images in equal numbers, or an
+            autoencoder, which reconstructs held-out images.
+        config: of the run.
+        labels: of the training images.
         world: the processes.
         in_bf16: whether the run uses bf16 autocast.
 
     Raises:
-        UserError: the reference or the Inception weights are not there, or do not belong together.
+        UserError: the reference or the weights of the extractor are not there, or do not belong together.
     """
 
     def __init__(
-        self, pipeline: Pipeline, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
+        self, network: Pipeline | Autoencoder, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
     ) -> None:
         self._world, self._batch_size = world, min(config.batch_size, MAX_BATCH_SIZE)
-        classes = np.unique(labels)
-        chosen = classes[make_labels("balanced", config.eval_images, len(classes), seed=0)]
-        sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale)
-        self._source = PipelineSource(pipeline, sampling, chosen, in_bf16)
-        wanted = EvaluationConfig(reference=config.eval_reference, inception_weights=config.eval_inception)
+        held_out, side, number = config.val_path, config.image_size, config.eval_images
+        split: Split = "test" if held_out and held_out.resolve() == config.data_path.resolve() else "train"
+        if isinstance(network, Autoencoder):
+            assert held_out is not None
+            self._source: ImageSource = ReconstructionSource(
+                network, open_source(held_out, side, split, number), world, in_bf16
+            )
+        else:
+            classes = np.unique(labels)
+            chosen = classes[make_labels("balanced", number, len(classes), seed=0)]
+            sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale)
+            self._source = PipelineSource(network, sampling, chosen, in_bf16)
+        features = () if config.eval_features is None else (config.eval_features,)
+        wanted = EvaluationConfig(config.eval_reference, inception_weights=config.eval_inception, features=features)
+        if config.eval_reference is None:
+            limit = number if isinstance(network, Autoencoder) else None
+            wanted = dataclasses.replace(wanted, reference=str(held_out), reference_split=split, reference_limit=limit)
         extractors = FeatureExtractors(wanted, world)
-        self._extractor = extractors()[0]
-        found = find_reference(wanted, config.image_size, extractors, world)
-        self._reference = next(iter(found.values())) if found else None
+        self._extractor = extractors()[-1]
+        found = find_reference(wanted, side, extractors, world)
+        self._reference = found.get(self._extractor.name) or next(iter(found.values())) if found else None
         if self._reference is not None:
             check_extractor(self._extractor.name, self._extractor.digest, self._reference)
 
@@ -161,6 +217,8 @@ class SampleEvaluation:
         if not sets:
             return {}
         found = {f"eval_{name}": value for name, value in compute_metrics(sets[0], self._reference).items()}
+        if self._extractor.name != INCEPTION and "eval_fid" in found:
+            found["eval_frechet_distance"] = found.pop("eval_fid")
         return {name: finite(found[name]) for name in LOGGED if name in found}
 
 

@@ -60,9 +60,8 @@ def train_autoencoder(
     network.grid(config.image_size)
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
-    if config.eval_every:
-        advice = "leave it out, and let `bitdance reconstruct` compute the rFID of the weights"
-        raise UserError(f"`eval_every` is not available for autoencoders: {advice}.")
+    if config.eval_every and config.val_path is None:
+        raise UserError("`eval_every` of an autoencoder needs held-out images: name them with `val_path`.")
     if is_token_cache(config.data_path):
         raise UserError(f"{config.data_path} is a token cache: an autoencoder is trained on images.")
     with init_distributed(device, threads) as world:

@@ -20,7 +20,9 @@ from bitdance.weights.resolve import list_checkpoints
 PLOT = "loss.png"
 CHARTS = {
     "loss": ("loss", "val_loss"),
+    "PSNR in dB": ("psnr", "val_psnr"),
     "FID": ("eval_fid",),
+    "Fréchet distance": ("eval_frechet_distance",),
     "Inception Score": ("eval_inception_score",),
     "precision and recall": ("eval_precision", "eval_recall"),
 }

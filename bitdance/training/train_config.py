@@ -136,12 +136,15 @@ class TrainConfig:
             CIFAR-10 archive.
         val_every: steps between validations; 0 for only one at the end.
         val_images: maximum number of held-out images.
-        eval_every: steps between evaluations (FID and others, logged as eval_fid etc.) of samples of the EMA weights
-            with fixed classes and noise, and one at the end; 0 for none.
-        eval_images: samples per evaluation. Metrics of few images compare only with one another.
+        eval_every: steps between evaluations (FID and others, logged as eval_fid etc.) of the EMA weights, and one at
+            the end; 0 for none. Of a model, samples of fixed classes and noise are evaluated; of an autoencoder,
+            reconstructions of the images of `val_path`.
+        eval_images: images per evaluation. Metrics of few images compare only with one another.
         eval_reference: what to compare with, as `reference` of `bitdance evaluate`; for a large set of images best a
-            stored reference.
+            stored reference. By default the images of `val_path`.
         eval_inception: file of the Inception network; by default the downloaded one.
+        eval_features: another feature extractor in its place, as `features` of `bitdance evaluate`, such as
+            efficientnet-lite0; the distance is logged as eval_frechet_distance then.
         eval_cfg_scale: guidance scale of the samples.
         eval_num_steps: solver steps of the samples.
     """
@@ -191,6 +194,7 @@ class TrainConfig:
     eval_images: int = _free(1000)
     eval_reference: str | None = _free(None)
     eval_inception: pathlib.Path | None = _free(None)
+    eval_features: str | None = _free(None)
     eval_cfg_scale: float = _free(SamplingDefaults().cfg_scale)
     eval_num_steps: int = _free(SamplingDefaults().num_steps)
 
@@ -209,10 +213,10 @@ class TrainConfig:
         check_fields(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")
         check_fields(self, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
         check_fields(self, "eval_images", lambda value: value >= 4, "be at least 4")  # precision uses 3 neighbours
-        if self.eval_every and self.eval_reference is None:
+        if self.eval_every and self.eval_reference is None and self.val_path is None:
             raise UserError(
                 "`eval_every` needs images to compare with: name them with `eval_reference` (a data set, ADM's "
-                "reference batch or a stored reference; none for the Inception Score alone)."
+                "reference batch or a stored reference; none for the Inception Score alone) or `val_path`."
             )
 
 

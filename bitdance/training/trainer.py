@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from bitdance import __version__
 from bitdance.config import SamplingDefaults
-from bitdance.data.crops import normalize
 from bitdance.data.token_cache import TokenDataset
-from bitdance.models.autoencoder import Autoencoder, to_uint8
+from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError
@@ -33,10 +32,10 @@ from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
 from bitdance.training.checkpointing import Checkpointer, read_newest
-from bitdance.training.evaluation import SampleEvaluation, Validation, format_evaluation
+from bitdance.training.evaluation import Evaluation, Validation, format_evaluation, reconstruct
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
-from bitdance.training.logging import Metrics, MetricsMeter, RunLog, finite, format_metrics
+from bitdance.training.logging import Metrics, MetricsMeter, RunLog, format_metrics
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate
 from bitdance.training.preemption import PreemptionHandler
@@ -145,7 +144,7 @@ class Trainer:
         self.validation: Validation | None = None
         if config.val_path:
             self.validation = Validation(objective, config, loader.images.classes, world, data.autoencoder)
-        self.evaluation: SampleEvaluation | None = None
+        self.evaluation: Evaluation | None = None
         self.checkpointer = Checkpointer(config.output, config.keep_checkpoints)
         self.log: RunLog | None = None
         self.module: nn.Module = self.objective
@@ -170,9 +169,10 @@ class Trainer:
         """
         if path := self.world.broadcast(self._find_complete() if self.world.is_main else None):
             return path
-        if self.config.eval_every and self.pipeline is not None:  # not of a dry run, since features may be written
-            labels = self.loader.images.labels
-            self.evaluation = SampleEvaluation(self.pipeline, self.config, labels, self.world, self.in_bf16)
+        if self.config.eval_every:  # not of a dry run, since features may be written
+            network = self.network if isinstance(self.network, Autoencoder) else self.pipeline
+            assert network is not None
+            self.evaluation = Evaluation(network, self.config, self.loader.images.labels, self.world, self.in_bf16)
         with exclusive(self.config.output, self.world), contextlib.ExitStack() as opened:
             opened.callback(self.checkpointer.close)
             self._open_run(opened)
@@ -212,7 +212,7 @@ class Trainer:
                 with meter.paused():
                     if self.validation is not None and self._is_due(config.val_every):
                         with self._ema_weights(), self.autocast():
-                            metrics["val_loss"] = finite(self.validation.loss().item())
+                            metrics |= self.validation.metrics()
                     if self.evaluation is not None and self._is_due(config.eval_every):
                         with self._ema_weights():
                             metrics |= self.evaluation.metrics()
@@ -450,8 +450,7 @@ class Trainer:
         with self._ema_weights(), self.autocast(), torch.no_grad():
             if isinstance(self.network, Autoencoder):
                 originals = self.loader.load(0).inputs[:PREVIEW_IMAGES]
-                pixels = normalize(originals.to(self.world.device))
-                decoded = to_uint8(self.network.decode(self.network.encode(pixels))).cpu()
+                decoded = reconstruct(self.network, originals.to(self.world.device)).cpu()
                 images, columns = torch.cat([originals, decoded]).numpy(), len(originals)
             else:
                 assert self.pipeline is not None
