@@ -359,7 +359,7 @@ def forge(rng: random.Random, path: pathlib.Path) -> None:
     value = tensors.pop(name)
     types = [torch.float64, torch.int64, torch.bfloat16, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2]
     if kind < 6:
-        name = rng.choice([name + "x", "x/y", *NAMES]) if kind == 3 else name
+        name = rng.choice([name + "x", "x/y", *filter(str.isascii, NAMES)]) if kind == 3 else name
         shorter, filled = value.flatten()[: rng.choice([0, 1, 3])].clone(), torch.full_like(value, rng.choice([0, 99]))
         tensors[name] = {0: shorter, 1: filled, 2: value.to(rng.choice(types))}.get(kind, value)
     added = {"format", "format_version", "digest", "checksum", "config"}  # when the file is written
@@ -370,7 +370,7 @@ def forge(rng: random.Random, path: pathlib.Path) -> None:
     save_tensors(path, tensors, own.pop("kind"), mutate_json(rng, settings) if kind > 5 else settings, **own)
 
 
-SIZES_OF_MODELS = [
+SIZES_OF_MODELS: list[dict[str, Any]] = [
     {"grid": 250}, {"grid": 100}, {"cls_token_num": 10_000}, {"num_classes": 30_000}, {"bits": 8192}, {"n_layer": 60},
     {"parallel_num": 40_000, "grid": 200}, {"head_layers": 60}, {"time_shift": 1e308}, {"time_shift": 1e-308},
     *({"class_names": (name, "b", "c")} for name in [*NAMES, "x" * 5_000_000]),
@@ -383,11 +383,12 @@ BLOCKS = {
 
 def extreme_network(rng: random.Random, path: pathlib.Path, is_model: bool) -> None:
     """Writes a network of zeros with extreme sizes or names, or with many blocks that are empty."""
+    config: Any = (
+        BitDanceConfig(**{**SIZES, "grid": 4, "bits": 8, "num_classes": 3}) if is_model else AutoencoderConfig()
+    )
     levels, bits = rng.choice([(31, 8), (12, 8), (8, 8), (3, 8192)])
-    config: Any = AutoencoderConfig((32,) * levels, 1, bits)
-    if is_model:
-        size: dict[str, Any] = rng.choice(SIZES_OF_MODELS)
-        config = BitDanceConfig(**{**SIZES, "grid": 4, "bits": 8, "num_classes": 3, **size})
+    encoder = {"widths": (32,) * levels, "blocks": 1, "bits": bits}
+    vars(config).update(rng.choice(SIZES_OF_MODELS) if is_model else encoder)  # without the checks of a configuration
     shapes = {name: value.shape for name, value in empty_network(config).named_parameters()}
     settings = vars(config).copy()
     if rng.random() < 0.3:
@@ -514,7 +515,8 @@ class Try(NamedTuple):
     def damaged(self, jobs: str, *commands: str) -> str:
         """The damaged folder of a job that has died or ended, and a command that reads or continues it."""
         name = self.rng.choice(jobs.split())
-        path = self.copy(self.seeds.job(name, self.rng.choice([0, 0, 2, 3, 4, 6])), "work/job")
+        deaths = self.rng.choice([0] * (15 if commands else 2) + [2, 3, 4, 6])
+        path = self.copy(self.seeds.job(name, deaths), "work/job")
         damage(self.rng, path)
         return self.rng.choice(commands or [JOBS[name]])
 
@@ -565,8 +567,8 @@ def arrays(t: Try) -> str:
     features = next(path for path in t.seeds.job("evaluate").glob("*.npz") if "about" in np.load(path))
     source = t.rng.choice([t.seeds.paths["images"], t.seeds.paths["statistics"], features])
     path = t.put("file.npz", hostile_npz(t.rng, source.read_bytes()))
-    uses = [f"{path} --reference {{images}}", f"{{images}} --reference {path}", f"{path} --make-reference"]
-    return f"evaluate {t.rng.choice(uses)} {FEATURES}"
+    uses = [f"{{images}} --reference {path}", f"{path} --reference {{images}}", f"{path} --make-reference"]
+    return f"evaluate {t.rng.choice(uses if len(np.load(source)) != 4 else uses[:1])} {FEATURES}"
 
 
 def image_folders(t: Try) -> str:
