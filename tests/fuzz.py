@@ -230,7 +230,7 @@ def hostile_zip(rng: random.Random, files: dict[str, bytes]) -> bytes:
 
 def npy(header: str, body: bytes = bytes(100)) -> bytes:
     """Returns a file of an array with any header, of 128 bytes if it is short."""
-    header = header.ljust(117) + "\n"
+    header = header[:60_000].ljust(117) + "\n"
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + body
 
 
@@ -381,14 +381,17 @@ BLOCKS = {
 }  # fmt: skip
 
 
-def extreme_network(rng: random.Random, path: pathlib.Path, is_model: bool) -> None:
-    """Writes a network of zeros with extreme sizes or names, or with many blocks that are empty."""
-    config: Any = (
-        BitDanceConfig(**{**SIZES, "grid": 4, "bits": 8, "num_classes": 3}) if is_model else AutoencoderConfig()
-    )
+def extreme_network(rng: random.Random, path: pathlib.Path, is_model: bool) -> bool:
+    """Writes a network of zeros with extreme sizes or names, or with many blocks that are empty.
+
+    Returns whether it honestly takes long to compute, so that it should only be loaded.
+    """
     levels, bits = rng.choice([(31, 8), (12, 8), (8, 8), (3, 8192)])
-    encoder = {"widths": (32,) * levels, "blocks": 1, "bits": bits}
-    vars(config).update(rng.choice(SIZES_OF_MODELS) if is_model else encoder)  # without the checks of a configuration
+    size = rng.choice(SIZES_OF_MODELS) if is_model else {"widths": (32,) * levels, "blocks": 1, "bits": bits}
+    config: Any = AutoencoderConfig()
+    if is_model:
+        config = BitDanceConfig(**{**SIZES, "grid": 4, "bits": 8, "num_classes": 3})
+    vars(config).update(size)  # without the checks of a configuration
     shapes = {name: value.shape for name, value in empty_network(config).named_parameters()}
     settings = vars(config).copy()
     if rng.random() < 0.3:
@@ -398,6 +401,7 @@ def extreme_network(rng: random.Random, path: pathlib.Path, is_model: bool) -> N
     part = "model" if is_model else "autoencoder"
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     save_tensors(path, tensors, part, {part: settings})
+    return bool(size.keys() & {"grid", "cls_token_num"}) or (not is_model and levels > 3)
 
 
 def special(rng: random.Random, path: pathlib.Path) -> None:
@@ -486,12 +490,14 @@ class Try(NamedTuple):
     def copy(self, source: pathlib.Path, name: str) -> pathlib.Path:
         return pathlib.Path((shutil.copytree if source.is_dir() else shutil.copy2)(source, self.folder / name))
 
-    def read_weights(self, path: pathlib.Path, is_model: bool) -> str:
-        """A command that reads a file of weights."""
+    def read_weights(self, path: pathlib.Path, is_model: bool, only_load: bool = False) -> str:
+        """A command that reads a file of weights, and computes with them unless `only_load`."""
         if self.rng.random() < 0.05:
             return f"evaluate {{images}} --reference none --inception-weights {path}"
         sample = f"sample --per-class 1 --output out {SHORT}"
         commands = [f"info {path}", f"convert {path} {self.rng.choice(['out.safetensors', 'out.pt'])}"]
+        if only_load:
+            return self.rng.choice(commands)
         if is_model:
             return self.rng.choice([*commands, f"{sample} --model {path}", f"{sample} --model {path}"])
         used = [
@@ -540,10 +546,11 @@ def released_weights(t: Try) -> str:
     elif kind < 0.9:
         path.write_bytes(hostile_zip(t.rng, members))
     else:
-        extreme_network(t.rng, t.folder / "extreme", is_model)
+        is_costly = extreme_network(t.rng, t.folder / "extreme", is_model)
         _, tensors, settings = read_file(t.folder / "extreme")
         names = list(settings.get("model", {}).get("class_names", ()))
         torch.save({"ema" if is_model else "state_dict": tensors, "args": {"class_names": names}}, path)
+        return t.read_weights(path, is_model, is_costly)
     return t.read_weights(path, is_model)
 
 
@@ -557,7 +564,7 @@ def our_weights(t: Try) -> str:
         text = struct.pack("<Q", t.rng.choice([len(text)] * 5 + [2**40, 2**63])) + text + data[end:]
         path.write_bytes(t.rng.choice([text, mutate_bytes(t.rng, data)]))
     elif kind < 0.5:
-        extreme_network(t.rng, path, is_model)
+        return t.read_weights(path, is_model, extreme_network(t.rng, path, is_model))
     else:
         forge(t.rng, path)
     return t.read_weights(path, is_model)
