@@ -43,8 +43,8 @@ test: $(STAMP)  ## set up, then run the quick tests
 test-all: $(STAMP)  ## set up, then run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --maxprocesses 8 -m "" $(ARGS)
 
-fuzz: $(STAMP)  ## set up, then give hostile files to the commands (ARGS="--tries 2000 --seed 1")
-	$(RUN) tests/fuzz.py $(ARGS)
+fuzz: $(STAMP)  ## set up, then give hostile files to the commands (ARGS="--tries 2000 --seed 1"; see docs/security.md)
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py $(ARGS)
 
 venv: $(STAMP)  ## set up only: make .venv and install everything (PYTHON=python3.12, TORCH=torch==2.7.1 to choose)
 	@echo "$(VENV) is ready"
