@@ -356,6 +356,19 @@ def test_parquet_gives_the_same_images_and_labels(tmp_path: pathlib.Path, route:
         assert len(open_images(folder / "validation-*.parquet")) == 1
 
 
+def test_a_parquet_file_that_expands_to_gigabytes_is_refused(tmp_path: pathlib.Path) -> None:
+    """All rows refer to one value of 100 MB, so that the file has kilobytes."""
+    arrow = pytest.importorskip("pyarrow")
+    value = arrow.DictionaryArray.from_arrays(arrow.array([0] * 16, arrow.int32()), arrow.array([bytes(10**8)]))
+    table = arrow.table({"image": arrow.StructArray.from_arrays([value], ["bytes"]), "label": [0] * 16})
+    pytest.importorskip("pyarrow.parquet").write_table(
+        table, tmp_path / "x.parquet", compression="zstd", store_schema=False
+    )
+    assert (tmp_path / "x.parquet").stat().st_size < 10**6
+    with pytest.raises(UserError, match="it expands to far more bytes than it has"):
+        open_images(tmp_path / "x.parquet")
+
+
 def test_parquet_in_any_order(tmp_path: pathlib.Path) -> None:
     """Each thread continues from the row group that it read last; it may also go back and jump."""
     names = [f"n01440764/{i}.JPEG" for i in range(100)]

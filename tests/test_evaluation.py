@@ -514,6 +514,32 @@ def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
     assert record["rfid"] > 0 and f"rFID {record['rfid']:.3f}" in capsys.readouterr().out and sheet.ndim == 3
 
 
+def test_reconstruct_reports_another_extractor_under_its_own_name(tmp_path, monkeypatch, capsys):
+    """Here one that classifies every image as class 1, which a third of the images have."""
+    small.save_pair(tmp_path)
+    (tmp_path / "one.py").write_text(
+        "import torch\n"
+        "from bitdance.metrics.features import FeatureExtractor, Features\n"
+        "def run(x):\n"
+        "    pool = x.float().mean((1, 2))\n"
+        "    return Features(pool, logits=torch.tensor([[0.0, 1.0, 0.0]]).repeat(len(x), 1))\n"
+        "one = FeatureExtractor('one', 3, run, classifies=True)\n"
+    )
+    options = f"--autoencoder {tmp_path / 'autoencoder.safetensors'} --output {tmp_path / 'out'} --device cpu"
+    data = small.pictures(tmp_path / "data")
+    main(f"reconstruct --data-path {data} --features {tmp_path / 'one.py'}:one {options}".split())
+    record = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert record["accuracy"] == record["accuracy_of_originals"] == pytest.approx(1 / 3)
+    assert record["frechet_distance"] > 0 and record["feature_extractor"] == "one" and "rfid" not in record
+    assert f"Frechet distance {record['frechet_distance']:.3f} (one), accuracy 33.33%" in capsys.readouterr().out
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match=r"pipe\.npz is not a regular file"):
+        read_feature_set(tmp_path / "pipe.npz")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import stat
+import warnings
 import zipfile
 
 import numpy as np
@@ -20,6 +21,9 @@ MAX_PIXELS = 64_000_000  # of large cameras; a WebP of zeros has 34 bytes and co
 MAX_RATIO = 100  # of the sides: a crop of an image of 1 x 5000 pixels would scale it to gigabytes
 MAX_SCANS = 100  # of a JPEG, which has about ten; each is decoded over the whole image
 MAX_EXPANSION = 32  # of a zip to more than MAX_FILE_BYTES; arrays of pixels expand to a few times their size
+
+# Pillow warns of large images and odd tags, besides the errors, which name the image.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Pillow has decoders that are unsafe for untrusted files; that of EPS runs Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")

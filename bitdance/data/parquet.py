@@ -18,11 +18,13 @@ import numpy as np
 from PIL import Image
 
 from bitdance.data.class_names import are_imagenet, imagenet
-from bitdance.data.decoding import MAX_EXPANSION, MAX_FILE_BYTES, decode_image, reason
+from bitdance.data.decoding import decode_image, reason
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.errors import UserError
 
 _MAX_CLASSES = 1 << 20
+_MAX_EXPANSION = 4  # of a file to more than _MAX_EXPANDED: encoded images hardly compress, zeros do
+_MAX_EXPANDED = 1 << 26
 _MAX_ROWS = 1 << 24  # of a file; a billion equal labels need some bytes
 
 
@@ -50,7 +52,7 @@ class ParquetImages(ImageDataset):
                 with pq.ParquetFile(file, memory_map=True) as opened:
                     groups_of_file = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
                     expanded = sum(group.total_byte_size for group in groups_of_file)
-                    if expanded > max(MAX_EXPANSION * file.stat().st_size, MAX_FILE_BYTES):
+                    if expanded > max(_MAX_EXPANSION * file.stat().st_size, _MAX_EXPANDED):
                         raise ValueError("it expands to far more bytes than it has")
                     labels.append(_read_labels(opened))
                     self._footers.append(opened.metadata)

@@ -35,6 +35,8 @@ def open_npz(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
         UserError: the file cannot be read, expands to too many bytes, or is compressed in another way than NumPy's.
     """
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise UserError(f"{path} is not a regular file: delete it, or name another one.")
         with zipfile.ZipFile(path) as archive:
             check_zip(archive)
             if len(archive.namelist()) > MAX_ARRAYS:

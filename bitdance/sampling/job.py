@@ -239,7 +239,7 @@ class SamplingJob:
     def _check_finished(self, missing: list[str], sections: dict[str, Any]) -> None:
         """Checks that the results there have these settings; results without their settings are taken as they are."""
         for kind, path in self.results.items():
-            if kind not in missing and kind != PNGS and not zipfile.is_zipfile(path):
+            if kind not in missing and kind != PNGS and not (path.is_file() and zipfile.is_zipfile(path)):
                 raise UserError(f"{path} is damaged or not a result: delete it, then run the same command again.")
         there = ", ".join(str(path) for kind, path in self.results.items() if kind not in missing)
         if self.settings_file.exists():
