@@ -38,9 +38,9 @@ class AutoencoderConfig:
             8).
         blocks: residual blocks per level.
         bits: C, bits per token, a multiple of 8.
-        patch_size: side of the squares of pixels that are moved into channels before the finest level
-            (space-to-depth). With 1 the finest level has the resolution of the images, which takes most of the time.
-        split: a position of the coarsest level is split x split tokens.
+        space_to_depth: side of the squares of pixels that are moved into channels before the finest level. With 1 the
+            finest level has the resolution of the images, which takes most of the time.
+        split: a cell, a position of the coarsest level, is split x split tokens.
         bit_depths: bits of each latent channel, which has then 2^bits levels (successive approximation); their sum is
             bits x split^2. If empty, each channel has one bit, its sign.
         linear: whether a linear transform of blocks of pixels is added to the encoder and the decoder. It can be
@@ -50,7 +50,7 @@ class AutoencoderConfig:
     widths: tuple[int, ...] = (256, 256, 512, 512, 1024)
     blocks: int = 4
     bits: int = 32
-    patch_size: int = 1
+    space_to_depth: int = 1
     split: int = 1
     bit_depths: tuple[int, ...] = ()
     linear: bool = False
@@ -59,9 +59,9 @@ class AutoencoderConfig:
         if not self.widths or any(width <= 0 or width % 8 for width in self.widths):
             raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 8.")
         check_fields(self, "widths", lambda value: len(value) <= MAX_LEVELS, f"have at most {MAX_LEVELS} levels")
-        check_fields(self, "blocks patch_size", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "blocks space_to_depth", lambda value: value >= 1, "be at least 1")
         check_fields(self, "blocks", lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
-        check_fields(self, "patch_size", lambda value: value <= 32, "be at most 32")
+        check_fields(self, "space_to_depth", lambda value: value <= 32, "be at most 32")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
         if self.split < 1 or self.cell_size % self.split:
             raise UserError(
@@ -72,15 +72,18 @@ class AutoencoderConfig:
         if self.bit_depths and sum(self.bit_depths) != self.cell_bits:
             problem = f"bit_depths={self.bit_depths} is invalid: their sum is {sum(self.bit_depths)}"
             raise UserError(f"{problem} and must be {self.cell_bits}, which is bits x split^2.")
+        if self.linear and (len(self.bit_depths) or self.cell_bits) > 3 * self.cell_size**2:
+            values = f"the {3 * self.cell_size**2} values of a cell of {self.cell_size} x {self.cell_size} pixels"
+            raise UserError(f"`linear` has more channels than {values}: choose fewer bits, or larger `bit_depths`.")
 
     @property
     def cell_size(self) -> int:
-        """Side of a position of the coarsest level in pixels."""
-        return self.patch_size * 2 ** (len(self.widths) - 1)
+        """Side of a cell, a position of the coarsest level, in pixels."""
+        return self.space_to_depth * 2 ** (len(self.widths) - 1)
 
     @property
     def cell_bits(self) -> int:
-        """Bits of a position of the coarsest level."""
+        """Bits of a cell."""
         return self.bits * self.split**2
 
     @property
@@ -92,10 +95,14 @@ class AutoencoderConfig:
         """Returns the side of the token grid of an image of this size.
 
         Raises:
-            UserError: `image_size` is not a multiple of `cell_size`.
+            UserError: `image_size` is not a multiple of `cell_size`, or has a single cell (the decoder normalizes with the
+                variance of the bits over the cells).
         """
         if image_size % self.cell_size:
             rule = f"it must be a multiple of {self.cell_size}, of the autoencoder"
+            raise UserError(f"image_size={image_size} is invalid: {rule}.")
+        if image_size <= self.cell_size:
+            rule = f"it must be larger than {self.cell_size}, which is one cell of the autoencoder"
             raise UserError(f"image_size={image_size} is invalid: {rule}.")
         return image_size // self.down_size
 

@@ -44,6 +44,9 @@ INVALID = [
     (AutoencoderConfig, {"widths": (0,)}, r"widths=\(0,\)", "multiple of 8"),
     (AutoencoderConfig, {"blocks": 0}, "blocks=0", "at least 1"),
     (AutoencoderConfig, {"bits": 20}, "bits=20", "multiple of 8"),
+    (AutoencoderConfig, {"widths": (8, 8), "bits": 16, "linear": True}, "`linear` has more channels than the 12 values", ""),
+    (AutoencoderConfig, {"bits": 8, "bit_depths": (4, 5)}, r"bit_depths=\(4, 5\)", "must be 8"),
+    (AutoencoderConfig, {"split": 3}, "split=3", "divide 16"),
     # Training.
     (LossConfig, {"drop_rate": 1.0}, "drop_rate=1.0", "at least 0 and below 1"),
     (LossConfig, {"drop_rate": -0.1}, "drop_rate=-0.1", "at least 0 and below 1"),

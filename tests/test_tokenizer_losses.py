@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from bitdance.config import AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder, cells_from_tokens, successive_approximation, tokens_from_cells
@@ -44,7 +43,7 @@ def test_principal_components_are_transform_coding():
     torch.manual_seed(0)
     smooth = F.interpolate(torch.randn(256, 3, 4, 4), scale_factor=4, mode="bilinear").clamp(-1, 1)
     depths = (6, 5, 5, 4, 4, 4, 2, 2)
-    network = Autoencoder(AutoencoderConfig((32,), 1, 32, patch_size=8, bit_depths=depths, linear=True))
+    network = Autoencoder(AutoencoderConfig((32,), 1, 32, space_to_depth=8, bit_depths=depths, linear=True))
     initialize_linear(network, smooth)
     blocks = F.pixel_unshuffle(smooth, 8).movedim(1, -1).reshape(-1, 192)
     centred = blocks - blocks.mean(0)
@@ -68,8 +67,8 @@ def test_each_network_gets_only_its_own_gradient():
     (generator_loss + discriminator_loss).backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
-    frozen = [parameter.requires_grad_(False) for parameter in parameters]
-    assert frozen and torch.allclose(fake.grad, torch.autograd.grad(-discriminator(fake).mean(), fake)[0], atol=1e-6)
+    discriminator.requires_grad_(False)
+    assert torch.allclose(fake.grad, torch.autograd.grad(-discriminator(fake).mean(), fake)[0], atol=1e-6)
 
 
 def test_perceptual_loss_is_zero_for_equal_images_and_grows_with_blur():
@@ -124,5 +123,4 @@ def test_discriminator_learns():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert isinstance(discriminator.layers[0], nn.Conv2d)
     assert loss < 0.3 and real_logits.mean() > 0 > fake_logits.mean()

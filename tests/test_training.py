@@ -26,6 +26,7 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.training import flops, losses
+from bitdance.training.evaluation import Validation
 from bitdance.training.loader import Batch, Loader, random_crop_probability
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate, parameter_groups
@@ -602,7 +603,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path):
 def test_an_interrupted_autoencoder_run_ends_like_an_uninterrupted_one(data, tmp_path, is_adversarial):
     network, loss = small.NETWORK, AutoencoderLossConfig()
     if is_adversarial:
-        network = dataclasses.replace(network, linear=True, patch_size=2)
+        network = dataclasses.replace(network, linear=True, space_to_depth=2)
         loss = AutoencoderLossConfig(
             l1_weight=0.5, adversarial_weight=0.1, adversarial_ramp=3, discriminator_width=8, discriminator_layers=1
         )
@@ -649,6 +650,46 @@ def test_an_autoencoder_starts_from_another(data, tmp_path, part):
     assert not list((tmp_path / "b").glob("*.safetensors")) if (tmp_path / "b").exists() else True
 
 
+def test_validation_of_an_autoencoder_leaves_the_discriminator_out(data, tmp_path):
+    network, run = small.autoencoder(), small.train_config(data, tmp_path, val_path=small.pictures(tmp_path / "val"))
+    values = []
+    for weight in (0.0, 0.5):
+        config = AutoencoderLossConfig(adversarial_weight=weight, discriminator_width=8, discriminator_layers=1)
+        values.append(Validation(AutoencoderLoss(network, config), run, ("a",), World(0, 1, CPU)).metrics())
+    assert values[0] == values[1] and {"val_loss", "val_psnr", "val_ssim"} == values[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("network", "loss", "message"),
+    [
+        ({"widths": (32, 32), "space_to_depth": 8}, {}, r"image_size=16 is invalid: it must be larger than 16"),
+        ({}, {"adversarial_weight": 0.1}, r"image_size=16 is invalid: with discriminator_layers=3 at least 24"),
+        ({"bits": 8, "bit_depths": (4, 4)}, {}, r"`bit_depths` needs commitment_weight=0 and entropy_weight=0"),
+    ],
+)
+def test_settings_of_an_autoencoder_that_cannot_work(data, tmp_path, network, loss, message):
+    config = dataclasses.replace(small.NETWORK, **network)
+    with pytest.raises(UserError, match=message):
+        train_autoencoder(small.train_config(data, tmp_path / "run"), config, AutoencoderLossConfig(**loss), "cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_ema_of_all_processes_starts_alike(data, tmp_path, monkeypatch):
+    """DDP gives all processes the weights of the first; the EMA must not be a copy of those before."""
+
+    class FirstProcess(nn.Module):
+        def __init__(self, module: nn.Module, **options: Any) -> None:
+            super().__init__()
+            for parameter in module.parameters():
+                parameter.data.fill_(0.5)
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", FirstProcess)
+    objective = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
+    run = small.train_config(data, tmp_path)
+    trainer = Trainer(objective, run, loader(data, 1, 2), World(1, 2, CPU), DataInfo(12, ""))
+    assert all((value == 0.5).all() for value in trainer.ema.state.values())
+
+
 def test_problems_of_an_autoencoder_are_named():
     objective = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
     healthy = {"dead_bits": 0.0, "bit_entropy": 0.98, "discriminator_loss": 0.9}
@@ -684,15 +725,15 @@ def test_other_images_or_another_autoencoder_are_refused(data, tmp_path):
     train(place / "pictures", tmp_path / "run", max_steps=2)  # images and autoencoder may be moved
     first = sorted((place / "pictures").rglob("*.png"))[0]
     first.rename(first.with_name("renamed.png"))
-    with pytest.raises(UserError, match=r"\(the names of the images are others\)"):
+    with pytest.raises(UserError, match=r"\(the names of the images differ\)"):
         train(place / "pictures", tmp_path / "run")
     first.with_name("renamed.png").rename(first)
     shutil.copy(first, first.with_name("another.png"))
-    with pytest.raises(UserError, match=r"\(it had 12 images, now there are 13; the names of the images are others\)"):
+    with pytest.raises(UserError, match=r"\(it had 12 images, now there are 13; the names of the images differ\)"):
         train(place / "pictures", tmp_path / "run")
     first.with_name("another.png").unlink()
     weights_file.save(place / "autoencoder.safetensors", small.autoencoder(seed=9))
-    with pytest.raises(UserError, match=r"\(the weights of the `autoencoder` are others\)"):
+    with pytest.raises(UserError, match=r"\(the weights of the `autoencoder` differ\)"):
         train(place / "pictures", tmp_path / "run")
 
 

@@ -217,19 +217,20 @@ def test_sizes_of_an_autoencoder_follow_from_shapes(tmp_path):
 
 
 def test_an_autoencoder_with_split_positions_is_written_and_read(tmp_path):
-    config = AutoencoderConfig((40, 24), 1, 8, patch_size=2, split=2, bit_depths=(8, 8, 8, 4, 2, 2), linear=True)
+    config = AutoencoderConfig((40, 24), 1, 8, space_to_depth=2, split=2, bit_depths=(8, 8, 8, 4, 2, 2), linear=True)
     network = Autoencoder(config)
     weights_file.save(tmp_path / "ae.safetensors", network)
     read = weights_file.load_autoencoder(tmp_path / "ae.safetensors")
     images = torch.rand(1, 3, 16, 8) * 2 - 1
     assert read.config == config and torch.equal(read.encode(images), network.eval().encode(images))
     contents = weights_file.read(tmp_path / "ae.safetensors")
-    for change in ({"split": "2"}, {"split": 10**9}, {"bit_depths": [4.5]}, {"bit_depths": [8] * 3}, {"patch_size": 4}):
+    changes = {"split": "2"}, {"split": 10**9}, {"bit_depths": [4.5]}, {"bit_depths": [8] * 3}, {"space_to_depth": 4}
+    for change in changes:
         changed = {"autoencoder": {**contents.config["autoencoder"], **change}}
         safetensors_files.save_tensors(
             tmp_path / "odd.safetensors", contents.states["autoencoder"], "autoencoder", changed
         )
-        with pytest.raises(UserError, match=r"odd.safetensors: .*(split|bit_depths|patch_size)"):
+        with pytest.raises(UserError, match=r"odd.safetensors: .*(split|bits|bit_depths|space_to_depth)"):
             weights_file.load_autoencoder(tmp_path / "odd.safetensors")
 
 

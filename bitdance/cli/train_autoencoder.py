@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, parse, recipe_name
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
-from bitdance.training.train_config import AUTOENCODER_RECIPES, AutoencoderLossConfig, TrainConfig, autoencoder_recipe
+from bitdance.training.train_config import (
+    AUTOENCODER_RECIPES,
+    AutoencoderLossConfig,
+    InitPart,
+    TrainConfig,
+    autoencoder_recipe,
+)
 
 EXAMPLES = """
 bitdance train-autoencoder --recipe small --data-path pictures.zip --image-size 32 --output runs/ae
@@ -36,7 +41,7 @@ class TrainAutoencoder:
     loss: AutoencoderLossConfig = dataclasses.field(default_factory=AutoencoderLossConfig)
     where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
     init_from: str | None = None
-    init_part: Literal["all", "decoder"] = "all"
+    init_part: InitPart = "all"
     recipe: str | None = None
 
 

@@ -69,7 +69,7 @@ class TokenCacheInfo:
     flips: bool
     seed: int
     images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
-    names: str = dataclasses.field(metadata={"difference": "the names of the images are others"})
+    names: str = dataclasses.field(metadata={"difference": "the names of the images differ"})
     classes: tuple[str, ...] = dataclasses.field(metadata=FREE)  # the names of the images begin with them
 
     def __post_init__(self) -> None:

@@ -75,12 +75,12 @@ def successive_approximation(x: Tensor, bit_depths: tuple[int, ...]) -> Tensor:
     """
     steps = [x.clamp(-1, 1)]
     for k in range(1, max(bit_depths)):
-        steps.append(steps[-1] - quantize(steps[-1]).detach() * 0.5**k)
+        steps.append(steps[-1] - quantize(steps[-1]) * 0.5**k)
     return torch.stack([steps[k][:, i] for i, depth in enumerate(bit_depths) for k in range(depth)], dim=1)
 
 
 def tokens_from_cells(x: Tensor, split: int) -> Tensor:
-    """Splits each position into split x split tokens: (B, split^2 C, h, w) -> (B, C, split h, split w).
+    """Splits each cell into split x split tokens: (B, split^2 C, h, w) -> (B, C, split h, split w).
 
     The first C channels become the token at the top left, the next C the token on its right.
     """
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         widths, channels = config.widths, len(config.bit_depths) or config.cell_bits
-        self.conv_in = nn.Conv2d(3 * config.patch_size**2, widths[0], 3, padding=1, bias=False)
+        self.conv_in = nn.Conv2d(3 * config.space_to_depth**2, widths[0], 3, padding=1, bias=False)
         self.down = nn.ModuleList(
             DownLevel(widths[max(i - 1, 0)], width, config.blocks, downsample=i < len(widths) - 1)
             for i, width in enumerate(widths)
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         config = self.config
-        x = self.conv_in(F.pixel_unshuffle(images, config.patch_size))
+        x = self.conv_in(F.pixel_unshuffle(images, config.space_to_depth))
         for level in self.down:
             x = level(x)
         for block in self.mid_block:
@@ -157,10 +157,7 @@ class Upsample(nn.Module):
         self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        b, c, h, w = x.shape
-        x = x.reshape(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)  # (B, c, h, 2, w, 2)
-        return x.reshape(b, c // 4, 2 * h, 2 * w)
+        return tokens_from_cells(self.conv1(x), 2)
 
 
 class UpLevel(nn.Module):
@@ -193,7 +190,7 @@ class Decoder(nn.Module):
         )
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(config.cell_bits, width) for width in inputs)
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.space_to_depth**2, 3, padding=1)
         if config.linear:
             self.linear = nn.Conv2d(config.cell_bits, 3 * config.cell_size**2, 3, padding=1)
 
@@ -204,7 +201,7 @@ class Decoder(nn.Module):
             x = block(x)
         for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
             x = level(adaptive(x, bits))
-        images = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch_size)
+        images = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.space_to_depth)
         return images + F.pixel_shuffle(self.linear(bits), self.config.cell_size) if self.config.linear else images
 
 

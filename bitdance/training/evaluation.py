@@ -78,6 +78,9 @@ class Validation:
             raise UserError(f"val_path={config.val_path} is a token cache: an autoencoder is validated on images.")
         images = open_data(config.val_path, autoencoder, config.image_size, "test" if same else "train")
         self._objective = copy.copy(objective)
+        if isinstance(objective, AutoencoderLoss):  # without the discriminator, whose loss is no measure of the network
+            config_without = dataclasses.replace(objective.config, adversarial_weight=0.0)
+            self._objective = AutoencoderLoss(objective.network, config_without, objective.perceptual)
         if isinstance(self._objective, BitDanceLoss):
             _map_labels(images, classes)
             self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)

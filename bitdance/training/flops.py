@@ -2,7 +2,7 @@
 
 A multiplication and an addition are two FLOPs. As usual (appendix B of arXiv 2204.02311), only matrix products and
 convolutions count, and recomputation by activation checkpointing does not. Attention counts in full, although the mask
-hides almost half of it.
+hides almost half of it. The network of a perceptual loss is left out.
 """
 
 from __future__ import annotations

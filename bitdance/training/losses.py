@@ -6,7 +6,7 @@ in no gradient, EMA or checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from bitdance.models.quantizer import entropy_loss, quantize, straight_through, 
 from bitdance.models.tokens import flip_bits, grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.training.discriminator import PatchDiscriminator, adversarial_losses
-from bitdance.training.perceptual import PerceptualLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
 
 DEAD_ENTROPY = 0.01
@@ -32,15 +31,18 @@ class AutoencoderLoss(nn.Module):
     Args:
         network: the autoencoder.
         config: weights of the terms.
-        perceptual: maps two batches of images to their distance; needed if `perceptual_weight` is positive.
+        perceptual: maps two batches of images to their distance; without it that term is left out.
     """
 
     def __init__(
-        self, network: Autoencoder, config: AutoencoderLossConfig, perceptual: PerceptualLoss | None = None
+        self,
+        network: Autoencoder,
+        config: AutoencoderLossConfig,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.config = network, config
-        self._perceptual = [perceptual]  # in a list, where nn.Module does not register it
+        self.perceptual = perceptual
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial_weight > 0:
             self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
@@ -72,11 +74,11 @@ class AutoencoderLoss(nn.Module):
             loss = loss + weights.entropy_weight * entropy.total
             metrics |= {"entropy_sample": entropy.per_sample, "entropy_codebook": entropy.codebook}
         if weights.commitment_weight:
-            commitment = F.mse_loss(latent, quantize(latent).detach())
+            commitment = F.mse_loss(latent, quantize(latent))
             loss = loss + weights.commitment_weight * commitment
             metrics["commitment"] = commitment
-        if (perceptual := self._perceptual[0]) is not None and weights.perceptual_weight:
-            metrics["perceptual"] = perceptual(reconstruction, x)
+        if self.perceptual is not None and weights.perceptual_weight:
+            metrics["perceptual"] = self.perceptual(reconstruction, x)
             loss = loss + weights.perceptual_weight * metrics["perceptual"]
         if self.discriminator is not None:
             generator_loss, discriminator_loss, real, fake = adversarial_losses(self.discriminator, x, reconstruction)
@@ -88,13 +90,14 @@ class AutoencoderLoss(nn.Module):
     def find_problems(self, metrics: Mapping[str, float | None]) -> set[str]:
         """Returns what is wrong with a training by the metrics of a line of its log, in sentences."""
         problems = set()
-        if (metrics.get("dead_bits") or 0) >= 1:
+        dead, entropy, judged = (metrics.get(name) for name in ("dead_bits", "bit_entropy", "discriminator_loss"))
+        if dead is not None and dead >= 1:
             problems.add("some bits of the tokens are constant (dead_bits); raise `entropy_weight` or lower `lr`.")
-        if (metrics.get("bit_entropy") or 1) < 0.5:
+        if entropy is not None and entropy < 0.5:
             problems.add("the bits carry less than half of what they could (bit_entropy); raise `entropy_weight`.")
-        if metrics.get("discriminator_loss") is not None and (metrics["discriminator_loss"] or 0) < 0.02:
-            advice = "its gradients help no more; lower `discriminator_width` or `adversarial_weight`"
-            problems.add(f"the discriminator tells every patch from a real one (discriminator_loss): {advice}.")
+        if judged is not None and judged < 0.02:
+            problem = "the discriminator separates real and reconstructed patches perfectly (discriminator_loss)"
+            problems.add(f"{problem}; lower `discriminator_width` or `adversarial_weight`.")
         return problems
 
 

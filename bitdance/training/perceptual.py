@@ -53,7 +53,7 @@ class VGG16(nn.Module):
         return [*outputs, x]
 
 
-class PerceptualLoss(nn.Module):
+class PerceptualLoss:
     """Mean over images of the sum over stages of the squared distance of unit-length activations.
 
     Args:
@@ -62,10 +62,9 @@ class PerceptualLoss(nn.Module):
     """
 
     def __init__(self, stages: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None) -> None:
-        super().__init__()
         self.stages, self.weights = stages, weights
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the distance between images x and y, (N, 3, H, W) in [-1, 1], as a scalar."""
         side = min(x.shape[-2:])
         if side < MIN_SIDE:
@@ -76,7 +75,7 @@ class PerceptualLoss(nn.Module):
         for i, (stage, target) in enumerate(zip(self.stages(x), targets, strict=True)):
             squared = (F.normalize(stage.float(), dim=1) - target).square()
             if self.weights is not None:
-                squared = squared * self.weights[i].to(squared.device)[:, None, None]
+                squared = squared * self.weights[i][:, None, None]
             total = total + squared.sum(dim=1).mean()
         return total
 

@@ -1,7 +1,8 @@
 """Initialization of an autoencoder's linear transform with principal components.
 
 Training then starts from transform coding: components of blocks of pixels, each quantized uniformly to the bits that
-`AutoencoderConfig.bit_depths` gives it, and learns from there what a linear transform cannot do.
+`AutoencoderConfig.bit_depths` gives it, and learns from there what a linear transform cannot do. Components are sorted
+by variance, so the first of the `bit_depths` should be the largest.
 """
 
 from __future__ import annotations

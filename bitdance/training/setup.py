@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from typing import Literal
 
 import numpy as np
 import torch
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig, ModelSizes
+from bitdance.data.bad_images import BadImages
 from bitdance.data.class_names import imagenet, numbered
 from bitdance.data.crops import normalize
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
+from bitdance.metrics.image_sources import ImageFileSource
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -24,15 +25,13 @@ from bitdance.training.loader import Loader, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.perceptual import load_perceptual_loss
 from bitdance.training.principal_components import initialize_linear
-from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
+from bitdance.training.train_config import AutoencoderLossConfig, InitPart, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import safetensors_files, weights_file
-from bitdance.weights.resolve import DEMO, find_weights
+from bitdance.weights.resolve import DEMO, find_weights, list_checkpoints
 
-InitPart = Literal["all", "decoder"]
-
-LINEAR_IMAGES = 8192
-"""Images from which the linear transform of an autoencoder is initialized."""
+LINEAR_PIXELS = 2**23
+"""Pixels from which the linear transform of an autoencoder is initialized, those of 8,192 images of 32 px."""
 
 
 def train_autoencoder(
@@ -60,26 +59,36 @@ def train_autoencoder(
     network.grid(config.image_size)
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
+    if loss.adversarial_weight and config.image_size < 3 * 2**loss.discriminator_layers:
+        least = f"with discriminator_layers={loss.discriminator_layers} at least {3 * 2**loss.discriminator_layers}"
+        raise UserError(f"image_size={config.image_size} is invalid: {least}; lower `discriminator_layers`.")
+    if network.bit_depths and (loss.commitment_weight or loss.entropy_weight):
+        raise UserError(
+            "`bit_depths` needs commitment_weight=0 and entropy_weight=0: these terms would enlarge the small numbers "
+            "whose signs are the lower bits."
+        )
     if config.eval_every and config.val_path is None:
         raise UserError("`eval_every` of an autoencoder needs held-out images: name them with `val_path`.")
     if is_token_cache(config.data_path):
         raise UserError(f"{config.data_path} is a token cache: an autoencoder is trained on images.")
     with init_distributed(device, threads) as world:
         images = open_images(config.data_path)
-        torch.manual_seed(config.seed)
         perceptual = None
         if loss.perceptual_weight:
             perceptual = load_perceptual_loss(loss.vgg_weights, loss.lpips_weights, world.device)
+        torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss, perceptual)
-        loader = Loader(images, config, world)
-        if network.linear:
-            steps = range(min(loader.steps_per_epoch, -(-LINEAR_IMAGES // config.batch_size)))
-            views = torch.cat([loader.load(step).inputs for step in steps])
-            initialize_linear(objective.network, normalize(views))
-        if init_from is not None:
-            _initialize(objective.network, init_from, init_part)
+        if not list_checkpoints(config.output):
+            if network.linear and (init_from is None or init_part == "decoder"):
+                limit = max(2, LINEAR_PIXELS // config.image_size**2)
+                bad_images = BadImages(config.max_bad_images)
+                source = ImageFileSource(config.data_path, config.image_size, limit=limit, bad_images=bad_images)
+                views = np.concatenate([block for _, block in source.blocks(256)])
+                initialize_linear(objective.network, normalize(torch.from_numpy(views)))
+            if init_from is not None:
+                _initialize(objective.network, init_from, init_part)
         data = DataInfo(len(images), images.digest)
-        return Trainer(objective, config, loader, world, data).train()
+        return Trainer(objective, config, Loader(images, config, world), world, data).train()
 
 
 def train_model(
@@ -152,7 +161,9 @@ def _initialize(network: Autoencoder, name: str, part: InitPart) -> None:
             problem = f"{contents.path} has other sizes ({key} is {shape} instead of {tuple(value.shape)})"
             raise UserError(f"{problem}: `init_from` needs the same sizes, see `bitdance info {contents.path}`.")
     if unknown := sorted(found.keys() - mine.state_dict().keys()):
-        raise UserError(f"{contents.path} has the tensor {unknown[0]}, which a network of these sizes has not.")
+        raise UserError(
+            f"{contents.path} has other sizes ({unknown[0]} is not needed): `init_from` needs the same sizes."
+        )
     mine.load_state_dict(found)
 
 

@@ -10,7 +10,7 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from bitdance.config import AutoencoderConfig, ModelSizes, ReleasedModel, SamplingDefaults
+from bitdance.config import AutoencoderConfig, ModelSizes, Precision, ReleasedModel, SamplingDefaults
 from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.run_folder import EXTEND, FREE
 
@@ -60,7 +60,7 @@ class AutoencoderLossConfig:
             EfficientNet-Lite0.
         vgg_weights: torchvision's weights of VGG-16, for LPIPS.
         lpips_weights: channel weights of LPIPS for VGG, version 0.1.
-        adversarial_weight: of the patch discriminator's judgement, which is fixed; 0 for no discriminator.
+        adversarial_weight: of the generator's hinge loss; constant after the ramp. 0 for no discriminator.
         adversarial_ramp: steps over which that weight rises from 0; the discriminator is trained from the first step.
         discriminator_width: channels of the discriminator's first layer, a multiple of 8.
         discriminator_layers: stride-2 convolutions of the discriminator; 3 for patches of 70 x 70 pixels.
@@ -173,7 +173,7 @@ class TrainConfig:
     ema: float = -1.0
     max_skipped: int = _free(20)
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     compile: bool = _free(False)
     grad_checkpointing: bool = _free(False)
     accumulate: int = _free(1)
@@ -220,6 +220,9 @@ class TrainConfig:
             )
 
 
+InitPart = Literal["all", "decoder"]
+"""The part of another autoencoder that a training starts from."""
+
 AUTOENCODER_RECIPES = ("d16c32", "small")
 
 
@@ -239,7 +242,7 @@ def autoencoder_recipe(
         decay_start=200, weight_decay=0.0, ema=0.999, save_every=0, save_minutes=5.0, preview_every=2000,
     )  # fmt: skip
     depths = (6, *[4] * 3, *[3] * 6, *[2] * 8, *[1] * 12)
-    network = AutoencoderConfig((96, 64), 2, 16, patch_size=4, split=2, bit_depths=depths, linear=True)
+    network = AutoencoderConfig((96, 64), 2, 16, space_to_depth=4, split=2, bit_depths=depths, linear=True)
     return run, network, AutoencoderLossConfig(entropy_weight=0.0, commitment_weight=0.0)
 
 

@@ -82,9 +82,9 @@ class DataInfo:
     """
 
     images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
-    digest: str = dataclasses.field(metadata={"difference": "the names of the images are others"})
+    digest: str = dataclasses.field(metadata={"difference": "the names of the images differ"})
     autoencoder: str | None = dataclasses.field(
-        default=None, metadata={"difference": "the weights of the `autoencoder` are others"}
+        default=None, metadata={"difference": "the weights of the `autoencoder` differ"}
     )
 
 
@@ -134,7 +134,6 @@ class Trainer:
             named = self.discriminator.named_parameters()
             self.parameters |= {f"discriminator.{name}": parameter for name, parameter in named}
         self.optimizer = build_optimizer(self.parameters, config)
-        self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
         self.guard = NonFiniteGuard(world.device)
         self.step = 0
         if len(loader.indices) % config.accumulate:
@@ -156,6 +155,8 @@ class Trainer:
                 self.module = nn.parallel.DistributedDataParallel(
                     self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
+        # After DDP has given all processes the weights of the first.
+        self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
 
     # ------------------------------------------------------------ steps
 

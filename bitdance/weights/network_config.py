@@ -63,12 +63,10 @@ def _describe(
 ) -> NetworkDescription:
     names = [field.name for field in dataclasses.fields(cls)]
     try:
-        found = _model_sizes(state) if cls is BitDanceConfig else _autoencoder_sizes(state)
+        found = _model_sizes(state) if cls is BitDanceConfig else _autoencoder_sizes(state, file.config)
         if file.config is not None:
             part = "model" if cls is BitDanceConfig else "autoencoder"
             source, settings = "file", _settings_in_file(file.config.get(part), part, names, found)
-            if settings.get("split", 1) != 1:  # then the shapes tell only bits x split^2
-                del found["bits"]
         else:
             source, settings = "args", _settings_in_args(file.args, found) if cls is BitDanceConfig else {}
         for name in settings.keys() & _IS_VALID.keys():
@@ -104,15 +102,17 @@ def _model_sizes(state: State) -> dict[str, Any]:
     }
 
 
-def _autoencoder_sizes(state: State) -> dict[str, Any]:
-    """Returns the fields of `AutoencoderConfig` that follow from names and shapes."""
+def _autoencoder_sizes(state: State, stored: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the fields of `AutoencoderConfig` that follow from names and shapes, and from the stored `split`."""
+    own = (stored or {}).get("autoencoder")
+    split = own.get("split") if isinstance(own, dict) else 1
     levels = range(_count(state, "encoder.down."))
     inputs = _shape(state, "encoder.conv_in.weight", 4)[1]
     return {
         "widths": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels),
         "blocks": _count(state, "encoder.mid_block."),
-        "bits": _shape(state, "decoder.conv_in.weight", 4)[1],
-        "patch_size": math.isqrt(inputs // 3),
+        "bits": _shape(state, "decoder.conv_in.weight", 4)[1] // (split**2 if type(split) is int and split > 0 else 1),
+        "space_to_depth": math.isqrt(inputs // 3),
         "linear": "encoder.linear.weight" in state,
     }
 
@@ -159,7 +159,7 @@ def _settings_in_file(stored: Any, part: str, names: list[str], found: dict[str,
     # JSON has lists where the configuration has tuples.
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     for name in found.keys() & settings.keys():
-        if settings[name] != found[name] and not (name == "bits" and settings.get("split", 1) != 1):
+        if settings[name] != found[name]:
             values = f"{name}={printable(repr(settings[name]))} and its tensors {found[name]}"
             raise UserError(f"its configuration has {values}: the file is damaged.")
     return settings
