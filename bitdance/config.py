@@ -95,8 +95,8 @@ class AutoencoderConfig:
         """Returns the side of the token grid of an image of this size.
 
         Raises:
-            UserError: `image_size` is not a multiple of `cell_size`, or has a single cell (the decoder normalizes with the
-                variance of the bits over the cells).
+            UserError: `image_size` is not a multiple of `cell_size`, or is only one cell, over which the bits have no
+                variance for the decoder's normalization.
         """
         if image_size % self.cell_size:
             rule = f"it must be a multiple of {self.cell_size}, of the autoencoder"

@@ -44,7 +44,7 @@ INVALID = [
     (AutoencoderConfig, {"widths": (0,)}, r"widths=\(0,\)", "multiple of 8"),
     (AutoencoderConfig, {"blocks": 0}, "blocks=0", "at least 1"),
     (AutoencoderConfig, {"bits": 20}, "bits=20", "multiple of 8"),
-    (AutoencoderConfig, {"widths": (8, 8), "bits": 16, "linear": True}, "`linear` has more channels than the 12 values", ""),
+    (AutoencoderConfig, {"widths": (8, 8), "bits": 16, "linear": True}, "`linear` has more channels", "the 12 values"),
     (AutoencoderConfig, {"bits": 8, "bit_depths": (4, 5)}, r"bit_depths=\(4, 5\)", "must be 8"),
     (AutoencoderConfig, {"split": 3}, "split=3", "divide 16"),
     # Training.

@@ -40,9 +40,9 @@ class ResBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def res_blocks(c_in: int, c_out: int, count: int) -> nn.ModuleList:
+def res_blocks(c_in: int, c_out: int, count: int) -> nn.Sequential:
     """Returns `count` residual blocks; the first changes the width."""
-    return nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count))
+    return nn.Sequential(*(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)))
 
 
 class DownLevel(nn.Module):
@@ -55,8 +55,7 @@ class DownLevel(nn.Module):
             self.downsample = nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         return self.downsample(x) if hasattr(self, "downsample") else x
 
 
@@ -119,9 +118,7 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(images, config.space_to_depth))
         for level in self.down:
             x = level(x)
-        for block in self.mid_block:
-            x = block(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
         if config.linear:
             x = x + self.linear(F.pixel_unshuffle(images, config.cell_size))
         if config.bit_depths:
@@ -170,8 +167,7 @@ class UpLevel(nn.Module):
             self.upsample = Upsample(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         return self.upsample(x) if hasattr(self, "upsample") else x
 
 
@@ -196,9 +192,7 @@ class Decoder(nn.Module):
 
     def forward(self, bits: Tensor) -> Tensor:
         bits = cells_from_tokens(bits, self.config.split)
-        x = self.conv_in(bits)
-        for block in self.mid_block:
-            x = block(x)
+        x = self.mid_block(self.conv_in(bits))
         for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
             x = level(adaptive(x, bits))
         images = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.space_to_depth)
@@ -208,7 +202,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Encodes RGB images (B, 3, H, W) in [-1, 1] to bits (B, C, H / f, W / f) in {-1, +1}, and decodes them.
 
-    f is `config.down_size`; H and W must be multiples of `config.cell_size`, which is f unless positions are split.
+    f is `config.down_size`; H and W must be multiples of `config.cell_size`, which is f unless cells are split.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
