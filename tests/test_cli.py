@@ -365,3 +365,9 @@ def test_a_reader_that_ends_early_is_no_error():
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_a_very_long_message_is_shortened(run):
+    status, text = run("info", "x" * 100 + "/" + "y" * 200 + "/" * 4000 + "z.pt")
+    assert status == 2 and text.count("\n") == 1 and " ... " in text and len(text) < 1600
+    assert text.startswith("bitdance: ") and text.rstrip().endswith(".")

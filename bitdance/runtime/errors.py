@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+MAX_MESSAGE = 1500
+"""Characters of a message on the terminal."""
+
 
 class UserError(ValueError):
     """An error that the user can fix: one sentence that says what is wrong, where, and what to do.
@@ -65,8 +68,12 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns a message on one line; characters that could control a terminal, as in names from files, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    """Returns a message on one line, without the middle of a very long one, as from a name of thousands of letters.
+
+    Characters that could control a terminal are escaped.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
 
 
 def printable(text: str) -> str:

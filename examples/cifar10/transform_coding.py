@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from bitdance.metrics.statistics import StatisticsAccumulator
 MAX_BITS = 8
 
 
-def lloyd_max(x: np.ndarray, bits: int, iterations: int = 50) -> np.ndarray:
+def lloyd_max(x: np.ndarray, bits: int, iterations: int = 30) -> np.ndarray:
     """Returns the 2^bits values of the quantizer with the least squared error on x (N,), in ascending order."""
     values = np.quantile(x, (np.arange(1 << bits) + 0.5) / (1 << bits))
     for _ in range(iterations):
@@ -37,23 +38,25 @@ def quantize(x: np.ndarray, values: np.ndarray) -> np.ndarray:
     return values[np.searchsorted((values[1:] + values[:-1]) / 2, x)]
 
 
-def allocate(x: np.ndarray, bits: int) -> list[list[np.ndarray]]:
-    """Returns the quantizers of the components x (N, D): of component i those with 0, 1, ... bits it was given."""
-    quantizers = [[np.zeros(1)] for _ in range(x.shape[1])]
+def allocate(x: np.ndarray, bits: int) -> Iterator[list[np.ndarray]]:
+    """Yields the quantizers of the components x (N, D) with 1, 2, ..., `bits` bits in all."""
+    quantizers = [np.zeros(1) for _ in range(x.shape[1])]
+    counts = np.zeros(x.shape[1], int)
     errors = [float(column.var()) for column in x.T]
     following = [lloyd_max(column, 1) for column in x.T]
     gains = [error - float(np.mean((column - quantize(column, values)) ** 2))
              for error, column, values in zip(errors, x.T, following, strict=True)]  # fmt: skip
     for _ in range(bits):
         best = int(np.argmax(gains))
-        column, count = x[:, best], len(quantizers[best])
-        quantizers[best].append(following[best])
+        column = x[:, best]
+        counts[best] += 1
+        quantizers[best] = following[best]
         errors[best] -= gains[best]
         gains[best] = 0.0
-        if count < MAX_BITS:
-            following[best] = lloyd_max(column, count + 1)
+        if counts[best] < MAX_BITS:
+            following[best] = lloyd_max(column, counts[best] + 1)
             gains[best] = errors[best] - float(np.mean((column - quantize(column, following[best])) ** 2))
-    return quantizers
+        yield quantizers
 
 
 def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -85,11 +88,12 @@ def main() -> None:
     x = train.flatten(1).numpy().astype(np.float32)
     mean = x.mean(0)
     vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(options.bits)].astype(np.float32)
-    coefficients = (x[:: max(1, len(x) // 20000)] - mean) @ vectors
+    coefficients = (x[:: max(1, len(x) // 10000)] - mean) @ vectors
     held_out = (original.flatten(1).numpy().astype(np.float32) - mean) @ vectors
-    for bits in options.bits:
-        quantizers = allocate(coefficients, bits)
-        rounded = np.stack([quantize(held_out[:, i], steps[-1]) for i, steps in enumerate(quantizers)], axis=1)
+    for bits, quantizers in enumerate(allocate(coefficients, max(options.bits)), start=1):
+        if bits not in options.bits:
+            continue
+        rounded = np.stack([quantize(held_out[:, i], values) for i, values in enumerate(quantizers)], axis=1)
         decoded = (rounded @ vectors.T + mean).round().clip(0, 255).astype(np.uint8).reshape(original.shape)
         metrics = measure(original, torch.from_numpy(decoded), labels)
         print(f"{bits} bits: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
