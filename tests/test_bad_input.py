@@ -470,3 +470,14 @@ def test_names_that_are_no_text(files, tmp_path, monkeypatch):
         main([str(word) for word in (*command, "--output", output)])
         sys.stdout.flush()
         assert sys.stdout.buffer.getvalue()
+
+
+@pytest.mark.parametrize("command", ["nearest s", "reconstruct"])
+def test_commands_of_one_process_refuse_torchrun(command, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--data-path", "d"])
+    assert stop.value.code == 2
+    assert "this command runs in one process, not in 2: start it without torchrun." in capsys.readouterr().err

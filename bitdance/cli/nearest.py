@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     command = parse(Nearest, arguments, "bitdance nearest", EXAMPLES)
     from bitdance.runtime.process_group import init_distributed
 
-    with init_distributed(command.where.device, command.where.threads) as world:
+    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
         _compare(command, world.device)
 
 

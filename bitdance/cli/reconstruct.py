@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
     command = parse(Reconstruct, arguments, "bitdance reconstruct", EXAMPLES)
     from bitdance.runtime.process_group import init_distributed
 
-    with init_distributed(command.where.device, command.where.threads) as world:
+    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
         _reconstruct(command.data, command.how, command.results, world)
 
 

@@ -138,7 +138,7 @@ class NonBlockingMax:
 
 
 @contextlib.contextmanager
-def init_distributed(device: str | None = None, threads: int | None = None) -> Iterator[World]:
+def init_distributed(device: str | None = None, threads: int | None = None, only_one: bool = False) -> Iterator[World]:
     """Joins the processes that torchrun started, if it did, for the duration of the context.
 
     NCCL on GPUs, gloo elsewhere. On a CPU the cores of the machine are divided evenly among its processes, for which
@@ -147,15 +147,18 @@ def init_distributed(device: str | None = None, threads: int | None = None) -> I
     Args:
         device: see `devices.choose_device`.
         threads: number of CPU threads of this process; None chooses it.
+        only_one: refuse several processes, which would do the same work and write the same files.
 
     Raises:
-        UserError: the device cannot be used, `threads` is not positive, the variables of the environment that torchrun
+        UserError: the device cannot be used, `threads` is out of range, the variables of the environment that torchrun
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
     if threads is not None and not 1 <= threads <= devices.MAX_THREADS:
         rule = "at least 1" if threads < 1 else f"at most {devices.MAX_THREADS}"
         raise UserError(f"threads={threads} is invalid: it must be {rule}.")
     rank, size, local_rank, local_size = _read_environment()
+    if only_one and size > 1:
+        raise UserError(f"this command runs in one process, not in {size}: start it without torchrun.")
     world = World(rank, size, devices.choose_device(device, local_rank))
     on_gpu = world.device.type == "cuda"
     if on_gpu:

@@ -217,7 +217,8 @@ class Pipeline:
 
         Args:
             images: a PIL image or a list of them, scaled and cropped to `image_size`; or uint8 pixels as an array or a
-                tensor, (H, W, 3) or (B, H, W, 3), whose sides are multiples of the downsampling factor.
+                tensor, (H, W, 3) or (B, H, W, 3), whose sides are multiples of the
+                autoencoder's `cell_size`.
 
         Returns:
             (B, C, h, w) +-1, on the pipeline's device.

@@ -22,8 +22,8 @@ class WeightsFile:
     Attributes:
         path: the file.
         layout: description of the layout, for `bitdance info`.
-        states: state dicts by name: `ema`, `model`, `autoencoder`, of a checkpoint also `optimizer`; only those that
-            the file has. The tensors may be memory maps of the file.
+        states: state dicts by name: `ema`, `model`, `autoencoder`, of a checkpoint also `optimizer` and
+            `discriminator`; only those that the file has. The tensors may be memory maps of the file.
         args: training arguments stored beside the weights, if any; only values that JSON has.
         config: configuration stored in the file; None for files that are not in our format.
         metadata: the other metadata of the file.

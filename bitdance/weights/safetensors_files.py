@@ -76,7 +76,7 @@ def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
 
 
 def _split_checkpoint(path: pathlib.Path, state: State, metadata: Mapping[str, str]) -> dict[str, State]:
-    """Divides the tensors `model/*`, `ema/*` and `optimizer/*`."""
+    """Divides the tensors `model/*`, `ema/*`, `optimizer/*` and `discriminator/*`."""
     states: dict[str, State] = {}
     for name, value in state.items():
         part, slash, rest = name.partition("/")
