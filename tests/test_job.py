@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import zipfile
 
@@ -207,7 +208,7 @@ def test_a_missing_file_inside_of_a_job_is_not_taken_for_a_lock(pipeline, tmp_pa
         make(pipeline, tmp_path).run(SINGLE)
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "other shape", "not a zip"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "another", "other shape", "not a zip", "pipe"])
 def test_a_damaged_part_is_sampled_again(pipeline, tmp_path, damage):
     expected = run(make(pipeline, tmp_path / "expected", 4, 2))
     job = make(pipeline, tmp_path / "made", 4, 2)
@@ -218,6 +219,9 @@ def test_a_damaged_part_is_sampled_again(pipeline, tmp_path, damage):
         arrays = dict(file)
     if damage == "another":
         np.savez(job.part(1), images=np.zeros((1, 16, 16, 3), np.uint8))
+    elif damage == "pipe":
+        job.part(1).unlink()
+        os.mkfifo(job.part(1))
     elif damage == "other shape":
         np.savez(job.part(1), **{**arrays, "images": arrays["images"][:, :8]})
     else:
