@@ -19,6 +19,9 @@ HEAD_DIM = 64
 MAX_BLOCKS, MAX_LEVELS, MAX_NAME = 256, 8, 1000
 """Blocks of a network, levels of an autoencoder and characters of a class name: files of weights name them freely."""
 
+MAX_IMAGE_SIZE = 8192
+"""Side of the largest images in pixels; a crop of this size takes 200 MB."""
+
 Split = Literal["train", "test"]
 """Of CIFAR-10."""
 
@@ -101,6 +104,8 @@ class AutoencoderConfig:
         if image_size % self.cell_size:
             rule = f"it must be a multiple of {self.cell_size}, of the autoencoder"
             raise UserError(f"image_size={image_size} is invalid: {rule}.")
+        if image_size > MAX_IMAGE_SIZE:
+            raise UserError(f"image_size={image_size} is invalid: it must be at most {MAX_IMAGE_SIZE}.")
         if image_size <= self.cell_size:
             rule = f"it must be larger than {self.cell_size}, which is one cell of the autoencoder"
             raise UserError(f"image_size={image_size} is invalid: {rule}.")

@@ -481,3 +481,30 @@ def test_commands_of_one_process_refuse_torchrun(command, capsys, monkeypatch):
         main([*command.split(), "--data-path", "d"])
     assert stop.value.code == 2
     assert "this command runs in one process, not in 2: start it without torchrun." in capsys.readouterr().err
+
+
+def test_a_tilde_within_an_argument_is_the_home_folder(tmp_path, monkeypatch):
+    """The shell leaves that of --output=~/out as it is, and a folder "~" would be dangerous to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    main(["sample", "cat", "--num-steps", "1", "--output=~/out", "--threads", "1"])
+    assert (tmp_path / "home" / "out" / "grid.png").is_file() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("reconstruct --data-path {} --image-size 9000", "--image-size 9000 is invalid: it must be at most 8192"),
+        ("evaluate {} --image-size 9000 --reference none", "--image-size 9000 is invalid: it must be at most 8192"),
+        ("evaluate {} --reference none --output {}", "is a folder: name a file, for the report"),
+        ("train-autoencoder --data-path {} --init-part decoder", "--init-part goes with --init-from"),
+        ("train-autoencoder --data-path {} --vgg-weights x", "--vgg-weights and --lpips-weights go with"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch, capsys, arguments, words):
+    pictures = small.pictures(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.replace("{}", str(pictures)).split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]

@@ -132,7 +132,7 @@ def test_folders_of_images(tmp_path):
     assert (len(source), source.num_classes, source.shape[1]) == (12, 3, 16)
     assert source.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     Image.fromarray(images[0]).save(tmp_path / "classes" / "stray.png")
-    with pytest.raises(UserError, match="and folders of images: leave one of the two"):
+    with pytest.raises(UserError, match="beside folders of images: move it into one"):
         open_source(tmp_path / "classes")
     for text in ("[" * 200_000, "{}", "[1e999]", "[1, 2, 3, 4, 5, 99999999]", "[[]]"):
         (folder / "labels.json").write_text(text)

@@ -94,6 +94,8 @@ def _evaluate(command: Evaluate, world: World) -> None:
     from bitdance.metrics.references import FeatureExtractors, find_reference
     from bitdance.metrics.report import evaluate_features
 
+    if command.results.output.is_dir():
+        raise UserError(f"output={command.results.output} is a folder: name a file, for the report.")
     # All are opened first, so that a wrong path is reported at once and not after an hour.
     opened = [_open(path, command) for path in command.what.samples]
     extractors = FeatureExtractors(command.evaluation, world)

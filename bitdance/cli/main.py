@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -109,6 +110,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         if "--debug" in arguments:
             raise
         if isinstance(error, Interrupted):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end in a traceback of the clean-up
             if os.environ.get("RANK", "0") == "0":  # all processes stop together
                 print(f"bitdance: {error}", file=sys.stderr)
             raise SystemExit(128 + error.signal) from None
@@ -137,7 +139,6 @@ def _end_with_launcher() -> None:
     if sys.platform != "linux":
         return
     import ctypes
-    import signal
 
     parent, set_parent_death_signal = os.getppid(), 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 import textwrap
@@ -67,6 +68,8 @@ def parse(
     )
     if not flag_pairs:
         config += (tyro.conf.FlagCreatePairsOff,)
+    # The shell expands "~" only at the start of an argument, not in --output=~/runs.
+    arguments = [re.sub("^(--[a-z-]+=)?(~/.*)", _expand_user, argument) for argument in arguments]
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     output, usage = io.StringIO(), io.StringIO()
     try:
@@ -86,6 +89,10 @@ def parse(
         if usage.getvalue():
             print(f"bitdance: {_format_usage_error(usage.getvalue())}", end="", file=sys.stderr)
         raise
+
+
+def _expand_user(found: re.Match[str]) -> str:
+    return (found[1] or "") + os.path.expanduser(found[2])
 
 
 def recipe_name(arguments: list[str]) -> str | None:

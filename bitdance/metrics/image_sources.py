@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bitdance.config import Split
+from bitdance.config import MAX_IMAGE_SIZE, Split
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import is_image, read_image
@@ -142,11 +142,15 @@ class ImageFileSource(ImageSource):
         for name, value in (("image_size", image_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
+        if image_size is not None and image_size > MAX_IMAGE_SIZE:
+            raise UserError(f"image_size={image_size} is invalid: it must be at most {MAX_IMAGE_SIZE}.")
         flat = sorted(file for file in path.glob("[!.]*") if is_image(file.name) and file.is_file())
         if (path / "samples.json").exists():  # a folder of `bitdance sample`, with the grid of its images
             flat = [file for file in flat if file.name != "grid.png"]
         if flat and any(is_image(file.name) for file in path.glob("[!.]*/[!.]*")):
-            raise UserError(f"{path} holds {flat[0].name} and folders of images: leave one of the two there.")
+            raise UserError(
+                f"{path} holds {flat[0].name} beside folders of images: move it into one of them, or remove it."
+            )
         if is_image(path.name) and path.is_file():
             flat = [path]
         self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)

@@ -192,6 +192,7 @@ def read_settings(
 
 def format_differences(differences: list[str]) -> str:
     """Joins the first differences that `compare` returned, and the number of the others."""
+    differences = list(dict.fromkeys(differences))  # sections may share a field
     others = len(differences) - MAX_DIFFERENCES
     return "; ".join(differences[:MAX_DIFFERENCES] + [f"and {others} more"] * (others > 0))
 

@@ -29,6 +29,7 @@ from bitdance.metrics.feature_set import (
     FeatureSet,
     PixelSummary,
     describe_pixels,
+    read_feature_set,
     summarize_pixels,
     write_feature_set,
 )
@@ -241,6 +242,8 @@ class SamplingJob:
         for kind, path in self.results.items():
             if kind not in missing and kind != PNGS and not (path.is_file() and zipfile.is_zipfile(path)):
                 raise UserError(f"{path} is damaged or not a result: delete it, then run the same command again.")
+            if kind not in missing and kind.startswith(FEATURES):
+                read_feature_set(path)
         there = ", ".join(str(path) for kind, path in self.results.items() if kind not in missing)
         if self.settings_file.exists():
             stored = read_json(self.settings_file, f"delete it to take {there} as it is")

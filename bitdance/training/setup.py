@@ -56,6 +56,8 @@ def train_autoencoder(
         Interrupted: by a signal, after a checkpoint was written.
         UserError: a setting is out of range, or a file cannot be read or written.
     """
+    if init_part != "all" and init_from is None:
+        raise UserError("`init_part` goes with `init_from`, the autoencoder to start from: add it.")
     network.grid(config.image_size)
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
