@@ -124,20 +124,24 @@ print([m for m in ("torch", "numpy", "PIL", "safetensors", "huggingface_hub") if
     [
         (["smaple"], "bitdance: there is no command 'smaple': did you mean sample?"),
         (["xyz"], "bitdance: there is no command 'xyz': choose one of sample, "),
-        (["sample", "--cfg-scal", "3"],
-         "bitdance: Unrecognized options: --cfg-scal, 3\nPerhaps you meant:\n    --cfg-scale"),
-        (["train.py", "--data-path", "x", "--trained-vea", "y"], "Perhaps you meant:\n    --trained-vae"),
-        (["sample", "--num-steps", "few"], "--num-steps"),
-        (["sample", "--num-steps"], "bitdance: Missing value for argument '--num-steps'"),
-        (["sample", "--solver", "foo"], "bitdance: invalid choice 'foo' for argument '--solver'"),
-        (["train", "--output", "x"], "bitdance: Missing from bitdance train:\n    --autoencoder"),
-        (["convert", "a"], "bitdance: Missing from bitdance convert:\n    TARGET"),
-        (["train_parallel.py"], "bitdance: Missing from train_parallel.py:\n    --data-path"),
+        (["sample", "--cfg-scal", "3"], "there is no option --cfg-scal (did you mean --cfg-scale?)"),
+        (["train.py", "--data-path", "x", "--trained-vea", "y"], "(did you mean --trained-vae?)"),
+        (["sample", "--num-steps", "few"], "--num-steps expects an integer, not 'few'; see bitdance sample --help."),
+        (["sample", "--num-steps=2", "--cfg-scale", "x"], "--cfg-scale expects a number, not 'x'"),
+        (["train-autoencoder", "--data-path", "x", "--bit-depths", "a"], "--bit-depths expects an integer, not 'a'"),
+        (["sample", "--num-steps"], "--num-steps needs a value; see bitdance sample --help."),
+        (["sample", "--solver", "foo"], "--solver foo is invalid: choose one of euler-maruyama, euler, heun."),
+        (["train", "--output", "x"], "--autoencoder, --data-path are missing; see bitdance train --help."),
+        (["train", "--epoch", "1"], "there is no option --epoch (did you mean --epochs?); "),
+        (["reconstruct", "odd"], "the argument odd is not expected; --data-path is missing; see bitdance reconstruct "),
+        (["convert", "a"], "TARGET is missing; see bitdance convert --help."),
+        (["train_parallel.py"], "--data-path is missing; see train_parallel.py --help."),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_parse(run, arguments, words):
     status, text = run(*arguments)
     assert status == 2 and words in text and "None" not in text and "----" not in text
+    assert text.startswith("bitdance: ") and text.count("\n") == 1 and text.endswith(".\n")
 
 
 # ---------------------------------------------------------------- fields and flags

@@ -17,7 +17,7 @@ import tyro
 from tyro import MISSING
 from tyro.conf import Positional
 
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, did_you_mean
 
 __all__ = ["MISSING", "Positional", "memory_advice", "parse", "with_flags"]
 
@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 NO_DEFAULT = r"\s*\(default:\s*(?:None|False)?\)"
 """Hints of tyro that say nothing; they may be wrapped."""
+
+_METAVARS = {"INT": "an integer", "FLOAT": "a number", "PATH": "a path"}
 
 _flags: dict[str, str] = {}
 """Options of the command that was parsed, by the field of a configuration that each one sets."""
@@ -87,7 +89,7 @@ def parse(
             if examples:
                 print("\nexamples:\n" + textwrap.indent(examples.strip(), "  "))
         if usage.getvalue():
-            print(f"bitdance: {_format_usage_error(usage.getvalue())}", end="", file=sys.stderr)
+            print(f"bitdance: {_format_usage_error(usage.getvalue(), prog)}", file=sys.stderr)
         raise
 
 
@@ -132,10 +134,31 @@ def _find_flags(cls: type) -> dict[str, str]:
     return flags
 
 
-def _format_usage_error(text: str) -> str:
-    """Removes the frame that tyro draws around the text, and its title."""
-    text = re.sub(NO_DEFAULT, "", re.sub(r"\A .*\n|^ +-+ *\n| +$", "", text, flags=re.M))
-    return re.sub(r"\n\n+", "\n", textwrap.dedent(text).strip() + "\n")
+def _format_usage_error(text: str, prog: str) -> str:
+    """Makes one sentence of tyro's message, which has the description of each option, in a frame and with a title."""
+    text = " ".join(re.sub(r"\A .*\n|^ +-+ *\n", "", text, flags=re.M).split())
+    see = f"see {prog} --help."
+    if found := re.match(r"Error parsing (\S+):.*? --?\S+ \[?(\S+)", text):
+        value = re.search(r"'([^']*)'", text)
+        given = f", not {value[1]!r}" if value else ""
+        return f"{found[1]} expects {_METAVARS.get(found[2], found[2])}{given}; {see}"
+    if found := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?),?\)", text):
+        return f"{found[2]} {found[1]} is invalid: choose one of {found[3].replace(chr(39), '')}."
+    if found := re.match(r"Missing value for argument '(.*?)'", text):
+        return f"{found[1]} needs a value; {see}"
+    sentences = []
+    if unknown := re.search(r"Unrecognized options: (.*?)(?: Perhaps you meant:| For full helptext|$)", text):
+        option = unknown[1].replace(",", " ").split()[0]
+        if option.startswith("-"):
+            hint = did_you_mean(option.partition("=")[0], [flag for flag in _flags.values() if flag.startswith("-")])
+            sentences.append(f"there is no option {option}" + (f" ({hint.strip()})" if hint else ""))
+        else:
+            sentences.append(f"the argument {option} is not expected")
+    if missing := re.match(r"Missing from .*?: (.*?)(?: Unrecognized options:| For full helptext|$)", text):
+        found_names = re.findall(r"(?<!\S)(--[a-z-]+(?= [A-Z{])|[A-Z]{3,}(?= ))", missing[1])
+        names = [name for name in dict.fromkeys(found_names) if name in _flags.values()]
+        sentences.append(f"{', '.join(names) or missing[1]} {'is' if len(names) < 2 else 'are'} missing")
+    return "; ".join(sentences or [text]).rstrip(".") + f"; {see}"
 
 
 def _format_help(text: str, headings: Mapping[str, str]) -> str:
