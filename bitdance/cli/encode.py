@@ -53,4 +53,6 @@ def main(arguments: list[str]) -> None:
         writer = CacheWriter(open_images(command.data_path), autoencoder, digest, command.output, command.how)
         result = writer.run(world)
         if world.is_main:
+            skipped = f", {result.bad_images} unreadable ones skipped" if result.bad_images else ""
+            print(f"{result.images} images encoded{skipped}: {result.result}")
             print(json.dumps({**dataclasses.asdict(result), "processes": world.size}, default=str))
