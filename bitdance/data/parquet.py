@@ -22,7 +22,7 @@ from bitdance.data.decoding import decode_image, reason
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.errors import UserError
 
-_MAX_CLASSES = 1 << 20
+_MAX_CLASSES = 1 << 16  # a model has a row of embeddings for each
 _MAX_EXPANSION = 4  # of a file to more than _MAX_EXPANDED: encoded images hardly compress, zeros do
 _MAX_EXPANDED = 1 << 26
 _MAX_ROWS = 1 << 24  # of a file; a billion equal labels need some bytes
@@ -153,7 +153,7 @@ def _read_labels(file: Any) -> np.ndarray:
         raise ValueError(f"row {column.to_pylist().index(None)} has no label")
     labels: np.ndarray = column.to_numpy()
     if len(labels) and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}, where 0 or more are expected")
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, where 0 to {_MAX_CLASSES - 1} are expected")
     return labels.astype(np.int64)
 
 
