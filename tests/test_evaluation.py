@@ -602,8 +602,8 @@ def test_arrays_that_expand_to_gigabytes_are_not_expanded(tmp_path, how, size, w
         with archive.open(f"{name}.npy", "w") as file:
             shape = (size // 768, 16, 16, 3) if name == "arr_0" else (size,)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for _ in range(size // 1000):
-                file.write(bytes(1000))
+            for start in range(0, size, 1 << 20):
+                file.write(bytes(min(1 << 20, size - start)))
         archive.writestr("mu.npy" if name == "sigma" else "x", b"")
     for read in (read_feature_set, open_source):
         with pytest.raises(UserError, match=words):
