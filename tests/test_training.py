@@ -560,6 +560,31 @@ def test_two_processes_train_like_one(data, tmp_path):
     assert all((value - states[1][name]).abs().max() < 1e-3 for name, value in states[0].items())
 
 
+@pytest.mark.slow
+def test_two_processes_train_an_autoencoder_and_its_discriminator_like_one(data, tmp_path):
+    settings = {
+        "data_path": data, "image_size": 16, "widths": "16 16", "blocks": 1, "bits": 8, "space_to_depth": 2,
+        "batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "precision": "fp32", "ema": 0.9, "num_workers": 1,
+        "log_every": 1, "device": "cpu", "entropy_weight": 0, "adversarial_weight": 0.1, "adversarial_ramp": 2,
+        "discriminator_width": 8, "discriminator_layers": 1, "max_steps": 4,
+    }  # fmt: skip
+    flags = ["train-autoencoder", *" ".join(small.flags(settings)).split(), "--linear"]
+    processes = small.start(tmp_path, [*flags, "--output", str(tmp_path / "2")], size=2)
+    main([*flags, "--output", str(tmp_path / "1")])
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = small.read_log(tmp_path / "1"), small.read_log(tmp_path / "2")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "discriminator_loss", "real_logit", "fake_logit"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+        for name in ("grad_norm", "discriminator_grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3), name
+    states = [weights_file.load_autoencoder(tmp_path / name).state_dict() for name in ("1", "2")]
+    assert all((value - states[1][name]).abs().max() < 1e-3 for name, value in states[0].items())
+
+
 def test_processes_do_not_send_each_other_buffers(data, tmp_path, monkeypatch):
     """They are the same in all of them."""
     given: dict[str, Any] = {}
