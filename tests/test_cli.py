@@ -90,7 +90,7 @@ def test_a_recipe_shows_its_defaults(run):
 
 
 def test_the_list_of_commands(capsys):
-    for arguments in ([], ["--help"], ["--debug"]):
+    for arguments in ([], ["--help"], ["help"], ["--debug"]):
         main(arguments)
         out = capsys.readouterr().out
         assert all(f"  {name} " in out for name in COMMANDS) and "examples:" in out

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `bitdance` with these arguments, by default the process's; exits with status 2 on a user's error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((argument for argument in arguments if argument != "--debug"), "--help")
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(_help())
         return
     if name == "--version":
