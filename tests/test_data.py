@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import io
 import multiprocessing
@@ -10,6 +11,7 @@ import pathlib
 import pickle
 import struct
 import tarfile
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -555,3 +557,54 @@ def test_normalize() -> None:
     for wrong in (batch.float(), batch[0], batch.permute(0, 3, 1, 2)):
         with pytest.raises(ValueError, match=r"\(B, H, W, 3\)"):
             crops.normalize(wrong)
+
+
+@pytest.mark.parametrize(("limit", "together"), [(256, 1), (600, 2)])
+def test_huge_images_of_all_threads_share_the_memory(monkeypatch, limit, together):
+    """16 x 16 pixels count as huge here."""
+    real, present, most, lock = decoding.to_rgb, 0, 0, threading.Lock()
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "PNG")
+
+    def slow(image: Image.Image) -> Image.Image:
+        time.sleep(0.01)
+        return real(image)
+
+    @decoding.one_image()
+    def decode_and_crop(_: int) -> None:
+        nonlocal present, most
+        image = decode_image(file.getvalue(), "x")
+        with lock:
+            present += 1
+            most = max(most, present)
+        time.sleep(0.01)  # the crop, in which the whole image still takes memory
+        with lock:
+            present -= 1
+        assert image.size == (16, 16)
+
+    monkeypatch.setattr(decoding, "to_rgb", slow)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", limit)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_and_crop, range(24)))
+    assert most == together and decoding._pixels_in_memory == 0
+
+
+def test_an_error_gives_the_memory_back(monkeypatch):
+    @decoding.one_image()
+    def fail() -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, "PNG")
+        decode_image(file.getvalue()[:-30], "x")
+
+    for _ in range(3):
+        with pytest.raises(UserError):
+            fail()
+    assert decoding._pixels_in_memory == 0
+
+
+def test_webp_has_half_the_pixels():
+    """Its decoder needs twice the memory of the others."""
+    file = io.BytesIO()
+    Image.new("RGB", (6000, 6000)).save(file, "WEBP", quality=0, method=0)
+    with pytest.raises(UserError, match="too many pixels to decode"):
+        decode_image(file.getvalue(), "x")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, normalize, random_crop, to_array
+from bitdance.data.decoding import one_image
 from bitdance.data.encode_config import EncodeConfig
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.prefetch import read_ahead
@@ -173,6 +174,7 @@ class CacheWriter:
             progress(len(group))
         return write_shard(self._path(number), info, self.images, covered, kept, torch.cat(packed))
 
+    @one_image()
     def _read(self, index: int) -> np.ndarray | None:
         """Reads the views of an image, (crops * flips, H, W, 3) uint8; None if the image is unreadable."""
         try:

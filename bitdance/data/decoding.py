@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
 import stat
+import threading
 import warnings
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,10 +20,16 @@ from bitdance.runtime.errors import UserError
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_FILE_BYTES = 1 << 28  # no photograph or CIFAR-10 batch is larger; a zip bomb is
 
-MAX_PIXELS = 64_000_000  # of large cameras; a WebP of zeros has 34 bytes and costs 16 bytes a pixel
+MAX_PIXELS = 64_000_000  # of large cameras; half for WebP, which costs 16 bytes a pixel: one of zeros has 34 bytes
 MAX_RATIO = 100  # of the sides: a crop of an image of 1 x 5000 pixels would scale it to gigabytes
 MAX_SCANS = 100  # of a JPEG, which has about ten; each is decoded over the whole image
 MAX_EXPANSION = 32  # of a zip to more than MAX_FILE_BYTES; arrays of pixels expand to a few times their size
+
+# Above 32 MB malloc returns freed memory to the system. In Pillow's blocks of 16 MB, every reader would keep an image.
+Image.core.set_block_size(1 << 26)
+
+_turn, _local = threading.Condition(), threading.local()
+_pixels_in_memory = 0
 
 # Pillow warns of large images and odd tags, besides the errors, which name the image.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -67,18 +76,47 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > (MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS):
                 raise Image.DecompressionBombError
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
             if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise ValueError("it has too many scans")
+            _take_turn(image.width * image.height)
             return to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the image {where} has too many pixels to decode; remove it or scale it down.") from error
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
         why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UserError(f"cannot read the image {where}: {why}; repair or remove it.") from error
+
+
+@contextlib.contextmanager
+def one_image() -> Iterator[None]:
+    """Context in which a thread decodes an image and crops it.
+
+    The images in such contexts of all threads have at most `MAX_PIXELS` together, or else there is a single one: with
+    8 to 16 bytes a pixel, the readers of a set of huge images would need many gigabytes.
+    """
+    _local.pixels = 0
+    try:
+        yield
+    finally:
+        _take_turn(0)
+        del _local.pixels
+
+
+def _take_turn(pixels: int) -> None:
+    """Waits until an image of this size fits; it replaces the one that this thread had in its context."""
+    global _pixels_in_memory
+    if (earlier := getattr(_local, "pixels", None)) is None:
+        return
+    with _turn:
+        _pixels_in_memory -= earlier
+        _turn.notify_all()
+        _turn.wait_for(lambda: _pixels_in_memory == 0 or _pixels_in_memory + pixels <= MAX_PIXELS)
+        _pixels_in_memory += pixels
+    _local.pixels = pixels
 
 
 def check_zip(archive: zipfile.ZipFile) -> None:

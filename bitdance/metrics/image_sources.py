@@ -17,7 +17,7 @@ import numpy as np
 from bitdance.config import MAX_IMAGE_SIZE, Split
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, to_array
-from bitdance.data.decoding import is_image, read_image
+from bitdance.data.decoding import is_image, one_image, read_image
 from bitdance.data.image_dataset import LABELS_FILE, ImageDataset, evenly_spaced
 from bitdance.data.images import open_images
 from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
@@ -171,6 +171,7 @@ class ImageFileSource(ImageSource):
         self._image_size = image_size
         self.shape = (len(self._order), image_size or 0, image_size or 0, 3)
 
+    @one_image()
     def read(self, position: int) -> np.ndarray:
         """Reads an image, (H, W, 3) uint8.
 

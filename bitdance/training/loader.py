@@ -21,6 +21,7 @@ from torch import Tensor
 from bitdance.config import Split
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, random_crop, to_array
+from bitdance.data.decoding import one_image
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.prefetch import read_ahead
 from bitdance.data.token_cache import TokenDataset, is_token_cache
@@ -141,6 +142,7 @@ class Loader:
                 raise UserError(f"no image of {self.images.path} can be read: repair them.")
         return items
 
+    @one_image()
     def _view(self, index: int, draws: np.ndarray, crop_probability: float) -> np.ndarray | None:
         """Returns a view of an image, None if it is unreadable."""
         is_random = draws[0] < crop_probability
