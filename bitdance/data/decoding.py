@@ -20,7 +20,7 @@ from bitdance.runtime.errors import UserError
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_FILE_BYTES = 1 << 28  # no photograph or CIFAR-10 batch is larger; a zip bomb is
 
-MAX_PIXELS = 64_000_000  # of large cameras; half for WebP, which costs 16 bytes a pixel: one of zeros has 34 bytes
+MAX_PIXELS = 64_000_000  # of large cameras; those of WebP count twice, since its decoder takes 16 bytes for each
 MAX_RATIO = 100  # of the sides: a crop of an image of 1 x 5000 pixels would scale it to gigabytes
 MAX_SCANS = 100  # of a JPEG, which has about ten; each is decoded over the whole image
 MAX_EXPANSION = 32  # of a zip to more than MAX_FILE_BYTES; arrays of pixels expand to a few times their size
@@ -76,13 +76,14 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > (MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS):
+            pixels = image.width * image.height * (2 if image.format == "WEBP" else 1)
+            if pixels > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
             if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise ValueError("it has too many scans")
-            _take_turn(image.width * image.height)
+            _take_turn(pixels)
             return to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the image {where} has too many pixels to decode; remove it or scale it down.") from error
