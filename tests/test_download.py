@@ -103,10 +103,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """The hub with all six files, and at `server.storage` where it redirects to; that also has the plain files."""
-    names = {name: url.rpartition("/")[2] for name, url in hub.PLAIN_FILES.items()}
+    names = {name: plain.file for name, plain in hub.PLAIN_FILES.items()}
     storage = Server({**CONTENT, **{file: file.encode() * 1000 for file in names.values()}})
     server = Server(CONTENT, storage)
-    monkeypatch.setattr(hub, "PLAIN_FILES", {name: f"{storage.url}/plain/{file}" for name, file in names.items()})
+    plain = {name: hub.PlainFile(f"{storage.url}/plain/{file}", file) for name, file in names.items()}
+    monkeypatch.setattr(hub, "PLAIN_FILES", plain)
     yield server
     for one in (server, storage):
         one.stopped.set()
@@ -179,9 +180,19 @@ def files():
 def test_the_names_and_addresses_are_the_published_ones(monkeypatch):
     monkeypatch.undo()
     assert list(hub.HUB_FILES) == ["B-1X", "B-4X", "B-16X", "L-1X", "H-1X", "autoencoder"]
-    assert all(url.startswith("https://") for url in hub.PLAIN_FILES.values())
-    assert hub.PLAIN_FILES["reference-256"].endswith("/imagenet/256/VIRTUAL_imagenet256_labeled.npz")
-    assert hub.PLAIN_FILES["reference-512"].endswith("/imagenet/512/VIRTUAL_imagenet512.npz")
+    assert all(plain.url.startswith("https://") for plain in hub.PLAIN_FILES.values())
+    assert hub.PLAIN_FILES["reference-256"].url.endswith("/imagenet/256/VIRTUAL_imagenet256_labeled.npz")
+    assert hub.PLAIN_FILES["reference-512"].url.endswith("/imagenet/512/VIRTUAL_imagenet512.npz")
+    for plain in hub.PLAIN_FILES.values():  # PyTorch's convention for the names of weights
+        if prefix := re.search(r"-([0-9a-f]{8})\.pth$", plain.url):
+            assert plain.sha256.startswith(prefix[1])
+
+
+def test_lpips_is_two_files(server, run, fails):
+    out = run("lpips")
+    assert [path.name for path in files()] == ["lpips-vgg-v0.1.pth", "vgg16-397923af.pth"]
+    assert out.count("fetched") == 2
+    assert "already downloaded" in run("vgg16", "lpips")
 
 
 @pytest.mark.parametrize("name", ["B-16X", "b-16x", "BitDance-B-16X", "bitdance-b-16x"])
@@ -241,7 +252,8 @@ def test_what_is_not_what_was_published_is_thrown_away(server, run, fails, monke
     digest = hashlib.sha256(B16).hexdigest()
     for prefix in (digest[:8], "00000000"):  # as in the name of Inception's weights
         server.storage.files[f"net-{prefix}.pth"] = B16
-        monkeypatch.setitem(hub.PLAIN_FILES, "inception", f"{server.storage.url}/net-{prefix}.pth")
+        url, file = f"{server.storage.url}/net-{prefix}.pth", f"net-{prefix}.pth"
+        monkeypatch.setitem(hub.PLAIN_FILES, "inception", hub.PlainFile(url, file, prefix))
         if prefix in digest:
             assert "SHA-256 as published" in run("inception")
         else:
@@ -344,7 +356,8 @@ def test_no_network_is_seen_at_once(fails, monkeypatch, sleeps, name):
 
     def redirect(address):
         use(address, monkeypatch)
-        monkeypatch.setitem(hub.PLAIN_FILES, "reference-512", f"{address}/{REFERENCE.name}")
+        plain = hub.PlainFile(f"{address}/{REFERENCE.name}", REFERENCE.name)
+        monkeypatch.setitem(hub.PLAIN_FILES, "reference-512", plain)
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         redirect(f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -146,7 +146,7 @@ def test_it_prints_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
     before = everything(place)
     text, facts = dry_run(capsys, place, tmp_path / "run", "--epochs", 5, "--keep-epochs", 2, "--keep-checkpoints", 3)
     assert everything(place) == before and not list(tmp_path.iterdir())
-    for words in ("weights", "gradients", "optimizer", "ema", "autoencoder", "activations", "checkpoint",
+    for words in ("weights", "gradients", "optimizer", "ema", "frozen", "activations", "checkpoint",
                   "TFLOPs per step", "images/s"):  # fmt: skip
         assert words in text
     network = small.model()
@@ -155,8 +155,8 @@ def test_it_prints_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
     memory = facts["memory"]
     assert facts["parameters"] == count
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (4 * count, 4 * count, 8 * count)
-    assert (memory["ema"], memory["checkpoint"], memory["autoencoder"]) == (4 * count, 16 * count, 4 * frozen)
-    parts = ("weights", "gradients", "optimizer", "ema", "autoencoder", "activations")
+    assert (memory["ema"], memory["checkpoint"], memory["frozen"]) == (4 * count, 16 * count, 4 * frozen)
+    parts = ("weights", "gradients", "optimizer", "ema", "frozen", "activations")
     assert memory["step"] == sum(memory[part] for part in parts)
     assert facts["checkpoint_bytes"] == 16 * count
     # Three checkpoints and one that is being written; the weights of epochs 2 and 4, and the final ones.

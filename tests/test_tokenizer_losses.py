@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from bitdance.config import AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder, cells_from_tokens, successive_approximation, tokens_from_cells
 from bitdance.models.quantizer import quantize, straight_through
+from bitdance.runtime.atomic_files import file_digest
 from bitdance.runtime.errors import UserError
 from bitdance.training.discriminator import PatchDiscriminator, adversarial_losses
-from bitdance.training.perceptual import VGG16, PerceptualLoss, load_perceptual_loss
+from bitdance.training.perceptual import VGG16, VGG_CHANNELS, PerceptualLoss, load_perceptual_loss
 from bitdance.training.principal_components import initialize_linear
+from bitdance.weights.hub import PLAIN_FILES
 
 
 def test_successive_approximation_rounds_to_two_to_the_depth_levels():
@@ -74,7 +76,7 @@ def test_each_network_gets_only_its_own_gradient():
 def test_perceptual_loss_is_zero_for_equal_images_and_grows_with_blur():
     torch.manual_seed(0)
     network = VGG16().requires_grad_(False)
-    loss = PerceptualLoss(network.stages)
+    loss = PerceptualLoss(network)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     blurred = [F.avg_pool2d(x, k, stride=1, padding=k // 2).requires_grad_() for k in (3, 7)]
     assert loss(x, x).item() == 0
@@ -84,15 +86,16 @@ def test_perceptual_loss_is_zero_for_equal_images_and_grows_with_blur():
     assert blurred[1].grad.abs().sum() > 0
 
 
-def test_lpips_weights_its_channels(tmp_path):
+def test_lpips_weights_its_channels(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = VGG16()
-    torch.save(network.state_dict() | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg.pth")
-    widths = [64, 128, 256, 512, 512]
-    torch.save(
-        {f"lin{i}.model.1.weight": torch.full((1, c, 1, 1), i + 1.0) for i, c in enumerate(widths)}, tmp_path / "l"
-    )
-    loss = load_perceptual_loss(tmp_path / "vgg.pth", tmp_path / "l", torch.device("cpu"))
+    lins = {f"lin{i}.model.1.weight": torch.full((1, c[0], 1, 1), i + 1.0) for i, c in enumerate(VGG_CHANNELS)}
+    states = {"vgg16": network.state_dict() | {"classifier.0.weight": torch.zeros(2, 2)}, "lpips-vgg": lins}
+    for key, state in states.items():
+        path = tmp_path / PLAIN_FILES[key].file
+        torch.save(state, path, _use_new_zipfile_serialization=False)  # the published files have this older format
+        monkeypatch.setitem(PLAIN_FILES, key, PLAIN_FILES[key]._replace(sha256=file_digest(path)))
+    loss = load_perceptual_loss("lpips", tmp_path, torch.device("cpu"))
     x, y = torch.rand(2, 1, 3, 64, 64) * 2 - 1
     parts = [
         (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() * (i + 1)
@@ -101,15 +104,12 @@ def test_lpips_weights_its_channels(tmp_path):
     assert torch.allclose(loss(x, y), sum(parts), rtol=1e-5)
 
 
-@pytest.mark.parametrize("which", ["vgg", "lpips"])
-def test_foreign_files_are_refused(tmp_path, which):
-    torch.save(VGG16().state_dict(), tmp_path / "vgg")
-    torch.save({"w": torch.zeros(2)}, tmp_path / "other")
-    paths = (tmp_path / "other", tmp_path / "other") if which == "vgg" else (tmp_path / "vgg", tmp_path / "other")
-    with pytest.raises(UserError, match=r"other does not hold the .*weights of"):
-        load_perceptual_loss(*paths, torch.device("cpu"))
-    with pytest.raises(UserError, match="belong together"):
-        load_perceptual_loss(tmp_path / "vgg", None, torch.device("cpu"))
+def test_files_that_are_not_the_published_ones_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there is no .*vgg16-397923af.pth: run `bitdance download lpips`"):
+        load_perceptual_loss("lpips", tmp_path, torch.device("cpu"))
+    torch.save(VGG16().state_dict(), tmp_path / "vgg16-397923af.pth")
+    with pytest.raises(UserError, match=r"vgg16-397923af.pth is damaged or another file"):
+        load_perceptual_loss("lpips", tmp_path, torch.device("cpu"))
 
 
 def test_discriminator_learns():

@@ -19,6 +19,7 @@ from bitdance.training.train_config import (
 EXAMPLES = """
 bitdance train-autoencoder --recipe small --data-path pictures.zip --image-size 32 --output runs/ae
 torchrun --nproc_per_node 8 -m bitdance train-autoencoder --recipe d16c32 --data-path imagenet/train --output runs/ae
+bitdance train-autoencoder --recipe d16c32 --data-path imagenet/train --dry-run
 """
 
 
@@ -34,6 +35,7 @@ class TrainAutoencoder:
         init_from: start with the weights of this autoencoder, of the same sizes: demo, autoencoder (the released one),
             the folder of a run, or a file.
         init_part: whether to take all of its weights or only those of the decoder.
+        dry_run: print what the run needs of memory, disk and time on this machine, and end.
     """
 
     run: TrainConfig
@@ -43,6 +45,7 @@ class TrainAutoencoder:
     init_from: str | None = None
     init_part: InitPart = "all"
     recipe: str | None = None
+    dry_run: bool = False
 
 
 def main(arguments: list[str]) -> None:
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> None:
         command.where.threads,
         init_from=command.init_from,
         init_part=command.init_part,
+        dry_run=command.dry_run,
     )
 
 

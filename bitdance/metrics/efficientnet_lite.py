@@ -13,6 +13,7 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.runtime.atomic_files import file_digest
@@ -40,6 +41,16 @@ STAGES = (
 )
 
 
+CONVS_AND_NORMS = (
+    ("_conv_stem", "_bn0"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+    ("_conv_head", "_bn1"),
+)
+"""Names of the convolutions and of the batch normalizations after them."""
+
+
 def _same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
     """Pads as TensorFlow's SAME: the odd pixel at the bottom and on the right."""
     height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
@@ -50,10 +61,12 @@ class Conv(nn.Conv2d):
     """Convolution without bias, with TensorFlow's SAME padding."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
+        # With stride 1 that padding is symmetric, and needs no copy.
+        padding = kernel // 2 if stride == 1 else 0
+        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_same_padding(x, self.kernel_size[0], self.stride[0]))
+        return super().forward(x if self.stride[0] == 1 else _same_padding(x, self.kernel_size[0], self.stride[0]))
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -139,7 +152,7 @@ def find_weights_of_package() -> pathlib.Path:
 
 
 def load_network() -> EfficientNetLite:
-    """Returns the network with its weights, without gradients, in eval mode.
+    """Returns the network with its weights, without gradients, in eval mode, with norms folded into convolutions.
 
     Raises:
         UserError: the weights are missing or damaged.
@@ -147,6 +160,11 @@ def load_network() -> EfficientNetLite:
     network = EfficientNetLite()
     state = weights_file.read(find_weights_of_package()).states["model"]
     network.load_state_dict({name: value.clone() for name, value in state.items()})
+    for module in list(network.modules()):
+        for conv, norm in CONVS_AND_NORMS:
+            if hasattr(module, conv) and hasattr(module, norm):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
     return network
 
 

@@ -33,7 +33,7 @@ SPATIAL_CHANNELS = 7
 PUBLISHED_DIGEST = "6726825d"
 """First digits of the SHA-256 of the published file, which has two names: that of pytorch-fid (`FILE_NAMES[0]`, which
 `bitdance download inception` downloads) and that of torch-fidelity."""
-FILE_NAMES = (PLAIN_FILES["inception"].rpartition("/")[2], "weights-inception-2015-12-05-6726825d.pth")
+FILE_NAMES = (PLAIN_FILES["inception"].file, "weights-inception-2015-12-05-6726825d.pth")
 
 
 def resize(images: Tensor, side: int = SIDE) -> Tensor:

@@ -110,7 +110,7 @@ def _published_reference(side: int) -> pathlib.Path:
             f"there is no published reference for images of {side} x {side} pixels: set `reference` (a data set will "
             "do), or reference=none for the Inception Score only."
         )
-    path = EVALUATION_FOLDER / PLAIN_FILES[name].rpartition("/")[2]
+    path = EVALUATION_FOLDER / PLAIN_FILES[name].file
     if not path.exists():
         raise UserError(f"there is no file {path}: run `bitdance download {name}`, or set `reference`.")
     return path

@@ -7,6 +7,7 @@ not fit. Time is measured in real steps, whose results are discarded.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -26,13 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
-from bitdance.models.autoencoder import Autoencoder
-from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import format_duration
+from bitdance.training.evaluation import reconstruct
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch
-from bitdance.training.losses import BitDanceLoss
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.trainer import PREVIEW_IMAGES, Trainer
 
 MAX_SECONDS = 20.0
@@ -42,7 +42,7 @@ REPEAT_SECONDS = 4.0
 
 
 def print_estimate(trainer: Trainer) -> None:
-    """Prints what a run of a BitDance model needs, as a table and as JSON in the last line.
+    """Prints what a run needs, as a table and as JSON in the last line.
 
     Called by all processes. Of a run that is resumed, only the steps that are left count.
 
@@ -56,7 +56,7 @@ def print_estimate(trainer: Trainer) -> None:
     steps = trainer.steps_left()
     images = len(trainer.loader.indices) // config.accumulate
     memory = estimate_memory(trainer, images)
-    networks = memory["weights"] + memory["ema"] + memory["autoencoder"]  # are in memory already
+    networks = memory["weights"] + memory["ema"] + memory["frozen"]  # are in memory already
     constant = networks + memory["gradients"] + memory["optimizer"]
     free = _free_memory(world.device) + networks
     before = _resident_bytes()
@@ -89,22 +89,23 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     config, world = trainer.config, trainer.world
     encodes = not isinstance(trainer.loader.images, TokenDataset)
     flops = step_flops(trainer.objective, config.batch_size, config.image_size, encodes)
-    parameters = sum(value.numel() for value in trainer.network.parameters())
+    parameters = {name: sum(value.numel() for value in part.parameters()) for name, part in _networks(trainer).items()}
+    counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     checkpoint = memory["weights"] + memory["optimizer"] + memory["ema"]
     kept = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
     # A checkpoint is written before the oldest one is removed; files of weights hold those of the EMA or the raw ones.
-    disk = (config.keep_checkpoints + 1) * checkpoint + (kept + 1) * memory["weights"]
+    disk = (config.keep_checkpoints + 1) * checkpoint + (kept + 1) * _parameter_bytes(trainer.network)
     space = shutil.disk_usage(_existing_parent(config.output)).free
     rate = config.batch_size / seconds if seconds else None
     total = steps * seconds if seconds else None
     sizes = {"file": checkpoint, "disk": disk, "space": space, "host": memory["process"] + memory["prefetch"]}
     size = {name: _format_size(value) for name, value in (memory | sizes).items()}
     rows = [
-        ("model", f"{parameters / 1e6:.2f} M parameters, autoencoder {memory['autoencoder'] / 4e6:.2f} M"),
+        ("parameters", counts),
         ("device", f"{world.device}, {world.size} {'process' if world.size == 1 else 'processes'}"),
         ("precision", "bf16 autocast, float32 weights" if trainer.in_bf16 else "float32"),
         ("", ""),
-        *((name, size[name]) for name in ("weights", "gradients", "optimizer", "ema", "autoencoder")),
+        *((name, size[name]) for name in ("weights", "gradients", "optimizer", "ema", "frozen")),
         ("activations", f"{size['activations']} (peak)"),
         ("step", f"{size['step']}, the sum of these"),
         ("preview", f"{size['preview']} instead of the activations"),
@@ -123,8 +124,8 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     if not fits:
         remedies = {
             "a larger `accumulate`": len(trainer.loader.indices) > config.accumulate,
-            "`grad_checkpointing`": not config.grad_checkpointing,
-            "a token cache (`bitdance encode`)": encodes,
+            "`grad_checkpointing`": trainer.kind == "model" and not config.grad_checkpointing,
+            "a token cache (`bitdance encode`)": trainer.kind == "model" and encodes,
             "more processes or memory": True,
         }
         helpful = ", ".join(remedy for remedy, helps in remedies.items() if helps)
@@ -132,7 +133,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     if disk > space:
         print(f"The disk of {config.output} is too small ({size['space']} free): lower `keep_checkpoints`.")
     facts = {
-        "parameters": parameters,
+        "parameters": parameters[trainer.kind],
         "memory": memory,
         "fits": fits,
         "checkpoint_bytes": checkpoint,
@@ -147,6 +148,17 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
         "device": str(world.device),
     }
     print(json.dumps(facts), flush=True)
+
+
+def _networks(trainer: Trainer) -> dict[str, nn.Module]:
+    """Returns the networks of a run by their names; the first is trained, the others may be frozen."""
+    objective = trainer.objective
+    networks: dict[str, nn.Module] = {trainer.kind: objective.network}
+    if isinstance(objective, BitDanceLoss):
+        return networks | {"autoencoder": objective.autoencoder}
+    if objective.discriminator is not None:
+        networks["discriminator"] = objective.discriminator
+    return networks | ({"perceptual": objective.perceptual.network} if objective.perceptual is not None else {})
 
 
 def _format_size(count: int) -> str:
@@ -187,39 +199,56 @@ def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
     """Estimates the memory of this process for microbatches of `images` images.
 
     Returns:
-        Bytes on the device: of `weights`, `gradients`, `optimizer` and `ema`; of the frozen `autoencoder`; peak of the
-        `activations` of a step, or of the `preview` that may follow it. Bytes of CPU memory: `checkpoint`, the copy
-        that is written in the background; `prefetch`, the batches read ahead; `process`, Python and its libraries.
+        Bytes on the device: of `weights`, `gradients`, `optimizer` and `ema`; of `frozen` networks, the autoencoder of
+        a model or the network of a perceptual loss; peak of the `activations` of a step, or of the `preview` that may
+        follow it. Bytes of CPU memory: `checkpoint`, the copy that is written in the background; `prefetch`, the
+        batches read ahead; `process`, Python and its libraries.
     """
-    objective, config, world = trainer.objective, trainer.config, trainer.world
-    assert isinstance(objective, BitDanceLoss)
-    weights, autoencoder = _parameter_bytes(objective.network), _parameter_bytes(objective.autoencoder)
-    ema = weights if trainer.ema is not None else 0
-    process = _resident_bytes() - (weights + ema + autoencoder if world.device.type == "cpu" else 0)
+    config, world = trainer.config, trainer.world
+    networks = {name: _parameter_bytes(network) for name, network in _networks(trainer).items()}
+    trained = sum(value.nbytes for value in trainer.parameters.values())
+    weights = networks[trainer.kind] + networks.get("discriminator", 0)
+    frozen = sum(networks.values()) - weights
+    ema = networks[trainer.kind] if trainer.ema is not None else 0
+    process = _resident_bytes() - (weights + ema + frozen if world.device.type == "cpu" else 0)
     sample = trainer.loader.load(0).inputs[:1]
     # Gradients exist before the backward pass if microbatches add to them, or if they lie in buckets of DDP.
     passes = 2 if config.accumulate > 1 or world.size > 1 else 1
     with FakeTensorMode():
-        network = BitDance(objective.network.config, objective.config.drop_rate, config.grad_checkpointing)
-        autoencoder_config = objective.autoencoder.config
-        fake = BitDanceLoss(network, Autoencoder(autoencoder_config), objective.config, config.seed)
+        fake = _copy_on_cpu(trainer)
         peak = _step_bytes(fake, images, sample, passes, trainer.in_bf16)
-        preview = _preview_bytes(fake)
+        preview = _preview_bytes(fake, sample)
     return {
         "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
+        "gradients": trained,
+        "optimizer": 2 * trained,
         "ema": ema,
-        "autoencoder": autoencoder,
-        "activations": max(0, peak - weights),
+        "frozen": frozen,
+        "activations": max(0, peak - trained),
         "preview": preview,
-        "checkpoint": 3 * weights + ema if world.is_main else 0,
+        "checkpoint": weights + 2 * trained + ema if world.is_main else 0,
         "prefetch": (PREFETCH + 2) * len(trainer.loader.indices) * sample.nbytes,
         "process": process,
     }
 
 
-def _step_bytes(objective: BitDanceLoss, images: int, sample: Tensor, passes: int, in_bf16: bool) -> int:
+def _copy_on_cpu(trainer: Trainer) -> AutoencoderLoss | BitDanceLoss:
+    """Returns a copy of the loss and its networks, with new tensors; fake ones if a mode for them is active."""
+    objective = trainer.objective
+    perceptual = objective.perceptual if isinstance(objective, AutoencoderLoss) else None
+    tensors = list(perceptual.weights or []) if perceptual is not None else []
+    for network in _networks(trainer).values():
+        tensors += [*network.parameters(), *network.buffers()]
+    copies: dict[int, Tensor] = {}
+    for value in tensors:
+        new = torch.empty(value.shape, dtype=value.dtype)
+        copies[id(value)] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+    return copy.deepcopy(objective, copies)
+
+
+def _step_bytes(
+    objective: AutoencoderLoss | BitDanceLoss, images: int, sample: Tensor, passes: int, in_bf16: bool
+) -> int:
     """Returns the peak memory, gradients included, of the last of some forward and backward passes.
 
     Each pass has `images` images like `sample`, an input (1, ...), and adds to the gradients.
@@ -237,10 +266,17 @@ def _step_bytes(objective: BitDanceLoss, images: int, sample: Tensor, passes: in
 
 
 @torch.no_grad()
-def _preview_bytes(objective: BitDanceLoss) -> int:
-    """Returns the peak memory of a preview: the cache of the transformer, then the decoder with one image."""
-    network, config = objective.network, objective.network.config
+def _preview_bytes(objective: AutoencoderLoss | BitDanceLoss, sample: Tensor) -> int:
+    """Returns the peak memory of a preview.
+
+    Of a model, that is the cache of the transformer, then the decoder with one image; of an autoencoder, encoder and
+    decoder with images like `sample` (1, H, W, 3).
+    """
     with _MemoryTracker() as tracker:
+        if isinstance(objective, AutoencoderLoss):
+            reconstruct(objective.network, torch.empty((PREVIEW_IMAGES, *sample.shape[1:]), dtype=torch.uint8))
+            return tracker.peak
+        network, config = objective.network, objective.network.config
         cache = network.new_cache(2 * PREVIEW_IMAGES)  # with and without classes, for guidance
         network.prefill(torch.zeros(2 * PREVIEW_IMAGES, dtype=torch.int64), cache)
         del cache

@@ -6,7 +6,7 @@ in no gradient, EMA or checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from bitdance.models.quantizer import entropy_loss, quantize, straight_through, 
 from bitdance.models.tokens import flip_bits, grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.training.discriminator import PatchDiscriminator, adversarial_losses
+from bitdance.training.perceptual import PerceptualLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
 
 DEAD_ENTROPY = 0.01
@@ -31,17 +32,18 @@ class AutoencoderLoss(nn.Module):
     Args:
         network: the autoencoder.
         config: weights of the terms.
-        perceptual: maps two batches of images to their distance; without it that term is left out.
+        perceptual: the perceptual loss; without it that term is left out.
     """
 
     def __init__(
         self,
         network: Autoencoder,
         config: AutoencoderLossConfig,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        perceptual: PerceptualLoss | None = None,
     ) -> None:
         super().__init__()
         self.network, self.config = network, config
+        network.encoder.requires_grad_(not config.decoder_only)
         self.perceptual = perceptual
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial_weight > 0:

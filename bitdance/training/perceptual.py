@@ -1,21 +1,23 @@
 """Perceptual loss: distance between images in the activations of a classifier (Zhang et al. 2018, LPIPS).
 
-Two networks serve: VGG-16 with the learned channel weights of LPIPS, if their files are given, and EfficientNet-Lite0
+Two networks serve: VGG-16 with the learned channel weights of LPIPS, two files to be downloaded, and EfficientNet-Lite0
 with equal weights, whose file a Python package holds.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitdance.metrics.efficientnet_lite import load_network
+from bitdance.metrics.efficientnet_lite import EfficientNetLite, load_network
+from bitdance.runtime.atomic_files import file_digest
 from bitdance.runtime.errors import UserError
+from bitdance.training.train_config import PerceptualNetwork
 from bitdance.weights import weights_file
+from bitdance.weights.hub import PLAIN_FILES
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the convolutions of VGG-16 before each max pool."""
@@ -57,22 +59,24 @@ class PerceptualLoss:
     """Mean over images of the sum over stages of the squared distance of unit-length activations.
 
     Args:
-        stages: maps images (N, 3, H, W) in [-1, 1] to a list of activations (N, c, h, w).
+        network: its method `stages` maps images (N, 3, H, W) in [-1, 1] to a list of activations (N, c, h, w).
         weights: of the channels of each stage, (c,); by default 1, so that a stage is at most 4.
     """
 
-    def __init__(self, stages: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None) -> None:
-        self.stages, self.weights = stages, weights
+    def __init__(self, network: VGG16 | EfficientNetLite, weights: list[Tensor] | None = None) -> None:
+        self.network, self.weights = network, weights
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the distance between images x and y, (N, 3, H, W) in [-1, 1], as a scalar."""
+        # The layout in which depthwise convolutions are fast on CPUs, and all convolutions on GPUs.
+        x, y = (image.contiguous(memory_format=torch.channels_last) for image in (x, y))
         side = min(x.shape[-2:])
         if side < MIN_SIDE:
             x, y = (F.interpolate(image, scale_factor=MIN_SIDE / side, mode="bilinear") for image in (x, y))
         with torch.no_grad():
-            targets = [F.normalize(stage.float(), dim=1) for stage in self.stages(y)]
+            targets = [F.normalize(stage.float(), dim=1) for stage in self.network.stages(y)]
         total = x.new_zeros(())
-        for i, (stage, target) in enumerate(zip(self.stages(x), targets, strict=True)):
+        for i, (stage, target) in enumerate(zip(self.network.stages(x), targets, strict=True)):
             squared = (F.normalize(stage.float(), dim=1) - target).square()
             if self.weights is not None:
                 squared = squared * self.weights[i][:, None, None]
@@ -80,37 +84,31 @@ class PerceptualLoss:
         return total
 
 
-def load_perceptual_loss(vgg: pathlib.Path | None, lpips: pathlib.Path | None, device: torch.device) -> PerceptualLoss:
-    """Returns LPIPS if both files are given, else the loss with EfficientNet-Lite0.
+def load_perceptual_loss(name: PerceptualNetwork, folder: pathlib.Path, device: torch.device) -> PerceptualLoss:
+    """Returns the perceptual loss of a network.
 
     Args:
-        vgg: torchvision's weights of VGG-16, `vgg16-397923af.pth`.
-        lpips: the channel weights of LPIPS for VGG, version 0.1, `vgg.pth`.
+        name: of the network.
+        folder: of the two files of LPIPS, with the names that `bitdance download lpips` gives them.
         device: of the network.
 
     Raises:
-        UserError: a file is missing, damaged, or holds something else.
+        UserError: a file or the package with the weights is missing, or a file is not the published one.
     """
-    if (vgg is None) != (lpips is None):
-        raise UserError("`vgg_weights` and `lpips_weights` belong together: give both, or none for EfficientNet-Lite0.")
-    if vgg is None or lpips is None:
-        return PerceptualLoss(load_network().to(device).stages)
-    network = VGG16()
-    state = weights_file.read(vgg).states.get("model", {})
-    _load(network, {name: value for name, value in state.items() if name.startswith("features.")}, vgg)
-    state = weights_file.read(lpips).states.get("model", {})
-    names = [f"lin{i}.model.1.weight" for i in range(len(VGG_CHANNELS))]
-    shapes = [(1, group[-1], 1, 1) for group in VGG_CHANNELS]
-    if [tuple(state[name].shape) for name in names if name in state] != shapes:
-        raise UserError(f"{lpips} does not hold the channel weights of LPIPS for VGG-16: download version 0.1 of them.")
-    weights = [state[name].flatten().float().to(device) for name in names]
-    return PerceptualLoss(network.to(device).requires_grad_(False).stages, weights)
+    if name == "efficientnet-lite0":
+        return PerceptualLoss(load_network().to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+    vgg, lpips = (_read_published(key, folder) for key in ("vgg16", "lpips-vgg"))
+    network = VGG16().requires_grad_(False)
+    network.load_state_dict({key: value for key, value in vgg.items() if key.startswith("features.")})
+    weights = [lpips[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(len(VGG_CHANNELS))]
+    return PerceptualLoss(network.to(device), weights)
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], path: pathlib.Path) -> None:
-    expected = network.state_dict()
-    for name, value in expected.items():
-        found = state.get(name)
-        if found is None or found.shape != value.shape or not found.isfinite().all():
-            raise UserError(f"{path} does not hold the weights of VGG-16 (see tensor {name}): download them again.")
-    network.load_state_dict({name: state[name].float() for name in expected})
+def _read_published(key: str, folder: pathlib.Path) -> dict[str, Tensor]:
+    """Reads weights whose SHA-256 must be the published one, so that their contents need no check."""
+    path = folder / PLAIN_FILES[key].file
+    if not path.is_file():
+        raise UserError(f"there is no {path}: run `bitdance download lpips`, or name its folder in `lpips_folder`.")
+    if file_digest(path) != PLAIN_FILES[key].sha256:
+        raise UserError(f"{path} is damaged or another file: remove it and run `bitdance download lpips`.")
+    return weights_file.read(path).states["model"]

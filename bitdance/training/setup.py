@@ -43,7 +43,8 @@ def train_autoencoder(
     *,
     init_from: str | None = None,
     init_part: InitPart = "all",
-) -> pathlib.Path:
+    dry_run: bool = False,
+) -> pathlib.Path | None:
     """Trains an autoencoder and returns the path of its weights.
 
     Args:
@@ -51,6 +52,7 @@ def train_autoencoder(
         device, threads: by default a GPU if there is one, and all cores.
         init_from: name or file of an autoencoder whose weights a new run starts with.
         init_part: whether these are the weights of `all` or only of the `decoder`.
+        dry_run: only print what the run will need, and return None.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -58,6 +60,8 @@ def train_autoencoder(
     """
     if init_part != "all" and init_from is None:
         raise UserError("`init_part` goes with `init_from`, the autoencoder to start from: add it.")
+    if loss.decoder_only and (init_from is None or init_part != "all"):
+        raise UserError("`decoder_only` needs `init_from`, the autoencoder whose encoder is kept: add it.")
     network.grid(config.image_size)
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
@@ -77,11 +81,11 @@ def train_autoencoder(
         images = open_images(config.data_path)
         perceptual = None
         if loss.perceptual_weight:
-            perceptual = load_perceptual_loss(loss.vgg_weights, loss.lpips_weights, world.device)
+            perceptual = load_perceptual_loss(loss.perceptual_network, loss.lpips_folder, world.device)
         torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss, perceptual)
         if not list_checkpoints(config.output):
-            if network.linear and (init_from is None or init_part == "decoder"):
+            if network.linear and (init_from is None or init_part == "decoder") and not dry_run:
                 limit = max(2, LINEAR_PIXELS // config.image_size**2)
                 bad_images = BadImages(config.max_bad_images)
                 source = ImageFileSource(config.data_path, config.image_size, limit=limit, bad_images=bad_images)
@@ -90,7 +94,11 @@ def train_autoencoder(
             if init_from is not None:
                 _initialize(objective.network, init_from, init_part)
         data = DataInfo(len(images), images.digest)
-        return Trainer(objective, config, Loader(images, config, world), world, data).train()
+        trainer = Trainer(objective, config, Loader(images, config, world), world, data)
+        if dry_run:
+            print_estimate(trainer)
+            return None
+        return trainer.train()
 
 
 def train_model(

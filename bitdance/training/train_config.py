@@ -13,6 +13,10 @@ from typing import Any, Literal
 from bitdance.config import AutoencoderConfig, ModelSizes, Precision, ReleasedModel, SamplingDefaults
 from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.run_folder import EXTEND, FREE
+from bitdance.weights.hub import EVALUATION_FOLDER
+
+PerceptualNetwork = Literal["efficientnet-lite0", "lpips"]
+"""The classifier behind a perceptual loss."""
 
 
 def _free(default: Any) -> Any:
@@ -56,36 +60,36 @@ class AutoencoderLossConfig:
     Attributes:
         l2_weight: of the mean squared error.
         l1_weight: of the mean absolute error.
-        perceptual_weight: of the distance in the activations of a classifier: LPIPS if its two files are given, else
-            EfficientNet-Lite0.
-        vgg_weights: torchvision's weights of VGG-16, for LPIPS.
-        lpips_weights: channel weights of LPIPS for VGG, version 0.1.
+        perceptual_weight: of the distance in the activations of a classifier.
+        perceptual_network: efficientnet-lite0, with equal weights of its channels, or lpips, VGG-16 with those of LPIPS
+            0.1.
+        lpips_folder: of the files that `bitdance download lpips` writes.
         adversarial_weight: of the generator's hinge loss; constant after the ramp. 0 for no discriminator.
         adversarial_ramp: steps over which that weight rises from 0; the discriminator is trained from the first step.
         discriminator_width: channels of the discriminator's first layer, a multiple of 8.
         discriminator_layers: stride-2 convolutions of the discriminator; 3 for patches of 70 x 70 pixels.
         entropy_weight: of the entropy loss.
         commitment_weight: of the squared distance between the encoder's output and its sign.
+        decoder_only: do not train the encoder, so that tokens, and models that were trained on them, remain valid.
     """
 
     l2_weight: float = 1.0
     l1_weight: float = 0.0
     perceptual_weight: float = 0.0
-    vgg_weights: pathlib.Path | None = _free(None)
-    lpips_weights: pathlib.Path | None = _free(None)
+    perceptual_network: PerceptualNetwork = "efficientnet-lite0"
+    lpips_folder: pathlib.Path = _free(EVALUATION_FOLDER)
     adversarial_weight: float = 0.0
     adversarial_ramp: int = 2000
     discriminator_width: int = 64
     discriminator_layers: int = 3
     entropy_weight: float = 0.1
     commitment_weight: float = 0.25
+    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         weights = " ".join(field.name for field in dataclasses.fields(self) if field.type == "float")
         check_fields(self, weights, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
         check_fields(self, "adversarial_ramp", lambda value: value >= 0, "be at least 0")
-        if (self.vgg_weights or self.lpips_weights) and not self.perceptual_weight:
-            raise UserError("`vgg_weights` and `lpips_weights` go with `perceptual_weight`: set it above 0.")
         check_fields(self, "discriminator_layers", lambda value: 1 <= value <= 6, "be between 1 and 6")
         check_fields(self, "discriminator_width", lambda value: value > 0 and value % 8 == 0, "be a multiple of 8")
 
@@ -238,7 +242,8 @@ def autoencoder_recipe(
     """
     if name == "d16c32":
         run = TrainConfig(data_path, epochs=100, lr=1e-4, ema=0.999, warmup_steps=5000, precision="bf16")
-        return run, AutoencoderConfig(), AutoencoderLossConfig(perceptual_weight=1.0, adversarial_weight=0.1)
+        loss = AutoencoderLossConfig(perceptual_weight=1.0, perceptual_network="lpips", adversarial_weight=0.1)
+        return run, AutoencoderConfig(), loss
     run = TrainConfig(
         data_path, image_size=32, random_crop=False, epochs=80, batch_size=128, lr=1e-3, min_lr=1e-5, warmup_steps=200,
         decay_start=200, weight_decay=0.0, ema=0.999, save_every=0, save_minutes=5.0, preview_every=2000,

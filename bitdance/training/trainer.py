@@ -129,7 +129,8 @@ class Trainer:
         steps = (loader.steps_per_epoch, self.total_steps, self.last_step)
         self.info = RunInfo(self.kind, __version__, *steps, world.size, world.device.type, autoencoder_name)
         self.discriminator = objective.discriminator if isinstance(objective, AutoencoderLoss) else None
-        self.parameters: dict[str, Tensor] = dict(self.network.named_parameters())
+        named = self.network.named_parameters()
+        self.parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
         if self.discriminator is not None:
             named = self.discriminator.named_parameters()
             self.parameters |= {f"discriminator.{name}": parameter for name, parameter in named}

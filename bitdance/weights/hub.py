@@ -1,4 +1,4 @@
-"""Download of published files: the released weights, ADM's reference batches and the Inception network.
+"""Download of published files: the released weights, ADM's reference batches, the Inception network and LPIPS.
 
 `huggingface_hub` transfers files of the hub, `torch.hub` other files, into the folder `.<name>.download` beside the
 destination. There a file is compared with the published size and SHA-256, synced and renamed. Within a command the
@@ -31,16 +31,38 @@ FOLDER = pathlib.Path("models/BitDance-ImageNet")
 EVALUATION_FOLDER = pathlib.Path("models/evaluation")
 AUTOENCODER_FILE = "ae_d16c32.pt"
 
+
+class PlainFile(NamedTuple):
+    """A published file from elsewhere: its address, its name here, and its SHA-256 or the first digits of it."""
+
+    url: str
+    file: str
+    sha256: str = ""
+
+
 HUB_FILES = {**{name: release.file for name, release in RELEASED_MODELS.items()}, "autoencoder": AUTOENCODER_FILE}
+_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 PLAIN_FILES = {
-    "reference-256": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-    "VIRTUAL_imagenet256_labeled.npz",
-    "reference-512": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/512/"
-    "VIRTUAL_imagenet512.npz",
-    "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
+    "reference-256": PlainFile(f"{_ADM}/256/VIRTUAL_imagenet256_labeled.npz", "VIRTUAL_imagenet256_labeled.npz"),
+    "reference-512": PlainFile(f"{_ADM}/512/VIRTUAL_imagenet512.npz", "VIRTUAL_imagenet512.npz"),
+    "inception": PlainFile(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "pt_inception-2015-12-05-6726825d.pth",
+        "6726825d",
+    ),
+    "vgg16": PlainFile(
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "lpips-vgg": PlainFile(
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+        "lpips-vgg-v0.1.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
 }
-ALL = "all"
+GROUPS = {"all": tuple(HUB_FILES), "lpips": ("vgg16", "lpips-vgg")}
+"""Names of several files."""
 
 _TOKEN_ADVICE = "it may require a token in HF_TOKEN, or the one that is set may be wrong"
 _ADVICE = {401: _TOKEN_ADVICE, 403: _TOKEN_ADVICE, 404: "it was moved or renamed; fetch it by hand"}
@@ -84,8 +106,8 @@ def download(names: Iterable[str], folder: pathlib.Path = FOLDER, verify: bool =
     set, files that are there are used as they are.
 
     Args:
-        names: released models such as B-16X or BitDance-B-16X, autoencoder, reference-256, reference-512, inception;
-            all means the models and the autoencoder.
+        names: released models such as B-16X or BitDance-B-16X, or other keys of `HUB_FILES`, `PLAIN_FILES` and
+            `GROUPS`.
         folder: of the models and the autoencoder; the other files go to `EVALUATION_FOLDER`.
         verify: compare the SHA-256 of files that are there already, not only their sizes.
 
@@ -95,7 +117,7 @@ def download(names: Iterable[str], folder: pathlib.Path = FOLDER, verify: bool =
     from huggingface_hub import constants
 
     places = {name: find(folder / file) or folder / file for name, file in HUB_FILES.items()}
-    places |= {name: EVALUATION_FOLDER / url.rpartition("/")[2] for name, url in PLAIN_FILES.items()}
+    places |= {name: EVALUATION_FOLDER / plain.file for name, plain in PLAIN_FILES.items()}
     targets = {name: places[name] for name in _resolve(names)}
     if constants.HF_HUB_OFFLINE:
         for target in targets.values():
@@ -114,15 +136,15 @@ def download(names: Iterable[str], folder: pathlib.Path = FOLDER, verify: bool =
 
 
 def _resolve(names: Iterable[str]) -> list[str]:
-    """The keys of `HUB_FILES` and `PLAIN_FILES` that are meant, each once, with `all` expanded."""
-    known = {key.lower(): key for key in (*HUB_FILES, *PLAIN_FILES, ALL)}
+    """The keys of `HUB_FILES` and `PLAIN_FILES` that are meant, each once, with groups expanded."""
+    known = {key.lower(): key for key in (*HUB_FILES, *PLAIN_FILES, *GROUPS)}
     chosen: list[str] = []
     for name in names:
         key = name.lower().removeprefix("bitdance-")
         if key not in known:
             hint = did_you_mean(name, known.values())
             raise UserError(f"there is no download {name!r}: {hint}choose from {', '.join(known.values())}.")
-        chosen += HUB_FILES if key == ALL else [known[key]]
+        chosen += GROUPS.get(key, (known[key],))
     return list(dict.fromkeys(chosen))
 
 
@@ -132,14 +154,14 @@ def _look_up(name: str, target: pathlib.Path) -> _Remote:
     from huggingface_hub.errors import EntryNotFoundError
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT
-    if url := PLAIN_FILES.get(name):
+    if plain := PLAIN_FILES.get(name):
+        url = plain.url
         # The headers of a GET: the address that a server redirects to may be signed for that method only.
         with _one_sentence(url, target), urllib.request.urlopen(url, timeout=timeout) as response:
             size = int(response.headers.get("Content-Length", 0))
             if not size or response.headers.get_content_type() == "text/html":
                 raise OSError(_NO_FILE)
-        prefix = re.search(r"-([0-9a-f]{8})\.pth$", url)  # PyTorch's convention for the names of weights
-        return _Remote(url, target, size, prefix[1] if prefix else "")
+        return _Remote(url, target, size, plain.sha256)
     url = hf_hub_url(REPOSITORY, HUB_FILES[name])
     with _one_sentence(url, target):
         # Without a network this fails at once, whereas hf_hub_download would retry for 23 seconds.
