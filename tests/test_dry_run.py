@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.cli import original_cli
@@ -20,8 +21,10 @@ from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.training import estimate
+from bitdance.training.discriminator import PatchDiscriminator
 from bitdance.training.flops import step_flops
 from bitdance.training.losses import BitDanceLoss
+from bitdance.training.perceptual import PerceptualLoss
 from bitdance.training.train_config import LossConfig
 from bitdance.weights import weights_file
 
@@ -211,6 +214,50 @@ def test_a_run_that_does_not_fit_says_what_helps(place, tmp_path, capsys, monkey
     for word in ("does not fit into memory", "`accumulate`", "`grad_checkpointing`", "bitdance encode",
                  "disk of", "`keep_checkpoints`"):  # fmt: skip
         assert word in text
+
+
+class Stages(nn.Module):
+    """Stands in for the network of a perceptual loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 1, bias=False).requires_grad_(False)
+
+    def stages(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.conv(x)]
+
+
+def test_an_autoencoder_has_a_dry_run_too(place, tmp_path, capsys, monkeypatch):
+    """With a discriminator, a perceptual loss and a frozen encoder, which count where they need memory."""
+    perceptual = PerceptualLoss(Stages(), [torch.ones(10)])
+    monkeypatch.setattr("bitdance.training.setup.load_perceptual_loss", lambda *arguments: perceptual)
+    network = small.autoencoder()
+    encoder, decoder, discriminator = (
+        sum(value.nbytes for value in part.parameters())
+        for part in (network.encoder, network.decoder, PatchDiscriminator(8, 1))
+    )
+    settings = {"image_size": 16, "bits": 8, "blocks": 1, "batch_size": 4, "num_workers": 1, "ema": 0.9,
+                "data_path": place / "pictures", "output": tmp_path / "run", "device": "cpu"}  # fmt: skip
+    fixed = ["train-autoencoder", *small.flags(settings), "--widths", "32", "32", "32", "--dry-run"]
+    before = everything(place)
+    main(fixed)
+    plain = json.loads(capsys.readouterr().out.splitlines()[-1])
+    others = {"perceptual_weight": 1, "adversarial_weight": 1, "discriminator_width": 8, "discriminator_layers": 1,
+              "init_from": place / "autoencoder.safetensors"}  # fmt: skip
+    main([*fixed, *small.flags(others), "--decoder-only"])
+    text = capsys.readouterr().out
+    facts = json.loads(text.splitlines()[-1])
+    assert everything(place) == before and not list(tmp_path.iterdir())
+    whole = encoder + decoder
+    assert plain["memory"]["gradients"] == plain["memory"]["weights"] == plain["memory"]["ema"] == whole
+    assert plain["memory"]["frozen"] == 0 and facts["memory"]["frozen"] == 4 * 30
+    assert facts["memory"]["weights"] == whole + discriminator
+    assert facts["memory"]["gradients"] == decoder + discriminator
+    assert facts["checkpoint_bytes"] == 2 * whole + discriminator + 2 * (decoder + discriminator)
+    assert facts["memory"]["activations"] > 0 and facts["memory"]["preview"] > 0
+    assert facts["seconds"] == pytest.approx(facts["steps"] * facts["seconds_per_step"]) and facts["steps"] == 400 * 3
+    for words in ("parameters   autoencoder", "discriminator", "perceptual 0.00 M"):
+        assert words in text
 
 
 WRONG = [

@@ -675,6 +675,26 @@ def test_an_autoencoder_starts_from_another(data, tmp_path, part):
     assert not list((tmp_path / "b").glob("*.safetensors")) if (tmp_path / "b").exists() else True
 
 
+def test_a_decoder_is_trained_alone(data, tmp_path):
+    """The tokens stay the same, and so does the exactness of a resumed run."""
+    weights_file.save(tmp_path / "start.safetensors", small.autoencoder(seed=5))
+    start = {"init_from": str(tmp_path / "start.safetensors")}
+    loss = AutoencoderLossConfig(decoder_only=True)
+    for folder, stops in (("whole", (4,)), ("parts", (1, 4))):
+        for stop in stops:
+            run = small.train_config(data, tmp_path / folder, max_steps=stop, ema=0.9)
+            path = train_autoencoder(run, small.NETWORK, loss, "cpu", **start)
+    states = [read(tmp_path / folder, 4) for folder in ("whole", "parts")]
+    assert states[0].metadata["digest"] == states[1].metadata["digest"]
+    trained, given = weights_file.load_autoencoder(path).state_dict(), small.autoencoder(seed=5).state_dict()
+    same = {name.split(".")[0]: set() for name in trained}
+    for name, value in trained.items():
+        same[name.split(".")[0]].add(torch.equal(value, given[name]))
+    assert same["encoder"] == {True} and False in same["decoder"]
+    with pytest.raises(UserError, match="`decoder_only` needs `init_from`"):
+        train_autoencoder(run, small.NETWORK, loss, "cpu")
+
+
 def test_validation_of_an_autoencoder_leaves_the_discriminator_out(data, tmp_path):
     network, run = small.autoencoder(), small.train_config(data, tmp_path, val_path=small.pictures(tmp_path / "val"))
     values = []
