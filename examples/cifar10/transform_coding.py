@@ -2,8 +2,9 @@
 
     python examples/cifar10/transform_coding.py --data-path cifar10_train.zip --val-path cifar10_test.zip
 
-Principal components of whole images, each quantized by a Lloyd-Max quantizer of fixed length; the bits are given one
-by one to the component whose error they reduce most. All is fitted to the training images.
+Principal components of whole images (or of blocks, --block), each quantized by a Lloyd-Max quantizer of fixed length;
+the bits are given one by one to the component whose error they reduce most. All is fitted to the training images. With
+--block 8, the last line of a row is what `bitdance train-autoencoder --bit-depths` takes for cells of 8 x 8 pixels.
 """
 
 from __future__ import annotations
@@ -59,6 +60,20 @@ def allocate(x: np.ndarray, bits: int) -> Iterator[list[np.ndarray]]:
         yield quantizers
 
 
+def to_blocks(images: torch.Tensor, side: int) -> np.ndarray:
+    """Splits images (N, 32, 32, 3) into blocks (N (32 / side)^2, 3 side^2), as float32."""
+    n, count = len(images), 32 // side
+    blocks = images.reshape(n, count, side, count, side, 3).permute(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(n * count**2, -1).numpy().astype(np.float32)
+
+
+def from_blocks(blocks: np.ndarray, side: int) -> torch.Tensor:
+    """Inverts `to_blocks`, rounded to uint8."""
+    count = 32 // side
+    pixels = torch.from_numpy(blocks.round().clip(0, 255).astype(np.uint8))
+    return pixels.reshape(-1, count, count, side, side, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 3)
+
+
 def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Returns PSNR, SSIM, and of the classifier, if it is trained, the accuracy and the Frechet distance."""
     metrics = {"psnr": psnr(original, decoded).mean().item()}
@@ -82,21 +97,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", type=pathlib.Path, required=True)
     parser.add_argument("--val-path", type=pathlib.Path, required=True)
-    parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
+    parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
     options = parser.parse_args()
+    side, per_block = options.block, [bits * options.block**2 // 32**2 for bits in options.bits]
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
-    x = train.flatten(1).numpy().astype(np.float32)
+    x = to_blocks(train, side)
     mean = x.mean(0)
-    vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(options.bits)].astype(np.float32)
+    vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(per_block)].astype(np.float32)
     coefficients = (x[:: max(1, len(x) // 10000)] - mean) @ vectors
-    held_out = (original.flatten(1).numpy().astype(np.float32) - mean) @ vectors
-    for bits, quantizers in enumerate(allocate(coefficients, max(options.bits)), start=1):
-        if bits not in options.bits:
+    held_out = (to_blocks(original, side) - mean) @ vectors
+    for bits, quantizers in enumerate(allocate(coefficients, max(per_block)), start=1):
+        if bits not in per_block:
             continue
         rounded = np.stack([quantize(held_out[:, i], values) for i, values in enumerate(quantizers)], axis=1)
-        decoded = (rounded @ vectors.T + mean).round().clip(0, 255).astype(np.uint8).reshape(original.shape)
-        metrics = measure(original, torch.from_numpy(decoded), labels)
-        print(f"{bits} bits: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+        metrics = measure(original, from_blocks(rounded @ vectors.T + mean, side), labels)
+        row = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(f"{options.bits[per_block.index(bits)]} bits: {row}", flush=True)
+        if side < 32:
+            depths = sorted((len(values).bit_length() - 1 for values in quantizers), reverse=True)
+            print(*(depth for depth in depths if depth), flush=True)
 
 
 if __name__ == "__main__":
