@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import errno
 import json
+import os
+import platform
 import re
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from bitdance.cli.info import _released_as
 from bitdance.cli.main import COMMANDS, call, main
 from bitdance.cli.parsing import Positional
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
+from bitdance.runtime.cpu_tuning import SPIN_COUNT
 from bitdance.runtime.errors import Interrupted, UserError
 from bitdance.weights import safetensors_files, weights_file
 
@@ -114,6 +117,40 @@ print([m for m in ("torch", "numpy", "PIL", "safetensors", "huggingface_hub") if
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=small.ROOT, env=small.environment(), capture_output=True)
     assert done.stdout.decode().splitlines()[-1] == "[]", done.stderr.decode()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_large_tensors_reuse_memory(is_tuned):
+    """Without new pages from the system, unless a variable of glibc's malloc is set."""
+    code = """
+import resource, sys
+from bitdance.cli.main import call
+
+def command(arguments):
+    import torch
+    for _ in range(20):  # the first ones may not fit into what the ones before have left
+        torch.ones(20_000_000)  # 80 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(20_000_000)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+call(command, [])
+"""
+    environment = small.environment() | ({} if is_tuned else {"MALLOC_ARENA_MAX": "4"})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert (int(done.stdout) < 100) == is_tuned
+
+
+def test_threads_wait_passively_after_a_short_time(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    call(lambda arguments: None, [])
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    call(lambda arguments: None, [])
+    assert os.environ["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
 
 
 # ---------------------------------------------------------------- arguments that do not parse

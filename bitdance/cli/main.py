@@ -14,6 +14,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from bitdance.runtime.cpu_tuning import tune_cpu
+
 COMMANDS = {
     "sample": "sample images of classes: PNGs and a labelled grid",
     "download": "download released models, the autoencoder, or what an evaluation needs",
@@ -96,6 +98,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """
     from bitdance.runtime.errors import Interrupted, UserError, one_line
 
+    tune_cpu()  # before the command imports PyTorch
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -92,6 +92,33 @@ def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor)
     return metrics
 
 
+def transform_code(
+    train: torch.Tensor, images: torch.Tensor, all_bits: list[int], side: int = 32
+) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
+    """Encodes and decodes images with components and quantizers that are fitted to others.
+
+    Args:
+        train, images: (N, 32, 32, 3) uint8.
+        all_bits: numbers of bits per image, in ascending order.
+        side: of the blocks in pixels.
+
+    Yields:
+        For each number of bits: it, the decoded images, and the bits of the components that have any, descending.
+    """
+    per_block = [bits * side**2 // 32**2 for bits in all_bits]
+    x = to_blocks(train, side)
+    mean = x.mean(0)
+    vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(per_block)].astype(np.float32)
+    coefficients = (x[:: max(1, len(x) // 10000)] - mean) @ vectors
+    given = (to_blocks(images, side) - mean) @ vectors
+    for bits, quantizers in enumerate(allocate(coefficients, max(per_block)), start=1):
+        if bits in per_block:
+            rounded = np.stack([quantize(given[:, i], values) for i, values in enumerate(quantizers)], axis=1)
+            depths = sorted((len(values).bit_length() - 1 for values in quantizers), reverse=True)
+            decoded = from_blocks(rounded @ vectors.T + mean, side)
+            yield all_bits[per_block.index(bits)], decoded, [depth for depth in depths if depth]
+
+
 def main() -> None:
     """Prints a row for each number of bits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,23 +127,12 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
     parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
     options = parser.parse_args()
-    side, per_block = options.block, [bits * options.block**2 // 32**2 for bits in options.bits]
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
-    x = to_blocks(train, side)
-    mean = x.mean(0)
-    vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(per_block)].astype(np.float32)
-    coefficients = (x[:: max(1, len(x) // 10000)] - mean) @ vectors
-    held_out = (to_blocks(original, side) - mean) @ vectors
-    for bits, quantizers in enumerate(allocate(coefficients, max(per_block)), start=1):
-        if bits not in per_block:
-            continue
-        rounded = np.stack([quantize(held_out[:, i], values) for i, values in enumerate(quantizers)], axis=1)
-        metrics = measure(original, from_blocks(rounded @ vectors.T + mean, side), labels)
-        row = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"{options.bits[per_block.index(bits)]} bits: {row}", flush=True)
-        if side < 32:
-            depths = sorted((len(values).bit_length() - 1 for values in quantizers), reverse=True)
-            print(*(depth for depth in depths if depth), flush=True)
+    for bits, decoded, depths in transform_code(train, original, sorted(options.bits), options.block):
+        row = ", ".join(f"{name} {value:.4f}" for name, value in measure(original, decoded, labels).items())
+        print(f"{bits} bits: {row}", flush=True)
+        if options.block < 32:
+            print(*depths, flush=True)
 
 
 if __name__ == "__main__":
