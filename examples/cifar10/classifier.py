@@ -95,7 +95,7 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     """Returns the fraction of images that are classified correctly."""
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = [network(normalize(part)).logits for part in images.split(500)]
+        logits = [network(normalize(part)).logits for part in images.split(100)]
     network.train()
     predicted = torch.cat([part for part in logits if part is not None]).argmax(dim=1)
     return (predicted == labels).double().mean().item()

@@ -77,13 +77,13 @@ def from_blocks(blocks: np.ndarray, side: int) -> torch.Tensor:
 def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Returns PSNR, SSIM, and of the classifier, if it is trained, the accuracy and the Frechet distance."""
     metrics = {"psnr": psnr(original, decoded).mean().item()}
-    parts = zip(original.split(500), decoded.split(500), strict=True)
+    parts = zip(original.split(100), decoded.split(100), strict=True)
     metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
     if WEIGHTS.exists():
         network, statistics = extractor(), []
         for images in (original, decoded):
             accumulator, correct = StatisticsAccumulator(network.size), 0
-            for part, label in zip(images.split(500), labels.split(500), strict=True):
+            for part, label in zip(images.split(100), labels.split(100), strict=True):
                 features = network(part.numpy())
                 accumulator.add(features["pool"])
                 correct += int((features["logits"].argmax(1) == label.numpy()).sum())
