@@ -46,6 +46,7 @@ class AutoencoderConfig:
         split: a cell, a position of the coarsest level, is split x split tokens.
         bit_depths: bits of each latent channel, which has then 2^bits levels (successive approximation); their sum is
             bits x split^2. If empty, each channel has one bit, its sign.
+        gray_code: whether the bits of a channel are a Gray code, in which levels that are neighbours differ in one bit.
         linear: whether a linear transform of blocks of pixels is added to the encoder and the decoder. It can be
             initialized with principal components, so that training starts from transform coding.
     """
@@ -56,6 +57,7 @@ class AutoencoderConfig:
     space_to_depth: int = 1
     split: int = 1
     bit_depths: tuple[int, ...] = ()
+    gray_code: bool = False
     linear: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class AutoencoderConfig:
         if self.bit_depths and sum(self.bit_depths) != self.cell_bits:
             problem = f"bit_depths={self.bit_depths} is invalid: their sum is {sum(self.bit_depths)}"
             raise UserError(f"{problem} and must be {self.cell_bits}, which is bits x split^2.")
+        if self.gray_code and not self.bit_depths:
+            raise UserError("`gray_code` is an order of the levels of `bit_depths`: set them, or leave it out.")
         if self.linear and (len(self.bit_depths) or self.cell_bits) > 3 * self.cell_size**2:
             values = f"the {3 * self.cell_size**2} values of a cell of {self.cell_size} x {self.cell_size} pixels"
             raise UserError(f"`linear` has more channels than {values}: choose fewer bits, or larger `bit_depths`.")

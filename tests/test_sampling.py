@@ -41,7 +41,8 @@ def model(tmp_path_factory) -> pathlib.Path:
 
 
 def sample(model: pathlib.Path, folder: pathlib.Path, *arguments: object) -> pathlib.Path:
-    fixed = ["--model", model, "--output", folder, "--num-steps", 4, "--cfg-scale", 3, "--device", "cpu"]
+    fixed = ["--model", model, "--output", folder, "--num-steps", 4, "--cfg-scale", 3, "--device", "cpu",
+             "--precision", "fp32"]  # fmt: skip
     main(["sample", *map(str, (*arguments, *fixed))])
     return folder
 
@@ -230,7 +231,7 @@ def test_raw_weights_on_request(tmp_path):
 
 def test_the_pipeline_gives_what_the_command_writes(model, tmp_path):
     written = images(sample(model, tmp_path / "out", "dog", "cat", "--per-class", 1, "--seed", 5))
-    pipe, calls = load_pipeline(model, device="cpu"), []
+    pipe, calls = load_pipeline(model, device="cpu", dtype="fp32"), []
     settings = {"seed": 5, "cfg_scale": 3.0, "num_steps": 4}
     found = pipe(["dog", 0], **settings, callback=lambda *call: calls.append(call))
     assert [image.size for image in found] == [(16, 16)] * 2
@@ -262,7 +263,7 @@ def test_the_pipeline_encodes_and_decodes(model, tmp_path):
 
 
 def test_settings_of_the_pipeline_are_checked(model):
-    pipe = load_pipeline(model, device="cpu")
+    pipe = load_pipeline(model, device="cpu", dtype="fp32")
     assert len(pipe.classes) == 3 and pipe.classes.label(2) == "sea lion"
     for classes, settings, words in (
         ("bird", {}, "no class 'bird'"),
@@ -323,8 +324,14 @@ def test_names_work_wherever_a_file_does(model, tmp_path, monkeypatch):
 def test_bf16_on_request(model):
     pipe = load_pipeline(model, device="cpu", dtype="bf16")
     assert pipe.dtype == torch.bfloat16 == next(pipe.autoencoder.parameters()).dtype
-    assert load_pipeline(model, device="cpu").dtype == torch.float32
     assert load_pipeline(model, device="cpu", dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_default_precision_is_what_the_cpu_computes_fast(model, monkeypatch, fast):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda fast=fast: fast)
+    assert load_pipeline(model, device="cpu").dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(model, monkeypatch):
@@ -428,7 +435,9 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
     assert "-fp32-" in name.name and 0.85 < float((tokens == exact).float().mean()) < 1
     assert float((made("other", "fp32", seed=1)[2] == exact).float().mean()) < 0.8
     # The same bits, decoded in float32, are the same pictures but for rounding.
-    difference = np.abs(load_pipeline(model, device="cpu").decode_tokens(tokens).numpy().astype(int) - pixels)
+    difference = np.abs(
+        load_pipeline(model, device="cpu", dtype="fp32").decode_tokens(tokens).numpy().astype(int) - pixels
+    )
     assert 0 < difference.mean() < 2
 
 

@@ -1,11 +1,21 @@
 """The perceptual and adversarial terms of an autoencoder's loss, and its initialization."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bitdance.config import AutoencoderConfig
-from bitdance.models.autoencoder import Autoencoder, cells_from_tokens, successive_approximation, tokens_from_cells
+from bitdance.models.autoencoder import (
+    Autoencoder,
+    binary_from_gray,
+    cells_from_tokens,
+    gray_from_binary,
+    successive_approximation,
+    tokens_from_cells,
+)
 from bitdance.models.quantizer import quantize, straight_through
 from bitdance.runtime.atomic_files import file_digest
 from bitdance.runtime.errors import UserError
@@ -31,6 +41,28 @@ def test_gradients_pass_through_all_bits():
     bits = straight_through(successive_approximation(x, (3,)))
     (bits * torch.tensor([0.5, 0.25, 0.125]).reshape(1, 3, 1, 1)).sum().backward()
     assert torch.allclose(x.grad.flatten(), torch.tensor([0.875, 0.875, 0.0]))
+
+
+def test_neighbouring_levels_differ_in_one_bit_of_the_gray_code():
+    x = torch.linspace(-0.99, 0.99, 64).reshape(1, 1, 1, -1)
+    bits = quantize(successive_approximation(torch.cat([x, x], dim=1), (4, 2)))
+    gray = gray_from_binary(bits, (4, 2))
+    assert torch.equal(binary_from_gray(gray, (4, 2)), bits)
+    levels = [list(dict.fromkeys(map(tuple, part[0, :, 0].T.tolist()))) for part in gray.split((4, 2), dim=1)]
+    assert [len(level) for level in levels] == [16, 4]
+    for level in levels:
+        assert all(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in itertools.pairwise(level))
+
+
+def test_the_gray_code_changes_tokens_and_not_images():
+    config = AutoencoderConfig((32, 32), 1, 8, split=2, bit_depths=(6, 4, *[2] * 11), space_to_depth=4)
+    binary, gray = (Autoencoder(dataclasses.replace(config, gray_code=code)).eval() for code in (False, True))
+    gray.load_state_dict(binary.state_dict())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        bits = [network.encode(images) for network in (binary, gray)]
+        assert not torch.equal(*bits) and torch.equal(bits[1].abs(), torch.ones_like(bits[1]))
+        assert torch.equal(gray.decode(bits[1]), binary.decode(bits[0]))
 
 
 def test_tokens_of_a_cell_are_neighbours():

@@ -37,7 +37,7 @@ class PrecisionOptions(DeviceOptions):
     """Where to compute, and in which precision.
 
     Attributes:
-        precision: fp32 or bf16; auto is bf16 on a GPU that supports it.
+        precision: fp32 or bf16; auto is bf16 on hardware that computes with it.
     """
 
     precision: Precision = "auto"

@@ -2,12 +2,13 @@
 
 The architecture is that of WeTok (arXiv 2508.05599); the released model is d16c32. Parameter names are those of the
 released files. Options that d16c32 does not use make small tokenizers better: space-to-depth, several bits per latent
-channel, and a linear transform beside the networks.
+channel, also as a Gray code, and a linear transform beside the networks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,22 @@ def successive_approximation(x: Tensor, bit_depths: tuple[int, ...]) -> Tensor:
     for k in range(1, max(bit_depths)):
         steps.append(steps[-1] - quantize(steps[-1]) * 0.5**k)
     return torch.stack([steps[k][:, i] for i, depth in enumerate(bit_depths) for k in range(depth)], dim=1)
+
+
+def gray_from_binary(bits: Tensor, bit_depths: tuple[int, ...]) -> Tensor:
+    """Converts the bits of channels with several levels to a Gray code: (B, C, h, w) +-1, the same shape.
+
+    The first bit of a channel stays, each further one is multiplied by the one before. In binary, the two levels around
+    zero, which are the most frequent ones, differ in all bits, so a model has to decide on all of them together. In the
+    Gray code they differ in the sign alone.
+    """
+    parts = bits.split(bit_depths, dim=1)
+    return torch.cat([torch.cat([part[:, :1], part[:, 1:] * part[:, :-1]], dim=1) for part in parts], dim=1)
+
+
+def binary_from_gray(bits: Tensor, bit_depths: tuple[int, ...]) -> Tensor:
+    """Inverts `gray_from_binary`."""
+    return torch.cat([part.cumprod(dim=1) for part in bits.split(bit_depths, dim=1)], dim=1)
 
 
 def tokens_from_cells(x: Tensor, split: int) -> Tensor:
@@ -223,11 +240,17 @@ class Autoencoder(nn.Module):
                 f"an image of {width}x{height} pixels does not fit the autoencoder: "
                 f"both sides must be multiples of {self.config.cell_size}."
             )
-        return quantize(self.encoder(images))
+        return self._convert(quantize(self.encoder(images)), gray_from_binary)
 
     def decode(self, bits: Tensor) -> Tensor:
         """Decodes bits: (B, C, h, w) +-1 -> (B, 3, H, W), approximately in [-1, 1], not clamped."""
-        return self.decoder(bits)
+        return self.decoder(self._convert(bits, binary_from_gray))
+
+    def _convert(self, bits: Tensor, convert: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+        config = self.config
+        if not config.gray_code:
+            return bits
+        return tokens_from_cells(convert(cells_from_tokens(bits, config.split), config.bit_depths), config.split)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -163,7 +163,8 @@ class DiffusionHead(nn.Module):
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Computes the velocity: x_t (R, P, C), t (R,), cond (R, P, D) -> (R, P, C) float32."""
-        x_pred = self.net(x_t.to(cond.dtype), t, cond).float()
+        dtype = self.net.input_proj.weight.dtype
+        x_pred = self.net(x_t.to(dtype), t, cond.to(dtype)).float()
         return flow.velocity(x_pred, x_t, t[:, None, None])
 
     def loss(self, target: Tensor, cond: Tensor, t: Tensor, x_0: Tensor) -> Tensor:

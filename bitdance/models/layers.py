@@ -109,7 +109,10 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: RMSNorm (eps 1e-6), attention and SwiGLU without biases."""
+    """Pre-norm transformer block: RMSNorm (eps 1e-6), attention and SwiGLU without biases.
+
+    Norms and the residual sum have the dtype of x, matrix products that of their weights.
+    """
 
     def __init__(self, dim: int, n_head: int, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -121,5 +124,6 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+        dtype = self.attention.wqkv.weight.dtype
+        x = x + self.attention(self.attention_norm(x).to(dtype), rotary, mask, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x).to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from bitdance.config import BitDanceConfig
 from bitdance.models.head import DiffusionHead
 from bitdance.models.layers import KVCache, SwiGLU, TransformerBlock, rotary_table
 from bitdance.models.tokens import attention_blocks, positions
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a parameter of a model whose matrix products have `dtype`.
+
+    In half precision the norms, the embeddings and so the residual sums of the transformer stay in float32, as under
+    the original's autocast; the head has none.
+    """
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    is_kept = re.search("norm|embedding|query_token|pos_for_diff", name) and not name.startswith("head.")
+    return torch.float32 if is_half and is_kept else dtype
 
 
 class BitDance(nn.Module):
@@ -76,10 +88,25 @@ class BitDance(nn.Module):
         self.head.net.time_embed.reset_buffers()
 
     def _apply(self, *args: Any, **kwargs: Any) -> BitDance:
-        """Implements `to`, `half` and `to_empty`; buffers stay in float32 and are recomputed after `to_empty`."""
+        """Implements `to`, `half` and `to_empty`.
+
+        Buffers stay in float32 and are recomputed after `to_empty`. Of the parameters, those that `stored_dtype` names
+        stay in float32.
+        """
+        half = torch.bfloat16
+        kept = {name: value.data for name, value in self.named_parameters() if stored_dtype(name, half) != half}
         super()._apply(*args, **kwargs)
+        for name, before in kept.items():
+            parameter = self.get_parameter(name)
+            if (dtype := stored_dtype(name, parameter.dtype)) != parameter.dtype:
+                parameter.data = before.to(parameter.device, dtype)
         self.reset_buffers()
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products and of the key/value cache."""
+        return self.proj_in.w1.weight.dtype
 
     @property
     def null_class(self) -> int:
@@ -103,7 +130,7 @@ class BitDance(nn.Module):
         Returns:
             (B, n + P, D). Row i depends on the class and on all tokens before the group of token i.
         """
-        x = torch.cat([self.class_tokens(labels), self.proj_in(tokens.to(self.norm.weight.dtype))], dim=1)
+        x = torch.cat([self.class_tokens(labels), self.proj_in(tokens.to(self.dtype))], dim=1)
         x = self.emb_norm(x)  # (B, K + P - 1 + n, D)
         length = x.shape[1]
         rotary, mask = self.rotary[:length], self._mask(0, length)
@@ -137,10 +164,10 @@ class BitDance(nn.Module):
         return self.head.loss(target.repeat(copies, 1, 1), cond.repeat(copies, 1, 1), t, x_0)
 
     def new_cache(self, batch: int) -> KVCache:
-        """Allocates an empty key/value cache for `batch` rows, in the dtype of the parameters."""
-        config, weight = self.config, self.norm.weight
+        """Allocates an empty key/value cache for `batch` rows."""
+        config = self.config
         shape = (batch, config.n_head, config.cls_token_num + config.num_tokens - 1, config.dim // config.n_head)
-        return KVCache(config.n_layer, shape, weight.dtype, weight.device)
+        return KVCache(config.n_layer, shape, self.dtype, self.norm.weight.device)
 
     def _mask(self, start: int, end: int) -> Tensor:
         """Returns the mask of the queries from `start` to `end`, (end - start, end) bool, True where they attend."""
@@ -148,7 +175,8 @@ class BitDance(nn.Module):
 
     def _advance(self, x: Tensor, cache: KVCache) -> Tensor:
         start, end = cache.length, cache.length + x.shape[1]
-        x, rotary, mask = self.emb_norm(x), self.rotary[start:end], self._mask(start, end)
+        x = self.emb_norm(x.to(self.emb_norm.weight.dtype))
+        rotary, mask = self.rotary[start:end], self._mask(start, end)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, cache, i)
         cache.length = end
@@ -162,4 +190,4 @@ class BitDance(nn.Module):
 
     def step(self, new: Tensor, cache: KVCache) -> Tensor:
         """Processes the P newest tokens and returns the conditions of the next P: (B, P, C) +-1 -> (B, P, D)."""
-        return self._advance(self.proj_in(new.to(self.norm.weight.dtype)), cache)
+        return self._advance(self.proj_in(new.to(self.dtype)), cache)

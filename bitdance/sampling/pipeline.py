@@ -82,8 +82,8 @@ class Pipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
-        return self.model.norm.weight.dtype
+        """The dtype of matrix products."""
+        return self.model.dtype
 
     @property
     def image_size(self) -> int:
@@ -221,7 +221,7 @@ class Pipeline:
                 autoencoder's `cell_size`.
 
         Returns:
-            (B, C, h, w) +-1, on the pipeline's device.
+            (B, C, h, w) +-1, float32, on the pipeline's device.
 
         Raises:
             ValueError: pixels of another shape or dtype.
@@ -234,7 +234,7 @@ class Pipeline:
             images = np.stack([to_array(center_crop(to_rgb(image), self.image_size)) for image in images])
         pixels = torch.as_tensor(images, device=self.device)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
-        return self.autoencoder.encode(normalize(pixels).to(self.dtype))
+        return self.autoencoder.encode(normalize(pixels).to(self.dtype)).float()
 
     def decode(self, bits: Tensor | np.ndarray, output: Output = "pil") -> Any:
         """Decodes bits (B, C, h, w), +-1, to images; `output` as in a call.
@@ -285,7 +285,7 @@ def load_pipeline(
         autoencoder: likewise; by default the one inside the model's file, beside it, or of its training run.
         weights: `ema` or `model` (raw); by default the EMA if the file has one.
         device: such as `cpu` or `cuda:1`; by default a GPU if there is one.
-        dtype: of the parameters; `auto` is bfloat16 on a GPU that supports it, else float32.
+        dtype: of matrix products; `auto` is bfloat16 on hardware that computes with it, else float32.
 
     Raises:
         UserError: a file is missing or damaged, or model and autoencoder do not belong together.
@@ -318,10 +318,10 @@ def load_pipeline(
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Returns the dtype to compute in without gradients; `auto` is bfloat16 on GPUs that support it, else float32."""
+    """Returns the dtype of matrix products without gradients; `auto` is bfloat16 on hardware that has it."""
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"precision={precision!r} is unknown: use auto, fp32 or bf16.")
-    is_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and computes_bf16(device))
+    is_bf16 = precision == "bf16" or (precision == "auto" and computes_bf16(device))
     return torch.bfloat16 if is_bf16 else torch.float32
 
 

@@ -139,11 +139,11 @@ def _head_sampler(
     time_embeddings = net.time_embed(timesteps.to(model.norm.weight.device))[:, None, None]  # (evaluations, 1, 1, d)
 
     def sample(cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
-        embedded = net.cond_embed(cond)
+        embedded = net.cond_embed(cond.to(model.dtype))
 
         def velocity_fn(x: Tensor, t: Tensor, index: int) -> Tensor:
             rows = x if scale is None else torch.cat([x, x])
-            x_pred = denoise_fn(rows.to(cond.dtype), time_embeddings[index], embedded).float()
+            x_pred = denoise_fn(rows.to(model.dtype), time_embeddings[index], embedded).float()
             v = flow.velocity(x_pred, rows, t)
             if scale is None:
                 return v

@@ -65,7 +65,7 @@ class AutoencoderLoss(nn.Module):
         x = normalize(images)  # (B, 3, H, W)
         latent = self.network.encoder(x).float()  # (B, C, h, w)
         bits = straight_through(latent)
-        reconstruction = self.network.decode(bits).float()
+        reconstruction = self.network.decoder(bits).float()  # not `decode`, which takes the Gray code
         squared = F.mse_loss(reconstruction, x)
         loss = weights.l2_weight * squared
         metrics = {"psnr": 10 * torch.log10(4 / squared), **_bit_metrics(bits)}

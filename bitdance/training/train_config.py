@@ -249,7 +249,9 @@ def autoencoder_recipe(
         decay_start=200, weight_decay=0.0, ema=0.999, save_every=0, save_minutes=5.0, preview_every=2000,
     )  # fmt: skip
     depths = (6, *[4] * 3, *[3] * 6, *[2] * 8, *[1] * 12)
-    network = AutoencoderConfig((96, 64), 2, 16, space_to_depth=4, split=2, bit_depths=depths, linear=True)
+    network = AutoencoderConfig(
+        (96, 64), 2, 16, space_to_depth=4, split=2, bit_depths=depths, gray_code=True, linear=True
+    )
     return run, network, AutoencoderLossConfig(entropy_weight=0.0, commitment_weight=0.0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig, Weights
 from bitdance.models.autoencoder import Autoencoder
-from bitdance.models.transformer import BitDance
+from bitdance.models.transformer import BitDance, stored_dtype
 from bitdance.runtime.errors import UserError
 from bitdance.weights.layout import State, WeightsFile, damaged
 from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model
@@ -68,7 +68,7 @@ def load_model(
         path: a name or file as `find_weights` takes it (`demo`, a released model, a run folder, a `.pt` or
             `.safetensors` file), or the result of `read`.
         weights: `ema` or `model` (raw); by default the EMA if there is one.
-        dtype: of the parameters.
+        dtype: of the matrix products, see `bitdance.models.transformer.stored_dtype`.
 
     Raises:
         UserError: the file is missing, damaged, not a model, or carries code; or a tensor is missing, unexpected, of
@@ -111,7 +111,8 @@ def _load(
         copies = {}
         for name, value in state.items():
             # The file may be memory-mapped, and its tensors views of one another.
-            copies[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            stored = stored_dtype(name, dtype) if isinstance(network, BitDance) else dtype
+            copies[name] = value.detach().to(stored, copy=True, memory_format=torch.contiguous_format)
             if not copies[name].isfinite().all():
                 raise UserError(f"{path}: tensor {name} has values that are not finite: the file is damaged.")
         network.load_state_dict(copies, assign=True)
