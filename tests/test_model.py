@@ -8,6 +8,7 @@ import math
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from reference_sampler import sample_reference
 from torch import nn
 
@@ -15,6 +16,7 @@ from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.head import MLPBlock, TransformerHeadBlock
+from bitdance.models.layers import attend
 from bitdance.models.transformer import BitDance
 from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 
@@ -319,6 +321,26 @@ def test_recomputing_layers_changes_no_gradient(p):
     plain, recomputed = gradients
     different = [name for name, gradient in plain.items() if not torch.equal(gradient, recomputed[name])]
     assert not different
+
+
+@pytest.mark.parametrize("keys", [20, 200])
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_attention_in_half_precision(keys, is_masked):
+    """Short and long sequences, in training and in inference: the values and gradients of float32 but for rounding."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, keys, 16, requires_grad=True) for _ in range(3)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    mask = (torch.arange(keys)[:, None] >= torch.arange(keys)) if is_masked else None
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*half, mask)
+    assert found.dtype == torch.bfloat16 and tiny.relative_error(found, expected.detach()) < 0.01
+    with torch.no_grad():
+        assert tiny.relative_error(attend(*half, mask), expected.detach()) < 0.01
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (found.float() * weights).sum().backward()
+    assert all(tiny.relative_error(a.grad, b.grad) < 0.02 for a, b in zip(half, exact, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_SHORT = 128
+"""Keys up to which a sequence counts as short in `attend`."""
+
 
 def swiglu_hidden(dim: int) -> int:
     """Returns the hidden width of the transformer's SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""
@@ -51,6 +54,22 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d), mask (n, m) bool -> (B, H, n, d).
+
+    In training in half precision, short sequences are computed by matrix products, with logits and softmax in float32.
+    The backward pass of PyTorch's fused kernel is several times slower for them on CPUs, and on GPUs its indices
+    overflow for many rows of few tokens.
+    """
+    if not q.requires_grad or q.dtype not in (torch.bfloat16, torch.float16) or k.shape[2] > MAX_SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
 class KVCache:
@@ -104,7 +123,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attend(q, k, v, mask)
         return self.dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
 
