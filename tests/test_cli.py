@@ -119,6 +119,17 @@ print([m for m in ("torch", "numpy", "PIL", "safetensors", "huggingface_hub") if
     assert done.stdout.decode().splitlines()[-1] == "[]", done.stderr.decode()
 
 
+def test_loading_a_model_does_not_import_the_compiler():
+    """Which takes over a second."""
+    code = """
+import sys, bitdance
+bitdance.load_pipeline("demo", device="cpu")
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=small.environment(), capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "False"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 @pytest.mark.parametrize("is_tuned", [True, False])
 def test_large_tensors_reuse_memory(is_tuned):

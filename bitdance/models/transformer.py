@@ -79,11 +79,14 @@ class BitDance(nn.Module):
         """Computes the rotary table (float32) and the attention blocks, which no file stores, on the model's device."""
         config, device = self.config, self.norm.weight.device
         prefix = config.cls_token_num + config.parallel_num - 1
-        # Token centres, shifted by one since (0, 0) is the position of class and query tokens; (x, y) = (column, row).
-        centres = positions(config.grid, config.patch).flip(-1).float() + 0.5 + 1
-        xy = torch.cat([torch.zeros(prefix, 2), centres])[: config.cls_token_num + config.num_tokens - 1]
-        blocks = attention_blocks(config.cls_token_num - 1, config.num_tokens, config.parallel_num)
-        self.register_buffer("rotary", rotary_table(xy, config.dim // config.n_head).to(device), persistent=False)
+        with torch.device("cpu"):  # even if the parameters are on the meta device
+            # Token centres, shifted by one since (0, 0) is the position of class and query tokens; (x, y) is (column,
+            # row).
+            centres = positions(config.grid, config.patch).flip(-1).float() + 0.5 + 1
+            xy = torch.cat([torch.zeros(prefix, 2), centres])[: config.cls_token_num + config.num_tokens - 1]
+            blocks = attention_blocks(config.cls_token_num - 1, config.num_tokens, config.parallel_num)
+            rotary = rotary_table(xy, config.dim // config.n_head)
+        self.register_buffer("rotary", rotary.to(device), persistent=False)
         self.register_buffer("blocks", blocks.to(device), persistent=False)
         self.head.net.time_embed.reset_buffers()
 

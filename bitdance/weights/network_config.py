@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig, Weights
 from bitdance.models.autoencoder import Autoencoder
@@ -27,6 +28,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "class_names": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     "bits": lambda value: type(value) is int,
     "split": lambda value: type(value) is int,
+    "gray_code": lambda value: type(value) is bool,
     "bit_depths": lambda value: isinstance(value, tuple) and all(type(depth) is int for depth in value),
 }
 
@@ -189,7 +191,17 @@ def check_tensors(
     return network
 
 
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves out random initialization. On the meta device it imports PyTorch's compiler, which takes over a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def empty_network(config: BitDanceConfig | AutoencoderConfig) -> BitDance | Autoencoder:
     """Builds a network on the meta device, which takes no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomNumbers():
         return BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)
