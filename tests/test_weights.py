@@ -216,24 +216,34 @@ def test_sizes_of_an_autoencoder_follow_from_shapes(tmp_path):
     torch.save({"state_dict": random_state(config, 0)}, tmp_path / "ae.pt")
     description = network_config.describe_autoencoder(weights_file.read(tmp_path / "ae.pt"))
     assert description.config == config
-    assert {name for name, source in description.sources.items() if source != "shapes"} == {"split", "bit_depths"}
+    others = {name for name, source in description.sources.items() if source != "shapes"}
+    assert others == {"split", "bit_depths", "gray_code"}
 
 
 def test_an_autoencoder_with_split_positions_is_written_and_read(tmp_path):
-    config = AutoencoderConfig((40, 24), 1, 8, space_to_depth=2, split=2, bit_depths=(8, 8, 8, 4, 2, 2), linear=True)
+    config = AutoencoderConfig(
+        (40, 24), 1, 8, space_to_depth=2, split=2, bit_depths=(8, 8, 8, 4, 2, 2), gray_code=True, linear=True
+    )
     network = Autoencoder(config)
     weights_file.save(tmp_path / "ae.safetensors", network)
     read = weights_file.load_autoencoder(tmp_path / "ae.safetensors")
     images = torch.rand(1, 3, 16, 8) * 2 - 1
     assert read.config == config and torch.equal(read.encode(images), network.eval().encode(images))
     contents = weights_file.read(tmp_path / "ae.safetensors")
-    changes = {"split": "2"}, {"split": 10**9}, {"bit_depths": [4.5]}, {"bit_depths": [8] * 3}, {"space_to_depth": 4}
+    changes = (
+        {"split": "2"},
+        {"split": 10**9},
+        {"gray_code": 2},
+        {"bit_depths": [4.5]},
+        {"bit_depths": [8] * 3},
+        {"space_to_depth": 4},
+    )
     for change in changes:
         changed = {"autoencoder": {**contents.config["autoencoder"], **change}}
         safetensors_files.save_tensors(
             tmp_path / "odd.safetensors", contents.states["autoencoder"], "autoencoder", changed
         )
-        with pytest.raises(UserError, match=r"odd.safetensors: .*(split|bits|bit_depths|space_to_depth)"):
+        with pytest.raises(UserError, match=r"odd.safetensors: .*(split|gray_code|bits|bit_depths|space_to_depth)"):
             weights_file.load_autoencoder(tmp_path / "odd.safetensors")
 
 
