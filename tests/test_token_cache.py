@@ -75,7 +75,7 @@ def cache(shared, tmp_path) -> pathlib.Path:
 def encode(data: pathlib.Path, weights: pathlib.Path, folder: pathlib.Path, **changes: object) -> EncodeResult:
     file = weights_file.read(weights)
     settings: Any = {"image_size": 16, "batch_size": 4, "shard_size": 5, "num_workers": 2, **changes}
-    network, digest = weights_file.load_autoencoder(file), file.metadata["digest"]
+    network, digest = weights_file.load_autoencoder(file), weights_file.tokenizer_digest(file)
     return CacheWriter(open_images(data), network, digest, folder, EncodeConfig(**settings)).run(SINGLE)
 
 
@@ -118,7 +118,7 @@ def test_metadata_of_a_cache(data, weights, tmp_path):
     assert shard.metadata["kind"] == "tokens" and shard.metadata["format_version"] == "2"
     info = shard.config.pop("info")
     assert shard.config == {"covered": [10, 12], "bad_images": []}
-    assert info["autoencoder"] == weights_file.read(weights).metadata["digest"]
+    assert info["autoencoder"] == weights_file.tokenizer_digest(weights_file.read(weights))
     assert info["classes"] == ["class-0", "class-1", "class-2"]
     assert {name: info[name] for name in ("image_size", "grid", "bits", "crops", "flips", "seed", "precision")} == {
         "image_size": 16, "grid": 4, "bits": 8, "crops": 2, "flips": False, "seed": 3, "precision": "float32",
@@ -277,7 +277,7 @@ def test_training_from_a_cache_equals_training_from_images(data, weights, shared
     images = train(data, weights, tmp_path / "a", parallel_num, random_crop=False)
     tokens = train(shared, weights, tmp_path / "b", parallel_num, random_crop=False)
     assert images.config == tokens.config
-    for key in ("digest", "autoencoder_digest"):
+    for key in ("digest", "tokenizer_digest"):
         assert images.metadata[key] == tokens.metadata[key]  # the same weights, bit for bit
     a, b = ([(line["loss"], line["grad_norm"]) for line in small.read_log(tmp_path / folder)] for folder in ("a", "b"))
     assert a == b and len(a) == 9

@@ -691,6 +691,8 @@ def test_a_decoder_is_trained_alone(data, tmp_path):
     for name, value in trained.items():
         same[name.split(".")[0]].add(torch.equal(value, given[name]))
     assert same["encoder"] == {True} and False in same["decoder"]
+    digests = [weights_file.tokenizer_digest(weights_file.read(file)) for file in (path, start["init_from"])]
+    assert digests[0] == digests[1]
     with pytest.raises(UserError, match="`decoder_only` needs `init_from`"):
         train_autoencoder(run, small.NETWORK, loss, "cpu")
 

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     contents = weights_file.read(find_weights(command.source, command.part or "model"))
     part = command.part or ("model" if "model" in contents.parts else "autoencoder")
     kept: dict[str, str] = {
-        key: contents.metadata[key] for key in ("step", "autoencoder_digest") if key in contents.metadata
+        key: contents.metadata[key] for key in ("step", "tokenizer_digest") if key in contents.metadata
     }
     network: BitDance | Autoencoder
     if part == "model":

@@ -42,14 +42,14 @@ def main(arguments: list[str]) -> None:
     from bitdance.data.images import open_images
     from bitdance.runtime.process_group import init_distributed
     from bitdance.sampling.pipeline import choose_dtype
-    from bitdance.weights import safetensors_files, weights_file
+    from bitdance.weights import weights_file
     from bitdance.weights.resolve import find_weights
 
     with init_distributed(command.where.device, command.where.threads) as world:
         contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
         dtype = choose_dtype(command.where.precision, world.device)
         autoencoder = weights_file.load_autoencoder(contents, dtype).to(world.device)
-        digest = safetensors_files.digest(contents.states["autoencoder"])
+        digest = weights_file.tokenizer_digest(contents)
         writer = CacheWriter(open_images(command.data_path), autoencoder, digest, command.output, command.how)
         result = writer.run(world)
         if world.is_main:

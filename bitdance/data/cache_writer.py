@@ -71,7 +71,7 @@ class CacheWriter:
     Args:
         images: the data set.
         autoencoder: on its device, in the dtype to compute in.
-        digest: of the autoencoder's tensors in their file, from `safetensors_files.digest`.
+        digest: the autoencoder's `weights_file.tokenizer_digest`.
         folder: of the token cache.
 
     Raises:

@@ -46,7 +46,7 @@ class TokenCacheInfo:
     """How a token cache was made: everything that its bits depend on.
 
     Attributes:
-        autoencoder: SHA-256 of the autoencoder's tensors, from `safetensors_files.digest`.
+        autoencoder: the autoencoder's `weights_file.tokenizer_digest`.
         precision: dtype of the encoder.
         image_size: side of a view in pixels.
         grid: side of a view in tokens, h = w.

@@ -25,7 +25,7 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
-from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
@@ -301,8 +301,8 @@ def load_pipeline(
     dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
-    trained_with = contents.metadata.get("autoencoder_digest")
-    if trained_with and trained_with != safetensors_files.digest(source.states["autoencoder"]):
+    trained_with = contents.metadata.get("tokenizer_digest")
+    if trained_with and trained_with != weights_file.tokenizer_digest(source):
         print(
             f"bitdance: warning: {contents.path} was not trained with {source.path}: unless it is the same "
             "autoencoder in another precision, the images will be noise.",

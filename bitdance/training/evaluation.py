@@ -58,7 +58,7 @@ class Validation:
         config: of the run, with `val_path`.
         classes: of the training images, which define the labels.
         world: the processes.
-        autoencoder: digest of the autoencoder of a model, to check a token cache.
+        autoencoder: of a model, its autoencoder's `weights_file.tokenizer_digest`, to check a token cache.
 
     Raises:
         UserError: the images cannot be read, are fewer than the processes, or have a class that is not trained on.

@@ -27,7 +27,7 @@ from bitdance.training.perceptual import load_perceptual_loss
 from bitdance.training.principal_components import initialize_linear
 from bitdance.training.train_config import AutoencoderLossConfig, InitPart, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
-from bitdance.weights import safetensors_files, weights_file
+from bitdance.weights import weights_file
 from bitdance.weights.resolve import DEMO, find_weights, list_checkpoints
 
 LINEAR_PIXELS = 2**23
@@ -135,7 +135,7 @@ def train_model(
         if expected not in (None, found):
             raise UserError(f"{name}={expected} contradicts {contents.path}, which has {found}: leave it out.")
     tokenizer.config.grid(config.image_size)
-    digest = safetensors_files.digest(contents.states["autoencoder"])
+    digest = weights_file.tokenizer_digest(contents)
     del contents  # holds the tensors a second time
     with init_distributed(device, threads) as world:
         images = open_data(config.data_path, digest, config.image_size)

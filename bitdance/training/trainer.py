@@ -78,7 +78,7 @@ class DataInfo:
     Attributes:
         images: number of images.
         digest: SHA-256 of their names, or of a token cache.
-        autoencoder: of a model, the digest of the autoencoder's tensors.
+        autoencoder: of a model, the autoencoder's `weights_file.tokenizer_digest`.
     """
 
     images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
@@ -443,7 +443,7 @@ class Trainer:
     def _provenance(self) -> dict[str, str]:
         """Returns metadata of a file of weights: the step, and the autoencoder that made a model's tokens."""
         autoencoder = self.data.autoencoder
-        return {"step": str(self.step)} | ({"autoencoder_digest": autoencoder} if autoencoder else {})
+        return {"step": str(self.step)} | ({"tokenizer_digest": autoencoder} if autoencoder else {})
 
     def _write_preview(self) -> None:
         """Writes samples of fixed classes and noise, or the first images above their reconstructions."""

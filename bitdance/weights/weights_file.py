@@ -7,6 +7,7 @@ way the file itself says which network it holds, see `bitdance.weights.network_c
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from bitdance.runtime.errors import UserError
 from bitdance.weights.layout import State, WeightsFile, damaged
 from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model
 from bitdance.weights.resolve import find_weights
-from bitdance.weights.safetensors_files import read_safetensors, save_tensors
+from bitdance.weights.safetensors_files import digest, read_safetensors, save_tensors
 from bitdance.weights.torch_files import read_torch
 
 
@@ -100,6 +101,17 @@ def load_autoencoder(
     if name not in file.states:
         raise file.lacks(f"{name} weights")
     return cast(Autoencoder, _load(config, file.path, file.states[name], dtype))
+
+
+def tokenizer_digest(file: WeightsFile) -> str:
+    """Returns a SHA-256 of what decides on the tokens of an autoencoder: its encoder, and the order of its bits.
+
+    It is the same after training of the decoder alone.
+    """
+    config = describe_autoencoder(file).config
+    encoder = {name: value for name, value in file.states["autoencoder"].items() if name.startswith("encoder.")}
+    text = f"{digest(encoder)} {config.split} {config.bit_depths} {config.gray_code}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _load(
