@@ -498,6 +498,10 @@ def test_a_tilde_within_an_argument_is_the_home_folder(tmp_path, monkeypatch):
         ("evaluate {} --image-size 9000 --reference none", "--image-size 9000 is invalid: it must be at most 8192"),
         ("evaluate {} --reference none --output {}", "is a folder: name a file, for the report"),
         ("train-autoencoder --data-path {} --init-part decoder", "--init-part goes with --init-from"),
+        (
+            "train-autoencoder --data-path {} --perceptual-network lpips",
+            "goes with --perceptual-weight: set it above 0",
+        ),
         ("train-autoencoder --data-path {} --decoder-only", "--decoder-only needs --init-from"),
         ("train-autoencoder --data-path {} --gray-code", "--gray-code is an order of the levels of --bit-depths"),
     ],

@@ -325,15 +325,18 @@ def test_recomputing_layers_changes_no_gradient(p):
 
 @pytest.mark.parametrize("keys", [20, 200])
 @pytest.mark.parametrize("is_masked", [True, False])
-def test_attention_in_half_precision(keys, is_masked):
+def test_attention_in_half_precision(keys, is_masked, monkeypatch):
     """Short and long sequences, in training and in inference: the values and gradients of float32 but for rounding."""
     torch.manual_seed(0)
     exact = [torch.randn(2, 3, keys, 16, requires_grad=True) for _ in range(3)]
     half = [x.detach().bfloat16().requires_grad_() for x in exact]
     mask = (torch.arange(keys)[:, None] >= torch.arange(keys)) if is_masked else None
     expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or fused(*a, **b))
     with torch.autocast("cpu", torch.bfloat16):
         found = attend(*half, mask)
+    assert len(calls) == (keys > 128)
     assert found.dtype == torch.bfloat16 and tiny.relative_error(found, expected.detach()) < 0.01
     with torch.no_grad():
         assert tiny.relative_error(attend(*half, mask), expected.detach()) < 0.01

@@ -677,7 +677,7 @@ def test_an_autoencoder_starts_from_another(data, tmp_path, part):
 
 def test_a_decoder_is_trained_alone(data, tmp_path):
     """The tokens stay the same, and so does the exactness of a resumed run."""
-    weights_file.save(tmp_path / "start.safetensors", small.autoencoder(seed=5))
+    weights_file.save(tmp_path / "start.safetensors", small.autoencoder(seed=5), dtype=torch.float16)
     start = {"init_from": str(tmp_path / "start.safetensors")}
     loss = AutoencoderLossConfig(decoder_only=True)
     for folder, stops in (("whole", (4,)), ("parts", (1, 4))):
@@ -686,7 +686,7 @@ def test_a_decoder_is_trained_alone(data, tmp_path):
             path = train_autoencoder(run, small.NETWORK, loss, "cpu", **start)
     states = [read(tmp_path / folder, 4) for folder in ("whole", "parts")]
     assert states[0].metadata["digest"] == states[1].metadata["digest"]
-    trained, given = weights_file.load_autoencoder(path).state_dict(), small.autoencoder(seed=5).state_dict()
+    trained, given = (weights_file.load_autoencoder(file).state_dict() for file in (path, start["init_from"]))
     same = {name.split(".")[0]: set() for name in trained}
     for name, value in trained.items():
         same[name.split(".")[0]].add(torch.equal(value, given[name]))
@@ -695,6 +695,12 @@ def test_a_decoder_is_trained_alone(data, tmp_path):
     assert digests[0] == digests[1]
     with pytest.raises(UserError, match="`decoder_only` needs `init_from`"):
         train_autoencoder(run, small.NETWORK, loss, "cpu")
+    with pytest.raises(UserError, match="`decoder_only` keeps the encoder of `init_from`: leave `init_part` out"):
+        train_autoencoder(run, small.NETWORK, loss, "cpu", **start, init_part="decoder")
+    other = dataclasses.replace(small.NETWORK, bit_depths=(4, 4), bits=8)
+    plain = AutoencoderLossConfig(decoder_only=True, entropy_weight=0, commitment_weight=0)
+    with pytest.raises(UserError, match=r"bit_depths=\(4, 4\) would change the tokens of .*start.safetensors"):
+        train_autoencoder(dataclasses.replace(run, output=tmp_path / "new"), other, plain, "cpu", **start)
 
 
 def test_validation_of_an_autoencoder_leaves_the_discriminator_out(data, tmp_path):

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 MAX_SHORT = 128
 """Keys up to which a sequence counts as short in `attend`."""
+MAX_ROWS = 65_535
+"""Rows of a batch that the fused kernels of a GPU take."""
 
 
 def swiglu_hidden(dim: int) -> int:
@@ -59,11 +61,12 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d), mask (n, m) bool -> (B, H, n, d).
 
-    In training in half precision, short sequences are computed by matrix products, with logits and softmax in float32.
-    The backward pass of PyTorch's fused kernel is several times slower for them on CPUs, and on GPUs its indices
-    overflow for many rows of few tokens.
+    Short sequences are computed by matrix products, with logits and softmax in float32: in training in half precision,
+    where the backward pass of PyTorch's fused kernel is several times slower on CPUs, and for more rows than the grid
+    of a CUDA kernel can have.
     """
-    if not q.requires_grad or q.dtype not in (torch.bfloat16, torch.float16) or k.shape[2] > MAX_SHORT:
+    is_trained_in_half = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
+    if k.shape[2] > MAX_SHORT or not (is_trained_in_half or q.shape[0] > MAX_ROWS):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with torch.autocast(q.device.type, enabled=False):
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)

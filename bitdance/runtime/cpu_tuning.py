@@ -10,9 +10,10 @@ SPIN_COUNT = 1000
 """Iterations for which an idle thread of OpenMP waits actively. By default it may wait for long, and a loop of small
 operations on all cores is then up to ten times slower as soon as another process uses one of them."""
 
-KEPT_BLOCK, KEPT_BYTES = 1 << 28, 1 << 30
-"""Memory that is kept for the next tensor when it is freed: blocks up to the first size, and up to the second in all.
-By default, each tensor of more than 32 MB is given back to the system, which clears its pages for the next one."""
+KEPT_BLOCK, KEPT_END = 1 << 28, 1 << 30
+"""Blocks up to the first size are kept for the next tensor when they are freed. Free memory at the end of the heap is
+given back to the system beyond the second size. By default, each tensor of more than 32 MB is given back, and the
+system clears its pages for the next one."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -24,7 +25,8 @@ def tune_cpu() -> None:
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+    is_set = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] == "glibc" and not is_set:
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK)
-        library.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        if library.mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK):  # glibc before 2.35 allows at most 32 MB and returns 0
+            library.mallopt(_M_TRIM_THRESHOLD, KEPT_END)

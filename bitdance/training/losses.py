@@ -43,7 +43,6 @@ class AutoencoderLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.config = network, config
-        network.encoder.requires_grad_(not config.decoder_only)
         self.perceptual = perceptual
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial_weight > 0:
@@ -71,11 +70,11 @@ class AutoencoderLoss(nn.Module):
         metrics = {"psnr": 10 * torch.log10(4 / squared), **_bit_metrics(bits)}
         if weights.l1_weight:
             loss = loss + weights.l1_weight * F.l1_loss(reconstruction, x)
-        if weights.entropy_weight:
+        if weights.entropy_weight and not weights.decoder_only:
             entropy = entropy_loss(latent)
             loss = loss + weights.entropy_weight * entropy.total
             metrics |= {"entropy_sample": entropy.per_sample, "entropy_codebook": entropy.codebook}
-        if weights.commitment_weight:
+        if weights.commitment_weight and not weights.decoder_only:
             commitment = F.mse_loss(latent, quantize(latent))
             loss = loss + weights.commitment_weight * commitment
             metrics["commitment"] = commitment
@@ -93,6 +92,8 @@ class AutoencoderLoss(nn.Module):
         """Returns what is wrong with a training by the metrics of a line of its log, in sentences."""
         problems = set()
         dead, entropy, judged = (metrics.get(name) for name in ("dead_bits", "bit_entropy", "discriminator_loss"))
+        if self.config.decoder_only:
+            dead = entropy = None
         if dead is not None and dead >= 1:
             problems.add("some bits of the tokens are constant (dead_bits); raise `entropy_weight` or lower `lr`.")
         if entropy is not None and entropy < 0.5:

@@ -101,7 +101,7 @@ def load_perceptual_loss(name: PerceptualNetwork, folder: pathlib.Path, device: 
     network = VGG16().requires_grad_(False)
     network.load_state_dict({key: value for key, value in vgg.items() if key.startswith("features.")})
     weights = [lpips[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(len(VGG_CHANNELS))]
-    return PerceptualLoss(network.to(device), weights)
+    return PerceptualLoss(network.to(device, memory_format=torch.channels_last), weights)  # type: ignore[call-overload]
 
 
 def _read_published(key: str, folder: pathlib.Path) -> dict[str, Tensor]:

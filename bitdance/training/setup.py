@@ -60,8 +60,10 @@ def train_autoencoder(
     """
     if init_part != "all" and init_from is None:
         raise UserError("`init_part` goes with `init_from`, the autoencoder to start from: add it.")
-    if loss.decoder_only and (init_from is None or init_part != "all"):
+    if loss.decoder_only and init_from is None:
         raise UserError("`decoder_only` needs `init_from`, the autoencoder whose encoder is kept: add it.")
+    if loss.decoder_only and init_part != "all":
+        raise UserError("`decoder_only` keeps the encoder of `init_from`: leave `init_part` out.")
     network.grid(config.image_size)
     if config.grad_checkpointing:
         raise UserError("`grad_checkpointing` is not available for autoencoders: leave it out.")
@@ -92,7 +94,8 @@ def train_autoencoder(
                 views = np.concatenate([block for _, block in source.blocks(256)])
                 initialize_linear(objective.network, normalize(torch.from_numpy(views)))
             if init_from is not None:
-                _initialize(objective.network, init_from, init_part)
+                _initialize(objective.network, init_from, init_part, loss.decoder_only)
+        objective.network.encoder.requires_grad_(not loss.decoder_only)
         data = DataInfo(len(images), images.digest)
         trainer = Trainer(objective, config, Loader(images, config, world), world, data)
         if dry_run:
@@ -155,14 +158,20 @@ def train_model(
         return trainer.train()
 
 
-def _initialize(network: Autoencoder, name: str, part: InitPart) -> None:
+def _initialize(network: Autoencoder, name: str, part: InitPart, keeps_tokens: bool) -> None:
     """Copies the weights of another autoencoder, all or those of its decoder.
 
     Raises:
-        UserError: a tensor has another shape, or exists in only one of the two.
+        UserError: a tensor has another shape, or exists in only one of the two; or an option would change tokens that
+            are to be kept.
     """
     contents = weights_file.read(find_weights(name, "autoencoder"))
     other = weights_file.load_autoencoder(contents)
+    if keeps_tokens:
+        for option in ("split", "bit_depths", "gray_code"):
+            value, kept = getattr(network.config, option), getattr(other.config, option)
+            if value != kept:
+                raise UserError(f"{option}={value} would change the tokens of {contents.path}, which has {kept}.")
     mine, theirs = (network, other) if part == "all" else (network.decoder, other.decoder)
     found = theirs.state_dict()
     for key, value in mine.state_dict().items():

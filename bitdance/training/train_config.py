@@ -90,6 +90,10 @@ class AutoencoderLossConfig:
         weights = " ".join(field.name for field in dataclasses.fields(self) if field.type == "float")
         check_fields(self, weights, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
         check_fields(self, "adversarial_ramp", lambda value: value >= 0, "be at least 0")
+        if self.perceptual_network == "lpips" and not self.perceptual_weight:
+            raise UserError(
+                "perceptual_network=lpips goes with `perceptual_weight`: set it above 0, or choose efficientnet-lite0."
+            )
         check_fields(self, "discriminator_layers", lambda value: 1 <= value <= 6, "be between 1 and 6")
         check_fields(self, "discriminator_width", lambda value: value > 0 and value % 8 == 0, "be a multiple of 8")
 

@@ -297,11 +297,7 @@ class Trainer:
         """Puts the network into evaluation mode, with the EMA weights if there are any."""
         self.network.eval()
         try:
-            with (
-                self.ema.swapped_in(self.network) if self.ema is not None else contextlib.nullcontext(),
-                warnings.catch_warnings(),
-            ):
-                warnings.filterwarnings("ignore", "Mismatch dtype")  # norms of bf16 with float32 weights are only slow
+            with self.ema.swapped_in(self.network) if self.ema is not None else contextlib.nullcontext():
                 yield
         finally:
             self.network.train()

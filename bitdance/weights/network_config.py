@@ -191,17 +191,14 @@ def check_tensors(
     return network
 
 
-class _NoRandomNumbers(TorchFunctionMode):
-    """Leaves out random initialization. On the meta device it imports PyTorch's compiler, which takes over a second."""
+class _NoNormalNumbers(TorchFunctionMode):
+    """Leaves out normal numbers. On the meta device they import PyTorch's compiler, which takes over a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, Tensor.normal_, Tensor.uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def empty_network(config: BitDanceConfig | AutoencoderConfig) -> BitDance | Autoencoder:
     """Builds a network on the meta device, which takes no memory."""
-    with torch.device("meta"), _NoRandomNumbers():
+    with torch.device("meta"), _NoNormalNumbers():
         return BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)

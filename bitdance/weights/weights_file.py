@@ -106,10 +106,11 @@ def load_autoencoder(
 def tokenizer_digest(file: WeightsFile) -> str:
     """Returns a SHA-256 of what decides on the tokens of an autoencoder: its encoder, and the order of its bits.
 
-    It is the same after training of the decoder alone.
+    It is the same after training of the decoder alone, also if the file that it started from was in half precision.
     """
     config = describe_autoencoder(file).config
-    encoder = {name: value for name, value in file.states["autoencoder"].items() if name.startswith("encoder.")}
+    state = file.states["autoencoder"]
+    encoder = {name: value.float() for name, value in state.items() if name.startswith("encoder.")}
     text = f"{digest(encoder)} {config.split} {config.bit_depths} {config.gray_code}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -109,7 +109,8 @@ def transform_code(
     x = to_blocks(train, side)
     mean = x.mean(0)
     vectors = np.linalg.eigh(np.cov((x - mean).T))[1][:, ::-1][:, : max(per_block)].astype(np.float32)
-    coefficients = (x[:: max(1, len(x) // 10000)] - mean) @ vectors
+    chosen = np.random.default_rng(0).permutation(len(x))[:10_000]
+    coefficients = (x[chosen] - mean) @ vectors
     given = (to_blocks(images, side) - mean) @ vectors
     for bits, quantizers in enumerate(allocate(coefficients, max(per_block)), start=1):
         if bits in per_block:
@@ -127,6 +128,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
     parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
     options = parser.parse_args()
+    if any(bits % (32**2 // options.block**2) for bits in options.bits):
+        parser.error(f"--bits must be multiples of {32**2 // options.block**2}, the number of blocks.")
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
     for bits, decoded, depths in transform_code(train, original, sorted(options.bits), options.block):
         row = ", ".join(f"{name} {value:.4f}" for name, value in measure(original, decoded, labels).items())
