@@ -331,7 +331,10 @@ def test_bf16_on_request(model):
 def test_the_default_precision_is_what_the_cpu_computes_fast(model, monkeypatch, fast):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda fast=fast: fast)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert load_pipeline(model, device="cpu").dtype == (torch.bfloat16 if fast else torch.float32)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert load_pipeline(model, device="cpu").dtype == torch.float32
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(model, monkeypatch):

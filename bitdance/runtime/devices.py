@@ -45,6 +45,10 @@ def computes_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
+    # With this variable a user keeps oneDNN, which computes the products, from instructions that the CPU has.
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    if not re.search("DEFAULT|ALL|BF16|FP16|AMX|AVX10", allowed):
+        return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
