@@ -23,9 +23,9 @@ from bitdance.models.transformer import BitDance
 from bitdance.training import estimate
 from bitdance.training.discriminator import PatchDiscriminator
 from bitdance.training.flops import step_flops
-from bitdance.training.losses import BitDanceLoss
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.perceptual import PerceptualLoss
-from bitdance.training.train_config import LossConfig
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
 from bitdance.weights import weights_file
 
 NEEDED = ["--data-path", "/path/to/imagenet/train/", "--autoencoder", "models/BitDance-ImageNet/ae_d16c32.pt"]
@@ -254,6 +254,9 @@ def test_an_autoencoder_has_a_dry_run_too(place, tmp_path, capsys, monkeypatch):
     assert facts["memory"]["weights"] == whole + discriminator
     assert facts["memory"]["gradients"] == decoder + discriminator
     assert facts["checkpoint_bytes"] == 2 * whole + discriminator + 2 * (decoder + discriminator)
+    losses = (AutoencoderLoss(network, AutoencoderLossConfig(decoder_only=only)) for only in (True, False))
+    decoder_flops, flops = (step_flops(loss, 4, 16, encodes=True) for loss in losses)
+    assert 0.5 < decoder_flops / flops < 0.8  # without the backward pass of the encoder
     assert facts["memory"]["activations"] > 0 and facts["memory"]["preview"] > 0
     assert facts["seconds"] == pytest.approx(facts["steps"] * facts["seconds_per_step"]) and facts["steps"] == 400 * 3
     for words in ("parameters   autoencoder", "discriminator", "perceptual 0.00 M"):

@@ -681,6 +681,8 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
     for images in ("horse.png", ["horse.png"], []):
         with pytest.raises(ValueError, match="images must be PIL images"):
             pipeline.encode(images)
+    with pytest.raises(UserError, match="output='gif' is unknown"):
+        pipeline.decode(torch.ones(1, 64, 4, 4), "gif")
     with pytest.raises(ValueError, match=r"bits must have shape \(B, 64, h, w\), not \(1, 5, 5\)"):
         pipeline.decode(torch.zeros(1, 5, 5))
     grey = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)

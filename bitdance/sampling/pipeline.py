@@ -135,8 +135,7 @@ class Pipeline:
         config = self.sampling_config(cfg_scale, num_steps, **others)
         one = isinstance(classes, str) or not isinstance(classes, Iterable)
         labels = self.classes.find_all([classes] if one else classes)  # type: ignore[list-item, arg-type]
-        if output not in ("pil", "np", "pt"):
-            raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
+        _check_output(output)
         if callback is not None and not callable(callback):
             raise UserError(f"callback={callback!r} is no function: it is called after each autoregressive step.")
         if not labels:
@@ -241,7 +240,9 @@ class Pipeline:
 
         Raises:
             ValueError: another shape.
+            UserError: `output` is unknown.
         """
+        _check_output(output)
         bits = torch.as_tensor(bits)
         if bits.ndim != 4 or bits.shape[1] != self.autoencoder.config.bits:
             raise ValueError(
@@ -267,6 +268,11 @@ class Pipeline:
     def compile(self, mode: str = "default") -> None:
         """Compiles the head network with `torch.compile`, which takes effect in the next call."""
         self.denoise = torch.compile(self.model.head.net.denoise, mode=mode)
+
+
+def _check_output(output: str) -> None:
+    if output not in ("pil", "np", "pt"):
+        raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
 
 
 def load_pipeline(

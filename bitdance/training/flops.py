@@ -77,7 +77,9 @@ def _image_flops(shape: tuple[int, ...], loss: Any, *networks: Any) -> int:
             model, autoencoder = networks
             objective = BitDanceLoss(BitDance(model), Autoencoder(autoencoder), loss, seed=0)
         else:
-            objective = AutoencoderLoss(Autoencoder(*networks), loss)
+            autoencoder = Autoencoder(*networks)
+            autoencoder.encoder.requires_grad_(not loss.decoder_only)
+            objective = AutoencoderLoss(autoencoder, loss)
         index = torch.zeros(1, dtype=torch.int64)
         objective(torch.empty((1, *shape), dtype=torch.uint8), index, index, 0)[0].backward()
     return counter.get_total_flops()

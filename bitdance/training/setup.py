@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -168,10 +169,10 @@ def _initialize(network: Autoencoder, name: str, part: InitPart, keeps_tokens: b
     contents = weights_file.read(find_weights(name, "autoencoder"))
     other = weights_file.load_autoencoder(contents)
     if keeps_tokens:
-        for option in ("split", "bit_depths", "gray_code"):
-            value, kept = getattr(network.config, option), getattr(other.config, option)
-            if value != kept:
-                raise UserError(f"{option}={value} would change the tokens of {contents.path}, which has {kept}.")
+        sizes_kept, sizes_set = (dataclasses.asdict(config) for config in (other.config, network.config))
+        if changed := [f"{name} {kept}" for name, kept in sizes_kept.items() if sizes_set[name] != kept]:
+            sizes = ", ".join(changed)
+            raise UserError(f"`decoder_only` keeps the tokens of {contents.path}, so set its sizes here, too: {sizes}.")
     mine, theirs = (network, other) if part == "all" else (network.decoder, other.decoder)
     found = theirs.state_dict()
     for key, value in mine.state_dict().items():
