@@ -19,7 +19,7 @@ def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of a parameter of a model whose matrix products have `dtype`.
 
     In half precision the norms, the embeddings and so the residual sums of the transformer stay in float32, as under
-    the original's autocast; the head has none.
+    the original's autocast. All parameters of the head have `dtype`.
     """
     is_half = dtype in (torch.bfloat16, torch.float16)
     is_kept = re.search("norm|embedding|query_token|pos_for_diff", name) and not name.startswith("head.")
