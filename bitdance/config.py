@@ -28,7 +28,7 @@ Split = Literal["train", "test"]
 TokenOrder = Literal["patch", "standard"]
 Weights = Literal["ema", "model"]
 Precision = Literal["auto", "fp32", "bf16"]
-Solver = Literal["euler-maruyama", "euler", "heun"]
+SolverName = Literal["euler-maruyama", "euler", "heun"]
 CfgSchedule = Literal["linear", "constant"]
 
 

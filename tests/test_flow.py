@@ -35,21 +35,6 @@ def test_velocity_of_the_true_x_1_is_that_of_the_straight_path():
     close(flow.velocity(x_1, flow.interpolate(x_0, x_1, t), t), x_1 - x_0)
 
 
-def test_score():
-    # t = 0.5: (0.5 v - x) / (0.25 + 0.25); t = 0: -x.
-    close(flow.score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.0]), torch.tensor(0.5)), [1.0, -3.0])
-    close(flow.score(torch.tensor([2.0]), torch.tensor([0.7]), torch.tensor(0.0)), [-0.7])
-
-
-def test_score_of_a_point_mass():
-    """With data at a single x_1 the marginal is N(t x_1, (1 - t)^2), whose score is (t x_1 - x) / (1 - t)^2."""
-    x, x_1 = torch.tensor([-0.4, 0.1, 1.3]), torch.tensor(1.0)
-    for t in (0.0, 0.2, 0.5, 0.8):
-        time = torch.tensor(t)
-        v = flow.velocity(x_1, x, time)
-        close(flow.score(v, x, time), (t * x_1 - x) / (1 - t) ** 2, atol=1e-5)
-
-
 def test_time_shift():
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
     close(flow.time_shift(t, 3.0), [0.0, 0.1, 0.25, 1.0])
@@ -97,21 +82,49 @@ def noise(num_steps, count, seed=0):
     return torch.randn(num_steps + 1, count, generator=torch.Generator().manual_seed(seed))
 
 
+def solve(name, velocity_fn, noise, num_steps=None, shift=1.0):
+    """Integrates a velocity field, (x, t, index of the evaluation) -> v, from which the prediction follows."""
+    solver = flow.make_solver(name, len(noise) - 1 if num_steps is None else num_steps, shift)
+
+    def predict(x, j):
+        t = solver.timesteps[j]
+        return x + (1 - t).clamp_min(flow.LAST_STEP) * velocity_fn(x, t, j)
+
+    return flow.integrate(solver, predict, noise)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_solver_carries_noise_to_a_point_mass(shift):
     x_1 = torch.tensor([1.0, -1.0]).repeat(500)
-    x = flow.euler_maruyama(lambda x, t, number: flow.velocity(x_1, x, t), noise(50, 1000), shift)
-    assert torch.equal(x.sign(), x_1)
-    close(x, x_1, atol=1e-5)  # the last step divides by its own length, so it lands on the prediction
+    solver = flow.make_solver("euler-maruyama", 50, shift)
+    assert torch.equal(flow.integrate(solver, lambda x, j: x_1, noise(50, 1000)), x_1)
 
 
 def test_one_step_by_hand():
     # S = 1: from x = 2, t = 0, dt = 0.95 with velocity 3 and noise 0.5; the score there is -2.
-    x = flow.euler_maruyama(lambda x, t, number: torch.full_like(x, 3.0), torch.tensor([[2.0], [0.5]]))
+    x = solve("euler-maruyama", lambda x, t, number: torch.full_like(x, 3.0), torch.tensor([[2.0], [0.5]]))
     close(x, [2.0 + (3.0 - 2.0) * 0.95 + math.sqrt(2 * 0.95) * 0.5 + 3.0 * 0.05])
 
 
-def test_velocity_fn_is_evaluated_on_the_time_grid_and_then_at_095():
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_table_of_euler_maruyama_is_its_formula(shift):
+    """Drift v + (1 - t) score, with the score of x_t from the velocity, as in the original."""
+    generator = torch.Generator().manual_seed(0)
+    x, prediction, n = torch.randn(3, 10, generator=generator, dtype=torch.float64)
+    solver = flow.make_solver("euler-maruyama", 20, shift)
+    grid = flow.time_grid(20, shift).double()
+    for j, (t, dt) in enumerate(zip(grid[:-1], grid.diff(), strict=True)):
+        v = flow.velocity(prediction, x, t)
+        score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+        expected = x + (v + (1 - t) * score) * dt + (2 * (1 - t) * dt).sqrt() * n
+        close(flow.solver_step(x, prediction, solver.coefficients[j], n), expected, atol=1e-5)
+    close(
+        flow.solver_step(x, prediction, solver.coefficients[20]),
+        x + flow.velocity(prediction, x, 1 - t.new_tensor(0.05)) * 0.05,
+    )
+
+
+def test_velocity_is_evaluated_on_the_time_grid_and_then_at_095():
     asked = []
 
     def field(x, t, number):
@@ -119,7 +132,7 @@ def test_velocity_fn_is_evaluated_on_the_time_grid_and_then_at_095():
         asked.append(t)
         return torch.zeros_like(x)
 
-    flow.euler_maruyama(field, torch.zeros(5, 2), shift=3.0)
+    solve("euler-maruyama", field, torch.zeros(5, 2), shift=3.0)
     close(torch.stack(asked), [*flow.time_grid(4, 3.0)[:-1].tolist(), 0.95])
     assert all(t.dtype == torch.float32 and t.dim() == 0 for t in asked)
 
@@ -132,7 +145,7 @@ def test_solver_carries_noise_to_a_gaussian():
         variance = (1 - t) ** 2 + t**2 * std**2
         return flow.velocity(mean + t * std**2 / variance * (x - t * mean), x, t)
 
-    x = flow.euler_maruyama(field, noise(200, 20_000))
+    x = solve("euler-maruyama", field, noise(200, 20_000))
     assert x.mean().item() == pytest.approx(mean, abs=0.02)
     assert x.std().item() == pytest.approx(std, abs=0.03)
 
@@ -143,44 +156,39 @@ def test_solver_splits_noise_between_the_two_signs():
     def field(x, t, number):
         return flow.velocity(torch.tanh(t * x / (1 - t) ** 2 + 0.5 * math.log(3)), x, t)
 
-    x = flow.euler_maruyama(field, noise(100, 20_000))
+    x = solve("euler-maruyama", field, noise(100, 20_000))
     assert (x > 0).float().mean().item() == pytest.approx(0.75, abs=0.02)
     assert (x.abs() - 1).abs().mean().item() < 0.05
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler-maruyama", 5), ("euler", 5), ("heun", 9)])
-def test_evaluation_times(solver, evaluations):
-    times = flow.evaluation_timesteps(solver, 4, shift=3.0)
+@pytest.mark.parametrize(("name", "evaluations"), [("euler-maruyama", 5), ("euler", 5), ("heun", 9)])
+def test_evaluation_times(name, evaluations):
+    solver = flow.make_solver(name, 4, shift=3.0)
     grid = flow.time_grid(4, 3.0).tolist()
-    expected = [grid[0], *(t for t in grid[1:-1] for _ in range(2)), grid[-1]] if solver == "heun" else grid[:-1]
-    assert len(times) == evaluations
-    close(times, [*expected, 0.95])
+    expected = [grid[0], *(t for t in grid[1:-1] for _ in range(2)), grid[-1]] if name == "heun" else grid[:-1]
+    assert solver.timesteps.shape == (evaluations,) and solver.coefficients.shape == (evaluations, 4)
+    close(solver.timesteps, [*expected, 0.95])
+    assert solver.num_draws == (5 if name == "euler-maruyama" else 1)
 
 
 def test_one_step_of_the_ode_solvers_by_hand():
     # dx/dt = x from x = 1: Euler multiplies by 1.95, then by 1.05; Heun by 1 + 0.95 + 0.95^2 / 2, then by 1.05.
-    x_0 = torch.ones(1)
-    close(flow.euler(lambda x, t, number: x, x_0, 1), [1.95 * 1.05])
-    close(flow.heun(lambda x, t, number: x, x_0, 1), [(1.95 + 0.95**2 / 2) * 1.05])
+    x_0 = torch.ones(1, 1)
+    close(solve("euler", lambda x, t, number: x, x_0, 1), [1.95 * 1.05])
+    close(solve("heun", lambda x, t, number: x, x_0, 1), [(1.95 + 0.95**2 / 2) * 1.05])
 
 
 def test_heun_is_of_second_order():
-    def error(solver, num_steps):
-        return abs(
-            solver(lambda x, t, number: x * t.cos(), torch.ones(1, dtype=torch.float64), num_steps) - exact
-        ).item()
+    def error(name, num_steps):
+        x_0 = torch.ones(1, 1, dtype=torch.float64)
+        return abs(solve(name, lambda x, t, number: x * t.double().cos(), x_0, num_steps) - exact).item()
 
     end = math.exp(math.sin(0.95))
     exact = end + end * math.cos(0.95) * 0.05
-    assert error(flow.euler, 20) / error(flow.euler, 40) == pytest.approx(2, rel=0.1)
-    assert error(flow.heun, 20) / error(flow.heun, 40) == pytest.approx(4, rel=0.1)
+    assert error("euler", 20) / error("euler", 40) == pytest.approx(2, rel=0.1)
+    assert error("heun", 20) / error("heun", 40) == pytest.approx(4, rel=0.1)
 
 
-def test_integrate_finds_the_solver_by_its_name():
-    draws = noise(4, 10)
-    field = lambda x, t, number: torch.tanh(x) - x  # noqa: E731
-    assert torch.equal(flow.integrate("euler-maruyama", field, draws, 4), flow.euler_maruyama(field, draws))
-    assert torch.equal(flow.integrate("euler", field, draws[:1], 4), flow.euler(field, draws[0], 4))
-    assert torch.equal(flow.integrate("heun", field, draws[:1], 4), flow.heun(field, draws[0], 4))
+def test_an_unknown_solver():
     with pytest.raises(ValueError, match=r"solver='dopri' is unknown.*heun"):
-        flow.integrate("dopri", field, draws, 4)
+        flow.make_solver("dopri", 4)

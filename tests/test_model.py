@@ -17,8 +17,16 @@ from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.head import MLPBlock, TransformerHeadBlock
 from bitdance.models.layers import attend
+from bitdance.models.packed_linear import PackedLinear, pack_linears, unpack_linears
 from bitdance.models.transformer import BitDance
-from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
+from bitdance.sampling.sampler import (
+    CompiledFunctions,
+    SamplerFunctions,
+    SamplingConfig,
+    guided_prediction,
+    sample_noise,
+    sample_tokens,
+)
 
 LABELS = torch.tensor([2, 5, 9])
 
@@ -149,13 +157,91 @@ def test_the_engine_equals_the_reference_bit_for_bit(p, case):
     assert torch.equal(fast, reference)
 
 
+@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
+def test_steps_of_static_shapes_equal_steps(p):
+    model = tiny.model(p)
+    tokens = random_tokens(model.config).split(p, dim=1)
+    caches = [model.new_cache(len(LABELS)) for _ in range(2)]
+    functions = [SamplerFunctions(model), CompiledFunctions(model, backend="eager")]
+    with torch.no_grad():
+        for cache in caches:
+            model.prefill(LABELS, cache)
+        for new in tokens[:-1]:
+            expected, found = (part.transformer_step(new, cache) for part, cache in zip(functions, caches, strict=True))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert caches[0].length == caches[1].length
+
+
+@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("euler-maruyama", 4), ("heun", 16)])
+def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
+    """The same bits from functions without a graph break, which are not compiled again from step to step."""
+    model = few_steps(p)
+    settings = SamplingConfig(num_steps=5, cfg_scale=3.2, solver=solver)
+    draw = sample_noise(model, 99, torch.tensor([7, 0, 1]), settings.num_draws)
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    functions = CompiledFunctions(model, backend=count)
+    for labels in (LABELS, LABELS.flip(0)):
+        expected = sample_tokens(model, labels, draw, settings)
+        assert torch.equal(sample_tokens(model, labels, draw, settings, functions=functions), expected)
+    # Predictions with and without guidance and a step of the transformer; solver steps with and without noise, and for
+    # Heun with the previous x, each for one row per image and for two (the first tokens, without guidance).
+    assert len(graphs) == 2 + 1 + 2 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [1, 4])
+def test_compiled_bits_equal_the_reference(p):
+    torch._dynamo.reset()
+    model = few_steps(p)
+    fast = sample_tokens(model, LABELS, real_noise(model), settings_of(CASES[1]), functions=CompiledFunctions(model))
+    assert torch.equal(fast, sample_reference(model, LABELS, real_noise(model), *CASES[1]))
+
+
+@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
+def test_packed_weights_sample_the_same_bits(p):
+    model = few_steps(p)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = fast_sampler(model, CASES[1])
+    pack_linears(model)
+    packed = [part for part in model.modules() if isinstance(part, PackedLinear)]
+    assert packed or not torch.backends.mkldnn.is_available()
+    assert not any(type(part) is torch.nn.Linear for part in model.modules()) or not packed
+    assert torch.equal(fast_sampler(model, CASES[1]), expected)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    unpack_linears(model)
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(fast_sampler(model, CASES[1]), expected)
+
+
+def test_weights_that_cannot_be_packed_stay(monkeypatch):
+    """As in bf16 on a CPU without instructions for it."""
+
+    def refuse(weight):
+        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    model = few_steps(1)
+    expected = fast_sampler(model, CASES[0])
+    pack_linears(model)
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())
+    assert torch.equal(fast_sampler(model, CASES[0]), expected)
+
+
 def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order():
     fast, reference = both_samplers(tiny.model(16, time_shift=3.0, token_order="standard"), CASES[1])
     assert torch.equal(fast, reference)
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler-maruyama", 4), ("euler", 4), ("heun", 7)])
-def test_the_engine_embeds_times_once_and_takes_another_denoise(solver, evaluations):
+def test_the_sampler_embeds_times_once_and_takes_other_functions(solver, evaluations):
     model = few_steps(4)
     settings = dataclasses.replace(settings_of(CASES[1]), solver=solver)
     draw = sample_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
@@ -163,11 +249,13 @@ def test_the_engine_embeds_times_once_and_takes_another_denoise(solver, evaluati
     calls, embeddings = [], []
     handle = model.head.net.time_embed.register_forward_hook(lambda *_: embeddings.append(None))
 
-    def denoise(x, time, cond):
+    def predict(net, x, time, cond, scale):
         calls.append(x.shape)
-        return model.head.net.denoise(x, time, cond)
+        return guided_prediction(net, x, time, cond, scale)
 
-    assert torch.equal(sample_tokens(model, LABELS, draw, settings, denoise=denoise), expected)
+    functions = SamplerFunctions(model)
+    functions.predict = predict
+    assert torch.equal(sample_tokens(model, LABELS, draw, settings, functions=functions), expected)
     handle.remove()
     assert len(embeddings) == 1
     assert len(calls) == evaluations * model.config.ar_steps

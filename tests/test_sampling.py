@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -25,7 +26,7 @@ from bitdance.sampling import pipeline as pipeline_module
 from bitdance.sampling import sampler
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
-from bitdance.sampling.sampler import SamplingConfig
+from bitdance.sampling.sampler import CompiledFunctions, SamplingConfig
 from bitdance.sampling.writers import write_npz
 from bitdance.training.setup import train_autoencoder
 from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
@@ -177,18 +178,48 @@ def test_a_record_cannot_name_other_files_for_removal(model, tmp_path):
     assert (sample(model, tmp_path, "dog", "--per-class", 1) / "mine.txt").exists()
 
 
+def test_compiled_batches_are_padded_to_sizes_that_are_known(model, monkeypatch):
+    pipe = load_pipeline(model, device="cpu", dtype=torch.float32)
+    config, steps = pipe.sampling_config(2.0, 3), []
+    expected = pipe.generate([5, 6, 7], [0, 1, 2], config, seed=1)
+    eager = functools.partial(CompiledFunctions, backend="eager")
+    monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: eager(model))
+    pipe.compile()
+    pipe.generate(range(5), [0] * 5, config)
+    found = pipe.generate([5, 6, 7], [0, 1, 2], config, 1, callback=lambda i, n, tokens: steps.append(tokens.shape))
+    assert pipe.functions.sizes == {5}
+    assert np.array_equal(found.bits, expected.bits) and np.abs(found.pixels.astype(int) - expected.pixels).max() <= 1
+    assert len(steps) == 16 and all(shape[0] == 3 for shape in steps)
+    pipe.generate([0], [0], config)
+    assert pipe.functions.sizes == {1, 5}, "five times as many rows are not worth it"
+
+
+def test_without_a_compiler_the_sampler_runs_uncompiled(model, monkeypatch, capsys):
+    def fail(module, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    pipe = load_pipeline(model, device="cpu")
+    expected = pipe.generate([3], [1], pipe.sampling_config(2.0, 3))
+    torch._dynamo.reset()
+    pipe.functions = CompiledFunctions(pipe.model, backend=fail)
+    found = pipe.generate([3], [1], pipe.sampling_config(2.0, 3))
+    assert np.array_equal(found.bits, expected.bits)
+    assert "runs uncompiled" in capsys.readouterr().err
+    assert pipe.functions is None
+
+
 def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):
     counts = []
     monkeypatch.setattr(ProgressLines, "update", lambda bar, n: (setattr(bar, "n", bar.n + n), counts.append(bar.n)))
     real = sampler.sample_tokens
 
-    def limited(network, labels, noise_fn, config, callback=None, denoise=None):
+    def limited(network, labels, noise_fn, config, callback=None, functions=None):
         def stop(step, steps, tokens):
             callback(step, steps, tokens)
             if len(labels) > 2 and step == 8:
                 raise torch.OutOfMemoryError
 
-        return real(network, labels, noise_fn, config, stop, denoise)
+        return real(network, labels, noise_fn, config, stop, functions)
 
     monkeypatch.setattr(pipeline_module, "sample_tokens", limited)
     sample(model, tmp_path / "out", "--per-class", 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
-from bitdance.config import CfgSchedule, Solver
+from bitdance.config import CfgSchedule, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError, check_fields, check_seed, one_line
 
@@ -68,13 +68,13 @@ class How:
         share_first: share the first tokens with the unconditional rows, which the published samples do not.
         batch_size: images at once.
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
-        compile: compile the head network first: no, default, or reduce-overhead (CUDA graphs).
+        compile: compile the sampler for each batch size: no, default, or reduce-overhead (with CUDA graphs).
     """
 
     cfg_scale: float | None = None
     cfg_schedule: CfgSchedule = "linear"
     num_steps: int | None = None
-    solver: Solver = "euler-maruyama"
+    solver: SolverName = "euler-maruyama"
     share_first: bool = False
     batch_size: int = 100
     chunk_size: int | None = None

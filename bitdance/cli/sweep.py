@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import parse
-from bitdance.config import CfgSchedule, Solver
+from bitdance.config import CfgSchedule, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 
@@ -40,7 +40,7 @@ class How:
 
     cfg_scale: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     num_steps: tuple[int, ...] = (50,)
-    solver: tuple[Solver, ...] = ("euler-maruyama",)
+    solver: tuple[SolverName, ...] = ("euler-maruyama",)
     cfg_schedule: CfgSchedule = "linear"
     num_images: int = 1000
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Rectified flow on the hypercube: probability path, velocity, score, timesteps, solvers and guidance.
+"""Rectified flow on the hypercube: probability path, velocity, timesteps, solvers and guidance.
 
 x_1 in {-1, +1}^C is data, x_0 ~ N(0, I) is noise and x_t = (1 - t) x_0 + t x_1, so t = 0 is noise and t = 1 is data.
 The network predicts x_1 (section 3.3 of arXiv 2602.14041). All functions are pure and compute in float32.
@@ -6,11 +6,15 @@ The network predicts x_1 (section 3.3 of arXiv 2602.14041). All functions are pu
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from bitdance.config import SolverName
 from bitdance.runtime.errors import UserError
 
 LAST_STEP = 0.05
@@ -38,103 +42,119 @@ def velocity(x_pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return (x_pred - x_t) / (1 - t).clamp_min(LAST_STEP)
 
 
-def score(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Computes the score of the marginal at time t from the velocity: (t v - x) / ((1-t)^2 + t (1-t))."""
-    return (t * v - x_t) / ((1 - t) ** 2 + t * (1 - t))
-
-
-def time_grid(num_steps: int, shift: float = 1.0, device: torch.device | None = None) -> Tensor:
+def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
     """Returns the solver's timesteps from 0 to 0.95: (num_steps + 1,) float32."""
-    grid = torch.linspace(0, 1 - LAST_STEP, num_steps + 1, device=device, dtype=torch.float32)
-    return time_shift(grid, shift)
+    return time_shift(torch.linspace(0, 1 - LAST_STEP, num_steps + 1, dtype=torch.float32), shift)
 
 
-VelocityFn = Callable[[Tensor, Tensor, int], Tensor]
-"""(x, t, index of the evaluation) -> velocity; t is a float32 scalar tensor. Guidance is up to the caller."""
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A solver as a table: what it does after each evaluation of the network.
 
+    Velocity and score are linear in x_t and the predicted x_1, and so is every solver. With D_j predicted from x_j at
+    time t_j, the next x is
 
-def euler_maruyama(velocity_fn: VelocityFn, noise: Tensor, shift: float = 1.0) -> Tensor:
-    """Integrates the reverse-time SDE with S Euler-Maruyama steps and one Euler step of 0.05: S + 1 evaluations.
+        x_{j+1} = a_j x_j + b_j D_j + c_j n_j + d_j x_{j-1}
 
-    Args:
-        velocity_fn: the guided velocity.
-        noise: (S + 1, ...) float32; noise[0] is x_0 and noise[j + 1] is used in step j.
-        shift: time shift of the grid. The last step starts from t = 0.95 even with a shift, as in the original.
-
-    Returns:
-        x of shape noise.shape[1:], float32; its sign is the token.
+    Attributes:
+        timesteps: (E,) float32 on the CPU, the times t_j of the E evaluations.
+        coefficients: (E, 4) float64 on the CPU: a, b, c and d.
+        num_draws: draws of noise that the solver needs: x_0, and n_j if c is not zero.
     """
-    num_steps = len(noise) - 1
-    x, t = noise[0], torch.zeros((), device=noise.device)
-    for j, dt in enumerate(time_grid(num_steps, shift, noise.device).diff()):
-        v = velocity_fn(x, t, j)
-        drift = v + (1 - t) * score(v, x, t)
-        x = x + drift * dt + (2.0 * (1.0 - t) * dt) ** 0.5 * noise[j + 1]
-        t = t + dt
-    return _last_step(velocity_fn, x, num_steps)
+
+    timesteps: Tensor
+    coefficients: Tensor
+    num_draws: int
 
 
-def euler(velocity_fn: VelocityFn, x_0: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
-    """Integrates the probability-flow ODE by Euler's method on the grid of `euler_maruyama`: S + 1 evaluations."""
-    x, t = x_0, torch.zeros((), device=x_0.device)
-    for j, dt in enumerate(time_grid(num_steps, shift, x_0.device).diff()):
-        x = x + velocity_fn(x, t, j) * dt
-        t = t + dt
-    return _last_step(velocity_fn, x, num_steps)
+def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
+    """Returns a solver from noise to data with S steps from t = 0 to 0.95 and a last Euler step to t = 1.
 
-
-def heun(velocity_fn: VelocityFn, x_0: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
-    """Integrates the probability-flow ODE by Heun's second-order method on the same grid: 2 S + 1 evaluations."""
-    x, t = x_0, torch.zeros((), device=x_0.device)
-    for j, dt in enumerate(time_grid(num_steps, shift, x_0.device).diff()):
-        v = velocity_fn(x, t, 2 * j)
-        t = t + dt
-        x = x + (v + velocity_fn(x + v * dt, t, 2 * j + 1)) / 2 * dt
-    return _last_step(velocity_fn, x, 2 * num_steps)
-
-
-def _last_step(velocity_fn: VelocityFn, x: Tensor, index: int) -> Tensor:
-    t = torch.full((), 1 - LAST_STEP, device=x.device)
-    return x + velocity_fn(x, t, index) * LAST_STEP
-
-
-def integrate(solver: str, velocity_fn: VelocityFn, noise: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
-    """Runs a solver by its name.
+    The last step starts from t = 0.95 even if a time shift ends the grid earlier, as in the original; it is
+    deterministic, and since it divides and multiplies by 0.05 its result is the prediction itself.
 
     Args:
-        solver: `euler-maruyama`, the published one, or `euler` or `heun`, which are deterministic.
-        velocity_fn: the guided velocity.
-        noise: (S + 1, ...) for `euler-maruyama`, (1, ...) is enough for the others; noise[0] is x_0.
+        name: `euler-maruyama` is the published one, for the reverse-time SDE: with the drift v + (1 - t) score(x, t),
+            which is (1 + t) v - x, and the diffusion coefficient sqrt(2 (1 - t)). `euler` and `heun` (of second
+            order, with 2 S + 1 evaluations) integrate the probability-flow ODE dx = v dt.
         num_steps: S.
         shift: time shift of the grid.
 
     Raises:
         UserError: unknown solver.
     """
-    if solver == "euler-maruyama":
-        return euler_maruyama(velocity_fn, noise[: num_steps + 1], shift)
-    if solver == "euler":
-        return euler(velocity_fn, noise[0], num_steps, shift)
-    if solver == "heun":
-        return heun(velocity_fn, noise[0], num_steps, shift)
-    raise UserError(f"solver={solver!r} is unknown: use euler-maruyama, euler or heun.")
-
-
-def evaluation_timesteps(solver: str, num_steps: int, shift: float = 1.0) -> Tensor:
-    """Returns the timesteps at which a solver evaluates the velocity, in order: (evaluations,) float32."""
+    if name not in get_args(SolverName):
+        raise UserError(f"solver={name!r} is unknown: use euler-maruyama, euler or heun.")
     timesteps: list[Tensor] = []
-
-    def record(x: Tensor, t: Tensor, index: int) -> Tensor:
+    rows: list[tuple[float, float, float, float]] = []
+    t = torch.zeros(())  # times are summed up in float32, as in the original
+    for dt in time_grid(num_steps, shift).diff():
+        start, length = t.item(), dt.item()
         timesteps.append(t)
-        return torch.zeros_like(x)
+        t = t + dt
+        rate = length / max(1 - start, LAST_STEP)  # v dt = rate (D - x)
+        if name == "euler-maruyama":
+            drift = (1 + start) * rate
+            rows.append((1 - length - drift, drift, math.sqrt(2 * (1 - start) * length), 0.0))
+        else:
+            rows.append((1 - rate, rate, 0.0, 0.0))
+        if name == "heun":
+            # x_j is the end of the Euler step from x_{j-1}, so their difference is v dt at its start; the new x is
+            # x_{j-1} + (v dt at the start + v dt at the end) / 2.
+            timesteps.append(t)
+            rate = length / max(1 - t.item(), LAST_STEP)
+            rows.append(((1 - rate) / 2, rate / 2, 0.0, 0.5))
+    timesteps.append(torch.full((), 1 - LAST_STEP))
+    rows.append((0.0, 1.0, 0.0, 0.0))
+    num_draws = num_steps + 1 if name == "euler-maruyama" else 1
+    return Solver(torch.stack(timesteps), torch.tensor(rows, dtype=torch.float64), num_draws)
 
-    integrate(solver, record, torch.zeros(num_steps + 1, 1), num_steps, shift)
-    return torch.stack(timesteps)
+
+def solver_step(
+    x: Tensor, prediction: Tensor, coefficients: Tensor, noise: Tensor | None = None, previous: Tensor | None = None
+) -> Tensor:
+    """Computes the next x, see `Solver`: `coefficients` (4,) on the device of x; absent terms are None."""
+    a, b, c, d = coefficients.unbind()
+    x = torch.addcmul(a * x, b, prediction)
+    if noise is not None:
+        x = torch.addcmul(x, c, noise)
+    return x if previous is None else torch.addcmul(x, d, previous)
 
 
-def apply_cfg(v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:
-    """Applies classifier-free guidance to velocities: v_null + scale * (v_cond - v_null)."""
-    return v_null + scale * (v_cond - v_null)
+PredictFn = Callable[[Tensor, int], Tensor]
+"""(x, index of the evaluation) -> predicted x_1. Guidance is up to the caller."""
+
+
+def integrate(
+    solver: Solver, predict_fn: PredictFn, noise: Tensor, step_fn: Callable[..., Tensor] = solver_step
+) -> Tensor:
+    """Integrates from noise to data.
+
+    Args:
+        solver: from `make_solver`.
+        predict_fn: the guided prediction.
+        noise: (`solver.num_draws`, ...); noise[0] is x_0, noise[j + 1] is n_j.
+        step_fn: `solver_step` or a compiled version of it.
+
+    Returns:
+        x of shape noise.shape[1:]; its sign is the token.
+    """
+    x, previous = noise[0], None
+    coefficients = solver.coefficients.to(noise.device, noise.dtype)
+    needs_previous = solver.coefficients[:, 3] != 0
+    for j in range(len(solver.timesteps)):
+        draw = noise[j + 1] if j + 1 < solver.num_draws else None
+        before = previous if needs_previous[j] else None
+        x, previous = step_fn(x, predict_fn(x, j), coefficients[j], draw, before), x
+    return x
+
+
+def apply_cfg(cond: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+    """Applies classifier-free guidance: null + scale * (cond - null).
+
+    The published samples guide velocities. To guide predictions is the same, since both have one x_t.
+    """
+    return torch.lerp(null, cond, scale)
 
 
 def guidance_scale(cfg_scale: float, step: int, num_steps: int, schedule: str = "linear") -> float:

@@ -48,7 +48,7 @@ class TimeEmbedding(nn.Module):
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class MLPBlock(nn.Module):
@@ -64,7 +64,7 @@ class MLPBlock(nn.Module):
         self.w2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-        return x + swiglu(modulate(self.norm(x), scale, shift), self.w1, self.w2) * gate
+        return torch.addcmul(x, swiglu(modulate(self.norm(x), scale, shift), self.w1, self.w2), gate)
 
 
 class TransformerHeadBlock(nn.Module):
@@ -84,8 +84,8 @@ class TransformerHeadBlock(nn.Module):
     def forward(
         self, x: Tensor, scale1: Tensor, shift1: Tensor, gate1: Tensor, scale2: Tensor, shift2: Tensor, gate2: Tensor
     ) -> Tensor:
-        x = x + self.attn(modulate(self.norm1(x), scale1, shift1)) * gate1
-        return x + swiglu(modulate(self.norm2(x), scale2, shift2), self.w1, self.w2) * gate2
+        x = torch.addcmul(x, self.attn(modulate(self.norm1(x), scale1, shift1)), gate1)
+        return torch.addcmul(x, swiglu(modulate(self.norm2(x), scale2, shift2), self.w1, self.w2), gate2)
 
 
 class FinalLayer(nn.Module):

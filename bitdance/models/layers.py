@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_SHORT = 128
 """Keys up to which a sequence counts as short in `attend`."""
+MAX_QUERIES = 16
+"""Queries up to which matrix products are faster than PyTorch's fused kernel on a CPU, for any number of keys."""
 MAX_ROWS = 65_535
 """Rows of a batch that the fused kernels of a GPU take."""
 
@@ -61,12 +65,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d), mask (n, m) bool -> (B, H, n, d).
 
-    Short sequences are computed by matrix products, with logits and softmax in float32: in training in half precision,
-    where the backward pass of PyTorch's fused kernel is several times slower on CPUs, and for more rows than the grid
-    of a CUDA kernel can have.
+    Some are computed by matrix products, with logits and softmax in float32: few queries on a CPU, short sequences in
+    training in half precision, where the backward pass of PyTorch's fused kernel is several times slower on CPUs, and
+    short sequences of more rows than the grid of a CUDA kernel can have.
     """
-    is_trained_in_half = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
-    if k.shape[2] > MAX_SHORT or not (is_trained_in_half or q.shape[0] > MAX_ROWS):
+    is_short, is_half = k.shape[2] <= MAX_SHORT, q.dtype in (torch.bfloat16, torch.float16)
+    by_products = is_short and (q.shape[0] > MAX_ROWS or (q.requires_grad and is_half))
+    if not by_products and not (q.device.type == "cpu" and q.shape[2] <= MAX_QUERIES and not q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with torch.autocast(q.device.type, enabled=False):
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
@@ -75,19 +80,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
+@dataclasses.dataclass
 class KVCache:
-    """Static key/value cache: one pair of tensors (B, H, L, d) per layer, of which `length` positions are filled."""
+    """Static key/value cache.
 
-    def __init__(self, n_layer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
-        self.length = 0
+    Attributes:
+        keys, values: (B, H, L, d), one tensor per layer.
+        length: positions that are filled.
+        positions: (n,) int64, where `extend` writes, if it is a tensor so that all shapes are static; `length` is then
+            not used.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+    positions: Tensor | None = None
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends keys and values (B, H, n, d) of a layer and returns all of them, (B, H, length + n, d).
 
-        The caller increases `length` once all layers have been extended.
+        The caller increases `length` once all layers have been extended. With `positions`, all L are returned.
         """
+        if self.positions is not None:
+            self.keys[layer].index_copy_(2, self.positions, key)
+            self.values[layer].index_copy_(2, self.positions, value)
+            return self.keys[layer], self.values[layer]
         end = self.length + key.shape[2]
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value

@@ -170,27 +170,49 @@ class BitDance(nn.Module):
         """Allocates an empty key/value cache for `batch` rows."""
         config = self.config
         shape = (batch, config.n_head, config.cls_token_num + config.num_tokens - 1, config.dim // config.n_head)
-        return KVCache(config.n_layer, shape, self.dtype, self.norm.weight.device)
+        tensors = [
+            torch.zeros(shape, dtype=self.dtype, device=self.norm.weight.device) for _ in self.layers for _ in "kv"
+        ]
+        return KVCache(tensors[: config.n_layer], tensors[config.n_layer :])
 
     def _mask(self, start: int, end: int) -> Tensor:
         """Returns the mask of the queries from `start` to `end`, (end - start, end) bool, True where they attend."""
         return self.blocks[start:end, None] >= self.blocks[:end]
 
-    def _advance(self, x: Tensor, cache: KVCache) -> Tensor:
-        start, end = cache.length, cache.length + x.shape[1]
+    def _extend(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Processes new inputs (B, n, D) and returns the hidden states of the last P of them, (B, P, D)."""
         x = self.emb_norm(x.to(self.emb_norm.weight.dtype))
-        rotary, mask = self.rotary[start:end], self._mask(start, end)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, cache, i)
-        cache.length = end
-        group = (end - self.config.cls_token_num + 1) // self.config.parallel_num - 1
-        p = self.config.parallel_num
-        return self.norm(x[:, -p:]) + self.pos_for_diff.weight[group * p : (group + 1) * p]
+        cache.length += x.shape[1]
+        return self.norm(x[:, -self.config.parallel_num :])
 
     def prefill(self, labels: Tensor, cache: KVCache) -> Tensor:
         """Processes the class and query tokens and returns the first conditions: (B,) int64 -> (B, P, D)."""
-        return self._advance(self.class_tokens(labels), cache)
+        x = self.class_tokens(labels)
+        length, p = x.shape[1], self.config.parallel_num
+        return self._extend(x, self.rotary[:length], self._mask(0, length), cache) + self.pos_for_diff.weight[:p]
 
     def step(self, new: Tensor, cache: KVCache) -> Tensor:
-        """Processes the P newest tokens and returns the conditions of the next P: (B, P, C) +-1 -> (B, P, D)."""
-        return self._advance(self.proj_in(new.to(self.dtype)), cache)
+        """Processes the P newest tokens and returns the conditions of the next P: (B, P, C) +-1 -> (B, P, D).
+
+        They attend to all positions so far and to each other, so there is no mask.
+        """
+        start, p = cache.length, self.config.parallel_num
+        rotary, first = self.rotary[start : start + p], start - self.config.cls_token_num + 1
+        x = self._extend(self.proj_in(new.to(self.dtype)), rotary, None, cache)
+        return x + self.pos_for_diff.weight[first : first + p]
+
+    def step_at(self, new: Tensor, keys: list[Tensor], values: list[Tensor], position: Tensor) -> Tensor:
+        """Does the same as `step` with static shapes, to be compiled: attention is masked, over the whole cache.
+
+        Args:
+            new: (B, P, C), +-1.
+            keys, values: of the cache, updated in place.
+            position: () int64, positions in the cache so far.
+        """
+        positions = position + torch.arange(self.config.parallel_num, device=new.device)
+        mask = torch.arange(keys[0].shape[2], device=new.device) <= positions[-1:, None]  # (1, L)
+        cache = KVCache(keys, values, positions=positions)
+        x = self._extend(self.proj_in(new.to(self.dtype)), self.rotary[positions], mask, cache)
+        return x + self.pos_for_diff(positions - self.config.cls_token_num + 1)

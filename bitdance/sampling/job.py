@@ -74,7 +74,7 @@ class JobConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks of a job: digests of their tensors, precision, and whether the head is compiled."""
+    """The networks of a job: digests of their tensors, precision, and whether the sampler is compiled."""
 
     model: str
     autoencoder: str
@@ -126,7 +126,7 @@ class SamplingJob:
         """The networks of the pipeline; computed once, since the digests read all tensors."""
         model, autoencoder = (digest(part.state_dict()) for part in (self.pipeline.model, self.pipeline.autoencoder))
         precision = str(self.pipeline.dtype).removeprefix("torch.")
-        return Networks(model, autoencoder, precision, compiled=self.pipeline.denoise is not None)
+        return Networks(model, autoencoder, precision, compiled=self.pipeline.functions is not None)
 
     @functools.cached_property
     def batches(self) -> list[range]:

@@ -19,12 +19,20 @@ from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
 from bitdance.models.autoencoder import Autoencoder, to_uint8
+from bitdance.models.packed_linear import pack_linears, unpack_linears
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
-from bitdance.runtime.errors import UserError
-from bitdance.sampling.sampler import DenoiseFn, SamplingConfig, StepCallback, sample_noise, sample_tokens
+from bitdance.runtime.errors import UserError, first_line
+from bitdance.sampling.sampler import (
+    CompiledFunctions,
+    SamplingConfig,
+    StepCallback,
+    is_compiler_error,
+    sample_noise,
+    sample_tokens,
+)
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
@@ -51,7 +59,7 @@ class Pipeline:
         model, autoencoder: in evaluation mode, on one device, in the dtype to compute in.
         name: used in the names of result files.
         defaults: sampling settings for those that a call does not give.
-        denoise: a compiled version of the head network's `denoise`, see `compile`.
+        functions: compiled ones, see `compile`.
 
     Raises:
         UserError: the autoencoder does not have the model's number of bits per token.
@@ -61,7 +69,7 @@ class Pipeline:
     autoencoder: Autoencoder
     name: str = "model"
     defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
-    denoise: DenoiseFn | None = None
+    functions: CompiledFunctions | None = None
 
     def __post_init__(self) -> None:
         bits = self.model.config.bits, self.autoencoder.config.bits
@@ -187,10 +195,7 @@ class Pipeline:
         if not isinstance(chunk_size, int) or chunk_size < 0:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
         try:
-            ids = torch.tensor(sample_ids, dtype=torch.int64, device=self.device)
-            classes = torch.tensor(labels, dtype=torch.int64, device=self.device)
-            noise_fn = sample_noise(self.model, seed, ids, config.num_draws)
-            tokens = sample_tokens(self.model, classes, noise_fn, config, callback, self.denoise)
+            tokens = self._sample(sample_ids, labels, config, seed, callback)
             pixels = self.decode_tokens(tokens, chunk_size)
             return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
         except torch.OutOfMemoryError:
@@ -209,6 +214,31 @@ class Pipeline:
             for part in (slice(half), slice(half, None))
         ]
         return SampleBatch(*(np.concatenate(arrays) for arrays in zip(*halves, strict=True)))
+
+    def _sample(
+        self,
+        sample_ids: Sequence[int],
+        labels: Sequence[int],
+        config: SamplingConfig,
+        seed: int,
+        callback: StepCallback | None,
+    ) -> Tensor:
+        """Samples tokens (B, N, C); a batch for compiled functions is padded to a size that they know."""
+        size, functions = len(sample_ids), self.functions
+        padding = functions.padded_size(size) - size if functions else 0
+        padded = [torch.tensor([*part, *[part[-1]] * padding], device=self.device) for part in (sample_ids, labels)]
+        noise_fn = sample_noise(self.model, seed, padded[0], config.num_draws)
+        report = (lambda i, steps, tokens: callback(i, steps, tokens[:size])) if callback and padding else callback
+        try:
+            return sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
+        except Exception as error:
+            if functions is None or not is_compiler_error(error):
+                raise
+            print(
+                f"bitdance: the sampler runs uncompiled, since compiling failed: {first_line(error)}", file=sys.stderr
+            )
+        self.functions = None
+        return self._sample(sample_ids, labels, config, seed, callback)
 
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
@@ -266,8 +296,9 @@ class Pipeline:
         return torch.from_numpy(pixels).to(self.device) if output == "pt" else pixels
 
     def compile(self, mode: str = "default") -> None:
-        """Compiles the head network with `torch.compile`, which takes effect in the next call."""
-        self.denoise = torch.compile(self.model.head.net.denoise, mode=mode)
+        """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch."""
+        unpack_linears(self.model)  # the compiler packs the weights itself
+        self.functions = CompiledFunctions(self.model, mode)
 
 
 def _check_output(output: str) -> None:
@@ -314,9 +345,12 @@ def load_pipeline(
             "autoencoder in another precision, the images will be noise.",
             file=sys.stderr,
         )
+    model = model.to(device)
+    if device.type == "cpu":
+        pack_linears(model)
     released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
     return Pipeline(
-        model.to(device),
+        model,
         decoder.to(device),
         f"{contents.path.stem}-{contents.choose_weights(weights)}",
         released.sampling if released else SamplingDefaults(),

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitdance.models import flow, philox
+from bitdance.models.head import HeadNetwork
+from bitdance.models.layers import KVCache
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import check_fields
 
 NoiseFn = Callable[[int, bool], Tensor]
 """(autoregressive step, for the unconditional rows?) -> (draws, B, P, C) float32 standard normal noise."""
-
-DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t, time embedding, condition embedding) -> predicted x_1, as `HeadNetwork.denoise`."""
 
 StepCallback = Callable[[int, int, Tensor], object]
 """Called after each autoregressive step with (steps done, steps in total, tokens so far (B, n, C))."""
@@ -34,7 +34,7 @@ class SamplingConfig:
         cfg_scale: guidance scale; 1 or less disables guidance.
         cfg_schedule: `linear` grows from 1 with the autoregressive step; `constant`.
         share_first: whether conditional and unconditional rows share their first tokens; the published samples do not.
-        solver: as for `flow.integrate`; `euler-maruyama` is the published one.
+        solver: see `flow.make_solver`; `euler-maruyama` is the published one.
     """
 
     num_steps: int
@@ -53,13 +53,83 @@ class SamplingConfig:
             lambda value: isinstance(value, int | float) and 0 <= value < float("inf"),
             "be a finite number of at least 0",
         )
-        flow.evaluation_timesteps(self.solver, 1)  # raises for an unknown solver
+        flow.make_solver(self.solver, 1)  # raises for an unknown solver
         flow.guidance_scale(self.cfg_scale, 0, 1, self.cfg_schedule)
 
     @property
     def num_draws(self) -> int:
         """Normal numbers per bit that the solver needs."""
-        return self.num_steps + 1 if self.solver == "euler-maruyama" else 1
+        return flow.make_solver(self.solver, self.num_steps).num_draws
+
+
+class SamplerFunctions:
+    """The functions in which a sampler spends its time, with static shapes.
+
+    Attributes:
+        predict: a guided prediction of the head, (network, x (R, P, C), embedded time (1, 1, d), embedded condition,
+            guidance scale () or None) -> (R, P, C) float32. With a scale the condition has 2 R rows, of which the
+            second half is unconditional.
+        advance: `flow.solver_step`.
+        transformer_step: `BitDance.step`, (tokens, cache) -> conditions.
+    """
+
+    def __init__(self, model: BitDance) -> None:
+        self.predict = guided_prediction
+        self.advance = flow.solver_step
+        self.transformer_step = model.step
+
+
+MAX_GRAPHS = 64
+"""Graphs of one function: a few for each batch size and solver."""
+
+
+class CompiledFunctions(SamplerFunctions):
+    """The same, compiled by `torch.compile` at their first calls, once for each size of a batch.
+
+    Args:
+        model: whose functions they are.
+        mode: of `torch.compile`. CUDA graphs (`reduce-overhead`) are used for the prediction alone: their results are
+            overwritten by the next call, so nothing that lasts longer may come from one.
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, model: BitDance, mode: str = "default", backend: str | Callable[..., Any] = "inductor") -> None:
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+        graphs: dict[str, Any] = {"mode": mode}
+        if model.norm.weight.device.type == "cpu" and backend == "inductor":
+            settings["options"] = {"freezing": True}  # without it, bf16 weights are not packed
+            graphs = {}
+        torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+        self.sizes: set[int] = set()
+        self.predict = torch.compile(guided_prediction, **settings, **graphs)
+        self.advance = torch.compile(flow.solver_step, **settings)
+        self._step_at = torch.compile(model.step_at, **settings)
+
+    def padded_size(self, size: int) -> int:
+        """Returns the size to pad a batch to: one that has been used and is at most twice as large, or `size`."""
+        self.sizes.add(min((other for other in self.sizes if size <= other <= 2 * size), default=size))
+        return min(other for other in self.sizes if other >= size)
+
+    def transformer_step(self, new: Tensor, cache: KVCache) -> Tensor:
+        """Calls the compiled `BitDance.step_at`."""
+        position = torch.full((), cache.length, dtype=torch.int64, device=new.device)
+        cache.length += new.shape[1]
+        return self._step_at(new, cache.keys, cache.values, position)
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Returns whether an error of a compiled function is one of the compiler, and not of what was compiled."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def guided_prediction(net: HeadNetwork, x: Tensor, time: Tensor, cond: Tensor, scale: Tensor | None) -> Tensor:
+    """Predicts x_1 with guidance, see `SamplerFunctions`."""
+    rows = x if scale is None else torch.cat([x, x])
+    prediction = net.denoise(rows.to(cond.dtype), time, cond).float()
+    if scale is None:
+        return prediction
+    with_class, without = prediction.chunk(2)
+    return flow.apply_cfg(with_class, without, scale)
 
 
 def sample_noise(model: BitDance, seed: int, sample_ids: Tensor, draws: int) -> NoiseFn:
@@ -88,7 +158,7 @@ def sample_tokens(
     noise_fn: NoiseFn,
     config: SamplingConfig,
     callback: StepCallback | None = None,
-    denoise: DenoiseFn | None = None,
+    functions: SamplerFunctions | None = None,
 ) -> Tensor:
     """Samples tokens: (B,) int64 labels -> (B, N, C) +-1.
 
@@ -101,17 +171,18 @@ def sample_tokens(
         noise_fn: the noise of each step, from `sample_noise`.
         config: sampling settings.
         callback: called after each autoregressive step.
-        denoise: a compiled version of `model.head.net.denoise`.
+        functions: compiled ones, see `CompiledFunctions`.
     """
     steps, b = model.config.ar_steps, len(labels)
     guided = config.cfg_scale > 1
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     cache = model.new_cache(len(labels))
-    sample_head = _head_sampler(model, config, denoise)
+    functions = functions or SamplerFunctions(model)
+    sample_head = _head_sampler(model, config, functions)
     groups: list[Tensor] = []
     for i in range(steps):
-        cond = model.prefill(labels, cache) if i == 0 else model.step(groups[-1], cache)  # (R, P, D)
+        cond = model.prefill(labels, cache) if i == 0 else functions.transformer_step(groups[-1], cache)  # (R, P, D)
         scale = flow.guidance_scale(config.cfg_scale, i, steps, config.cfg_schedule) if guided else 1.0
         shared = scale > 1 or (guided and config.share_first)
         noise = noise_fn(i, False)  # (draws, B, P, C)
@@ -126,30 +197,25 @@ def sample_tokens(
 
 
 def _head_sampler(
-    model: BitDance, config: SamplingConfig, denoise: DenoiseFn | None
+    model: BitDance, config: SamplingConfig, functions: SamplerFunctions
 ) -> Callable[[Tensor, Tensor, float | None], Tensor]:
     """Returns a function that samples tokens from the head; the solver's timesteps are embedded only once.
 
-    It integrates from noise to data and takes cond (R, P, D), noise (draws, R, P, C) and the guidance scale. With a
-    scale the second half of the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves.
+    It takes cond (R, P, D), noise (draws, R, P, C) and the guidance scale. With a scale the second half of the rows of
+    cond is unconditional, and noise has R / 2 rows, shared by both halves.
     """
-    net, shift = model.head.net, model.config.time_shift
-    denoise_fn = denoise or net.denoise
-    timesteps = flow.evaluation_timesteps(config.solver, config.num_steps, shift)
-    time_embeddings = net.time_embed(timesteps.to(model.norm.weight.device))[:, None, None]  # (evaluations, 1, 1, d)
+    net, device = model.head.net, model.norm.weight.device
+    solver = flow.make_solver(config.solver, config.num_steps, model.config.time_shift)
+    times = net.time_embed(solver.timesteps.to(device))[:, None, None]  # (evaluations, 1, 1, d)
 
     def sample(cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
         embedded = net.cond_embed(cond.to(model.dtype))
+        # Created on the device: copying a number to a GPU would synchronize with it.
+        guidance = None if scale is None else torch.full((), scale, device=device)
 
-        def velocity_fn(x: Tensor, t: Tensor, index: int) -> Tensor:
-            rows = x if scale is None else torch.cat([x, x])
-            x_pred = denoise_fn(rows.to(model.dtype), time_embeddings[index], embedded).float()
-            v = flow.velocity(x_pred, rows, t)
-            if scale is None:
-                return v
-            v_cond, v_null = v.chunk(2)
-            return flow.apply_cfg(v_cond, v_null, scale)
+        def predict(x: Tensor, index: int) -> Tensor:
+            return functions.predict(net, x, times[index], embedded, guidance)
 
-        return flow.integrate(config.solver, velocity_fn, noise, config.num_steps, shift)
+        return flow.integrate(solver, predict, noise, functions.advance)
 
     return sample
