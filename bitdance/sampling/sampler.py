@@ -179,7 +179,7 @@ def sample_tokens(
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     cache = model.new_cache(len(labels))
     functions = functions or SamplerFunctions(model)
-    sample_head = _head_sampler(model, config, functions)
+    sample_head = head_sampler(model, config, functions)
     groups: list[Tensor] = []
     for i in range(steps):
         cond = model.prefill(labels, cache) if i == 0 else functions.transformer_step(groups[-1], cache)  # (R, P, D)
@@ -196,7 +196,7 @@ def sample_tokens(
     return torch.cat(groups, dim=1)[:b]
 
 
-def _head_sampler(
+def head_sampler(
     model: BitDance, config: SamplingConfig, functions: SamplerFunctions
 ) -> Callable[[Tensor, Tensor, float | None], Tensor]:
     """Returns a function that samples tokens from the head; the solver's timesteps are embedded only once.
