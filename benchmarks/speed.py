@@ -158,7 +158,7 @@ def training_parts(
     objective: BitDanceLoss, batch_size: int, side: int, in_bf16: bool
 ) -> dict[str, Callable[[], object]]:
     """Returns training steps as functions, from bits and from images: loss, gradients, clipping, AdamW and EMA."""
-    network, sizes = objective.network.train(), objective.network.config
+    network, sizes = objective.network.train().requires_grad_(), objective.network.config
     device = network.norm.weight.device
     optimizer = build_optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path(), pathlib.Path(), lr=1e-5))
     ema, index, zero = EMA(network, 0.9999), torch.arange(batch_size, device=device), torch.zeros((), device=device)
@@ -249,6 +249,8 @@ def main() -> None:
         side = model.config.grid * autoencoder.config.down_size
         objective = BitDanceLoss(copy.deepcopy(model), copy.deepcopy(autoencoder), LossConfig(), 0).to(device)
         objective.autoencoder.to(device)
+        if device.type == "cpu":
+            objective.autoencoder.prepare_for_cpu()
         in_bf16 = dtype == torch.bfloat16
         variants["ours"] = training_parts(objective, options.batch_size, side, in_bf16)
         least |= training_limits(objective, options.batch_size, side, limits)

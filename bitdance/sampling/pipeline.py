@@ -38,9 +38,6 @@ from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
 
-MIN_CHANNELS_LAST = 128
-"""Channels from which the convolutions of a CPU are faster in the channels-last memory format; GroupNorm is slower."""
-
 
 class SampleBatch(NamedTuple):
     """A batch of samples.
@@ -302,8 +299,7 @@ class Pipeline:
         """Brings weights into the memory layouts that are fast on a CPU, for inference alone; does nothing on a GPU."""
         if self.device.type == "cpu":
             pack_linears(self.model)
-            if min(self.autoencoder.config.widths) >= MIN_CHANNELS_LAST:
-                self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.autoencoder.prepare_for_cpu()
 
     def compile(self, mode: str = "default") -> None:
         """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch."""

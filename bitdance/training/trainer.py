@@ -123,6 +123,8 @@ class Trainer:
         self.pipeline: Pipeline | None = None
         if isinstance(objective, BitDanceLoss):
             objective.autoencoder.to(world.device)
+            if world.device.type == "cpu":
+                objective.autoencoder.prepare_for_cpu()
             self.pipeline = Pipeline(objective.network, objective.autoencoder, defaults=PREVIEW_SAMPLING)
         self.total_steps = config.epochs * loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
