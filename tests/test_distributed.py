@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import json
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from bitdance.cli.main import call
 from bitdance.runtime import peer_monitor, process_group
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import NonBlockingMax, World, init_distributed
+from bitdance.runtime.process_group import StopSignal, World, init_distributed
 
 
 def environment(rank: int, size: int, port: int, agent: bool) -> dict[str, str]:
@@ -211,36 +212,64 @@ def test_a_job_that_is_suspended_continues(job):
 REAL_END = """
 import json, os, pathlib, sys
 import test_distributed as tests
-port, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+port, folder, body = int(sys.argv[1]), pathlib.Path(sys.argv[2]), getattr(tests, sys.argv[3])
 rank = 0 if (child := os.fork()) else 1
-tests.run(tests.environment(rank, 2, port, False), folder, tests.leave_in_order)
+tests.run(tests.environment(rank, 2, port, False), folder, body)
 if child:
     assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_interpreters_end_without_a_word(tmp_path):
-    """The threads of the monitor do not disturb the end of an interpreter, which the other tests do not reach."""
-    done = subprocess.run(
-        [sys.executable, "-c", REAL_END, str(small.free_port()), str(tmp_path)],
+def run_interpreters(folder: pathlib.Path, body: str) -> int:
+    """Runs two processes with the end of an interpreter, which the other tests do not reach."""
+    return subprocess.run(
+        [sys.executable, "-c", REAL_END, str(small.free_port()), str(folder), body],
         env=small.environment() | {"PYTHONPATH": f"{small.ROOT}:{small.ROOT / 'tests'}"},
         timeout=100,
-    )
-    assert done.returncode == 0
+    ).returncode
+
+
+def test_interpreters_end_without_a_word(tmp_path):
+    """The threads of the monitor do not disturb the end of an interpreter."""
+    assert run_interpreters(tmp_path, "leave_in_order") == 0
     for rank in range(2):
         assert [(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] == ["joined\n", ""]
 
 
+def fail_with_hanging_clean_up(error: Exception) -> None:
+    """As with NCCL, whose clean-up waits for the processes that are gone."""
+    dist.destroy_process_group = atexit.register(lambda *_: time.sleep(1000))
+    raise error
+
+
+def fail_by_the_user(world: World) -> None:
+    fail_with_hanging_clean_up(UserError("the disk is full: free some space."))
+
+
+def fail_by_the_program(world: World) -> None:
+    fail_with_hanging_clean_up(RuntimeError("CUDA error: an illegal memory access"))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "line"),
+    [
+        ("fail_by_the_user", 2, "bitdance: the disk is full: free some space."),
+        ("fail_by_the_program", 1, "RuntimeError: CUDA error: an illegal memory access"),
+    ],
+)
+def test_a_failed_process_does_not_wait_for_the_clean_up(tmp_path, body, status, line):
+    assert run_interpreters(tmp_path, body) == status
+    for rank in range(2):
+        assert (tmp_path / f"err{rank}").read_text().splitlines()[-1] == line
+
+
 def collectives_after_a_death(world: World) -> None:
-    maxima = NonBlockingMax(world)
-    assert maxima.all_reduce_max(world.rank) == 0 and maxima.all_reduce_max(0) == 1
     assert world.gather(world.rank) == ([0, 1] if world.rank == 0 else [])
     assert world.mean(torch.tensor([float(world.rank)])).item() == 0.5
     if world.rank == 1:
         os._exit(0)
-    calls = (world.barrier, lambda: world.broadcast(1), lambda: world.gather(1), lambda: world.mean(torch.ones(1)))
     messages = []
-    for collective in (*calls, lambda: [maxima.all_reduce_max(0) for _ in range(2)]):
+    for collective in (lambda: world.gather(1), lambda: world.mean(torch.ones(1))):
         with pytest.raises(UserError) as caught:
             collective()
         messages.append(str(caught.value))
@@ -252,10 +281,39 @@ def test_collectives_say_that_a_process_has_ended(job):
     running = job(2).start(collectives_after_a_death)
     assert running.end(0) == (0, "")
     messages = json.loads(running.output(0, "out").splitlines()[1])
-    assert len(messages) == 5
+    assert len(messages) == 2
     for message in messages:
         assert message.startswith("process 0 lost the connection to another process (")
         assert message.endswith("): see the messages of the others, then run the same command again.")
+
+
+def wait_for_the_dead(world: World) -> None:
+    if world.rank == 1:
+        os._exit(0)
+    world.barrier()
+
+
+def test_a_wait_ends_when_a_process_has_died(job):
+    running = job(2).start(wait_for_the_dead, timeout=3)
+    assert running.end(0)[0] == 1
+    assert "process 1 has not responded for 3 s" in running.output(0, "err")
+
+
+def agree(world: World) -> None:
+    stop = StopSignal(world)
+    world.barrier()
+    received = [stop.exchange(15 if world.rank == 1 and call >= 3 else 0) for call in range(200)]
+    every = world.gather(received)
+    if world.is_main:
+        print(json.dumps(every))
+
+
+def test_all_processes_see_a_signal_in_the_same_call(job):
+    running = job(3).start(agree)
+    assert all(running.end(rank)[0] == 0 for rank in range(3))
+    first, *others = json.loads(running.output(0, "out").splitlines()[1])
+    assert all(received == first for received in others)
+    assert first[:4] == [0, 0, 0, 0] and first[-1] == 15 and first == sorted(first)
 
 
 # ------------------------------------------------------------ the start

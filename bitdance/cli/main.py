@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from bitdance.runtime.cpu_tuning import tune_cpu
@@ -111,6 +112,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         raise SystemExit(1) from None
     except Exception as error:
         if "--debug" in arguments:
+            _end_at_once(1)
             raise
         if isinstance(error, Interrupted):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end in a traceback of the clean-up
@@ -126,12 +128,29 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
             message = f"there is not enough memory: {memory_advice()}."
         else:
+            _end_at_once(1)
             raise
         print(f"bitdance: {one_line(message)}", file=sys.stderr)
+        _end_at_once(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _end_at_once(status: int) -> None:
+    """Ends a process that failed beside others: the clean-up of NCCL at exit could wait for them until its time-out.
+
+    With status 1 it prints the traceback of the present exception first. Does nothing in a single process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    if status == 1:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end_with_launcher() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -24,7 +26,7 @@ from bitdance.runtime.peer_monitor import PeerMonitor, state_key
 T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(hours=2)
-"""Time-out of collectives. All processes wait in one while rank 0 writes a file of 10 GB."""
+"""Time-out of collectives."""
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others at the start."""
@@ -43,11 +45,15 @@ class World:
         rank: 0 <= rank < size.
         size: number of processes.
         device: where this process computes.
+        store: that the processes share, None for a single one. What they wait for while one of them works, which can
+            take hours, goes over it: the collectives of NCCL and gloo have time-outs and occupy the GPU.
     """
 
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
+    _calls: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -56,17 +62,34 @@ class World:
 
     def barrier(self) -> None:
         """Waits until all processes have called this."""
-        if self.size > 1:
-            with _peer_errors(self.rank):
-                dist.barrier()
+        if self.store is None:
+            return
+        key = f"barrier/{next(self._calls)}"
+        with _peer_errors(self.rank):
+            if self.store.add(f"{key}/arrived", 1) == self.size:
+                self.store.set(key, "all")
+            self.await_key(key)
 
     def broadcast(self, value: T) -> T:
-        """Returns the value of rank 0, which has to be picklable."""
-        box = [value]
-        if self.size > 1:
-            with _peer_errors(self.rank):
-                dist.broadcast_object_list(box, src=0)
-        return box[0]
+        """Returns the value of rank 0, which has to be picklable and of at most some MB."""
+        if self.store is None:
+            return value
+        key = f"broadcast/{next(self._calls)}"
+        with _peer_errors(self.rank):
+            if self.is_main:
+                self.store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # (bytes are right)
+                return value
+            received: T = pickle.loads(self.await_key(key))
+            return received
+
+    def await_key(self, key: str) -> bytes:
+        """Waits until a key is in the store, for as long as the other processes are alive, and returns its value."""
+        assert self.store is not None
+        delay = 0.001
+        while not self.store.check([key]):  # a blocking call would not let Python handle signals
+            time.sleep(delay)
+            delay = min(2 * delay, 0.1)
+        return self.store.get(key)
 
     def gather(self, value: T) -> list[T]:
         """Returns the picklable values of all processes, ordered by rank, on rank 0 and an empty list on the others."""
@@ -90,51 +113,38 @@ class World:
         return devices.peak_memory(self.device)
 
 
-class NonBlockingMax:
-    """Maximum of an integer over all processes without waiting for them: each call returns the result of the last one.
+class StopSignal:
+    """A number that any process sets and all read in the same call, without waiting for each other.
 
-    A gloo group of its own on the CPU carries it, so that no GPU has to synchronize. All processes create it together.
-
-    Raises:
-        UserError: the processes cannot connect to each other.
+    It goes over the store: the first process publishes in each call what it has read there, and the others take what it
+    published in the call before. So no GPU has to synchronize, and a process only waits if it is a whole call ahead of
+    the first one. All processes make the same calls.
     """
 
-    def __init__(self, world: World) -> None:
-        self._rank = world.rank
-        self._pending: tuple[dist.Work, Tensor] | None = None
-        self._group: dist.ProcessGroup | None = None
-        if world.size > 1:
-            with _user_errors(
-                f"process {world.rank} cannot connect to the others over gloo",
-                "let the host name of each machine resolve to an address that the others reach, or set "
-                "GLOO_SOCKET_IFNAME to its network interface",
-            ):
-                self._group = dist.new_group(backend="gloo")
+    _KEY = "signal"
 
-    def all_reduce_max(self, value: int) -> int:
-        """Returns the maximum of the values of the previous call, 0 at first; of a single process, `value` itself.
+    def __init__(self, world: World) -> None:
+        self._world, self._calls = world, 0
+        if world.store is not None:
+            world.store.compare_set(self._KEY, "", "0")  # before any process reads it, which would wait
+
+    def exchange(self, value: int) -> int:
+        """Gives the value of this process, 0 for none, and returns one that a process has given, or 0.
 
         Raises:
-            UserError: another process has ended.
+            UserError: the connection to the other processes is lost.
         """
-        if self._group is None:
+        world, call = self._world, self._calls
+        self._calls += 1
+        if world.store is None:
             return value
-        maximum = self.close()
-        tensor = torch.tensor([value])
-        with _peer_errors(self._rank):
-            work = dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group, async_op=True)
-        assert work is not None
-        self._pending = (work, tensor)
-        return maximum
-
-    def close(self) -> int:
-        """Waits for the last reduction and returns its result, 0 if there is none; called by all processes."""
-        if self._pending is None:
-            return 0
-        (work, tensor), self._pending = self._pending, None
-        with _peer_errors(self._rank):
-            work.wait()
-        return int(tensor)
+        with _peer_errors(world.rank):
+            if value:
+                world.store.compare_set(self._KEY, "0", str(value))
+            if world.is_main:
+                world.store.set(f"{self._KEY}/{call}", world.store.get(self._KEY).decode())
+                world.store.delete_key(f"{self._KEY}/{call - 1000}")
+            return int(world.await_key(f"{self._KEY}/{call - 1}")) if call else 0
 
 
 @contextlib.contextmanager
@@ -198,7 +208,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
                 timeout=TIMEOUT,
                 device_id=world.device if on_gpu else None,
             )
-        yield world
+        yield dataclasses.replace(world, store=store)
     except BaseException as error:
         if not isinstance(error, Interrupted):  # which all processes raise after the same step
             failure = first_line(error)

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from bitdance.runtime.process_group import NonBlockingMax, World
+from bitdance.runtime.process_group import StopSignal, World
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 """SIGTERM is what torchrun sends to its processes when it is stopped; Slurm is usually told to send SIGUSR1;
@@ -25,7 +25,7 @@ class PreemptionHandler:
     def __init__(self, world: World) -> None:
         self._signal = 0
         self._is_main = world.is_main
-        self._max = NonBlockingMax(world)
+        self._agreed = StopSignal(world)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[PreemptionHandler]:
@@ -54,8 +54,4 @@ class PreemptionHandler:
         Raises:
             UserError: another process has ended.
         """
-        return self._max.all_reduce_max(self._signal)
-
-    def close(self) -> None:
-        """Waits for the exchange of the last step; called by all processes."""
-        self._max.close()
+        return self._agreed.exchange(self._signal)

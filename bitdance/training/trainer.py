@@ -182,7 +182,6 @@ class Trainer:
             self._open_run(opened)
             with PreemptionHandler(self.world).installed() as preemption:
                 self._train_steps(preemption)
-                preemption.close()
                 return self._finish()
 
     def _train_steps(self, preemption: PreemptionHandler) -> None:
@@ -234,7 +233,6 @@ class Trainer:
                         self.save()
                         saved = time.monotonic()
                     if (number := preemption.received()) and self.step < self.last_step:
-                        preemption.close()
                         self._stop(number)
 
     def train_step(self, batch: Batch, lr: float) -> dict[str, Tensor]:
