@@ -240,7 +240,7 @@ def test_a_part_that_is_damaged_at_the_last_moment_is_removed_and_named(pipeline
         return count
 
     monkeypatch.setattr(SamplingJob, "_sample_batches", then_damage)
-    with pytest.raises(UserError, match=r"000001\.npz was damaged or lost: run the command again"):
+    with pytest.raises(UserError, match=r"000001\.npz was damaged: run the command again"):
         job.run(SINGLE)
     assert job._missing_results() and job.part(0).exists() and not job.part(1).exists()
 

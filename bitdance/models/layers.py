@@ -12,6 +12,8 @@ MAX_SHORT = 128
 """Keys up to which a sequence counts as short in `attend`."""
 MAX_QUERIES = 16
 """Queries up to which matrix products are faster than PyTorch's fused kernel on a CPU, for any number of keys."""
+CACHED_BYTES = 1 << 22
+"""Size of a copy of keys that stays in the cache of a CPU until it is read."""
 MAX_ROWS = 65_535
 """Rows of a batch that the fused kernels of a GPU take."""
 
@@ -73,6 +75,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     by_products = is_short and (q.shape[0] > MAX_ROWS or (q.requires_grad and is_half))
     if not by_products and not (q.device.type == "cpu" and q.shape[2] <= MAX_QUERIES and not q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    rows = max(1, CACHED_BYTES // (4 * k[0].numel()))
+    if is_half and not by_products and len(q) > rows:  # a few rows at a time, since keys are copied to float32
+        parts = (part.split(rows) for part in (q, k, v))
+        return torch.cat([_attend_by_products(*part, mask) for part in zip(*parts, strict=True)])  # type: ignore[call-arg]
+    return _attend_by_products(q, k, v, mask)
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
         if mask is not None:

@@ -48,6 +48,9 @@ from bitdance.weights.safetensors_files import digest
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
 """Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
 
+VISIBLE_AFTER = 60.0
+"""Seconds in which a file that another machine has written has to appear."""
+
 
 @dataclasses.dataclass(frozen=True)
 class JobConfig:
@@ -325,11 +328,18 @@ class SamplingJob:
         return arrays
 
     def _read_part(self, batch: int, *kinds: str) -> dict[str, np.ndarray]:
-        """Reads the arrays of a part that these results need; a damaged part is removed."""
-        arrays = self._read(batch, list(kinds))
-        if arrays is None:
-            self.part(batch).unlink(missing_ok=True)
-            raise UserError(f"{self.part(batch)} was damaged or lost: run the command again to sample it again.")
+        """Reads the arrays of a part that these results need; a damaged part is removed.
+
+        A part that another machine has written can take some time to appear on a network file system.
+        """
+        path, deadline = self.part(batch), time.monotonic() + VISIBLE_AFTER
+        while (arrays := self._read(batch, list(kinds))) is None:
+            if path.exists():
+                path.unlink()
+                raise UserError(f"{path} was damaged: run the command again to sample it again.")
+            if time.monotonic() > deadline:
+                raise UserError(f"{path} was lost: run the command again, which samples it again if it is missing.")
+            time.sleep(0.2)
         return arrays
 
     def _write_results(self, kinds: list[str], settings: dict[str, Any]) -> None:
