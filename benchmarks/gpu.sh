@@ -21,11 +21,13 @@ nvidia-smi >"$results/gpu.txt"
 python -c "import torch; print(torch.__version__, torch.version.cuda)" >>"$results/gpu.txt"
 step tests 300 python -m pytest -q -m gpu
 for model in B-16X B-4X; do
-    step "sampling-$model" 300 python benchmarks/sampling.py --model "$model" --batch-size 384 --rounds 2 \
-        --precision bf16 --chunk-size 64 --compile --device cuda
+    step "sampling-$model" 300 python benchmarks/speed.py --model "$model" --batch-size 384 --rounds 2 \
+        --precision bf16 --chunk-size 64 --compile reduce-overhead --device cuda
 done
-step sampling-B-1X 400 python benchmarks/sampling.py --model B-1X --batch-size 384 --rounds 1 \
-    --precision bf16 --chunk-size 64 --compile --device cuda
-step sampling-fp32 200 python benchmarks/sampling.py --model B-16X --batch-size 64 --rounds 1 --reference --device cuda
+step sampling-B-1X 400 python benchmarks/speed.py --model B-1X --batch-size 384 --rounds 1 \
+    --precision bf16 --chunk-size 64 --compile reduce-overhead --device cuda
+step sampling-fp32 200 python benchmarks/speed.py --model B-16X --precision fp32 --batch-size 64 --rounds 1 --reference \
+    --parts tokens --device cuda
+step training 300 python benchmarks/speed.py --model B-16X --batch-size 32 --parts train-tokens train-images --device cuda
 step inception 120 python benchmarks/inception.py --batch-size 64 --device cuda
 step token-cache 200 python benchmarks/token_cache.py --batch-size 32 --device cuda
