@@ -184,7 +184,7 @@ def test_halved_batches_are_recorded(pipeline, tmp_path, monkeypatch):
     small.limit_memory(monkeypatch, lambda ids: len(ids) > 2 and ids[0] == 3)
     job = make(pipeline, tmp_path, 8)
     job.run(SINGLE)
-    assert json.loads(job.settings_file.read_text())["halved_batches"] == [1]
+    assert json.loads(job.settings_file.read_text())["halved_batches"] == [1, 2]  # the size is not tried again
     assert "images 3 to 5 are sampled in two halves" in job.path.with_name(f"{job.path.name}.rank0.log").read_text()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -380,6 +381,56 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(model, monkeypatch):
     small.limit_memory(monkeypatch, lambda ids: True)
     with pytest.raises(torch.OutOfMemoryError):
         pipe.generate([0], [0], config)
+
+
+def test_a_size_that_did_not_fit_is_not_tried_again(model, monkeypatch):
+    pipe, config, tried = load_pipeline(model, device="cpu"), SamplingConfig(3, 2.0), []
+    small.limit_memory(monkeypatch, lambda ids: tried.append(len(ids)) or len(ids) > 2)
+    for _ in range(2):
+        pipe.generate(range(4), [0, 1, 2, 0], config, report=lambda line: None)
+    assert tried == [4, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_decoder_without_enough_memory_keeps_the_tokens(model, monkeypatch, error):
+    pipe, config = load_pipeline(model, device="cpu"), SamplingConfig(3, 2.0)
+    whole = pipe.generate(range(5), [0] * 5, config, seed=1)
+    real, sizes, messages, sampled = pipe.autoencoder.decode, [], [], []
+
+    def decode(bits):
+        sizes.append(len(bits))
+        if len(bits) > 2:
+            raise error
+        return real(bits)
+
+    monkeypatch.setattr(pipe.autoencoder, "decode", decode)
+    count = lambda step, steps, tokens: sampled.append(step)  # noqa: E731
+    found = pipe.generate(range(5), [0] * 5, config, 1, callback=count, report=messages.append)
+    assert np.array_equal(found.bits, whole.bits) and alike(found.pixels, whole.pixels)
+    assert len(sampled) == pipe.model.config.ar_steps, "sampled once"
+    assert sizes == [5, 2, 2, 1] and len(messages) == 1 and "2 are decoded at once" in messages[0]
+    pipe.decode_tokens(torch.ones(3, 16, 8))
+    assert sizes[4:] == [2, 1]
+    monkeypatch.setattr(pipe.autoencoder, "decode", lambda bits: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match=re.escape(str(error))):
+        pipe.decode_tokens(torch.ones(3, 16, 8))
+
+
+def test_a_cpu_decodes_large_images_one_at_a_time(model, monkeypatch):
+    pipe, sizes = load_pipeline(model, device="cpu"), []
+    monkeypatch.setattr(pipeline_module, "MAX_CHUNK_PIXELS", 2 * pipe.image_size**2)
+    real = pipe.autoencoder.decode
+    monkeypatch.setattr(pipe.autoencoder, "decode", lambda bits: sizes.append(len(bits)) or real(bits))
+    pipe.decode_tokens(torch.ones(5, 16, 8), chunk_size=4)
+    assert sizes == [2, 2, 1]
 
 
 # ------------------------------------------------------------ labels, npz, jobs

@@ -9,7 +9,6 @@ import errno
 import importlib
 import io
 import os
-import re
 import signal
 import sys
 import traceback
@@ -41,8 +40,6 @@ bitdance info runs/model
 # Errors of the system that a user can fix: a path, permissions, space.
 _NAMES = "ENOENT EACCES EPERM ENOSPC EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ENOTEMPTY EFBIG ELOOP EDQUOT"
 _USER_ERRORS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
-
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate")  # PyTorch's words, on a GPU and on a CPU
 
 
 def _help() -> str:
@@ -97,7 +94,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         command: takes the arguments.
         arguments: of the command; `--debug` among them shows the traceback of every error.
     """
-    from bitdance.runtime.errors import Interrupted, UserError, one_line
+    from bitdance.runtime.errors import Interrupted, UserError, is_out_of_memory, one_line
 
     tune_cpu()  # before the command imports PyTorch
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -125,7 +122,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             message = with_flags(str(error))
         elif isinstance(error, OSError) and error.errno in _USER_ERRORS and error.strerror:
             message = f"cannot use {error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        elif is_out_of_memory(error):
             message = f"there is not enough memory: {memory_advice()}."
         else:
             _end_at_once(1)

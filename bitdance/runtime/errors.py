@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate|STATUS_ALLOC_FAILED|STATUS_NOT_INITIALIZED")
+"""Of PyTorch, cuBLAS and cuDNN; the last is what cuBLAS says when there is no memory for its handle."""
 
 MAX_MESSAGE = 1500
 """Characters of a message on the terminal."""
@@ -27,6 +31,14 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error is a lack of memory, on a GPU or on a CPU, also one that a library of CUDA met."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or bool(_OUT_OF_MEMORY.search(str(error))))
+    )
 
 
 def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], rule: str) -> None:

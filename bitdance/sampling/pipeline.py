@@ -24,7 +24,7 @@ from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16
-from bitdance.runtime.errors import UserError, first_line
+from bitdance.runtime.errors import UserError, first_line, is_out_of_memory
 from bitdance.sampling.sampler import (
     CompiledFunctions,
     SamplingConfig,
@@ -37,6 +37,9 @@ from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
+
+MAX_CHUNK_PIXELS = 256**2
+"""Pixels that a CPU decodes at once: more are not faster and take 0.3 GB for each 256 x 256."""
 
 
 class SampleBatch(NamedTuple):
@@ -70,6 +73,8 @@ class Pipeline:
     name: str = "model"
     defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     functions: CompiledFunctions | None = None
+    _fitting_batch: int = dataclasses.field(default=sys.maxsize, init=False)
+    _fitting_chunk: int = dataclasses.field(default=sys.maxsize, init=False)
 
     def __post_init__(self) -> None:
         bits = self.model.config.bits, self.autoencoder.config.bits
@@ -177,7 +182,7 @@ class Pipeline:
     ) -> SampleBatch:
         """Samples one batch.
 
-        A batch that does not fit into the memory of a GPU is sampled in two halves.
+        What does not fit into memory is sampled in halves, and decoded in smaller chunks.
 
         Args:
             sample_ids: B ids, from which the noise follows.
@@ -186,7 +191,7 @@ class Pipeline:
             seed: 0 <= seed < 2**32.
             chunk_size: images decoded at once, 0 for all; by default that of `defaults`.
             callback: called after each autoregressive step.
-            report: called with a message when the batch is halved.
+            report: called with a message when a batch or a chunk is halved.
 
         Raises:
             UserError: a setting is out of range.
@@ -194,26 +199,38 @@ class Pipeline:
         chunk_size = self.defaults.chunk_size if chunk_size is None else chunk_size
         if not isinstance(chunk_size, int) or chunk_size < 0:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
-        try:
-            tokens = self._sample(sample_ids, labels, config, seed, callback)
-            pixels = self.decode_tokens(tokens, chunk_size)
-            return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
-        except torch.OutOfMemoryError:
-            if len(sample_ids) == 1:
-                raise
-        # Outside of the except clause, where the exception and with it the frames that hold the tensors are gone.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        tokens = self._sample_in_parts(sample_ids, labels, config, seed, callback, report)
+        pixels = self.decode_tokens(tokens, chunk_size, report)
+        return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
+
+    def _sample_in_parts(
+        self,
+        sample_ids: Sequence[int],
+        labels: Sequence[int],
+        config: SamplingConfig,
+        seed: int,
+        callback: StepCallback | None,
+        report: Callable[[str], object],
+    ) -> Tensor:
+        """Samples tokens, in two halves if the batch does not fit into memory; the size that did not is remembered."""
+        size = len(sample_ids)
+        if size <= self._fitting_batch:
+            try:
+                return self._sample(sample_ids, labels, config, seed, callback)
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            # Outside of the except clause, where the exception and with it the frames that hold the tensors are gone.
+            _release_memory()
+            self._fitting_batch = size - size // 2
         report(
-            f"not enough memory for {len(sample_ids)} images at once: images {sample_ids[0]} to {sample_ids[-1]} are "
+            f"not enough memory for {size} images at once: images {sample_ids[0]} to {sample_ids[-1]} are "
             "sampled in two halves, which can differ by rounding from a whole batch."
         )
-        half = len(sample_ids) // 2
-        halves = [
-            self.generate(sample_ids[part], labels[part], config, seed, chunk_size, callback, report)
-            for part in (slice(half), slice(half, None))
-        ]
-        return SampleBatch(*(np.concatenate(arrays) for arrays in zip(*halves, strict=True)))
+        halves = (slice(size // 2), slice(size // 2, None))
+        return torch.cat(
+            [self._sample_in_parts(sample_ids[part], labels[part], config, seed, callback, report) for part in halves]
+        )
 
     def _sample(
         self,
@@ -280,10 +297,33 @@ class Pipeline:
             )
         return self._convert(self._decode(bits).cpu().numpy(), output)
 
-    def decode_tokens(self, tokens: Tensor, chunk_size: int = 0) -> Tensor:
-        """Decodes tokens (B, N, C), +-1, to (B, H, W, 3) uint8, `chunk_size` images at once (0: all)."""
+    def decode_tokens(self, tokens: Tensor, chunk_size: int = 0, report: Callable[[str], object] = print) -> Tensor:
+        """Decodes tokens (B, N, C), +-1, to (B, H, W, 3) uint8.
+
+        Args:
+            tokens: as sampled.
+            chunk_size: images decoded at once, at most; 0 for all. On a CPU a chunk has at most `MAX_CHUNK_PIXELS`, and
+                one that does not fit into memory is halved.
+            report: called with a message when a chunk is halved.
+        """
         bits = grid_from_tokens(tokens, self.model.config.patch)  # (B, C, h, w)
-        return torch.cat([self._decode(part) for part in bits.split(chunk_size or len(bits))])
+        size = min(chunk_size or len(bits), self._fitting_chunk)
+        if self.device.type == "cpu":
+            size = min(size, max(1, MAX_CHUNK_PIXELS // self.image_size**2))
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(bits):
+            try:
+                parts.append(self._decode(bits[start : start + size]))
+                start += size
+                continue
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            _release_memory()
+            size = self._fitting_chunk = size // 2
+            report(f"not enough memory to decode {2 * size} images at once: {size} are decoded at once from now on.")
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _decode(self, bits: Tensor) -> Tensor:
@@ -305,6 +345,11 @@ class Pipeline:
         """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch."""
         unpack_linears(self.model)  # the compiler packs the weights itself
         self.functions = CompiledFunctions(self.model, mode)
+
+
+def _release_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_output(output: str) -> None:
