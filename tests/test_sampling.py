@@ -22,10 +22,12 @@ from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.memory_tracker import MemoryTracker
 from bitdance.runtime.progress import ProgressLines
 from bitdance.sampling import pipeline as pipeline_module
 from bitdance.sampling import sampler
 from bitdance.sampling.labels import make_labels
+from bitdance.sampling.memory import estimate_memory
 from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
 from bitdance.sampling.sampler import CompiledFunctions, SamplingConfig
 from bitdance.sampling.writers import write_npz
@@ -431,6 +433,38 @@ def test_a_cpu_decodes_large_images_one_at_a_time(model, monkeypatch):
     monkeypatch.setattr(pipe.autoencoder, "decode", lambda bits: sizes.append(len(bits)) or real(bits))
     pipe.decode_tokens(torch.ones(5, 16, 8), chunk_size=4)
     assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+@pytest.mark.parametrize("parallel_num", [1, 16])
+def test_the_estimated_memory_is_that_of_sampling(cfg_scale, parallel_num):
+    """Counted in a real run, whose attention on a CPU has other temporary tensors."""
+    config = SamplingConfig(20, cfg_scale)
+    network = small.model(parallel_num=parallel_num, num_classes=3)
+    pipe = Pipeline(network, small.autoencoder())
+    sizes, coder = network.config, pipe.autoencoder.config
+    estimate = estimate_memory(sizes, coder, config, batch_size=32, chunk_size=8, dtype=torch.float32)
+    with torch.no_grad(), MemoryTracker() as tracker:
+        noise_fn = sampler.sample_noise(network, 0, torch.arange(32), config.num_draws)
+        tokens = sampler.sample_tokens(network, torch.zeros(32, dtype=torch.int64), noise_fn, config)
+    assert estimate.cache + estimate.tokens == pytest.approx(tracker.peak, rel=0.1)
+    with torch.no_grad(), MemoryTracker() as tracker:
+        pipe.decode_tokens(tokens[:8])
+    assert estimate.decoder == pytest.approx(tracker.peak, rel=0.2)
+    assert estimate.weights == sum(p.nbytes for part in (network, pipe.autoencoder) for p in part.parameters())
+
+
+def test_dry_run_of_sampling_needs_no_weights(tmp_path, capsys, monkeypatch):
+    """The sizes of released models are known; 18.1, 29.4 and 29.3 GB are their caches at the published batch sizes."""
+    monkeypatch.chdir(tmp_path)
+    for name, size, cache in (("B-1X", 384, 18.1), ("L-1X", 352, 29.4), ("H-1X", 224, 29.3)):
+        arguments = ["--model", f"BitDance-{name}", "--batch-size", size, "--precision", "bf16", "--num-steps", 2]
+        main(["sample", *map(str, arguments), "--dry-run"])
+        facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert facts["cache"] / 1e9 == pytest.approx(cache, abs=0.05)
+        assert facts["peak"] == facts["weights"] + facts["cache"] + facts["tokens"]
+        assert facts["largest_batches"]["80"] > size
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------ labels, npz, jobs

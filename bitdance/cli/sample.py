@@ -28,10 +28,14 @@ RECORD = "samples.json"
 MAX_CLASSES = 20
 """Classes sampled by default from a model with many."""
 
+MEMORIES = (24, 80, 141)
+"""Of common GPUs, in GB, for which a dry run shows the largest batch; 5 % are left free."""
+
 EXAMPLES = """
 bitdance sample
 bitdance sample "golden retriever" 388 volcano --model BitDance-B-16X --per-class 4 --output pictures
 bitdance sample --model runs/model --num-images 50000 --npz --output results
+bitdance sample --model BitDance-B-1X --batch-size 384 --dry-run
 bitdance sample --model runs/model --num-images 10000 --evaluate --reference data.zip --seeds 3
 """
 
@@ -97,6 +101,7 @@ class Results:
         evaluate: of a job, compute metrics (FID and others): features are extracted from the images as they are
             sampled, and the images themselves are kept only with --npz.
         seeds: evaluate so many seeds, starting at --seed, and report mean and standard deviation.
+        dry_run: print the memory that a batch needs, and the batch sizes that fit into common GPUs, and end.
     """
 
     output: pathlib.Path = pathlib.Path("samples")
@@ -104,6 +109,7 @@ class Results:
     save_bits: bool = False
     evaluate: bool = False
     seeds: int = 1
+    dry_run: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,9 @@ def main(arguments: list[str]) -> None:
     _check(command)
     from bitdance.runtime.process_group import init_distributed
 
+    if command.results.dry_run:
+        _print_memory(command)
+        return
     with init_distributed(command.where.device, command.where.threads) as world:
         pipeline = command.model.load(world.device, command.where.precision)
         if command.how.compile != "no":
@@ -132,6 +141,45 @@ def main(arguments: list[str]) -> None:
             _run_jobs(command, pipeline, world)
         else:
             _sample(command, pipeline)
+
+
+def _print_memory(command: Sample) -> None:
+    """Prints the memory of a batch as a table, and as JSON in the last line; nothing is downloaded."""
+    import json
+
+    from bitdance.config import RELEASED_MODELS, AutoencoderConfig, SamplingDefaults
+    from bitdance.runtime.devices import choose_device
+    from bitdance.runtime.memory_tracker import format_size
+    from bitdance.sampling.memory import estimate_memory, find_batch_size
+    from bitdance.sampling.pipeline import choose_dtype, limit_chunk
+    from bitdance.sampling.sampler import SamplingConfig
+    from bitdance.weights.hub import released_name
+
+    how, device = command.how, choose_device(command.where.device)
+    name = released_name(command.model.model)
+    if name in RELEASED_MODELS:
+        release = RELEASED_MODELS[name]
+        sizes, autoencoder, defaults = release.config, AutoencoderConfig(), release.sampling
+    else:
+        pipeline = command.model.load(device, command.where.precision)
+        sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, SamplingDefaults()
+    settings = {name: value for name, value in how.sampling().items() if value is not None}
+    config = SamplingConfig(**({"num_steps": defaults.num_steps, "cfg_scale": defaults.cfg_scale} | settings))
+    chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
+    chunk = limit_chunk(chunk_size or how.batch_size, sizes.grid * autoencoder.down_size, device)
+    dtype = choose_dtype(command.where.precision, device)
+    memory = estimate_memory(sizes, autoencoder, config, how.batch_size, chunk, dtype)
+    fitting = {gb: find_batch_size(memory, how.batch_size, 0.95e9 * gb) for gb in MEMORIES}
+    count = min(chunk, how.batch_size)
+    decoder = f"{format_size(memory.decoder)} for {count} image{'s' * (count != 1)} at once"
+    print(f"batch of {how.batch_size} images, {dtype} on {device}".replace("torch.", ""))
+    print(f"  weights     {format_size(memory.weights)}")
+    print(f"  cache       {format_size(memory.cache)}")
+    print(f"  tokens      {format_size(memory.tokens)}, noise and activations")
+    print(f"  decoder     {decoder}, after the cache is freed")
+    print(f"  total       {format_size(memory.peak)}, without about 0.5 GB of PyTorch and the driver")
+    print("largest batches: " + ", ".join(f"{count} images in {gb} GB" for gb, count in fitting.items()))
+    print(json.dumps({**dataclasses.asdict(memory), "peak": memory.peak, "largest_batches": fitting}), flush=True)
 
 
 def _check(command: Sample) -> None:

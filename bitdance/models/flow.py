@@ -44,7 +44,7 @@ def velocity(x_pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 
 def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
     """Returns the solver's timesteps from 0 to 0.95: (num_steps + 1,) float32."""
-    return time_shift(torch.linspace(0, 1 - LAST_STEP, num_steps + 1, dtype=torch.float32), shift)
+    return time_shift(torch.linspace(0, 1 - LAST_STEP, num_steps + 1, dtype=torch.float32, device="cpu"), shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
         raise UserError(f"solver={name!r} is unknown: use euler-maruyama, euler or heun.")
     timesteps: list[Tensor] = []
     rows: list[tuple[float, float, float, float]] = []
-    t = torch.zeros(())  # times are summed up in float32, as in the original
+    t = torch.zeros((), device="cpu")  # times are summed up in float32, as in the original
     for dt in time_grid(num_steps, shift).diff():
         start, length = t.item(), dt.item()
         timesteps.append(t)
@@ -104,10 +104,10 @@ def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
             timesteps.append(t)
             rate = length / max(1 - t.item(), LAST_STEP)
             rows.append(((1 - rate) / 2, rate / 2, 0.0, 0.5))
-    timesteps.append(torch.full((), 1 - LAST_STEP))
+    timesteps.append(torch.full((), 1 - LAST_STEP, device="cpu"))
     rows.append((0.0, 1.0, 0.0, 0.0))
     num_draws = num_steps + 1 if name == "euler-maruyama" else 1
-    return Solver(torch.stack(timesteps), torch.tensor(rows, dtype=torch.float64), num_draws)
+    return Solver(torch.stack(timesteps), torch.tensor(rows, dtype=torch.float64, device="cpu"), num_draws)
 
 
 def solver_step(

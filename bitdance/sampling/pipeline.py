@@ -307,9 +307,7 @@ class Pipeline:
             report: called with a message when a chunk is halved.
         """
         bits = grid_from_tokens(tokens, self.model.config.patch)  # (B, C, h, w)
-        size = min(chunk_size or len(bits), self._fitting_chunk)
-        if self.device.type == "cpu":
-            size = min(size, max(1, MAX_CHUNK_PIXELS // self.image_size**2))
+        size = min(limit_chunk(chunk_size or len(bits), self.image_size, self.device), self._fitting_chunk)
         parts: list[Tensor] = []
         start = 0
         while start < len(bits):
@@ -345,6 +343,11 @@ class Pipeline:
         """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch."""
         unpack_linears(self.model)  # the compiler packs the weights itself
         self.functions = CompiledFunctions(self.model, mode)
+
+
+def limit_chunk(size: int, image_size: int, device: torch.device) -> int:
+    """Returns the images to decode at once on a device, at most `size`."""
+    return min(size, max(1, MAX_CHUNK_PIXELS // image_size**2)) if device.type == "cpu" else size
 
 
 def _release_memory() -> None:

@@ -15,19 +15,16 @@ import pathlib
 import shutil
 import statistics
 import time
-import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.memory_tracker import MemoryTracker, format_size
 from bitdance.runtime.progress import format_duration
 from bitdance.training.evaluation import reconstruct
 from bitdance.training.flops import step_flops
@@ -99,7 +96,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     rate = config.batch_size / seconds if seconds else None
     total = steps * seconds if seconds else None
     sizes = {"file": checkpoint, "disk": disk, "space": space, "host": memory["process"] + memory["prefetch"]}
-    size = {name: _format_size(value) for name, value in (memory | sizes).items()}
+    size = {name: format_size(value) for name, value in (memory | sizes).items()}
     rows = [
         ("parameters", counts),
         ("device", f"{world.device}, {world.size} {'process' if world.size == 1 else 'processes'}"),
@@ -161,38 +158,11 @@ def _networks(trainer: Trainer) -> dict[str, nn.Module]:
     return networks | ({"perceptual": objective.perceptual.network} if objective.perceptual is not None else {})
 
 
-def _format_size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
 def _existing_parent(folder: pathlib.Path) -> pathlib.Path:
     return next(path for path in (folder, *folder.resolve().parents) if path.exists())
 
 
 # ------------------------------------------------------------ memory
-
-
-class _MemoryTracker(TorchDispatchMode):
-    """Tracks the bytes of all tensors that are created in its context and are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = self.peak = 0
-        self._storages: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in self._storages:
-                self._storages.add(storage._cdata)
-                self.current += storage.nbytes()
-                self.peak = max(self.peak, self.current)
-                weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
-        return result
-
-    def _remove(self, key: int, size: int) -> None:
-        self._storages.remove(key)
-        self.current -= size
 
 
 def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
@@ -255,7 +225,7 @@ def _step_bytes(
     """
     inputs = torch.empty((images, *sample.shape[1:]), dtype=torch.uint8)
     labels = indices = torch.zeros(images, dtype=torch.int64)
-    with _MemoryTracker() as tracker:
+    with MemoryTracker() as tracker:
         for _ in range(passes):
             tracker.peak = tracker.current
             with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
@@ -272,7 +242,7 @@ def _preview_bytes(objective: AutoencoderLoss | BitDanceLoss, sample: Tensor) ->
     Of a model, that is the cache of the transformer, then the decoder with one image; of an autoencoder, encoder and
     decoder with images like `sample` (1, H, W, 3).
     """
-    with _MemoryTracker() as tracker:
+    with MemoryTracker() as tracker:
         if isinstance(objective, AutoencoderLoss):
             reconstruct(objective.network, torch.empty((PREVIEW_IMAGES, *sample.shape[1:]), dtype=torch.uint8))
             return tracker.peak
