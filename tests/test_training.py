@@ -26,6 +26,7 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.training import flops, losses
+from bitdance.training import trainer as trainer_module
 from bitdance.training.evaluation import Validation
 from bitdance.training.loader import Batch, Loader, random_crop_probability
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
@@ -558,6 +559,33 @@ def test_two_processes_train_like_one(data, tmp_path):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
     states = [weights_file.load_model(tmp_path / name / "model.safetensors").state_dict() for name in ("1", "2")]
     assert all((value - states[1][name]).abs().max() < 1e-3 for name, value in states[0].items())
+
+
+def compile_on_the_cpu() -> None:
+    """With the graphs and the autograd of a GPU's compilation, but without generated code."""
+    real = nn.Module.compile
+    trainer_module.COMPILED_DEVICES = ("cpu",)
+    nn.Module.compile = lambda module: real(module, backend="aot_eager", fullgraph=True)
+
+
+def test_compiled_processes_with_checkpointing_train_like_an_eager_one(data, tmp_path):
+    settings = {
+        "autoencoder": data.parent / "autoencoder.safetensors", "data_path": data, "image_size": 16, **small.SIZES,
+        "batch_size": 4, "lr": 3e-3, "warmup_steps": 0, "perturb_rate": 0.3, "precision": "fp32", "ema": 0.9,
+        "num_workers": 1, "log_every": 1, "device": "cpu", "max_steps": 5, "preview_every": 0,
+    }  # fmt: skip
+    flags = ["train", *small.flags(settings)]
+    more = ["--compile", "--grad-checkpointing", "--output", str(tmp_path / "2")]
+    processes = small.start(tmp_path, [*flags, *more], size=2, prepare=compile_on_the_cpu)
+    main([*flags, "--output", str(tmp_path / "1")])
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+    one, two = small.read_log(tmp_path / "1"), small.read_log(tmp_path / "2")
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.slow

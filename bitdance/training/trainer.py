@@ -45,6 +45,8 @@ from bitdance.weights.layout import WeightsFile
 from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
+COMPILED_DEVICES = ("cuda",)
+
 PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
 """Fewer steps than for samples, and images decoded one by one: a preview should need less memory than a step."""
 
@@ -150,7 +152,10 @@ class Trainer:
         self.checkpointer = Checkpointer(config.output, config.keep_checkpoints)
         self.log: RunLog | None = None
         self.module: nn.Module = self.objective
-        if config.compile and world.device.type == "cuda":
+        if config.compile and world.device.type in COMPILED_DEVICES:
+            # DDP would split the graph at its buckets, which activation checkpointing does not allow. The gradients
+            # are reduced after the backward pass of the whole graph then.
+            torch._dynamo.config.optimize_ddp = False
             self.objective.compile()
         if world.size > 1:
             with warnings.catch_warnings():
