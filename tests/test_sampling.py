@@ -187,7 +187,7 @@ def test_compiled_batches_are_padded_to_sizes_that_are_known(model, monkeypatch)
     expected = pipe.generate([5, 6, 7], [0, 1, 2], config, seed=1)
     eager = functools.partial(CompiledFunctions, backend="eager")
     monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: eager(model))
-    pipe.compile()
+    pipe.compile("default")
     pipe.generate(range(5), [0] * 5, config)
     found = pipe.generate([5, 6, 7], [0, 1, 2], config, 1, callback=lambda i, n, tokens: steps.append(tokens.shape))
     assert pipe.functions.sizes == {5}
@@ -195,6 +195,18 @@ def test_compiled_batches_are_padded_to_sizes_that_are_known(model, monkeypatch)
     assert len(steps) == 16 and all(shape[0] == 3 for shape in steps)
     pipe.generate([0], [0], config)
     assert pipe.functions.sizes == {1, 5}, "five times as many rows are not worth it"
+
+
+def test_only_jobs_on_a_gpu_are_compiled_by_default(model, monkeypatch):
+    modes = []
+    monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: modes.append(mode))
+    pipe = load_pipeline(model, device="cpu")
+    pipe.compile()
+    assert modes == []
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda", 0))
+    pipe.compile("default")
+    pipe.compile("default")
+    assert modes == ["reduce-overhead", "default"]
 
 
 def test_without_a_compiler_the_sampler_runs_uncompiled(model, monkeypatch, capsys):

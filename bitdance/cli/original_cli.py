@@ -280,6 +280,7 @@ def run_sample(flags: SampleFlags, model_flags: ModelFlags, parallel: ParallelFl
             dtype=PRECISIONS[flags.mixed_precision],
         )
         _check_against_checkpoint(pipeline, model_flags, parallel)
+        pipeline.compile()
         job = SamplingJob(pipeline, flags.sample_dir, sampling, config, ("npz" if flags.to_npz else "pngs",))
         result = job.run(world)
         if world.is_main:

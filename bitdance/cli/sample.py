@@ -72,7 +72,8 @@ class How:
         share_first: share the first tokens with the unconditional rows, which the published samples do not.
         batch_size: images at once.
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
-        compile: compile the sampler for each batch size: no, default, or reduce-overhead (with CUDA graphs).
+        compile: compile the sampler for each batch size: no, default, or reduce-overhead (with CUDA graphs); auto is
+            the latter for a job (--num-images) on a GPU.
     """
 
     cfg_scale: float | None = None
@@ -82,7 +83,7 @@ class How:
     share_first: bool = False
     batch_size: int = 100
     chunk_size: int | None = None
-    compile: Literal["no", "default", "reduce-overhead"] = "no"
+    compile: Literal["auto", "no", "default", "reduce-overhead"] = "auto"
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of `Pipeline.sampling_config`."""
@@ -135,9 +136,10 @@ def main(arguments: list[str]) -> None:
         return
     with init_distributed(command.where.device, command.where.threads) as world:
         pipeline = command.model.load(world.device, command.where.precision)
-        if command.how.compile != "no":
+        is_job = command.what.num_images is not None
+        if command.how.compile != "no" and (is_job or command.how.compile != "auto"):
             pipeline.compile(command.how.compile)
-        if command.what.num_images is not None:
+        if is_job:
             _run_jobs(command, pipeline, world)
         else:
             _sample(command, pipeline)

@@ -92,6 +92,7 @@ def _sweep(command: Sweep, world: World) -> None:
 
     how = command.how
     pipeline = command.model.load(world.device, command.where.precision)
+    pipeline.compile()
     combinations = [
         SamplingConfig(steps, scale, how.cfg_schedule, solver=solver)
         for solver, steps, scale in itertools.product(how.solver, how.num_steps, how.cfg_scale)

@@ -57,14 +57,21 @@ class Solver:
         x_{j+1} = a_j x_j + b_j D_j + c_j n_j + d_j x_{j-1}
 
     Attributes:
-        timesteps: (E,) float32 on the CPU, the times t_j of the E evaluations.
-        coefficients: (E, 4) float64 on the CPU: a, b, c and d.
+        timesteps: (E,) float32, the times t_j of the E evaluations.
+        coefficients: (E, 4) float64: a, b, c and d.
+        uses_previous: whether d is not zero, for each evaluation.
         num_draws: draws of noise that the solver needs: x_0, and n_j if c is not zero.
     """
 
     timesteps: Tensor
     coefficients: Tensor
+    uses_previous: tuple[bool, ...]
     num_draws: int
+
+    def to(self, device: torch.device) -> Solver:
+        """Returns a copy on a device, where `make_solver` makes one on the CPU, with float32 coefficients."""
+        timesteps, coefficients = self.timesteps.to(device), self.coefficients.to(device, torch.float32)
+        return dataclasses.replace(self, timesteps=timesteps, coefficients=coefficients)
 
 
 def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
@@ -107,7 +114,8 @@ def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
     timesteps.append(torch.full((), 1 - LAST_STEP, device="cpu"))
     rows.append((0.0, 1.0, 0.0, 0.0))
     num_draws = num_steps + 1 if name == "euler-maruyama" else 1
-    return Solver(torch.stack(timesteps), torch.tensor(rows, dtype=torch.float64, device="cpu"), num_draws)
+    coefficients = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    return Solver(torch.stack(timesteps), coefficients, tuple(row[3] != 0 for row in rows), num_draws)
 
 
 def solver_step(
@@ -131,7 +139,7 @@ def integrate(
     """Integrates from noise to data.
 
     Args:
-        solver: from `make_solver`.
+        solver: from `make_solver`, on the device of the noise.
         predict_fn: the guided prediction.
         noise: (`solver.num_draws`, ...); noise[0] is x_0, noise[j + 1] is n_j.
         step_fn: `solver_step` or a compiled version of it.
@@ -140,11 +148,10 @@ def integrate(
         x of shape noise.shape[1:]; its sign is the token.
     """
     x, previous = noise[0], None
-    coefficients = solver.coefficients.to(noise.device, noise.dtype)
-    needs_previous = solver.coefficients[:, 3] != 0
+    coefficients = solver.coefficients.to(noise.dtype)
     for j in range(len(solver.timesteps)):
         draw = noise[j + 1] if j + 1 < solver.num_draws else None
-        before = previous if needs_previous[j] else None
+        before = previous if solver.uses_previous[j] else None
         x, previous = step_fn(x, predict_fn(x, j), coefficients[j], draw, before), x
     return x
 

@@ -339,8 +339,17 @@ class Pipeline:
             pack_linears(self.model)
             self.autoencoder.prepare_for_cpu()
 
-    def compile(self, mode: str = "default") -> None:
-        """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch."""
+    def compile(self, mode: str = "auto") -> None:
+        """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch.
+
+        Args:
+            mode: `default`, `reduce-overhead` (with CUDA graphs), or `auto`: the latter on a CUDA GPU, otherwise
+                nothing is compiled.
+        """
+        if mode == "auto":
+            if self.device.type != "cuda":
+                return
+            mode = "reduce-overhead"
         unpack_linears(self.model)  # the compiler packs the weights itself
         self.functions = CompiledFunctions(self.model, mode)
 

@@ -205,8 +205,8 @@ def head_sampler(
     cond is unconditional, and noise has R / 2 rows, shared by both halves.
     """
     net, device = model.head.net, model.norm.weight.device
-    solver = flow.make_solver(config.solver, config.num_steps, model.config.time_shift)
-    times = net.time_embed(solver.timesteps.to(device))[:, None, None]  # (evaluations, 1, 1, d)
+    solver = flow.make_solver(config.solver, config.num_steps, model.config.time_shift).to(device)
+    times = net.time_embed(solver.timesteps)[:, None, None]  # (evaluations, 1, 1, d)
 
     def sample(cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
         embedded = net.cond_embed(cond.to(model.dtype))
