@@ -204,7 +204,7 @@ def test_only_jobs_on_a_gpu_are_compiled_by_default(model, monkeypatch):
     pipe.compile()
     assert modes == []
     monkeypatch.setattr(Pipeline, "device", torch.device("cuda", 0))
-    pipe.compile("default")
+    pipe.compile()
     pipe.compile("default")
     assert modes == ["reduce-overhead", "default"]
 
