@@ -813,6 +813,9 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
         pipeline.decode(torch.ones(1, 64, 4, 4), "gif")
     with pytest.raises(ValueError, match=r"bits must have shape \(B, 64, h, w\), not \(1, 5, 5\)"):
         pipeline.decode(torch.zeros(1, 5, 5))
+    for value in (float("nan"), 0.0, 2.0):
+        with pytest.raises(ValueError, match=r"bits must be -1 or \+1"):
+            pipeline.decode(torch.full((1, 64, 4, 4), value))
     grey = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     bits = pipeline.encode([Image.fromarray(grey), deep])

@@ -703,6 +703,25 @@ def test_an_autoencoder_starts_from_another(data, tmp_path, part):
     assert not list((tmp_path / "b").glob("*.safetensors")) if (tmp_path / "b").exists() else True
 
 
+def test_a_run_that_continues_says_that_it_does_not_start_again(data, tmp_path, capsys):
+    weights_file.save(tmp_path / "start.safetensors", small.autoencoder(seed=5))
+    start = {"init_from": str(tmp_path / "start.safetensors")}
+    for stop, notes in ((1, 0), (2, 1)):
+        run = small.train_config(data, tmp_path / "run", max_steps=stop)
+        train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu", **start)
+        note = f"{run.output} is continued from its checkpoint, not from {start['init_from']}."
+        assert capsys.readouterr().err.count(note) == notes
+
+
+def test_an_unreadable_image_is_named_once_also_where_principal_components_are_computed(data, tmp_path, capsys):
+    folder = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
+    bad = sorted(folder.rglob("*.png"))[0]
+    bad.write_bytes(bad.read_bytes()[:60])
+    linear = dataclasses.replace(small.NETWORK, linear=True)
+    train_autoencoder(small.train_config(folder, tmp_path / "run", max_steps=3), linear, AutoencoderLossConfig(), "cpu")
+    assert capsys.readouterr().err.count("skipped an unreadable image") == 1
+
+
 def test_a_decoder_is_trained_alone(data, tmp_path):
     """The tokens stay the same, and so does the exactness of a resumed run."""
     weights_file.save(tmp_path / "start.safetensors", small.autoencoder(seed=5), dtype=torch.float16)

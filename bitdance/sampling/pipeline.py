@@ -286,7 +286,7 @@ class Pipeline:
         """Decodes bits (B, C, h, w), +-1, to images; `output` as in a call.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, or other values.
             UserError: `output` is unknown.
         """
         _check_output(output)
@@ -295,6 +295,8 @@ class Pipeline:
             raise ValueError(
                 f"bits must have shape (B, {self.autoencoder.config.bits}, h, w), not {tuple(bits.shape)}."
             )
+        if not bool((bits.abs() == 1).all()):
+            raise ValueError("bits must be -1 or +1: take the sign of what you have.")
         return self._convert(self._decode(bits).cpu().numpy(), output)
 
     def decode_tokens(self, tokens: Tensor, chunk_size: int = 0, report: Callable[[str], object] = print) -> Tensor:
@@ -401,6 +403,11 @@ def load_pipeline(
     dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
+    released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
+    name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
+    pipeline = Pipeline(
+        model.to(device), decoder.to(device), name, released.sampling if released else SamplingDefaults()
+    )
     trained_with = contents.metadata.get("tokenizer_digest")
     if trained_with and trained_with != weights_file.tokenizer_digest(source):
         print(
@@ -408,11 +415,6 @@ def load_pipeline(
             "autoencoder in another precision, the images will be noise.",
             file=sys.stderr,
         )
-    released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
-    name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
-    pipeline = Pipeline(
-        model.to(device), decoder.to(device), name, released.sampling if released else SamplingDefaults()
-    )
     pipeline.prepare_for_cpu()
     return pipeline
 

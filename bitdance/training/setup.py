@@ -87,10 +87,16 @@ def train_autoencoder(
             perceptual = load_perceptual_loss(loss.perceptual_network, loss.lpips_folder, world.device)
         torch.manual_seed(config.seed)
         objective = AutoencoderLoss(Autoencoder(network), loss, perceptual)
-        if not list_checkpoints(config.output):
+        if list_checkpoints(config.output):
+            if init_from is not None and world.is_main:
+                print(
+                    f"bitdance: {config.output} is continued from its checkpoint, not from {init_from}.",
+                    file=sys.stderr,
+                )
+        else:
             if network.linear and (init_from is None or init_part == "decoder") and not dry_run:
                 limit = max(2, LINEAR_PIXELS // config.image_size**2)
-                bad_images = BadImages(config.max_bad_images)
+                bad_images = BadImages(config.max_bad_images, quiet=True)  # training names them
                 source = ImageFileSource(config.data_path, config.image_size, limit=limit, bad_images=bad_images)
                 views = np.concatenate([block for _, block in source.blocks(256)])
                 initialize_linear(objective.network, normalize(torch.from_numpy(views)))

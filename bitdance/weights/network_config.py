@@ -77,7 +77,8 @@ def _describe(
         sources = dict.fromkeys(names, "default") | dict.fromkeys(found, "shapes") | dict.fromkeys(settings, source)
         return NetworkDescription(cls(**settings | found), sources)
     except UserError as error:
-        raise UserError(f"{file.path}: {error}") from None
+        # Without the notation that the command line shows as a flag: these are sizes in the file.
+        raise UserError(f"{file.path}: {str(error).replace('=', ' ')}") from None
 
 
 def _model_sizes(state: State) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bitdance.cli.main import call
 from bitdance.data.crops import normalize, to_array
 from bitdance.data.images import open_images
 from bitdance.metrics.features import FeatureExtractor, Features
@@ -131,12 +133,17 @@ def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 
     print(f"wrote {WEIGHTS}")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    """Trains the classifier."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", type=pathlib.Path, required=True)
     parser.add_argument("--val-path", type=pathlib.Path, required=True)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     train(options.data_path, options.val_path, options.epochs)
+
+
+if __name__ == "__main__":
+    call(main, sys.argv[1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from classifier import load_images
 from torch import Tensor
 from transform_coding import measure, transform_code
 
+from bitdance.cli.main import call
 from bitdance.data.crops import normalize
 from bitdance.models.autoencoder import to_uint8
 from bitdance.sampling.image_grid import image_grid
@@ -36,7 +38,7 @@ def reconstruct(name: str, images: Tensor) -> tuple[int, Tensor]:
     return network.config.grid(32) ** 2 * network.config.bits, decoded
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Prints a row for each tokenizer and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("autoencoders", nargs="+", help="names, files or folders of runs")
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="of transform coding, per image")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tokenizers.png"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     original, labels = load_images(options.val_path)
     shown = np.linspace(0, len(original) - 1, SHOWN).astype(int)
@@ -70,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main, sys.argv[1:])

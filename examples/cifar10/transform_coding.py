@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from classifier import WEIGHTS, extractor, load_images
 
+from bitdance.cli.main import call
 from bitdance.metrics.frechet_distance import frechet_distance
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.metrics.statistics import StatisticsAccumulator
@@ -120,14 +122,14 @@ def transform_code(
             yield all_bits[per_block.index(bits)], decoded, [depth for depth in depths if depth]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Prints a row for each number of bits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", type=pathlib.Path, required=True)
     parser.add_argument("--val-path", type=pathlib.Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
     parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if any(bits % (32**2 // options.block**2) for bits in options.bits):
         parser.error(f"--bits must be multiples of {32**2 // options.block**2}, the number of blocks.")
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
@@ -139,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    call(main, sys.argv[1:])
