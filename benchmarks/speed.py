@@ -135,15 +135,15 @@ def sampling_limits(pipeline: Pipeline, batch_size: int, config: SamplingConfig,
     """Returns the least seconds of each part of sampling; attention is left out."""
     model, sizes = pipeline.model, pipeline.model.config
     rows, width = 2 * batch_size, model.dtype.itemsize
-    trunk = parameters_of(model.layers, model.proj_in)
+    transformer = parameters_of(model.layers, model.proj_in)
     net = model.head.net
     head = parameters_of(net.res_blocks, net.ada_ln_blocks, net.final_layer, net.input_proj)
     evaluations, p = len(flow.make_solver(config.solver, config.num_steps).timesteps), sizes.parallel_num
     cache = rows * sizes.n_layer * 2 * (sizes.cls_token_num + sizes.num_tokens / 2) * sizes.dim * width
     prefix = sizes.cls_token_num + p - 1
     seconds = {
-        "prefill": limits.seconds(2 * rows * prefix * parameters_of(model.layers), trunk * width),
-        "step": limits.seconds(2 * rows * p * trunk, trunk * width + cache),
+        "prefill": limits.seconds(2 * rows * prefix * parameters_of(model.layers), transformer * width),
+        "step": limits.seconds(2 * rows * p * transformer, transformer * width + cache),
         "head": limits.seconds(evaluations * 2 * rows * p * head, evaluations * head * width),
         "decoder": limits.seconds(
             batch_size * autoencoder_flops(pipeline.autoencoder.config, sizes.grid, "decoder"), 0
@@ -201,9 +201,13 @@ def load_other(path: pathlib.Path, options: argparse.Namespace, cfg_scale: float
     return parts
 
 
-def find_slower(path: pathlib.Path, results: dict[str, dict[str, float]]) -> list[str]:
+def find_slower(path: pathlib.Path, settings: dict[str, object], results: dict[str, dict[str, float]]) -> list[str]:
     """Returns the parts that are more than 15 % farther from their limit than in an earlier result."""
-    before = json.loads(path.read_text().splitlines()[-1])["parts"]
+    stored = json.loads(path.read_text().splitlines()[-1])
+    for name, value in settings.items():
+        if stored[name] != value:
+            raise SystemExit(f"{path} has {name}={stored[name]}, not {value}: compare runs with the same settings.")
+    before = stored["parts"]
     return [
         f"{part}: {values['limit_ratio']:.2f} of its limit, before {before[part]['limit_ratio']:.2f}"
         for part, values in results.items()
@@ -267,9 +271,10 @@ def main() -> None:
             sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
             from reference_sampler import sample_reference
 
+            plain = copy.deepcopy(model)  # the sampler's weights are packed
             labels = torch.arange(options.batch_size, device=device) % model.config.num_classes
             noise_fn = sample_noise(model, 0, torch.arange(options.batch_size, device=device), config.num_draws)
-            variants["reference"] = {"tokens": lambda: sample_reference(model, labels, noise_fn, config.cfg_scale)}
+            variants["reference"] = {"tokens": lambda: sample_reference(plain, labels, noise_fn, config.cfg_scale)}
         least |= sampling_limits(pipeline, *arguments[:2], limits)
         pipeline.prepare_for_cpu()
         variants["ours"] = variants.get("ours", {}) | sampling_parts(pipeline, *arguments)
@@ -296,14 +301,14 @@ def main() -> None:
         }
         others = ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         print(f"{part}: {others}; limit {least[part]:.3f} s, {100 * results[part]['limit_ratio']:.0f} % of it reached")
+    settings = {name: getattr(options, name) for name in ("model", "batch_size", "num_steps", "compile")}
+    settings |= {"precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     facts = {
-        "settings": vars(options),
-        "precision": str(dtype).removeprefix("torch."),
+        **settings,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "computes_bf16": computes_bf16(device),
-        "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
         "tflops": limits.flops / 1e12,
         "gb_per_second": limits.bandwidth / 1e9,
@@ -311,7 +316,7 @@ def main() -> None:
         "peak_memory_gb": peak_memory(device) / 1e9,
     }
     print(json.dumps(facts, default=str))
-    if options.check and (slower := find_slower(options.check, results)):
+    if options.check and (slower := find_slower(options.check, settings, results)):
         raise SystemExit("slower than before:\n" + "\n".join(slower))
 
 

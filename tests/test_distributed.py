@@ -246,6 +246,11 @@ def fail_by_the_user(world: World) -> None:
     fail_with_hanging_clean_up(UserError("the disk is full: free some space."))
 
 
+def fail_by_an_interrupt(world: World) -> None:
+    dist.destroy_process_group = atexit.register(lambda *_: time.sleep(1000))
+    raise KeyboardInterrupt
+
+
 def fail_by_the_program(world: World) -> None:
     fail_with_hanging_clean_up(RuntimeError("CUDA error: an illegal memory access"))
 
@@ -254,6 +259,7 @@ def fail_by_the_program(world: World) -> None:
     ("body", "status", "line"),
     [
         ("fail_by_the_user", 2, "bitdance: the disk is full: free some space."),
+        ("fail_by_an_interrupt", 130, "bitdance: interrupted."),
         ("fail_by_the_program", 1, "RuntimeError: CUDA error: an illegal memory access"),
     ],
 )
@@ -302,7 +308,10 @@ def test_a_wait_ends_when_a_process_has_died(job):
 def agree(world: World) -> None:
     stop = StopSignal(world)
     world.barrier()
-    received = [stop.exchange(15 if world.rank == 1 and call >= 3 else 0) for call in range(200)]
+    received = []
+    for step in range(StopSignal.KEPT + 100):
+        received.append(stop.exchange(15 if world.rank == 1 and step >= 3 else 0))
+        world.mean(torch.ones(1))  # as the gradients of a step
     every = world.gather(received)
     if world.is_main:
         print(json.dumps(every))

@@ -20,6 +20,7 @@ from bitdance.cli.main import main
 from bitdance.metrics.nearest_neighbours import find_nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.packed_linear import PackedLinear
 from bitdance.models.quantizer import unpack
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.memory_tracker import MemoryTracker
@@ -197,7 +198,7 @@ def test_compiled_batches_are_padded_to_sizes_that_are_known(model, monkeypatch)
     assert pipe.functions.sizes == {1, 5}, "five times as many rows are not worth it"
 
 
-def test_only_jobs_on_a_gpu_are_compiled_by_default(model, monkeypatch):
+def test_only_jobs_on_a_gpu_are_compiled_by_default(model, tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: modes.append(mode))
     pipe = load_pipeline(model, device="cpu")
@@ -207,6 +208,41 @@ def test_only_jobs_on_a_gpu_are_compiled_by_default(model, monkeypatch):
     pipe.compile()
     pipe.compile("default")
     assert modes == ["reduce-overhead", "default"]
+    monkeypatch.undo()
+    called = []
+    monkeypatch.setattr(Pipeline, "compile", lambda self, mode="auto": called.append(mode))
+    sample(model, tmp_path / "a", "--per-class", 1)
+    assert called == []
+    sample(model, tmp_path / "b", "--num-images", 1)
+    sample(model, tmp_path / "c", "--num-images", 1, "--compile", "no")
+    sample(model, tmp_path / "d", "--per-class", 1, "--compile", "default")
+    assert called == ["auto", "default"]
+
+
+def test_a_compiled_batch_that_does_not_fit_is_not_padded_to_the_size_that_failed(model, monkeypatch):
+    pipe, tried = load_pipeline(model, device="cpu"), []
+    pipe.functions = CompiledFunctions(pipe.model, backend="eager")
+    pipe.functions.sizes.add(2)  # as if it had fitted before
+    small.limit_memory(monkeypatch, lambda ids: tried.append(len(ids)) or len(ids) > 1)
+    batch = pipe.generate([4, 5], [0, 1], pipe.sampling_config(2.0, 2), report=lambda line: None)
+    assert tried == [2, 1, 1] and batch.halved
+    assert pipe.functions is not None and pipe.functions.sizes == {1}
+
+
+def test_a_lack_of_memory_of_the_compiler_is_not_taken_for_a_missing_one(model, monkeypatch):
+    error = torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("CUDA out of memory"), None)
+    pipe = load_pipeline(model, device="cpu")
+    pipe.functions = CompiledFunctions(pipe.model, backend="eager")
+    real = pipeline_module.sample_tokens
+
+    def fail(network, labels, *arguments):
+        if len(labels) > 1:
+            raise error
+        return real(network, labels, *arguments)
+
+    monkeypatch.setattr(pipeline_module, "sample_tokens", fail)
+    assert pipe.generate([4, 5], [0, 1], pipe.sampling_config(2.0, 2), report=lambda line: None).halved
+    assert pipe.functions is not None
 
 
 def test_without_a_compiler_the_sampler_runs_uncompiled(model, monkeypatch, capsys):
@@ -221,6 +257,7 @@ def test_without_a_compiler_the_sampler_runs_uncompiled(model, monkeypatch, caps
     assert np.array_equal(found.bits, expected.bits)
     assert "runs uncompiled" in capsys.readouterr().err
     assert pipe.functions is None
+    assert any(isinstance(part, PackedLinear) for part in pipe.model.modules())
 
 
 def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):
@@ -430,7 +467,8 @@ def test_a_decoder_without_enough_memory_keeps_the_tokens(model, monkeypatch, er
     found = pipe.generate(range(5), [0] * 5, config, 1, callback=count, report=messages.append)
     assert np.array_equal(found.bits, whole.bits) and alike(found.pixels, whole.pixels)
     assert len(sampled) == pipe.model.config.ar_steps, "sampled once"
-    assert sizes == [5, 2, 2, 1] and len(messages) == 1 and "2 are decoded at once" in messages[0]
+    assert sizes == [5, 2, 2, 1] and not found.halved
+    assert messages == ["not enough memory to decode 5 images at once: 2 are decoded at once from now on."]
     pipe.decode_tokens(torch.ones(3, 16, 8))
     assert sizes[4:] == [2, 1]
     monkeypatch.setattr(pipe.autoencoder, "decode", lambda bits: (_ for _ in ()).throw(error))

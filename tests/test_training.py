@@ -565,7 +565,13 @@ def compile_on_the_cpu() -> None:
     """With the graphs and the autograd of a GPU's compilation, but without generated code."""
     real = nn.Module.compile
     trainer_module.COMPILED_DEVICES = ("cpu",)
-    nn.Module.compile = lambda module: real(module, backend="aot_eager", fullgraph=True)
+    backend = torch._dynamo.backends.registry.lookup_backend("aot_eager")
+
+    def count(graph: Any, inputs: Any) -> Any:
+        print("compiled a graph", flush=True)
+        return backend(graph, inputs)
+
+    nn.Module.compile = lambda module: real(module, backend=count, fullgraph=True)
 
 
 def test_compiled_processes_with_checkpointing_train_like_an_eager_one(data, tmp_path):
@@ -581,6 +587,7 @@ def test_compiled_processes_with_checkpointing_train_like_an_eager_one(data, tmp
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "err0").read_text()
+    assert 1 <= (tmp_path / "out0").read_text().count("compiled a graph") <= 2, "the step is no constant of the graph"
     one, two = small.read_log(tmp_path / "1"), small.read_log(tmp_path / "2")
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5]
     for a, b in zip(one, two, strict=True):

@@ -5,6 +5,7 @@ Nothing heavy is imported before a subcommand is chosen, so `bitdance --help` an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -106,10 +107,11 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the program that reads the output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end_at_once(1)
         raise SystemExit(1) from None
     except Exception as error:
         if "--debug" in arguments:
-            _end_at_once(1)
+            _end_at_once(1, with_traceback=True)
             raise
         if isinstance(error, Interrupted):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would end in a traceback of the clean-up
@@ -125,28 +127,30 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         elif is_out_of_memory(error):
             message = f"there is not enough memory: {memory_advice()}."
         else:
-            _end_at_once(1)
+            _end_at_once(1, with_traceback=True)
             raise
         print(f"bitdance: {one_line(message)}", file=sys.stderr)
         _end_at_once(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("bitdance: interrupted.", file=sys.stderr)
+        _end_at_once(130)
         raise SystemExit(130) from None
 
 
-def _end_at_once(status: int) -> None:
+def _end_at_once(status: int, with_traceback: bool = False) -> None:
     """Ends a process that failed beside others: the clean-up of NCCL at exit could wait for them until its time-out.
 
-    With status 1 it prints the traceback of the present exception first. Does nothing in a single process.
+    Does nothing in a single process.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return
-    if status == 1:
+    if with_traceback:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -146,12 +146,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _print_memory(command: Sample) -> None:
-    """Prints the memory of a batch as a table, and as JSON in the last line; nothing is downloaded."""
+    """Prints the memory of a batch as a table, and as JSON in the last line; a released model is not downloaded."""
     import json
 
-    from bitdance.config import RELEASED_MODELS, AutoencoderConfig, SamplingDefaults
+    from bitdance.config import RELEASED_MODELS, AutoencoderConfig
     from bitdance.runtime.devices import choose_device
-    from bitdance.runtime.memory_tracker import format_size
+    from bitdance.runtime.progress import format_size
     from bitdance.sampling.memory import estimate_memory, find_batch_size
     from bitdance.sampling.pipeline import choose_dtype, limit_chunk
     from bitdance.sampling.sampler import SamplingConfig
@@ -159,19 +159,20 @@ def _print_memory(command: Sample) -> None:
 
     how, device = command.how, choose_device(command.where.device)
     name = released_name(command.model.model)
-    if name in RELEASED_MODELS:
+    if name in RELEASED_MODELS and command.model.autoencoder is None:
         release = RELEASED_MODELS[name]
         sizes, autoencoder, defaults = release.config, AutoencoderConfig(), release.sampling
     else:
         pipeline = command.model.load(device, command.where.precision)
-        sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, SamplingDefaults()
+        sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
     settings = {name: value for name, value in how.sampling().items() if value is not None}
     config = SamplingConfig(**({"num_steps": defaults.num_steps, "cfg_scale": defaults.cfg_scale} | settings))
     chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
     chunk = limit_chunk(chunk_size or how.batch_size, sizes.grid * autoencoder.down_size, device)
     dtype = choose_dtype(command.where.precision, device)
     memory = estimate_memory(sizes, autoencoder, config, how.batch_size, chunk, dtype)
-    fitting = {gb: find_batch_size(memory, how.batch_size, 0.95e9 * gb) for gb in MEMORIES}
+    grows = not chunk_size and chunk == how.batch_size  # the chunk with the batch
+    fitting = {gb: find_batch_size(memory, how.batch_size, 0 if grows else chunk, 0.95e9 * gb) for gb in MEMORIES}
     count = min(chunk, how.batch_size)
     decoder = f"{format_size(memory.decoder)} for {count} image{'s' * (count != 1)} at once"
     print(f"batch of {how.batch_size} images, {dtype} on {device}".replace("torch.", ""))

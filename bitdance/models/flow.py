@@ -1,7 +1,8 @@
 """Rectified flow on the hypercube: probability path, velocity, timesteps, solvers and guidance.
 
 x_1 in {-1, +1}^C is data, x_0 ~ N(0, I) is noise and x_t = (1 - t) x_0 + t x_1, so t = 0 is noise and t = 1 is data.
-The network predicts x_1 (section 3.3 of arXiv 2602.14041). All functions are pure and compute in float32.
+The network predicts x_1 (section 3.3 of arXiv 2602.14041). All functions are pure and compute in float32, except that
+the coefficients of solvers are float64.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Solver:
 
     Attributes:
         timesteps: (E,) float32, the times t_j of the E evaluations.
-        coefficients: (E, 4) float64: a, b, c and d.
+        coefficients: (E, 4): a, b, c and d; float64 on the CPU, float32 on a device.
         uses_previous: whether d is not zero, for each evaluation.
         num_draws: draws of noise that the solver needs: x_0, and n_j if c is not zero.
     """
@@ -69,9 +70,10 @@ class Solver:
     num_draws: int
 
     def to(self, device: torch.device) -> Solver:
-        """Returns a copy on a device, where `make_solver` makes one on the CPU, with float32 coefficients."""
-        timesteps, coefficients = self.timesteps.to(device), self.coefficients.to(device, torch.float32)
-        return dataclasses.replace(self, timesteps=timesteps, coefficients=coefficients)
+        """Returns a copy on a device; `make_solver` makes one on the CPU."""
+        return dataclasses.replace(
+            self, timesteps=self.timesteps.to(device), coefficients=self.coefficients.to(device, torch.float32)
+        )
 
 
 def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:

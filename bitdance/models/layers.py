@@ -65,7 +65,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d), mask (n, m) bool -> (B, H, n, d).
+    """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d) -> (B, H, n, d).
+
+    The mask is (n or 1, m) bool, True where a query attends to a key; without one all attend to all.
 
     Some are computed by matrix products, with logits and softmax in float32: few queries on a CPU, short sequences in
     training in half precision, where the backward pass of PyTorch's fused kernel is several times slower on CPUs, and
@@ -76,7 +78,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if not by_products and not (q.device.type == "cpu" and q.shape[2] <= MAX_QUERIES and not q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     rows = max(1, CACHED_BYTES // (4 * k[0].numel()))
-    if is_half and not by_products and len(q) > rows:  # a few rows at a time, since keys are copied to float32
+    is_split = is_half and not by_products and len(q) > rows and not torch.compiler.is_compiling()
+    if is_split:  # a few rows at a time, since keys are copied to float32
         parts = (part.split(rows) for part in (q, k, v))
         return torch.cat([_attend_by_products(*part, mask) for part in zip(*parts, strict=True)])  # type: ignore[call-arg]
     return _attend_by_products(q, k, v, mask)
@@ -144,7 +147,7 @@ class Attention(nn.Module):
         Args:
             x: (B, n, D).
             rotary: (n, d / 2, 2) table for these positions, or None.
-            mask: (n, keys) bool, True where the query attends to the key, or None for full attention.
+            mask: (n or 1, keys) bool, True where the query attends to the key, or None for full attention.
             cache: extended with the keys and values of layer `layer`, or None.
             layer: index in the cache.
         """

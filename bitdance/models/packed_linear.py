@@ -59,7 +59,7 @@ def unpack_linears(module: nn.Module) -> None:
 
 
 def _replace(module: nn.Module, kind: type, function: Callable[[Any], nn.Module]) -> None:
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is kind:
-                setattr(parent, name, function(child))
+    places = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
+    new = [(parent, name, function(child)) for parent, name, child in places if type(child) is kind]
+    for parent, name, child in new:  # once all have been made
+        setattr(parent, name, child)

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate|STATUS_ALLOC_FAILED|STATUS_NOT_INITIALIZED")
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+)
 """Of PyTorch, cuBLAS and cuDNN; the last is what cuBLAS says when there is no memory for its handle."""
 
 MAX_MESSAGE = 1500

@@ -31,8 +31,3 @@ class MemoryTracker(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._storages.remove(key)
         self.current -= size
-
-
-def format_size(count: float) -> str:
-    """Returns a number of bytes as text: "18.06 GB", "7.20 MB"."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -118,15 +118,20 @@ class StopSignal:
 
     It goes over the store: the first process publishes in each call what it has read there, and the others take what it
     published in the call before. So no GPU has to synchronize, and a process only waits if it is a whole call ahead of
-    the first one. All processes make the same calls.
+    the first one. All processes make the same calls, and none may be `KEPT` calls behind the first one: in training
+    they wait for each other's gradients in each step.
+
+    Raises:
+        UserError: the connection to the other processes is lost.
     """
 
-    _KEY = "signal"
+    KEPT = 1000
 
     def __init__(self, world: World) -> None:
-        self._world, self._calls = world, 0
+        self._world, self._calls, self._key = world, 0, f"signal/{next(world._calls)}"
         if world.store is not None:
-            world.store.compare_set(self._KEY, "", "0")  # before any process reads it, which would wait
+            with _peer_errors(world.rank):
+                world.store.compare_set(self._key, "", "0")  # before any process reads it, which would wait
 
     def exchange(self, value: int) -> int:
         """Gives the value of this process, 0 for none, and returns one that a process has given, or 0.
@@ -140,11 +145,12 @@ class StopSignal:
             return value
         with _peer_errors(world.rank):
             if value:
-                world.store.compare_set(self._KEY, "0", str(value))
+                world.store.compare_set(self._key, "0", str(value))
             if world.is_main:
-                world.store.set(f"{self._KEY}/{call}", world.store.get(self._KEY).decode())
-                world.store.delete_key(f"{self._KEY}/{call - 1000}")
-            return int(world.await_key(f"{self._KEY}/{call - 1}")) if call else 0
+                world.store.set(f"{self._key}/{call}", world.store.get(self._key).decode())
+                if call >= self.KEPT:
+                    world.store.delete_key(f"{self._key}/{call - self.KEPT}")
+            return int(world.await_key(f"{self._key}/{call - 1}")) if call else 0
 
 
 @contextlib.contextmanager

@@ -105,3 +105,8 @@ def format_duration(seconds: float) -> str:
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 24 * 60 else f"{minutes / 60 / 24:.1f} days"
+
+
+def format_size(count: float) -> str:
+    """Returns a number of bytes as text: "18.06 GB", "7.20 MB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

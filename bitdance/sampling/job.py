@@ -77,7 +77,7 @@ class JobConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks of a job: digests of their tensors, precision, and whether the sampler is compiled."""
+    """The networks of a job: digests of their tensors, precision, and whether the sampler was to be compiled."""
 
     model: str
     autoencoder: str
@@ -295,14 +295,11 @@ class SamplingJob:
                     # The last batch is padded, so that all batches are computed in the same shapes.
                     padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
                     classes = [int(self.labels[min(i, config.num_images - 1)]) for i in padded]
-                    halved: list[str] = []
-                    pixels, bits = self.pipeline.generate(
-                        padded, classes, self.sampling, config.seed, config.chunk_size, report=halved.append
+                    pixels, bits, halved = self.pipeline.generate(
+                        padded, classes, self.sampling, config.seed, config.chunk_size, report=log
                     )
-                    for line in halved:
-                        log(line)
                     arrays = self._part_arrays(kinds, pixels[: len(ids)], bits[: len(ids)])
-                    arrays["halved"] = np.array(bool(halved), np.uint8)
+                    arrays["halved"] = np.array(halved, np.uint8)
                     if writing is not None:
                         writing.result()  # raises what went wrong
                     writing = writer.submit(_write_part, self.part(batch), arrays)
@@ -333,14 +330,16 @@ class SamplingJob:
         A part that another machine has written can take some time to appear on a network file system.
         """
         path, deadline = self.part(batch), time.monotonic() + VISIBLE_AFTER
-        while (arrays := self._read(batch, list(kinds))) is None:
-            if path.exists():
+        while True:
+            is_there = path.exists()  # before it is read
+            if (arrays := self._read(batch, list(kinds))) is not None:
+                return arrays
+            if is_there:
                 path.unlink()
                 raise UserError(f"{path} was damaged: run the command again to sample it again.")
             if time.monotonic() > deadline:
                 raise UserError(f"{path} was lost: run the command again, which samples it again if it is missing.")
             time.sleep(0.2)
-        return arrays
 
     def _write_results(self, kinds: list[str], settings: dict[str, Any]) -> None:
         """Writes the missing results from the parts.

@@ -79,9 +79,12 @@ def estimate_memory(
     return SamplingMemory(weights, cached, tokens, tracker.peak)
 
 
-def find_batch_size(memory: SamplingMemory, batch_size: int, available: float) -> int:
-    """Returns the number of images that fit into `available` bytes, by the estimate for `batch_size` images.
+def find_batch_size(memory: SamplingMemory, batch_size: int, chunk_size: int, available: float) -> int:
+    """Returns the number of images that fit into `available` bytes, by the estimate for these sizes.
 
-    Cache, noise and activations grow with the batch; the chunk that is decoded at once does not.
+    Cache, noise and activations grow with the batch, and the decoder's with the chunk (0: the whole batch).
     """
-    return max(0, int((available - memory.weights) / ((memory.cache + memory.tokens) / batch_size)))
+    free, decoded = available - memory.weights, min(chunk_size or batch_size, batch_size)
+    fitting = int(free / ((memory.cache + memory.tokens) / batch_size))
+    in_decoder = int(free / (memory.decoder / decoded))
+    return max(0, min(fitting, in_decoder) if not chunk_size or in_decoder < chunk_size else fitting)

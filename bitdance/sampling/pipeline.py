@@ -48,10 +48,12 @@ class SampleBatch(NamedTuple):
     Attributes:
         pixels: (B, H, W, 3) uint8.
         bits: (B, N, C / 8) uint8, the tokens in their order, packed by `bitdance.models.quantizer.pack`.
+        halved: whether the tokens were sampled in smaller batches, for lack of memory.
     """
 
     pixels: np.ndarray
     bits: np.ndarray
+    halved: bool
 
 
 @dataclasses.dataclass(repr=False)
@@ -201,7 +203,8 @@ class Pipeline:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
         tokens = self._sample_in_parts(sample_ids, labels, config, seed, callback, report)
         pixels = self.decode_tokens(tokens, chunk_size, report)
-        return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy())
+        halved = len(sample_ids) > self._fitting_batch
+        return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy(), halved)
 
     def _sample_in_parts(
         self,
@@ -217,11 +220,11 @@ class Pipeline:
         if size <= self._fitting_batch:
             try:
                 return self._sample(sample_ids, labels, config, seed, callback)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
             # Outside of the except clause, where the exception and with it the frames that hold the tensors are gone.
-            _release_memory()
+            self._release_memory()
             self._fitting_batch = size - size // 2
         report(
             f"not enough memory for {size} images at once: images {sample_ids[0]} to {sample_ids[-1]} are "
@@ -243,18 +246,25 @@ class Pipeline:
         """Samples tokens (B, N, C); a batch for compiled functions is padded to a size that they know."""
         size, functions = len(sample_ids), self.functions
         padding = functions.padded_size(size) - size if functions else 0
-        padded = [torch.tensor([*part, *[part[-1]] * padding], device=self.device) for part in (sample_ids, labels)]
+        padded = [
+            torch.tensor([*part, *[part[-1]] * padding], dtype=torch.int64, device=self.device)
+            for part in (sample_ids, labels)
+        ]
         noise_fn = sample_noise(self.model, seed, padded[0], config.num_draws)
         report = (lambda i, steps, tokens: callback(i, steps, tokens[:size])) if callback and padding else callback
         try:
-            return sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
+            tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
+            if functions:
+                functions.sizes.add(size + padding)
+            return tokens
         except Exception as error:
-            if functions is None or not is_compiler_error(error):
+            if functions is None or is_out_of_memory(error) or not is_compiler_error(error):
                 raise
             print(
                 f"bitdance: the sampler runs uncompiled, since compiling failed: {first_line(error)}", file=sys.stderr
             )
         self.functions = None
+        self.prepare_for_cpu()
         return self._sample(sample_ids, labels, config, seed, callback)
 
     @torch.no_grad()
@@ -313,17 +323,25 @@ class Pipeline:
         parts: list[Tensor] = []
         start = 0
         while start < len(bits):
+            count = min(size, len(bits) - start)
             try:
-                parts.append(self._decode(bits[start : start + size]))
-                start += size
+                parts.append(self._decode(bits[start : start + count]))
+                start += count
                 continue
-            except RuntimeError as error:
-                if size == 1 or not is_out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_out_of_memory(error):
                     raise
-            _release_memory()
-            size = self._fitting_chunk = size // 2
-            report(f"not enough memory to decode {2 * size} images at once: {size} are decoded at once from now on.")
+            self._release_memory()
+            size = self._fitting_chunk = count // 2
+            report(f"not enough memory to decode {count} images at once: {size} are decoded at once from now on.")
         return torch.cat(parts)
+
+    def _release_memory(self) -> None:
+        if self.functions is not None:  # CUDA graphs hold the memory of the sizes that they were made for
+            torch._dynamo.reset()
+            self.functions = self.functions.renewed()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def _decode(self, bits: Tensor) -> Tensor:
@@ -344,9 +362,11 @@ class Pipeline:
     def compile(self, mode: str = "auto") -> None:
         """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch.
 
+        On a CPU the weights become constants: later changes of them have no effect.
+
         Args:
-            mode: `default`, `reduce-overhead` (with CUDA graphs), or `auto`: the latter on a CUDA GPU, otherwise
-                nothing is compiled.
+            mode: `default`, `reduce-overhead` (with CUDA graphs; on a CPU the same as `default`), or `auto`: the latter
+                on a CUDA GPU, otherwise nothing is compiled.
         """
         if mode == "auto":
             if self.device.type != "cuda":
@@ -359,11 +379,6 @@ class Pipeline:
 def limit_chunk(size: int, image_size: int, device: torch.device) -> int:
     """Returns the images to decode at once on a device, at most `size`."""
     return min(size, max(1, MAX_CHUNK_PIXELS // image_size**2)) if device.type == "cpu" else size
-
-
-def _release_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _check_output(output: str) -> None:

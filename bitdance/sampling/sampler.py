@@ -59,7 +59,7 @@ class SamplingConfig:
     @property
     def num_draws(self) -> int:
         """Normal numbers per bit that the solver needs."""
-        return flow.make_solver(self.solver, self.num_steps).num_draws
+        return self.num_steps + 1 if self.solver == "euler-maruyama" else 1
 
 
 class SamplerFunctions:
@@ -69,13 +69,13 @@ class SamplerFunctions:
         predict: a guided prediction of the head, (network, x (R, P, C), embedded time (1, 1, d), embedded condition,
             guidance scale () or None) -> (R, P, C) float32. With a scale the condition has 2 R rows, of which the
             second half is unconditional.
-        advance: `flow.solver_step`.
+        solver_step: `flow.solver_step`.
         transformer_step: `BitDance.step`, (tokens, cache) -> conditions.
     """
 
     def __init__(self, model: BitDance) -> None:
         self.predict = guided_prediction
-        self.advance = flow.solver_step
+        self.solver_step = flow.solver_step
         self.transformer_step = model.step
 
 
@@ -89,8 +89,11 @@ class CompiledFunctions(SamplerFunctions):
     Args:
         model: whose functions they are.
         mode: of `torch.compile`. CUDA graphs (`reduce-overhead`) are used for the prediction alone: their results are
-            overwritten by the next call, so nothing that lasts longer may come from one.
+            overwritten by the next call, so nothing that lasts longer may come from one. On a CPU it has no effect.
         backend: of `torch.compile`.
+
+    Attributes:
+        sizes: of batches that have been sampled.
     """
 
     def __init__(self, model: BitDance, mode: str = "default", backend: str | Callable[..., Any] = "inductor") -> None:
@@ -101,14 +104,18 @@ class CompiledFunctions(SamplerFunctions):
             graphs = {}
         torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
         self.sizes: set[int] = set()
+        self._arguments = model, mode, backend
         self.predict = torch.compile(guided_prediction, **settings, **graphs)
-        self.advance = torch.compile(flow.solver_step, **settings)
+        self.solver_step = torch.compile(flow.solver_step, **settings)
         self._step_at = torch.compile(model.step_at, **settings)
 
     def padded_size(self, size: int) -> int:
-        """Returns the size to pad a batch to: one that has been used and is at most twice as large, or `size`."""
-        self.sizes.add(min((other for other in self.sizes if size <= other <= 2 * size), default=size))
-        return min(other for other in self.sizes if other >= size)
+        """Returns the size to pad a batch to: one of `sizes` that is at most twice as large, or `size`."""
+        return min((other for other in self.sizes if size <= other <= 2 * size), default=size)
+
+    def renewed(self) -> CompiledFunctions:
+        """Returns the same functions, to be compiled again."""
+        return CompiledFunctions(*self._arguments)
 
     def transformer_step(self, new: Tensor, cache: KVCache) -> Tensor:
         """Calls the compiled `BitDance.step_at`."""
@@ -216,6 +223,6 @@ def head_sampler(
         def predict(x: Tensor, index: int) -> Tensor:
             return functions.predict(net, x, times[index], embedded, guidance)
 
-        return flow.integrate(solver, predict, noise, functions.advance)
+        return flow.integrate(solver, predict, noise, functions.solver_step)
 
     return sample

@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.memory_tracker import MemoryTracker, format_size
-from bitdance.runtime.progress import format_duration
+from bitdance.runtime.memory_tracker import MemoryTracker
+from bitdance.runtime.progress import format_duration, format_size
 from bitdance.training.evaluation import reconstruct
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch

@@ -46,6 +46,7 @@ from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
 COMPILED_DEVICES = ("cuda",)
+"""Types of devices on which `compile` has an effect."""
 
 PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
 """Fewer steps than for samples, and images decoded one by one: a preview should need less memory than a step."""
@@ -153,9 +154,10 @@ class Trainer:
         self.log: RunLog | None = None
         self.module: nn.Module = self.objective
         if config.compile and world.device.type in COMPILED_DEVICES:
-            # DDP would split the graph at its buckets, which activation checkpointing does not allow. The gradients
-            # are reduced after the backward pass of the whole graph then.
-            torch._dynamo.config.optimize_ddp = False
+            if world.size > 1:
+                # DDP would split the graph at its buckets, which activation checkpointing does not allow. The gradients
+                # are reduced after the backward pass of the whole graph then.
+                torch._dynamo.config.optimize_ddp = False
             self.objective.compile()
         if world.size > 1:
             with warnings.catch_warnings():
