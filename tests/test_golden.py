@@ -66,9 +66,9 @@ def check_rotary_table_and_mask(golden, model, parallel_num):
     assert relative_error(model.rotary, expected) <= 1e-7
     assert rotary_table(torch.zeros(1, 2), 64).shape == (1, 32, 2)
     if parallel_num > 1:
-        assert torch.equal(model._mask(0, len(model.blocks)), golden["attn_allowed"])
+        assert torch.equal(model._mask(len(model.blocks)), golden["attn_allowed"])
     else:
-        assert torch.equal(model._mask(0, len(model.blocks)), torch.ones(71, 71, dtype=torch.bool).tril())
+        assert model._mask(len(model.blocks)) == "causal" and torch.equal(model.blocks, torch.arange(71))
 
 
 def check_head_network(golden, model, parallel_num):

@@ -412,14 +412,15 @@ def test_recomputing_layers_changes_no_gradient(p):
 
 
 @pytest.mark.parametrize("keys", [20, 200])
-@pytest.mark.parametrize("is_masked", [True, False])
-def test_attention_in_half_precision(keys, is_masked, monkeypatch):
+@pytest.mark.parametrize("kind", ["mask", "causal", "full"])
+def test_attention_in_half_precision(keys, kind, monkeypatch):
     """Short and long sequences, in training and in inference: the values and gradients of float32 but for rounding."""
     torch.manual_seed(0)
     exact = [torch.randn(2, 3, keys, 16, requires_grad=True) for _ in range(3)]
     half = [x.detach().bfloat16().requires_grad_() for x in exact]
-    mask = (torch.arange(keys)[:, None] >= torch.arange(keys)) if is_masked else None
-    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    lower = torch.arange(keys)[:, None] >= torch.arange(keys)
+    mask = {"mask": lower, "causal": "causal", "full": None}[kind]
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=None if kind == "full" else lower)
     fused, calls = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or fused(*a, **b))
     with torch.autocast("cpu", torch.bfloat16):

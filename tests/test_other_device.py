@@ -54,9 +54,7 @@ def fused_attention(monkeypatch):
         schema="(Tensor q, Tensor k, Tensor v) -> Tensor",
     )
     fused.register_fake(lambda q, k, v: torch.empty_like(q))
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: fused(q, k, v)
-    )
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **others: fused(q, k, v))
 
 
 def networks(model="B-4X", grid=4, **changes):

@@ -595,6 +595,28 @@ def test_compiled_processes_with_checkpointing_train_like_an_eager_one(data, tmp
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
+def test_without_triton_training_on_a_gpu_runs_uncompiled(data, tmp_path, monkeypatch, capsys):
+    objective = BitDanceLoss(small.model(), small.autoencoder(), LossConfig(), 0)
+    made = Trainer(objective, small.train_config(data, tmp_path), loader(data), World(0, 1, CPU), DataInfo(12, ""))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert made._find_compiler()
+    made.world = World(0, 1, torch.device("cuda", 0))
+    assert not made._find_compiler()
+    assert "training runs uncompiled" in capsys.readouterr().err
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert made._find_compiler()
+
+
+def test_images_are_encoded_in_parts(monkeypatch):
+    part = objective(LossConfig())
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    expected = part.tokenize(images)
+    sizes, real = [], part.autoencoder.encode
+    monkeypatch.setattr(losses, "MAX_ENCODED_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr(part.autoencoder, "encode", lambda x: sizes.append(len(x)) or real(x))
+    assert torch.equal(part.tokenize(images), expected) and sizes == [2, 2, 1]
+
+
 @pytest.mark.slow
 def test_two_processes_train_an_autoencoder_and_its_discriminator_like_one(data, tmp_path):
     settings = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d) -> (B, H, n, d).
+Mask = Tensor | Literal["causal"] | None
+"""(n or 1, m) bool, True where a query attends to a key; "causal" if each attends to itself and those before it, which
+the fused kernels of a GPU compute without a mask; None if all attend to all."""
 
-    The mask is (n or 1, m) bool, True where a query attends to a key; without one all attend to all.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+    """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d) -> (B, H, n, d).
 
     Some are computed by matrix products, with logits and softmax in float32: few queries on a CPU, short sequences in
     training in half precision, where the backward pass of PyTorch's fused kernel is several times slower on CPUs, and
@@ -76,7 +80,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     is_short, is_half = k.shape[2] <= MAX_SHORT, q.dtype in (torch.bfloat16, torch.float16)
     by_products = is_short and (q.shape[0] > MAX_ROWS or (q.requires_grad and is_half))
     if not by_products and not (q.device.type == "cpu" and q.shape[2] <= MAX_QUERIES and not q.requires_grad):
+        if isinstance(mask, str):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if isinstance(mask, str):
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     rows = max(1, CACHED_BYTES // (4 * k[0].numel()))
     is_split = is_half and not by_products and len(q) > rows and not torch.compiler.is_compiling()
     if is_split:  # a few rows at a time, since keys are copied to float32
@@ -138,7 +146,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -147,7 +155,7 @@ class Attention(nn.Module):
         Args:
             x: (B, n, D).
             rotary: (n, d / 2, 2) table for these positions, or None.
-            mask: (n or 1, keys) bool, True where the query attends to the key, or None for full attention.
+            mask: see `Mask`; None for full attention.
             cache: extended with the keys and values of layer `layer`, or None.
             layer: index in the cache.
         """
@@ -173,9 +181,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
         self.ffn_norm = nn.RMSNorm(dim, eps=1e-6)
 
-    def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Mask, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         dtype = self.attention.wqkv.weight.dtype
         x = x + self.attention(self.attention_norm(x).to(dtype), rotary, mask, cache, layer)
         return x + self.feed_forward(self.ffn_norm(x).to(dtype))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.config import BitDanceConfig
 from bitdance.models.head import DiffusionHead
-from bitdance.models.layers import KVCache, SwiGLU, TransformerBlock, rotary_table
+from bitdance.models.layers import KVCache, Mask, SwiGLU, TransformerBlock, rotary_table
 from bitdance.models.tokens import attention_blocks, positions
 
 
@@ -136,7 +136,7 @@ class BitDance(nn.Module):
         x = torch.cat([self.class_tokens(labels), self.proj_in(tokens.to(self.dtype))], dim=1)
         x = self.emb_norm(x)  # (B, K + P - 1 + n, D)
         length = x.shape[1]
-        rotary, mask = self.rotary[:length], self._mask(0, length)
+        rotary, mask = self.rotary[:length], self._mask(length)
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
@@ -175,11 +175,13 @@ class BitDance(nn.Module):
         ]
         return KVCache(tensors[: config.n_layer], tensors[config.n_layer :])
 
-    def _mask(self, start: int, end: int) -> Tensor:
-        """Returns the mask of the queries from `start` to `end`, (end - start, end) bool, True where they attend."""
-        return self.blocks[start:end, None] >= self.blocks[:end]
+    def _mask(self, length: int) -> Mask:
+        """Returns the mask of the first `length` positions."""
+        if self.config.parallel_num == 1:
+            return "causal"
+        return self.blocks[:length, None] >= self.blocks[:length]
 
-    def _extend(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    def _extend(self, x: Tensor, rotary: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         """Processes new inputs (B, n, D) and returns the hidden states of the last P of them, (B, P, D)."""
         x = self.emb_norm(x.to(self.emb_norm.weight.dtype))
         for i, layer in enumerate(self.layers):
@@ -191,7 +193,7 @@ class BitDance(nn.Module):
         """Processes the class and query tokens and returns the first conditions: (B,) int64 -> (B, P, D)."""
         x = self.class_tokens(labels)
         length, p = x.shape[1], self.config.parallel_num
-        return self._extend(x, self.rotary[:length], self._mask(0, length), cache) + self.pos_for_diff.weight[:p]
+        return self._extend(x, self.rotary[:length], self._mask(length), cache) + self.pos_for_diff.weight[:p]
 
     def step(self, new: Tensor, cache: KVCache) -> Tensor:
         """Processes the P newest tokens and returns the conditions of the next P: (B, P, C) +-1 -> (B, P, D).

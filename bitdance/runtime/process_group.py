@@ -157,7 +157,7 @@ class StopSignal:
 def init_distributed(device: str | None = None, threads: int | None = None, only_one: bool = False) -> Iterator[World]:
     """Joins the processes that torchrun started, if it did, for the duration of the context.
 
-    NCCL on GPUs, gloo elsewhere. On a CPU the cores of the machine are divided evenly among its processes, for which
+    NCCL on GPUs, gloo elsewhere. The CPU cores of the machine are divided evenly among its processes, for which
     torchrun would set one thread each. If a process dies, or leaves the context by an error, the others end too.
 
     Args:
@@ -180,7 +180,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
     if on_gpu:
         torch.cuda.set_device(world.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as it does in matrix products
-    elif threads or size > 1:
+    if threads or size > 1:
         torch.set_num_threads(threads or max(1, devices.num_cores() // local_size))
     if size == 1:
         yield world

@@ -22,6 +22,9 @@ from bitdance.training.discriminator import PatchDiscriminator, adversarial_loss
 from bitdance.training.perceptual import PerceptualLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig
 
+MAX_ENCODED_PIXELS = 32 * 256**2
+"""Pixels that the frozen encoder takes at once. Under autocast its norms are float32, 0.13 GB for each 256 x 256."""
+
 DEAD_ENTROPY = 0.01
 """Entropy below which a bit counts as constant: it has one value in 99.9 % of the tokens."""
 
@@ -131,7 +134,11 @@ class BitDanceLoss(nn.Module):
     @torch.no_grad()
     def tokenize(self, inputs: Tensor) -> Tensor:
         """Converts images (B, H, W, 3) uint8, or packed bits (B, N, C / 8) uint8 in raster order, to (B, N, C) +-1."""
-        grid = grid_from_tokens(unpack(inputs)) if inputs.ndim == 3 else self.autoencoder.encode(normalize(inputs))
+        if inputs.ndim == 3:
+            grid = grid_from_tokens(unpack(inputs))
+        else:
+            count = max(1, MAX_ENCODED_PIXELS // inputs[0, ..., 0].numel())
+            grid = torch.cat([self.autoencoder.encode(normalize(part)) for part in inputs.split(count)])
         return tokens_from_grid(grid.float(), self.network.config.patch)
 
     def forward(self, inputs: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -130,7 +130,7 @@ class TrainConfig:
         max_skipped: consecutive steps with non-finite gradients after which the run stops; such steps are skipped. 0
             for no limit.
         precision: bf16 for autocast with float32 weights, or fp32; auto is bf16 where the hardware supports it.
-        compile: compile the network, on a GPU.
+        compile: compile the network on a GPU; on a CPU it never is.
         grad_checkpointing: recompute activations in the backward pass to save memory.
         accumulate: microbatches per step and process, to save memory; a model's results agree to rounding, while for an
             autoencoder each microbatch has its own entropy.
@@ -184,7 +184,7 @@ class TrainConfig:
     max_skipped: int = _free(20)
 
     precision: Precision = "auto"
-    compile: bool = _free(False)
+    compile: bool = _free(True)
     grad_checkpointing: bool = _free(False)
     accumulate: int = _free(1)
 
@@ -261,7 +261,5 @@ def autoencoder_recipe(
 
 def recipe(release: ReleasedModel, data_path: pathlib.Path) -> tuple[TrainConfig, ModelSizes, LossConfig]:
     """Returns the settings that a released model was trained with, those of its command in the original's README."""
-    run = TrainConfig(
-        data_path, epochs=800, batch_size=1024, lr=6e-4, ema=0.9999, precision="bf16", keep_epochs=50, compile=True
-    )
+    run = TrainConfig(data_path, epochs=800, batch_size=1024, lr=6e-4, ema=0.9999, precision="bf16", keep_epochs=50)
     return run, ModelSizes.of(release.config), LossConfig(perturb_rate=release.perturb_rate)

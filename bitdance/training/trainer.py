@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -153,7 +154,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config.output, config.keep_checkpoints)
         self.log: RunLog | None = None
         self.module: nn.Module = self.objective
-        if config.compile and world.device.type in COMPILED_DEVICES:
+        if config.compile and world.device.type in COMPILED_DEVICES and self._find_compiler():
             if world.size > 1:
                 # DDP would split the graph at its buckets, which activation checkpointing does not allow. The gradients
                 # are reduced after the backward pass of the whole graph then.
@@ -167,6 +168,16 @@ class Trainer:
                 )
         # After DDP has given all processes the weights of the first.
         self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
+
+    def _find_compiler(self) -> bool:
+        """Returns whether the compiler can generate code for the device; if not, the first process says so."""
+        from torch.utils._triton import has_triton
+
+        if self.world.device.type != "cuda" or has_triton():
+            return True
+        if self.world.is_main:
+            print("bitdance: training runs uncompiled, since Triton is not installed.", file=sys.stderr)
+        return False
 
     # ------------------------------------------------------------ steps
 
