@@ -28,6 +28,12 @@ step sampling-B-1X 400 python benchmarks/speed.py --model B-1X --batch-size 384 
     --precision bf16 --chunk-size 64 --compile reduce-overhead --device cuda
 step sampling-fp32 200 python benchmarks/speed.py --model B-16X --precision fp32 --batch-size 64 --rounds 1 --reference \
     --parts tokens --device cuda
+for pair in L-1X:352 H-1X:224; do  # the published batch sizes, one solver step in ten
+    step "sampling-${pair%:*}" 400 python benchmarks/speed.py --model "${pair%:*}" --batch-size "${pair#*:}" --num-steps 10 \
+        --rounds 1 --precision bf16 --chunk-size 64 --compile reduce-overhead --device cuda
+    step "memory-${pair%:*}" 60 python -m bitdance sample --model "BitDance-${pair%:*}" --batch-size "${pair#*:}" --dry-run
+done
+step training-B-4X-96 300 python benchmarks/speed.py --model B-4X --batch-size 96 --parts train-tokens --device cuda
 step training 300 python benchmarks/speed.py --model B-16X --batch-size 32 --parts train-tokens train-images --device cuda
 step inception 120 python benchmarks/inception.py --batch-size 64 --device cuda
 step token-cache 200 python benchmarks/token_cache.py --batch-size 32 --device cuda

@@ -24,6 +24,7 @@ from bitdance.sampling.sampler import (
     SamplerFunctions,
     SamplingConfig,
     guided_prediction,
+    head_sampler,
     sample_noise,
     sample_tokens,
 )
@@ -260,6 +261,29 @@ def test_the_sampler_embeds_times_once_and_takes_other_functions(solver, evaluat
     assert len(embeddings) == 1
     assert len(calls) == evaluations * model.config.ar_steps
     assert torch.equal(expected.abs(), torch.ones_like(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("p", [1, 4])
+def test_compiled_bits_on_a_gpu(p, mode):
+    """The same bits in float32 as without compilation, in repeated calls, and no waiting for the GPU in either."""
+    torch._dynamo.reset()
+    model, settings = few_steps(p).to("cuda"), settings_of(CASES[1])
+    draw = sample_noise(model, 1, torch.tensor([10, 11, 12], device="cuda"), settings.num_draws)
+    labels, functions = LABELS.to("cuda"), CompiledFunctions(model, mode)
+    expected = sample_tokens(model, labels, draw, settings)
+    found = [sample_tokens(model, labels, draw, settings, functions=functions) for _ in range(3)]
+    assert all(torch.equal(tokens, found[0]) for tokens in found)
+    assert (found[0] == expected).float().mean() > 0.999
+    head = head_sampler(model, settings, functions)
+    cond, noise = torch.randn(6, p, model.config.dim, device="cuda"), draw(1, False)
+    head(cond, noise, 2.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head(cond, noise, 2.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

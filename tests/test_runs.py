@@ -333,7 +333,7 @@ def test_steps_do_not_wait_for_the_gpu(place, tmp_path, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "train_step", watched)
-    run = small.train_config(place / "pictures", tmp_path, max_steps=5, log_every=5, accumulate=2)
+    run = small.train_config(place / "pictures", tmp_path, max_steps=5, log_every=5, accumulate=2, compile=False)
     train_model(run, SIZES, LossConfig(perturb_rate=0.1), place / "autoencoder.safetensors", "cuda")
     assert small.read_log(tmp_path)[-1]["step"] == 5
 
