@@ -20,6 +20,7 @@ optimizer's state) divided by a measured bandwidth of copies. All variants of a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import json
@@ -38,7 +39,7 @@ from bitdance import load_autoencoder, load_model
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig, SamplingDefaults
 from bitdance.models import flow
 from bitdance.models.autoencoder import Autoencoder
-from bitdance.models.packed_linear import pack_linears
+from bitdance.models.packed_linear import packed_linears
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16, peak_memory
 from bitdance.sampling.pipeline import Pipeline, choose_dtype
@@ -58,12 +59,10 @@ class Limits:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         side = 8192 if device.type == "cuda" else 2048
         linear: nn.Module = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
-        if device.type == "cpu":
-            pack_linears(linear)
         x = torch.randn(side, side, device=device).to(dtype)
         block = torch.empty(1 << (32 if device.type == "cuda" else 30), dtype=torch.uint8, device=device)
         target = torch.empty_like(block)
-        with torch.no_grad():
+        with torch.no_grad(), packed_linears(linear):
             self.flops = 2 * side**3 / min(seconds_of(lambda: linear(x), device) for _ in range(5))
         self.bandwidth = 2 * len(block) / min(seconds_of(lambda: target.copy_(block), device) for _ in range(5))
 
@@ -271,12 +270,12 @@ def main() -> None:
             sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
             from reference_sampler import sample_reference
 
-            plain = copy.deepcopy(model)  # the sampler's weights are packed
             labels = torch.arange(options.batch_size, device=device) % model.config.num_classes
             noise_fn = sample_noise(model, 0, torch.arange(options.batch_size, device=device), config.num_draws)
-            variants["reference"] = {"tokens": lambda: sample_reference(plain, labels, noise_fn, config.cfg_scale)}
+            variants["reference"] = {"tokens": lambda: sample_reference(model, labels, noise_fn, config.cfg_scale)}
         least |= sampling_limits(pipeline, *arguments[:2], limits)
-        pipeline.prepare_for_cpu()
+        if device.type == "cpu":
+            pipeline.autoencoder.prepare_for_cpu()
         variants["ours"] = variants.get("ours", {}) | sampling_parts(pipeline, *arguments)
     if options.compare:
         variants["other"] = load_other(options.compare, options, defaults.cfg_scale)
@@ -285,7 +284,11 @@ def main() -> None:
         for part in options.parts:
             for name, functions in variants.items():
                 if part in functions:
-                    with torch.set_grad_enabled(part.startswith("train")):
+                    packed = name == "ours" and not part.startswith("train")
+                    with (
+                        torch.set_grad_enabled(part.startswith("train")),
+                        packed_linears(model) if packed else contextlib.nullcontext(),
+                    ):
                         taken = seconds_of(functions[part], device)
                     print(f"{part}, {name}: {taken:.3f} s{'' if round_ else ' (not counted)'}", flush=True)
                     if round_:

@@ -17,7 +17,7 @@ from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.head import MLPBlock, TransformerHeadBlock
 from bitdance.models.layers import attend
-from bitdance.models.packed_linear import PackedLinear, pack_linears, unpack_linears
+from bitdance.models.packed_linear import PackedLinear, packed_linears
 from bitdance.models.transformer import BitDance
 from bitdance.sampling.sampler import (
     CompiledFunctions,
@@ -207,33 +207,35 @@ def test_compiled_bits_equal_the_reference(p):
 @pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
 def test_packed_weights_sample_the_same_bits(p):
     model = few_steps(p)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    expected = fast_sampler(model, CASES[1])
-    pack_linears(model)
-    packed = [part for part in model.modules() if isinstance(part, PackedLinear)]
-    assert packed or not torch.backends.mkldnn.is_available()
-    assert not any(type(part) is torch.nn.Linear for part in model.modules()) or not packed
-    assert torch.equal(fast_sampler(model, CASES[1]), expected)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    unpack_linears(model)
-    assert not any(isinstance(part, PackedLinear) for part in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected, before = fast_sampler(model, CASES[1]), dict(model.named_modules())
+    with pytest.raises(KeyboardInterrupt), packed_linears(model):
+        inside = list(model.modules())
+        assert any(isinstance(part, PackedLinear) for part in inside) == torch.backends.mkldnn.is_available()
+        assert not torch.backends.mkldnn.is_available() or not any(type(part) is torch.nn.Linear for part in inside)
+        assert torch.equal(fast_sampler(model, CASES[1]), expected)
+        raise KeyboardInterrupt
+    assert dict(model.named_modules()) == before
     assert torch.equal(fast_sampler(model, CASES[1]), expected)
 
 
-def test_weights_that_cannot_be_packed_stay(monkeypatch):
-    """As in bf16 on a CPU without instructions for it."""
+def test_weights_that_cannot_be_packed_are_used_as_they_are(monkeypatch):
+    """As in bf16 on a CPU without instructions for it, under autocast, or on a GPU."""
+    model = few_steps(1)
+    expected = fast_sampler(model, CASES[0])
+    with torch.autocast("cpu", torch.bfloat16), packed_linears(model):
+        assert not any(isinstance(part, PackedLinear) for part in model.modules())
 
     def refuse(weight):
         raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
-    model = few_steps(1)
-    expected = fast_sampler(model, CASES[0])
-    pack_linears(model)
-    assert not any(isinstance(part, PackedLinear) for part in model.modules())
-    assert torch.equal(fast_sampler(model, CASES[0]), expected)
+    with packed_linears(model):
+        assert not any(isinstance(part, PackedLinear) for part in model.modules())
+        assert torch.equal(fast_sampler(model, CASES[0]), expected)
+    with torch.device("meta"):
+        other = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with packed_linears(other):
+        assert type(other[0]) is torch.nn.Linear
 
 
 def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order():

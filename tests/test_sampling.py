@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
 import pathlib
+import pickle
 import re
 
 import numpy as np
@@ -20,7 +22,6 @@ from bitdance.cli.main import main
 from bitdance.metrics.nearest_neighbours import find_nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
-from bitdance.models.packed_linear import PackedLinear
 from bitdance.models.quantizer import unpack
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.memory_tracker import MemoryTracker
@@ -257,7 +258,6 @@ def test_without_a_compiler_the_sampler_runs_uncompiled(model, monkeypatch, caps
     assert np.array_equal(found.bits, expected.bits)
     assert "runs uncompiled" in capsys.readouterr().err
     assert pipe.functions is None
-    assert any(isinstance(part, PackedLinear) for part in pipe.model.modules())
 
 
 def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):
@@ -402,6 +402,22 @@ def test_names_work_wherever_a_file_does(model, tmp_path, monkeypatch):
         bitdance.load_model("nothing")
     with pytest.raises(UserError, match="there is no autoencoder 'nothing'"):
         load_pipeline(model, autoencoder="nothing")
+
+
+def test_the_networks_of_a_pipeline_are_ordinary_modules(model):
+    """Sampling packs weights for its own duration only."""
+    pipe = load_pipeline(model, device="cpu")
+    expected = pipe([0, 1], num_steps=2, output="np")
+    other = pickle.loads(pickle.dumps(copy.deepcopy(pipe)))
+    assert np.array_equal(other([0, 1], num_steps=2, output="np"), expected)
+    other.model.load_state_dict(pipe.model.state_dict())
+    other.model.to(torch.float64).to(pipe.dtype)
+    assert np.array_equal(other([0, 1], num_steps=2, output="np"), expected)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.zero_()
+    assert not np.array_equal(other([0, 1], num_steps=2, output="np"), expected)
+    other.model.requires_grad_().head.net.final_layer.linear(torch.ones(1, 64, dtype=other.dtype)).sum().backward()
 
 
 def test_bf16_on_request(model):

@@ -7,59 +7,45 @@ PyTorch's compiler packs weights in the same way, by the operators that this mod
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed weight, which holds the same numbers: (..., in) -> (..., out).
-
-    The results of `nn.Linear` up to rounding. It has no gradients; `state_dict` has the weight in its usual layout.
+    """A linear layer with a packed copy of the weight: (..., in) -> (..., out), equal up to rounding, no gradients.
 
     Raises:
-        NotImplementedError, RuntimeError: this CPU or PyTorch cannot pack weights of this dtype.
+        RuntimeError, AttributeError: this CPU or this build of PyTorch cannot pack weights of this dtype.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # not a parameter
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # no activation
 
-    def unpacked(self) -> nn.Linear:
-        """Returns an ordinary linear layer with the same weight."""
-        weight = self.weight.detach().to_dense()
-        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight), self.bias
-        return linear
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight.detach().to_dense()
+@contextlib.contextmanager
+def packed_linears(module: nn.Module) -> Iterator[None]:
+    """Replaces the linear layers of a module by packed ones for the duration of the context.
 
-
-def pack_linears(module: nn.Module) -> None:
-    """Replaces the linear layers of a module by packed ones, or none where that is not possible.
-
-    The module can then only be used for inference on a CPU, in its present dtype.
+    It takes a second copy of their weights. Where packing is not possible, nothing is replaced: on a GPU, under
+    autocast, and in bf16 on a CPU without instructions for it.
     """
-    with contextlib.suppress(RuntimeError, AttributeError):  # bf16 on a CPU without instructions for it; other builds
-        _replace(module, nn.Linear, PackedLinear)
-
-
-def unpack_linears(module: nn.Module) -> None:
-    """Undoes `pack_linears`."""
-    _replace(module, PackedLinear, PackedLinear.unpacked)
-
-
-def _replace(module: nn.Module, kind: type, function: Callable[[Any], nn.Module]) -> None:
     places = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
-    new = [(parent, name, function(child)) for parent, name, child in places if type(child) is kind]
-    for parent, name, child in new:  # once all have been made
-        setattr(parent, name, child)
+    linears = [(parent, name, child) for parent, name, child in places if type(child) is nn.Linear]
+    packed: list[PackedLinear] = []
+    if all(linear.weight.device.type == "cpu" for *_, linear in linears) and not torch.is_autocast_enabled("cpu"):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            packed = [PackedLinear(linear) for *_, linear in linears]
+    try:
+        for (parent, name, _), layer in zip(linears, packed, strict=False):  # none if packing is not possible
+            setattr(parent, name, layer)
+        yield
+    finally:
+        for parent, name, linear in linears:
+            setattr(parent, name, linear)

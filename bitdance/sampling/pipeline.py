@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -19,7 +20,7 @@ from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
 from bitdance.models.autoencoder import Autoencoder, to_uint8
-from bitdance.models.packed_linear import pack_linears, unpack_linears
+from bitdance.models.packed_linear import packed_linears
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
@@ -253,7 +254,9 @@ class Pipeline:
         noise_fn = sample_noise(self.model, seed, padded[0], config.num_draws)
         report = (lambda i, steps, tokens: callback(i, steps, tokens[:size])) if callback and padding else callback
         try:
-            tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
+            # The compiler packs the weights itself.
+            with packed_linears(self.model) if functions is None else contextlib.nullcontext():
+                tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
             if functions:
                 functions.sizes.add(size + padding)
             return tokens
@@ -264,7 +267,6 @@ class Pipeline:
                 f"bitdance: the sampler runs uncompiled, since compiling failed: {first_line(error)}", file=sys.stderr
             )
         self.functions = None
-        self.prepare_for_cpu()
         return self._sample(sample_ids, labels, config, seed, callback)
 
     @torch.no_grad()
@@ -353,12 +355,6 @@ class Pipeline:
             return [Image.fromarray(image) for image in pixels]
         return torch.from_numpy(pixels).to(self.device) if output == "pt" else pixels
 
-    def prepare_for_cpu(self) -> None:
-        """Brings weights into the memory layouts that are fast on a CPU, for inference alone; does nothing on a GPU."""
-        if self.device.type == "cpu":
-            pack_linears(self.model)
-            self.autoencoder.prepare_for_cpu()
-
     def compile(self, mode: str = "auto") -> None:
         """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch.
 
@@ -367,12 +363,16 @@ class Pipeline:
         Args:
             mode: `default`, `reduce-overhead` (with CUDA graphs; on a CPU the same as `default`), or `auto`: the latter
                 on a CUDA GPU, otherwise nothing is compiled.
+
+        Raises:
+            UserError: unknown mode.
         """
+        if mode not in ("auto", "default", "reduce-overhead"):
+            raise UserError(f"mode={mode!r} is unknown: use auto, default or reduce-overhead.")
         if mode == "auto":
             if self.device.type != "cuda":
                 return
             mode = "reduce-overhead"
-        unpack_linears(self.model)  # the compiler packs the weights itself
         self.functions = CompiledFunctions(self.model, mode)
 
 
@@ -430,7 +430,8 @@ def load_pipeline(
             "autoencoder in another precision, the images will be noise.",
             file=sys.stderr,
         )
-    pipeline.prepare_for_cpu()
+    if device.type == "cpu":
+        decoder.prepare_for_cpu()
     return pipeline
 
 
