@@ -200,13 +200,21 @@ def load_other(path: pathlib.Path, options: argparse.Namespace, cfg_scale: float
     return parts
 
 
-def find_slower(path: pathlib.Path, settings: dict[str, object], results: dict[str, dict[str, float]]) -> list[str]:
+def read_earlier(path: pathlib.Path, settings: dict[str, object]) -> dict[str, dict[str, float]]:
+    """Returns the parts of an earlier result, which must have been measured with the same settings."""
+    try:
+        stored = json.loads(path.read_text().splitlines()[-1])
+        different = [f"{name}={stored[name]}, not {value}" for name, value in settings.items() if stored[name] != value]
+        parts: dict[str, dict[str, float]] = stored["parts"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{path} cannot be read as a result of this program: {error!r}") from None
+    if different:
+        raise SystemExit(f"{path} has {', '.join(different)}: compare runs with the same settings.")
+    return parts
+
+
+def find_slower(before: dict[str, dict[str, float]], results: dict[str, dict[str, float]]) -> list[str]:
     """Returns the parts that are more than 15 % farther from their limit than in an earlier result."""
-    stored = json.loads(path.read_text().splitlines()[-1])
-    for name, value in settings.items():
-        if stored[name] != value:
-            raise SystemExit(f"{path} has {name}={stored[name]}, not {value}: compare runs with the same settings.")
-    before = stored["parts"]
     return [
         f"{part}: {values['limit_ratio']:.2f} of its limit, before {before[part]['limit_ratio']:.2f}"
         for part, values in results.items()
@@ -230,7 +238,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--check", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(options.rounds, options.batch_size, options.num_steps) < 1:
+        parser.error("--rounds, --batch-size and --num-steps must be at least 1")
+    for path in (options.compare, options.check):
+        if path and not path.is_file():
+            parser.error(f"{path} is not a file")
+    return options
 
 
 def main() -> None:
@@ -239,6 +253,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     dtype = choose_dtype(options.precision, device)
+    settings = {name: getattr(options, name) for name in ("model", "batch_size", "num_steps", "compile")}
+    settings |= {"precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    earlier = read_earlier(options.check, settings) if options.check else {}
     torch.manual_seed(0)
     if options.model == "demo":
         model, autoencoder, defaults = load_model("demo"), load_autoencoder("demo"), SamplingDefaults()
@@ -304,8 +321,6 @@ def main() -> None:
         }
         others = ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         print(f"{part}: {others}; limit {least[part]:.3f} s, {100 * results[part]['limit_ratio']:.0f} % of it reached")
-    settings = {name: getattr(options, name) for name in ("model", "batch_size", "num_steps", "compile")}
-    settings |= {"precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     facts = {
         **settings,
         "torch": torch.__version__,
@@ -319,7 +334,7 @@ def main() -> None:
         "peak_memory_gb": peak_memory(device) / 1e9,
     }
     print(json.dumps(facts, default=str))
-    if options.check and (slower := find_slower(options.check, settings, results)):
+    if slower := find_slower(earlier, results):
         raise SystemExit("slower than before:\n" + "\n".join(slower))
 
 

@@ -76,7 +76,10 @@ class AutoencoderConfig:
             raise UserError(f"bit_depths={self.bit_depths} is invalid: each must be between 1 and 8.")
         if self.bit_depths and sum(self.bit_depths) != self.cell_bits:
             problem = f"bit_depths={self.bit_depths} is invalid: their sum is {sum(self.bit_depths)}"
-            raise UserError(f"{problem} and must be {self.cell_bits}, which is bits x split^2.")
+            raise UserError(
+                f"{problem} and must be {self.cell_bits}, which is bits x split^2 = {self.bits} x {self.split}^2: set "
+                "`bits` and `split`, or `bit_depths`, so that they agree."
+            )
         if self.gray_code and not self.bit_depths:
             raise UserError("`gray_code` is an order of the levels of `bit_depths`: set them, or leave it out.")
         if self.linear and (len(self.bit_depths) or self.cell_bits) > 3 * self.cell_size**2:

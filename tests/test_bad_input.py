@@ -108,7 +108,7 @@ def test_classes_without_names(files, tmp_path, fails):
         (["--batch-size", 0], "--batch-size 0 is invalid: it must be at least 1"),
         (["--seed", -1], "--seed -1 is invalid: it must be an integer between 0 and 4294967295"),
         (["--seed", 2**32], "--seed 4294967296 is invalid"),
-        (["--num-steps", 0], "--num-steps 0 is invalid: it must be at least 1"),
+        (["--num-steps", 0], "--num-steps 0 is invalid: it must be an integer from 1 to 10000"),
         (["--cfg-scale", -1], "--cfg-scale -1.0 is invalid"),
         (["--cfg-scale", "nan"], "--cfg-scale nan is invalid"),
         (["--chunk-size", -1], "--chunk-size -1 is invalid"),

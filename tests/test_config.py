@@ -76,9 +76,9 @@ INVALID = [
     (TrainConfig, {"eval_images": 3}, "eval_images=3", "at least 4"),
     (TrainConfig, {"eval_every": 5}, "`eval_every`", "`eval_reference`"),
     # Sampling.
-    (SamplingConfig, {"num_steps": 0}, "num_steps=0", "at least 1"),
-    (SamplingConfig, {"cfg_scale": -1.0}, "cfg_scale=-1.0", "at least 0"),
-    (SamplingConfig, {"cfg_scale": math.nan}, "cfg_scale=nan", "at least 0"),
+    (SamplingConfig, {"num_steps": 0}, "num_steps=0", "an integer from 1"),
+    (SamplingConfig, {"cfg_scale": -1.0}, "cfg_scale=-1.0", "a number from 0"),
+    (SamplingConfig, {"cfg_scale": math.nan}, "cfg_scale=nan", "a number from 0"),
     (SamplingConfig, {"cfg_schedule": "cosine"}, "cfg_schedule='cosine'", "linear or constant"),
     (SamplingConfig, {"solver": "rk4"}, "solver='rk4'", "euler-maruyama"),
 ]  # fmt: skip

@@ -119,7 +119,8 @@ def test_a_damaged_checkpoint_is_skipped(place, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         train(place, run, epochs=2)
         err = capsys.readouterr().err
-        sentence, first_step = err.splitlines()[:2]
+        sentence, continues, first_step = err.splitlines()[:3]
+        assert continues == f"bitdance: {run} continues after step 2; 4 are left."
         assert re.match(r"bitdance: \S+checkpoint-0000004.safetensors is .* resumes from checkpoint-0000002", sentence)
         assert first_step.startswith("training: 3/6 steps") and "\r" not in err
         assert [name for name in checkpoints(run) if name.endswith("damaged")] == [f"{last.name}.damaged"]

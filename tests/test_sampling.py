@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -418,6 +419,90 @@ def test_the_networks_of_a_pipeline_are_ordinary_modules(model):
             parameter.zero_()
     assert not np.array_equal(other([0, 1], num_steps=2, output="np"), expected)
     other.model.requires_grad_().head.net.final_layer.linear(torch.ones(1, 64, dtype=other.dtype)).sum().backward()
+
+
+def test_numbers_and_arrays_of_numpy_and_torch_are_taken(model):
+    pipe = load_pipeline(model, device=torch.device("cpu"))
+    expected = pipe([2, 0], seed=1, num_steps=2, cfg_scale=2.0, output="np")
+    settings = {"seed": np.int64(1), "num_steps": np.int32(2), "cfg_scale": np.float32(2), "batch_size": np.int8(2)}
+    for classes in (np.array([2, 0]), torch.tensor([2, 0]), [np.int64(2), np.int32(0)]):
+        assert np.array_equal(pipe(classes, output="np", chunk_size=np.int64(0), **settings), expected)
+    assert len(pipe(np.array(1), num_steps=1)) == len(pipe(torch.tensor(1), num_steps=1)) == 1
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    bits = pipe.encode(pixels[:, :, ::-1])
+    assert torch.equal(bits, pipe.encode(np.ascontiguousarray(pixels[:, :, ::-1])))
+    array = bits.numpy()
+    assert np.array_equal(pipe.decode(array[::-1], "np"), pipe.decode(array, "np")[::-1])
+
+
+@pytest.mark.parametrize("ids, labels", [([], []), ([1, 2], [0]), ([1], [3]), ([1], [-1]), ([-1], [0]), ([2**32], [0])])
+def test_ids_and_labels_that_do_not_fit(model, ids, labels):
+    pipe = load_pipeline(model, device="cpu")
+    with pytest.raises(ValueError, match="sample ids"):
+        pipe.generate(ids, labels, pipe.sampling_config(2.0, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cfg_scale": 1e39}, "cfg_scale=1e[+]39 is invalid: it must be a number from 0 to 1000"),
+        ({"num_steps": 10**20}, "it must be an integer from 1 to 10000"),
+        ({"num_steps": 2.5}, "num_steps=2.5 is invalid"),
+    ],
+)
+def test_settings_that_are_far_too_large(model, settings, message):
+    with pytest.raises(UserError, match=message):
+        load_pipeline(model, device="cpu")([0], **settings)
+
+
+def test_values_that_are_no_images_or_bits(model):
+    pipe = load_pipeline(model, device="cpu")
+    for images in (
+        pathlib.Path("x.png"),
+        5,
+        np.zeros((0, 16, 16, 3), np.uint8),
+        np.array(["a"]),
+        np.zeros((16, 16, 3)),
+    ):
+        with pytest.raises(ValueError, match=r"images must be PIL images|pixels must be uint8"):
+            pipe.encode(images)
+    good = torch.ones(1, 8, 4, 4)
+    for bits in (None, ["a"], good > 0, good[:0], good[:, :, :0], good[:, :, :1, :1], good * 0):
+        with pytest.raises(ValueError, match="bits must"):
+            pipe.decode(bits)
+    with pytest.raises(UserError, match="mode='nonsense' is unknown: use auto, default or reduce-overhead"):
+        pipe.compile("nonsense")
+    for device, dtype in ((torch.device("cuda", 0), "auto"), (torch.device("meta"), "auto"), ("cpu", torch.int8)):
+        with pytest.raises(UserError, match=r"cannot be used|dtype=torch.int8 is invalid"):
+            load_pipeline(model, device=device, dtype=dtype)
+
+
+def test_a_disk_that_fills_up_keeps_the_earlier_images(model, tmp_path, monkeypatch):
+    before = {path: path.read_bytes() for path in sample(model, tmp_path, "--per-class", 1).iterdir()}
+    real = Image.Image.save
+
+    def save(image, path, *arguments, **settings):
+        if "0001" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(image, path, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(SystemExit):
+        sample(model, tmp_path, "--per-class", 2)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_more_images_than_a_folder_should_have(model, tmp_path, capsys):
+    for arguments, message in (
+        (["--per-class", 10**9], "use --num-images for so many"),
+        (["--batch-size", 10**9, "--dry-run"], "--batch-size 1000000000 is invalid: it must be at most 1000000"),
+    ):
+        with pytest.raises(SystemExit):
+            sample(model, tmp_path / "out", *arguments)
+        assert message in capsys.readouterr().err
+    sample(model, tmp_path / "out", "--batch-size", 10**6, "--dry-run")
+    sample(model, tmp_path / "out", "--num-images", 2, "--batch-size", 10**6)
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
 
 
 def test_bf16_on_request(model):

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import tempfile
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.evaluate import evaluate_job, report
@@ -27,6 +28,9 @@ GRID = "grid.png"
 RECORD = "samples.json"
 MAX_CLASSES = 20
 """Classes sampled by default from a model with many."""
+
+MAX_IMAGES = 1_000_000
+"""At once, and in a folder."""
 
 MEMORIES = (24, 80, 141)
 """Of common GPUs, in GB, for which a dry run shows the largest batch; 5 % are left free."""
@@ -149,6 +153,7 @@ def _print_memory(command: Sample) -> None:
     """Prints the memory of a batch as a table, and as JSON in the last line; a released model is not downloaded."""
     import json
 
+    from bitdance import load_autoencoder
     from bitdance.config import RELEASED_MODELS, AutoencoderConfig
     from bitdance.runtime.devices import choose_device
     from bitdance.runtime.progress import format_size
@@ -159,9 +164,11 @@ def _print_memory(command: Sample) -> None:
 
     how, device = command.how, choose_device(command.where.device)
     name = released_name(command.model.model)
-    if name in RELEASED_MODELS and command.model.autoencoder is None:
-        release = RELEASED_MODELS[name]
-        sizes, autoencoder, defaults = release.config, AutoencoderConfig(), release.sampling
+    if name in RELEASED_MODELS:
+        release, autoencoder = RELEASED_MODELS[name], AutoencoderConfig()
+        sizes, defaults = release.config, release.sampling
+        if command.model.autoencoder not in (None, "autoencoder"):
+            autoencoder = load_autoencoder(command.model.autoencoder).config
     else:
         pipeline = command.model.load(device, command.where.precision)
         sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
@@ -190,6 +197,7 @@ def _check(command: Sample) -> None:
     check_fields(what, "per_class", lambda value: value >= 1, "be at least 1")
     check_fields(results, "seeds", lambda value: value >= 1, "be at least 1")
     check_fields(command.how, "batch_size", lambda value: value >= 1, "be at least 1")
+    check_fields(command.how, "batch_size", lambda value: value <= MAX_IMAGES, f"be at most {MAX_IMAGES}")
     check_fields(command.how, "chunk_size", lambda value: value >= 0, "be at least 0")
     check_seed(what.seed)
     check_seed(what.seed + results.seeds - 1)
@@ -227,6 +235,8 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     what, how, names = command.what, command.how, pipeline.classes
     folder, per_class = command.results.output, what.per_class or 10
     chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
+    if len(chosen) * per_class > MAX_IMAGES:
+        raise UserError(f"per_class={per_class} makes {len(chosen) * per_class} images: use `num_images` for so many.")
     entries: list[dict[str, Any]] = []
     for number, label in enumerate(label for label in chosen for _ in range(per_class)):
         word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60]
@@ -271,17 +281,16 @@ def _write(folder: pathlib.Path, images: np.ndarray, record: dict[str, Any], ear
     from bitdance.sampling.writers import write_png
 
     entries, per_class = record["images"], record["per_class"]
-    _remove(folder, earlier)
-    try:
-        write_json(folder / RECORD, record)
+    labels = [entry["name"] for entry in entries[::per_class]]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:  # until all of it is written
+        new = pathlib.Path(name)
+        write_json(new / RECORD, record)
         for entry, image in zip(entries, images, strict=True):
-            write_png(folder / entry["file"], image)
-        labels = [entry["name"] for entry in entries[::per_class]]
-        write_png(folder / GRID, image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1])))
-    except BaseException:
-        # An incomplete set would be taken for a complete one.
-        _remove(folder, {entry["file"] for entry in entries})
-        raise
+            write_png(new / entry["file"], image)
+        write_png(new / GRID, image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1])))
+        _remove(folder, earlier)
+        for file in (RECORD, *(entry["file"] for entry in entries), GRID):  # the record first, which lists the others
+            (new / file).rename(folder / file)
 
 
 def _list_images(folder: pathlib.Path) -> set[str]:

@@ -11,15 +11,10 @@ from bitdance.runtime.errors import UserError, one_line
 
 
 class BadImages:
-    """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`.
+    """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`."""
 
-    Args:
-        limit: images that may be unreadable.
-        quiet: print nothing, where another pass over the images names them.
-    """
-
-    def __init__(self, limit: int, quiet: bool = False) -> None:
-        self.limit, self.quiet, self.before = limit, quiet, 0
+    def __init__(self, limit: int) -> None:
+        self.limit, self.before = limit, 0
         self._indices: set[int] = set()
         self._lock = threading.Lock()
 
@@ -40,7 +35,7 @@ class BadImages:
                 return
             self._indices.add(index)
             count = len(self)
-            if count <= self.limit and not self.quiet:
+            if count <= self.limit:
                 reason = one_line(str(error))
                 tqdm.write(f"bitdance: skipped an unreadable image ({count} so far): {reason}", file=sys.stderr)
         if count > self.limit:

@@ -94,7 +94,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
+    device_type = q.device.type if q.device.type != "meta" else "cpu"  # in estimates of memory, which need no autocast
+    with torch.autocast(device_type, enabled=False):
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    "out of memory|can't allocate|could not create a (primitive|memory)"
+    "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 )
-"""Of PyTorch, cuBLAS and cuDNN; the last is what cuBLAS says when there is no memory for its handle."""
+"""Of PyTorch, oneDNN, cuBLAS and cuDNN; the last is what cuBLAS says when there is no memory for its handle."""
 
 MAX_MESSAGE = 1500
 """Characters of a message on the terminal."""

@@ -293,7 +293,8 @@ class SamplingJob:
                     batch = round_[world.rank]
                     ids = self.batches[batch]
                     # The last batch is padded, so that all batches are computed in the same shapes.
-                    padded = [*ids, *range(config.num_images, config.num_images + config.batch_size - len(ids))]
+                    size = min(config.batch_size, config.num_images)
+                    padded = [*ids, *range(config.num_images, config.num_images + size - len(ids))]
                     classes = [int(self.labels[min(i, config.num_images - 1)]) for i in padded]
                     pixels, bits, halved = self.pipeline.generate(
                         padded, classes, self.sampling, config.seed, config.chunk_size, report=log

@@ -147,6 +147,9 @@ class Pipeline:
         Raises:
             UserError: an unknown class, or a setting that is out of range.
         """
+        seed, batch_size = _as_number(seed), _as_number(batch_size)
+        cfg_scale, num_steps, chunk_size = map(_as_number, (cfg_scale, num_steps, chunk_size))
+        classes = getattr(classes, "tolist", lambda: classes)()  # of an array or a tensor
         others = {"cfg_schedule": cfg_schedule, "share_first": share_first, "solver": solver}
         config = self.sampling_config(cfg_scale, num_steps, **others)
         one = isinstance(classes, str) or not isinstance(classes, Iterable)
@@ -198,10 +201,16 @@ class Pipeline:
 
         Raises:
             UserError: a setting is out of range.
+            ValueError: ids or labels are out of range, or none, or of different numbers.
         """
         chunk_size = self.defaults.chunk_size if chunk_size is None else chunk_size
         if not isinstance(chunk_size, int) or chunk_size < 0:
             raise UserError(f"chunk_size={chunk_size} is invalid: it must be at least 0 (0 decodes a batch at once).")
+        num_classes = self.model.config.num_classes
+        if not 0 < len(sample_ids) == len(labels):
+            raise ValueError(f"{len(sample_ids)} sample ids and {len(labels)} labels: give one label for each id.")
+        if not all(0 <= number < 2**32 for number in sample_ids) or not all(0 <= c < num_classes for c in labels):
+            raise ValueError(f"sample ids must be below 2**32, and labels below {num_classes}, and not negative.")
         tokens = self._sample_in_parts(sample_ids, labels, config, seed, callback, report)
         pixels = self.decode_tokens(tokens, chunk_size, report)
         halved = len(sample_ids) > self._fitting_batch
@@ -287,10 +296,20 @@ class Pipeline:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, np.ndarray | Tensor):
-            if not images or not all(isinstance(image, Image.Image) for image in images):
+            if (
+                not isinstance(images, list | tuple)
+                or not images
+                or not all(isinstance(i, Image.Image) for i in images)
+            ):
                 raise ValueError("images must be PIL images, or pixels as an array or a tensor; open files first.")
             images = np.stack([to_array(center_crop(to_rgb(image), self.image_size)) for image in images])
-        pixels = torch.as_tensor(images, device=self.device)
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images.copy()) if images.dtype == np.uint8 else images
+        if getattr(images, "dtype", None) != torch.uint8 or 0 in images.shape:
+            raise ValueError(
+                f"pixels must be uint8 of shape (H, W, 3) or (B, H, W, 3), not {images.dtype} of {images.shape}."
+            )
+        pixels = images.to(self.device)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         return self.autoencoder.encode(normalize(pixels).to(self.dtype)).float()
 
@@ -302,12 +321,19 @@ class Pipeline:
             UserError: `output` is unknown.
         """
         _check_output(output)
-        bits = torch.as_tensor(bits)
-        if bits.ndim != 4 or bits.shape[1] != self.autoencoder.config.bits:
+        if not isinstance(bits, np.ndarray | Tensor):
+            raise ValueError("bits must be a tensor or an array.")
+        bits = torch.as_tensor(bits.copy() if isinstance(bits, np.ndarray) else bits)
+        if (
+            bits.ndim != 4
+            or bits.shape[1] != self.autoencoder.config.bits
+            or bits[:, 0].numel() < 2 * len(bits)
+            or not len(bits)
+        ):
             raise ValueError(
                 f"bits must have shape (B, {self.autoencoder.config.bits}, h, w), not {tuple(bits.shape)}."
             )
-        if not bool((bits.abs() == 1).all()):
+        if bits.dtype == torch.bool or not bool((bits.abs() == 1).all()):
             raise ValueError("bits must be -1 or +1: take the sign of what you have.")
         return self._convert(self._decode(bits).cpu().numpy(), output)
 
@@ -381,6 +407,11 @@ def limit_chunk(size: int, image_size: int, device: torch.device) -> int:
     return min(size, max(1, MAX_CHUNK_PIXELS // image_size**2)) if device.type == "cpu" else size
 
 
+def _as_number(value: Any) -> Any:
+    """Returns a number of NumPy as one of Python, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _check_output(output: str) -> None:
     if output not in ("pil", "np", "pt"):
         raise UserError(f"output={output!r} is unknown: use pil, np or pt.")
@@ -414,8 +445,10 @@ def load_pipeline(
         source = contents
     else:
         source = weights_file.read(find_autoencoder_of(contents.path))
-    device = device if isinstance(device, torch.device) else choose_device(device)
+    device = choose_device(str(device) if isinstance(device, torch.device) else device)
     dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
+    if not dtype.is_floating_point:
+        raise UserError(f"dtype={dtype} is invalid: it must be a floating-point type, such as torch.bfloat16.")
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
     released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())

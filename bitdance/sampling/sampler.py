@@ -25,6 +25,9 @@ StepCallback = Callable[[int, int, Tensor], object]
 """Called after each autoregressive step with (steps done, steps in total, tokens so far (B, n, C))."""
 
 
+MAX_STEPS, MAX_SCALE = 10_000, 1000
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """Settings that change the samples of a model, besides labels and noise.
@@ -45,13 +48,16 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, "num_steps", lambda value: isinstance(value, int) and value >= 1, "be at least 1, an integer"
+            self,
+            "num_steps",
+            lambda value: isinstance(value, int) and 1 <= value <= MAX_STEPS,
+            f"be an integer from 1 to {MAX_STEPS}",
         )
         check_fields(
             self,
             "cfg_scale",
-            lambda value: isinstance(value, int | float) and 0 <= value < float("inf"),
-            "be a finite number of at least 0",
+            lambda value: isinstance(value, int | float) and 0 <= value <= MAX_SCALE,
+            f"be a number from 0 to {MAX_SCALE}",
         )
         flow.make_solver(self.solver, 1)  # raises for an unknown solver
         flow.guidance_scale(self.cfg_scale, 0, 1, self.cfg_schedule)

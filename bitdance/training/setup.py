@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -9,14 +10,13 @@ import sys
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bitdance.config import AutoencoderConfig, BitDanceConfig, ModelSizes
-from bitdance.data.bad_images import BadImages
 from bitdance.data.class_names import imagenet, numbered
-from bitdance.data.crops import normalize
+from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.images import ImageDataset, open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
-from bitdance.metrics.image_sources import ImageFileSource
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -96,10 +96,7 @@ def train_autoencoder(
         else:
             if network.linear and (init_from is None or init_part == "decoder") and not dry_run:
                 limit = max(2, LINEAR_PIXELS // config.image_size**2)
-                bad_images = BadImages(config.max_bad_images, quiet=True)  # training names them
-                source = ImageFileSource(config.data_path, config.image_size, limit=limit, bad_images=bad_images)
-                views = np.concatenate([block for _, block in source.blocks(256)])
-                initialize_linear(objective.network, normalize(torch.from_numpy(views)))
+                initialize_linear(objective.network, _read_views(images, config.image_size, limit))
             if init_from is not None:
                 _initialize(objective.network, init_from, init_part, loss.decoder_only)
         objective.network.encoder.requires_grad_(not loss.decoder_only)
@@ -163,6 +160,17 @@ def train_model(
             print_estimate(trainer)
             return None
         return trainer.train()
+
+
+def _read_views(images: ImageDataset, size: int, limit: int) -> Tensor:
+    """Returns at most `limit` images, evenly spaced: (N, 3, size, size) in [-1, 1]. Training names unreadable ones."""
+    views: list[np.ndarray] = []
+    for index in np.linspace(0, len(images) - 1, min(limit, len(images))).astype(int):
+        with contextlib.suppress(UserError):
+            views.append(to_array(center_crop(images.read(int(index)), size)))
+    if len(views) < 2:
+        raise UserError(f"{images.path} has fewer than two images that can be read: add some.")
+    return normalize(torch.from_numpy(np.stack(views)))
 
 
 def _initialize(network: Autoencoder, name: str, part: InitPart, keeps_tokens: bool) -> None:

@@ -350,6 +350,11 @@ class Trainer:
         if self.world.is_main:
             self.log = RunLog(folder, self.step, self.config.tensorboard, self.config.wandb, settings)
             opened.callback(self.log.close)
+            if self.step:
+                left = (
+                    "nothing is left to do" if self.step >= self.last_step else f"{self.last_step - self.step} are left"
+                )
+                print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
                 print(change)
                 self._log({"note": change})

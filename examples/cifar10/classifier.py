@@ -80,7 +80,10 @@ def extractor() -> FeatureExtractor:
 def load_images(path: pathlib.Path) -> tuple[Tensor, Tensor]:
     """Returns all images (N, 32, 32, 3) uint8 and their labels (N,) int64."""
     images = open_images(path)
-    pixels = np.stack([to_array(images.read(i)) for i in range(len(images))])
+    views = [to_array(images.read(i)) for i in range(len(images))]
+    if {view.shape for view in views} != {(32, 32, 3)}:
+        raise UserError(f"{path} has images of other sizes than 32 x 32 pixels: these examples are for CIFAR-10.")
+    pixels = np.stack(views)
     return torch.from_numpy(pixels), torch.from_numpy(images.labels)
 
 
