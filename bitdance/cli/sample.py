@@ -153,7 +153,6 @@ def _print_memory(command: Sample) -> None:
     """Prints the memory of a batch as a table, and as JSON in the last line; a released model is not downloaded."""
     import json
 
-    from bitdance import load_autoencoder
     from bitdance.config import RELEASED_MODELS, AutoencoderConfig
     from bitdance.runtime.devices import choose_device
     from bitdance.runtime.progress import format_size
@@ -161,6 +160,8 @@ def _print_memory(command: Sample) -> None:
     from bitdance.sampling.pipeline import choose_dtype, limit_chunk
     from bitdance.sampling.sampler import SamplingConfig
     from bitdance.weights.hub import released_name
+    from bitdance.weights.resolve import find_weights
+    from bitdance.weights.weights_file import load_autoencoder
 
     how, device = command.how, choose_device(command.where.device)
     name = released_name(command.model.model)
@@ -168,7 +169,7 @@ def _print_memory(command: Sample) -> None:
         release, autoencoder = RELEASED_MODELS[name], AutoencoderConfig()
         sizes, defaults = release.config, release.sampling
         if command.model.autoencoder not in (None, "autoencoder"):
-            autoencoder = load_autoencoder(command.model.autoencoder).config
+            autoencoder = load_autoencoder(find_weights(command.model.autoencoder, "autoencoder")).config
     else:
         pipeline = command.model.load(device, command.where.precision)
         sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
