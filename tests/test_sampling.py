@@ -615,6 +615,9 @@ def test_dry_run_of_sampling_needs_no_weights(tmp_path, capsys, monkeypatch):
         assert facts["cache"] / 1e9 == pytest.approx(cache, abs=0.05)
         assert facts["peak"] == facts["weights"] + facts["cache"] + facts["tokens"]
         assert facts["largest_batches"]["80"] > size
+    with pytest.raises(SystemExit):
+        main(["sample", "--model", "BitDance-B-1X", "--autoencoder", "demo", "--dry-run"])
+    assert "the model has 32 bits per token and the autoencoder 64" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

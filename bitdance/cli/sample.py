@@ -157,7 +157,7 @@ def _print_memory(command: Sample) -> None:
     from bitdance.runtime.devices import choose_device
     from bitdance.runtime.progress import format_size
     from bitdance.sampling.memory import estimate_memory, find_batch_size
-    from bitdance.sampling.pipeline import choose_dtype, limit_chunk
+    from bitdance.sampling.pipeline import check_bits, choose_dtype, limit_chunk
     from bitdance.sampling.sampler import SamplingConfig
     from bitdance.weights.hub import released_name
     from bitdance.weights.resolve import find_weights
@@ -173,6 +173,7 @@ def _print_memory(command: Sample) -> None:
     else:
         pipeline = command.model.load(device, command.where.precision)
         sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
+    check_bits(sizes, autoencoder)
     settings = {name: value for name, value in how.sampling().items() if value is not None}
     config = SamplingConfig(**({"num_steps": defaults.num_steps, "cfg_scale": defaults.cfg_scale} | settings))
     chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size

@@ -15,7 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.config import RELEASED_MODELS, Precision, SamplingDefaults, Weights
+from bitdance.config import (
+    RELEASED_MODELS,
+    AutoencoderConfig,
+    BitDanceConfig,
+    Precision,
+    SamplingDefaults,
+    Weights,
+)
 from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
@@ -80,12 +87,7 @@ class Pipeline:
     _fitting_chunk: int = dataclasses.field(default=sys.maxsize, init=False)
 
     def __post_init__(self) -> None:
-        bits = self.model.config.bits, self.autoencoder.config.bits
-        if bits[0] != bits[1]:
-            raise UserError(
-                f"the model has {bits[0]} bits per token and the autoencoder {bits[1]}: use the autoencoder that the "
-                "model was trained with."
-            )
+        check_bits(self.model.config, self.autoencoder.config)
 
     def __repr__(self) -> str:
         size, dtype = f"{self.image_size} px, {len(self.classes)} classes", str(self.dtype).removeprefix("torch.")
@@ -405,6 +407,13 @@ class Pipeline:
 def limit_chunk(size: int, image_size: int, device: torch.device) -> int:
     """Returns the images to decode at once on a device, at most `size`."""
     return min(size, max(1, MAX_CHUNK_PIXELS // image_size**2)) if device.type == "cpu" else size
+
+
+def check_bits(model: BitDanceConfig, autoencoder: AutoencoderConfig) -> None:
+    """Raises a `UserError` unless a model and an autoencoder have the same number of bits per token."""
+    if model.bits != autoencoder.bits:
+        problem = f"the model has {model.bits} bits per token and the autoencoder {autoencoder.bits}"
+        raise UserError(f"{problem}: use the autoencoder that the model was trained with.")
 
 
 def _as_number(value: Any) -> Any:
