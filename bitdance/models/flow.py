@@ -59,7 +59,7 @@ class Solver:
 
     Attributes:
         timesteps: (E,) float32, the times t_j of the E evaluations.
-        coefficients: (E, 4): a, b, c and d; float64 on the CPU, float32 on a device.
+        coefficients: (E, 4): a, b, c and d; float64 as `make_solver` returns them, float32 after `to`.
         uses_previous: whether d is not zero, for each evaluation.
         num_draws: draws of noise that the solver needs: x_0, and n_j if c is not zero.
     """
@@ -70,10 +70,15 @@ class Solver:
     num_draws: int
 
     def to(self, device: torch.device) -> Solver:
-        """Returns a copy on a device; `make_solver` makes one on the CPU."""
+        """Returns a copy to sample with on a device; `make_solver` returns one on the CPU."""
         return dataclasses.replace(
             self, timesteps=self.timesteps.to(device), coefficients=self.coefficients.to(device, torch.float32)
         )
+
+
+def count_draws(name: str, num_steps: int) -> int:
+    """Returns the draws of noise that a solver with S steps needs: x_0, and for Euler-Maruyama one for each step."""
+    return num_steps + 1 if name == "euler-maruyama" else 1
 
 
 def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
@@ -115,9 +120,10 @@ def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
             rows.append(((1 - rate) / 2, rate / 2, 0.0, 0.5))
     timesteps.append(torch.full((), 1 - LAST_STEP, device="cpu"))
     rows.append((0.0, 1.0, 0.0, 0.0))
-    num_draws = num_steps + 1 if name == "euler-maruyama" else 1
     coefficients = torch.tensor(rows, dtype=torch.float64, device="cpu")
-    return Solver(torch.stack(timesteps), coefficients, tuple(row[3] != 0 for row in rows), num_draws)
+    return Solver(
+        torch.stack(timesteps), coefficients, tuple(row[3] != 0 for row in rows), count_draws(name, num_steps)
+    )
 
 
 def solver_step(

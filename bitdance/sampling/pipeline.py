@@ -213,25 +213,24 @@ class Pipeline:
             raise ValueError(f"{len(sample_ids)} sample ids and {len(labels)} labels: give one label for each id.")
         if not all(0 <= number < 2**32 for number in sample_ids) or not all(0 <= c < num_classes for c in labels):
             raise ValueError(f"sample ids must be below 2**32, and labels below {num_classes}, and not negative.")
-        tokens = self._sample_in_parts(sample_ids, labels, config, seed, callback, report)
+        sample = functools.partial(self._sample, config=config, seed=seed, callback=callback)
+        tokens = self._sample_in_parts(sample, sample_ids, labels, report)
         pixels = self.decode_tokens(tokens, chunk_size, report)
         halved = len(sample_ids) > self._fitting_batch
         return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy(), halved)
 
     def _sample_in_parts(
         self,
+        sample: Callable[[Sequence[int], Sequence[int]], Tensor],
         sample_ids: Sequence[int],
         labels: Sequence[int],
-        config: SamplingConfig,
-        seed: int,
-        callback: StepCallback | None,
         report: Callable[[str], object],
     ) -> Tensor:
         """Samples tokens, in two halves if the batch does not fit into memory; the size that did not is remembered."""
         size = len(sample_ids)
         if size <= self._fitting_batch:
             try:
-                return self._sample(sample_ids, labels, config, seed, callback)
+                return sample(sample_ids, labels)
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
@@ -243,9 +242,7 @@ class Pipeline:
             "sampled in two halves, which can differ by rounding from a whole batch."
         )
         halves = (slice(size // 2), slice(size // 2, None))
-        return torch.cat(
-            [self._sample_in_parts(sample_ids[part], labels[part], config, seed, callback, report) for part in halves]
-        )
+        return torch.cat([self._sample_in_parts(sample, sample_ids[part], labels[part], report) for part in halves])
 
     def _sample(
         self,

@@ -26,6 +26,7 @@ StepCallback = Callable[[int, int, Tensor], object]
 
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000
+"""Largest number of solver steps and guidance scale: far above what is of use, so that mistakes are noticed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SamplingConfig:
     @property
     def num_draws(self) -> int:
         """Normal numbers per bit that the solver needs."""
-        return self.num_steps + 1 if self.solver == "euler-maruyama" else 1
+        return flow.count_draws(self.solver, self.num_steps)
 
 
 class SamplerFunctions:
