@@ -193,6 +193,17 @@ def test_a_process_may_leave_before_the_others(job):
             assert running.end(rank) == (0, "") and running.output(rank) == ""
 
 
+def receive_late(world: World) -> None:
+    time.sleep(world.rank)
+    assert world.broadcast(world.rank + 5) == 5
+
+
+def test_the_store_stays_until_the_slowest_process_has_left(job):
+    running = job(3).start(receive_late)
+    for rank in range(3):
+        assert running.end(rank) == (0, "")
+
+
 def work(world: World) -> None:
     time.sleep(2)
 

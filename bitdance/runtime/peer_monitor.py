@@ -82,11 +82,17 @@ class PeerMonitor:
             if failure:
                 self._store.compare_set(FAILURE, "", f"process {self._rank} failed ({failure})")
             self._store.set(state_key(self._rank), LEFT)
-            if self._hosts_store:  # keep the store until the others no longer need it
-                deadline = time.monotonic() + (3 * HEARTBEAT_INTERVAL if failure else HEARTBEAT_TIMEOUT)
-                keys = [state_key(rank) for rank in range(1, self._size)]
-                while time.monotonic() < deadline and any(state != LEFT for state in self._read(*keys)):
-                    time.sleep(0.05)
+            if self._hosts_store:
+                self._keep_store(3 * HEARTBEAT_INTERVAL if failure else HEARTBEAT_TIMEOUT, extend=not failure)
+
+    def _keep_store(self, seconds: float, extend: bool) -> None:
+        """Waits until the others no longer need the store, up to a time, which their heartbeats extend."""
+        keys = [state_key(rank) for rank in range(1, self._size)]
+        deadline, last = time.monotonic() + seconds, [""]
+        while time.monotonic() < deadline and set(states := self._read(*keys)) != {LEFT}:
+            if extend and states != last:
+                deadline, last = time.monotonic() + seconds, states
+            time.sleep(0.05)
 
     def _watch_peers(self) -> None:
         others = range(1, self._size) if self._rank == 0 else range(1)
@@ -101,10 +107,6 @@ class PeerMonitor:
                 failure, *values = self._read(FAILURE, *map(state_key, others))
                 self._intervals_without_answer = 0
                 states = dict(zip(others, values, strict=True))
-                if not failure and states.get(0) == LEFT:  # and may take the store with it
-                    self._connected = False
-                    self._store.set(state_key(self._rank), LEFT)
-                    return
                 for rank, state in states.items():
                     unchanged[rank] = unchanged[rank] + 1 if state == last.get(rank) != LEFT else 0
                     if not failure and unchanged[rank] * HEARTBEAT_INTERVAL > HEARTBEAT_TIMEOUT:
@@ -117,6 +119,8 @@ class PeerMonitor:
                     return
         except RuntimeError:
             self._connected = False
+            if last.get(0) == LEFT:  # it has waited for this process, or torchrun has ended its store
+                return
             self._end(f"the connection to the store at {self._address} was lost (process 0 or its torchrun has ended)")
 
     def _watch_store(self) -> None:
