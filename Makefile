@@ -29,7 +29,7 @@ CURRENT := $(shell $(RUN) -c "import importlib.util as i; i.find_spec('torch').n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-all fuzz venv lint types wheel clean again
+.PHONY: help sample test test-all fuzz venv lint types benchmark wheel clean again
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{printf "%-17s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ lint: $(STAMP)  ## check style
 
 types: $(STAMP)  ## check types
 	$(RUN) -m mypy
+
+benchmark: $(STAMP)  ## measure, and fail if a part is 15 % slower than at another revision (BASE=main)
+	bash benchmarks/compare_revisions.sh $(or $(BASE),main) $(RUN)
 
 wheel: $(STAMP)  ## build dist/bitdance-*.whl
 	$(RUN) -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests and benchmarks for an NVIDIA GPU and writes their output to a folder.
+# Runs the tests and benchmarks for an NVIDIA GPU, writes their output to a folder and prints one table.
 #     bash benchmarks/gpu.sh FOLDER
 # Needs an environment with bitdance's dependencies, pytest and hypothesis; nothing is installed.
 set -uo pipefail
@@ -37,3 +37,5 @@ step training-B-4X-96 300 python benchmarks/speed.py --model B-4X --batch-size 9
 step training 300 python benchmarks/speed.py --model B-16X --batch-size 32 --parts train-tokens train-images --device cuda
 step inception 120 python benchmarks/inception.py --batch-size 64 --device cuda
 step token-cache 200 python benchmarks/token_cache.py --batch-size 32 --device cuda
+echo "== table for docs/performance.md: $results/table.md"
+python benchmarks/table.py "$results"/sampling-*.log "$results"/training*.log | tee "$results/table.md"

@@ -110,6 +110,7 @@ def sampling_parts(
     noise_fn = sample_noise(model, 0, torch.arange(batch_size, device=pipeline.device), config.num_draws)
     cache, head = model.new_cache(rows), head_sampler(model, config, functions)
     cond, new = (torch.randn(rows, p, size, device=pipeline.device) for size in (sizes.dim, sizes.bits))
+    scale = torch.full((), 2.0, device=pipeline.device)
     random = torch.randn(batch_size, sizes.num_tokens, sizes.bits, device=pipeline.device).sign()
 
     def step() -> Tensor:
@@ -123,7 +124,7 @@ def sampling_parts(
     return {
         "prefill": lambda: model.prefill(labels.repeat(2), model.new_cache(rows)),
         "step": step,
-        "head": lambda: head(cond, noise_fn(1, False), 2.0),
+        "head": lambda: head(cond, noise_fn(1, False), scale),
         "decoder": lambda: pipeline.decode_tokens(random, chunk_size),
         "tokens": tokens,
         "images": lambda: pipeline.decode_tokens(tokens(), chunk_size),

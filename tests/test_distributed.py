@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import small
@@ -40,6 +41,7 @@ def run(
     body: Callable[[World], None],
     timeout: float = 60,
     grace: float = 0.2,
+    device: str = "cpu",
 ) -> None:
     """What a process does: `body`, as a command of the package, with its output in files and with shorter intervals."""
     os.environ.update(variables)
@@ -50,7 +52,7 @@ def run(
     process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=min(timeout, 10))
 
     def command(_: list[str]) -> None:
-        with init_distributed("cpu", 1) as world:
+        with init_distributed(device.format(variables["RANK"]), 1) as world:
             assert world.broadcast(world.rank) == 0
             print("joined")
             body(world)
@@ -67,7 +69,7 @@ class Job:
         self.port = self.store.port if self.store else small.free_port()
         self.processes: dict[int, multiprocessing.process.BaseProcess] = {}
 
-    def start(self, body: Callable[[World], None], *ranks: int, **settings: float) -> Job:
+    def start(self, body: Callable[[World], None], *ranks: int, **settings: Any) -> Job:
         for rank in ranks or range(self.size):
             variables = environment(rank, self.size, self.port, self.store is not None)
             process = small.SERVER.Process(target=run, args=(variables, self.folder, body), kwargs=settings)
@@ -278,6 +280,24 @@ def test_a_failed_process_does_not_wait_for_the_clean_up(tmp_path, body, status,
     assert run_interpreters(tmp_path, body) == status
     for rank in range(2):
         assert (tmp_path / f"err{rank}").read_text().splitlines()[-1] == line
+
+
+def fail_before_a_collective(world: World) -> None:
+    total = world.mean(torch.ones(1, device=world.device))
+    if world.rank == 1:
+        raise UserError("the disk is full: free some space.")
+    world.mean(total)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_an_error_of_one_gpu_ends_the_other(job):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    running, start = job(2).start(fail_before_a_collective, device="cuda:{}"), time.monotonic()
+    assert running.end(1) == (2, "bitdance: the disk is full: free some space.")
+    assert running.end(0) == ends(1, "process 1 failed (the disk is full: free some space)")
+    assert time.monotonic() - start < 60
 
 
 def collectives_after_a_death(world: World) -> None:

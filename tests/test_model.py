@@ -195,6 +195,70 @@ def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
     assert len(graphs) == 2 + 1 + 2 * 2
 
 
+def test_the_loop_of_a_token_compiles_as_one_graph():
+    """All steps of the solver, guidance and noise; the same graph at each token."""
+    model = few_steps(4)
+    settings, graphs = SamplingConfig(num_steps=5, cfg_scale=3.2), []
+    draw = sample_noise(model, 99, torch.tensor([7, 0, 1]), settings.num_draws)
+    loop = head_sampler(model, settings, SamplerFunctions(model))
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loop, fullgraph=True, dynamic=False, backend=count)
+    with torch.no_grad():
+        for step, scale in enumerate((1.5, 2.0, 3.2)):
+            cond = torch.randn(6, 4, model.config.dim, generator=torch.Generator().manual_seed(step))
+            arguments = cond, draw(step, False), torch.tensor(scale)
+            assert torch.equal(compiled(*arguments), loop(*arguments))
+    assert len(graphs) == 1
+
+
+class StaticResults:
+    """Calls like a CUDA graph: each returns the same memory, and what it held before is lost."""
+
+    def __init__(self, function):
+        self.function, self.results = function, {}
+
+    def __call__(self, net, x, *arguments):
+        if x.shape in self.results:
+            self.results[x.shape].fill_(float("nan"))
+        result = self.function(net, x, *arguments)
+        return self.results.setdefault(x.shape, result).copy_(result)
+
+
+@pytest.mark.parametrize("solver", ["euler-maruyama", "euler", "heun"])
+@pytest.mark.parametrize("p", [1, 16])
+def test_predictions_may_be_overwritten_by_the_next(p, solver):
+    model = few_steps(p)
+    settings = SamplingConfig(num_steps=5, cfg_scale=3.2, solver=solver)
+    draw = sample_noise(model, 99, torch.tensor([7, 0, 1]), settings.num_draws)
+    functions = SamplerFunctions(model)
+    functions.predict = StaticResults(guided_prediction)
+    expected = sample_tokens(model, LABELS, draw, settings)
+    for _ in range(2):
+        assert torch.equal(sample_tokens(model, LABELS, draw, settings, functions=functions), expected)
+    assert functions.predict.results
+
+
+def test_attention_is_computed_without_cudnn(monkeypatch):
+    enabled = []
+    model, settings = few_steps(16), settings_of(CASES[1])
+
+    def predict(*arguments):
+        enabled.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return guided_prediction(*arguments)
+
+    functions, before = SamplerFunctions(model), torch.backends.cuda.cudnn_sdp_enabled()
+    functions.predict = predict
+    draw = sample_noise(model, 1, torch.tensor([7, 0, 1]), settings.num_draws)
+    sample_tokens(model, LABELS, draw, settings, functions=functions)
+    assert set(enabled) == {(False, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 4])
 def test_compiled_bits_equal_the_reference(p):
@@ -280,10 +344,11 @@ def test_compiled_bits_on_a_gpu(p, mode):
     assert (found[0] == expected).float().mean() > 0.999
     head = head_sampler(model, settings, functions)
     cond, noise = torch.randn(6, p, model.config.dim, device="cuda"), draw(1, False)
-    head(cond, noise, 2.0)
+    scale = torch.full((), 2.0, device="cuda")
+    head(cond, noise, scale)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        head(cond, noise, 2.0)
+        head(cond, noise, scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

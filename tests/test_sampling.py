@@ -200,6 +200,40 @@ def test_compiled_batches_are_padded_to_sizes_that_are_known(model, monkeypatch)
     assert pipe.functions.sizes == {1, 5}, "five times as many rows are not worth it"
 
 
+def test_compiled_chunks_are_padded(model):
+    pipe, sizes = load_pipeline(model, device="cpu", dtype=torch.float32), []
+    bits = torch.randint(0, 2, (7, 16, pipe.model.config.bits)) * 2.0 - 1
+    expected = pipe.decode_tokens(bits)
+
+    def count(module, inputs):
+        sizes.append(next(len(value) for value in inputs if isinstance(value, torch.Tensor) and value.ndim == 4))
+        return module.forward
+
+    torch._dynamo.reset()
+    pipe.functions = CompiledFunctions(pipe.model, backend=count)
+    for chunk_size, new in ((4, [4]), (5, [5, 2]), (4, [])):
+        sizes.clear()
+        pixels = pipe.decode_tokens(bits, chunk_size)
+        assert pixels.shape == expected.shape and (pixels.int() - expected.int()).abs().max() <= 1
+        assert sizes == new, "a chunk of less than half of the size has its own graph"
+    sizes.clear()
+    pipe.decode(torch.ones(3, pipe.autoencoder.config.bits, 2, 2))
+    assert sizes == []
+
+
+def test_without_a_compiler_the_decoder_runs_uncompiled(model, capsys):
+    def fail(module, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    pipe = load_pipeline(model, device="cpu")
+    bits = torch.ones(2, 16, pipe.model.config.bits)
+    expected = pipe.decode_tokens(bits)
+    torch._dynamo.reset()
+    pipe.functions = CompiledFunctions(pipe.model, backend=fail)
+    assert torch.equal(pipe.decode_tokens(bits), expected)
+    assert "runs uncompiled" in capsys.readouterr().err and pipe.functions is None
+
+
 def test_only_jobs_on_a_gpu_are_compiled_by_default(model, tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: modes.append(mode))

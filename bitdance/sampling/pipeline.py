@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from bitdance.config import (
 from bitdance.data.class_names import ClassNames, imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
-from bitdance.models.autoencoder import Autoencoder, to_uint8
+from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.packed_linear import packed_linears
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
@@ -35,8 +36,10 @@ from bitdance.runtime.devices import choose_device, computes_bf16
 from bitdance.runtime.errors import UserError, first_line, is_out_of_memory
 from bitdance.sampling.sampler import (
     CompiledFunctions,
+    SamplerFunctions,
     SamplingConfig,
     StepCallback,
+    decode_pixels,
     is_compiler_error,
     sample_noise,
     sample_tokens,
@@ -213,7 +216,10 @@ class Pipeline:
             raise ValueError(f"{len(sample_ids)} sample ids and {len(labels)} labels: give one label for each id.")
         if not all(0 <= number < 2**32 for number in sample_ids) or not all(0 <= c < num_classes for c in labels):
             raise ValueError(f"sample ids must be below 2**32, and labels below {num_classes}, and not negative.")
-        sample = functools.partial(self._sample, config=config, seed=seed, callback=callback)
+
+        def sample(ids: Sequence[int], classes: Sequence[int]) -> Tensor:
+            return self._with_functions(functools.partial(self._sample, ids, classes, config, seed, callback))
+
         tokens = self._sample_in_parts(sample, sample_ids, labels, report)
         pixels = self.decode_tokens(tokens, chunk_size, report)
         halved = len(sample_ids) > self._fitting_batch
@@ -251,9 +257,10 @@ class Pipeline:
         config: SamplingConfig,
         seed: int,
         callback: StepCallback | None,
+        functions: CompiledFunctions | None,
     ) -> Tensor:
         """Samples tokens (B, N, C); a batch for compiled functions is padded to a size that they know."""
-        size, functions = len(sample_ids), self.functions
+        size = len(sample_ids)
         padding = functions.padded_size(size) - size if functions else 0
         padded = [
             torch.tensor([*part, *[part[-1]] * padding], dtype=torch.int64, device=self.device)
@@ -261,21 +268,12 @@ class Pipeline:
         ]
         noise_fn = sample_noise(self.model, seed, padded[0], config.num_draws)
         report = (lambda i, steps, tokens: callback(i, steps, tokens[:size])) if callback and padding else callback
-        try:
-            # The compiler packs the weights itself.
-            with packed_linears(self.model) if functions is None else contextlib.nullcontext():
-                tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
-            if functions:
-                functions.sizes.add(size + padding)
-            return tokens
-        except Exception as error:
-            if functions is None or is_out_of_memory(error) or not is_compiler_error(error):
-                raise
-            print(
-                f"bitdance: the sampler runs uncompiled, since compiling failed: {first_line(error)}", file=sys.stderr
-            )
-        self.functions = None
-        return self._sample(sample_ids, labels, config, seed, callback)
+        # The compiler packs the weights itself.
+        with packed_linears(self.model) if functions is None else contextlib.nullcontext():
+            tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
+        if functions:
+            functions.sizes.add(size + padding)
+        return tokens
 
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
@@ -351,8 +349,11 @@ class Pipeline:
         start = 0
         while start < len(bits):
             count = min(size, len(bits) - start)
+            chunk = bits[start : start + count]
+            if self.functions and size <= 2 * count:  # to a size that is compiled in any case
+                chunk = F.pad(chunk, (0, 0) * (bits.ndim - 1) + (0, size - count))
             try:
-                parts.append(self._decode(bits[start : start + count]))
+                parts.append(self._with_functions(functools.partial(self._decode, chunk))[:count])
                 start += count
                 continue
             except (RuntimeError, MemoryError) as error:
@@ -371,9 +372,23 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def _decode(self, bits: Tensor) -> Tensor:
+    def _decode(self, bits: Tensor, functions: SamplerFunctions | None = None) -> Tensor:
         parameter = next(self.autoencoder.parameters())
-        return to_uint8(self.autoencoder.decode(bits.to(parameter.device, parameter.dtype)))
+        decode = functions.decode if functions else decode_pixels
+        return decode(self.autoencoder, bits.to(parameter.device, parameter.dtype))
+
+    def _with_functions(self, call: Callable[[CompiledFunctions | None], Tensor]) -> Tensor:
+        """Calls a function with the compiled functions, and again without them where compiling fails."""
+        try:
+            return call(self.functions)
+        except Exception as error:
+            if self.functions is None or is_out_of_memory(error) or not is_compiler_error(error):
+                raise
+            print(
+                f"bitdance: the sampler runs uncompiled, since compiling failed: {first_line(error)}", file=sys.stderr
+            )
+        self.functions = None
+        return call(None)
 
     def _convert(self, pixels: np.ndarray, output: Output) -> Any:
         if output == "pil":
@@ -381,7 +396,9 @@ class Pipeline:
         return torch.from_numpy(pixels).to(self.device) if output == "pt" else pixels
 
     def compile(self, mode: str = "auto") -> None:
-        """Compiles the sampler with `torch.compile`, at the next call and for each size of a batch.
+        """Compiles sampler and decoder with `torch.compile`, at the next call and for each size of a batch or chunk.
+
+        All calls have to come from one thread: CUDA graphs belong to theirs.
 
         On a CPU the weights become constants: later changes of them have no effect.
 

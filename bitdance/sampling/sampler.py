@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitdance.models import flow, philox
+from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
 from bitdance.models.layers import KVCache
 from bitdance.models.transformer import BitDance
@@ -24,6 +26,9 @@ NoiseFn = Callable[[int, bool], Tensor]
 StepCallback = Callable[[int, int, Tensor], object]
 """Called after each autoregressive step with (steps done, steps in total, tokens so far (B, n, C))."""
 
+
+ATTENTION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Without cuDNN's attention, which prepares itself anew for each number of keys, and so at each step."""
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000
 """Largest number of solver steps and guidance scale: far above what is of use, so that mistakes are noticed."""
@@ -78,12 +83,14 @@ class SamplerFunctions:
             second half is unconditional.
         solver_step: `flow.solver_step`.
         transformer_step: `BitDance.step`, (tokens, cache) -> conditions.
+        decode: (autoencoder, bits (B, C, h, w)) -> (B, H, W, 3) uint8.
     """
 
     def __init__(self, model: BitDance) -> None:
         self.predict = guided_prediction
         self.solver_step = flow.solver_step
         self.transformer_step = model.step
+        self.decode = decode_pixels
 
 
 MAX_GRAPHS = 64
@@ -114,6 +121,7 @@ class CompiledFunctions(SamplerFunctions):
         self._arguments = model, mode, backend
         self.predict = torch.compile(guided_prediction, **settings, **graphs)
         self.solver_step = torch.compile(flow.solver_step, **settings)
+        self.decode = torch.compile(decode_pixels, **settings)
         self._step_at = torch.compile(model.step_at, **settings)
 
     def padded_size(self, size: int) -> int:
@@ -129,6 +137,11 @@ class CompiledFunctions(SamplerFunctions):
         position = torch.full((), cache.length, dtype=torch.int64, device=new.device)
         cache.length += new.shape[1]
         return self._step_at(new, cache.keys, cache.values, position)
+
+
+def decode_pixels(autoencoder: Autoencoder, bits: Tensor) -> Tensor:
+    """Decodes bits (B, C, h, w), +-1 in the autoencoder's dtype, to pixels (B, H, W, 3) uint8."""
+    return to_uint8(autoencoder.decode(bits))
 
 
 def is_compiler_error(error: Exception) -> bool:
@@ -166,6 +179,7 @@ def sample_noise(model: BitDance, seed: int, sample_ids: Tensor, draws: int) -> 
 
 
 @torch.no_grad()
+@sdpa_kernel(ATTENTION_BACKENDS)
 def sample_tokens(
     model: BitDance,
     labels: Tensor,
@@ -202,7 +216,8 @@ def sample_tokens(
         noise = noise_fn(i, False)  # (draws, B, P, C)
         if guided and not shared:
             noise = torch.cat([noise, noise_fn(i, True)], dim=1)  # (draws, 2 B, P, C)
-        x = sample_head(cond, noise, scale if shared else None)
+        # Created on the device: copying a number to a GPU would synchronize with it.
+        x = sample_head(cond, noise, torch.full((), scale, device=cond.device) if shared else None)
         new = torch.where(x > 0, 1.0, -1.0)
         groups.append(torch.cat([new, new]) if shared else new)  # (R, P, C)
         if callback is not None:
@@ -212,23 +227,21 @@ def sample_tokens(
 
 def head_sampler(
     model: BitDance, config: SamplingConfig, functions: SamplerFunctions
-) -> Callable[[Tensor, Tensor, float | None], Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Returns a function that samples tokens from the head; the solver's timesteps are embedded only once.
 
-    It takes cond (R, P, D), noise (draws, R, P, C) and the guidance scale. With a scale the second half of the rows of
-    cond is unconditional, and noise has R / 2 rows, shared by both halves.
+    It takes cond (R, P, D), noise (draws, R, P, C) and the guidance scale () or None. With a scale the second half of
+    the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves.
     """
     net, device = model.head.net, model.norm.weight.device
     solver = flow.make_solver(config.solver, config.num_steps, model.config.time_shift).to(device)
     times = net.time_embed(solver.timesteps)[:, None, None]  # (evaluations, 1, 1, d)
 
-    def sample(cond: Tensor, noise: Tensor, scale: float | None) -> Tensor:
+    def sample(cond: Tensor, noise: Tensor, scale: Tensor | None) -> Tensor:
         embedded = net.cond_embed(cond.to(model.dtype))
-        # Created on the device: copying a number to a GPU would synchronize with it.
-        guidance = None if scale is None else torch.full((), scale, device=device)
 
         def predict(x: Tensor, index: int) -> Tensor:
-            return functions.predict(net, x, times[index], embedded, guidance)
+            return functions.predict(net, x, times[index], embedded, scale)
 
         return flow.integrate(solver, predict, noise, functions.solver_step)
 

@@ -43,8 +43,10 @@ LOGGED = {f"eval_{name}": HEADINGS[name] for name in ("fid", "inception_score", 
 LOGGED["eval_frechet_distance"] = "Fréchet distance"
 """Metrics in a line of the log, and their titles; the Fréchet distance is that of another extractor than Inception."""
 
-MAX_BATCH_SIZE = 32
-"""Samples at once: few enough to fit beside a training, and fixed, since shapes change the last digits."""
+GPU_BATCH_SIZE, CPU_BATCH_SIZE = 128, 32
+"""Samples at once: few enough to fit beside most trainings, and fixed, since shapes change the last digits."""
+CHUNK_SIZE = 32
+"""Images decoded at once."""
 
 
 class Validation:
@@ -147,7 +149,7 @@ class PipelineSource(ImageSource):
                 # Here, since blocks are requested from another thread and autocast is per thread.
                 with torch.autocast(self._pipeline.device.type, torch.bfloat16, enabled=self._in_bf16):
                     labels = self.labels[ids.start : ids.stop].tolist()
-                    yield index, self._pipeline.generate(ids, labels, self._config).pixels
+                    yield index, self._pipeline.generate(ids, labels, self._config, chunk_size=CHUNK_SIZE).pixels
 
 
 class ReconstructionSource(ImageSource):
@@ -189,7 +191,9 @@ class Evaluation:
     def __init__(
         self, network: Pipeline | Autoencoder, config: TrainConfig, labels: np.ndarray, world: World, in_bf16: bool
     ) -> None:
-        self._world, self._batch_size = world, min(config.batch_size, MAX_BATCH_SIZE)
+        self._world = world
+        on_gpu = world.device.type == "cuda" and not isinstance(network, Autoencoder)
+        self._batch_size = GPU_BATCH_SIZE if on_gpu else min(config.batch_size, CPU_BATCH_SIZE)
         held_out, side, number = config.val_path, config.image_size, config.eval_images
         split: Split = "test" if held_out and held_out.resolve() == config.data_path.resolve() else "train"
         if isinstance(network, Autoencoder):
