@@ -16,7 +16,7 @@ from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.head import MLPBlock, TransformerHeadBlock
-from bitdance.models.layers import attend
+from bitdance.models.layers import ProductAttention, attend
 from bitdance.models.packed_linear import PackedLinear, packed_linears
 from bitdance.models.transformer import BitDance
 from bitdance.sampling.sampler import (
@@ -502,7 +502,7 @@ def test_recomputing_layers_changes_no_gradient(p):
     assert not different
 
 
-@pytest.mark.parametrize("keys", [20, 200])
+@pytest.mark.parametrize("keys", [20, 600])
 @pytest.mark.parametrize("kind", ["mask", "causal", "full"])
 def test_attention_in_half_precision(keys, kind, monkeypatch):
     """Short and long sequences, in training and in inference: the values and gradients of float32 but for rounding."""
@@ -516,7 +516,7 @@ def test_attention_in_half_precision(keys, kind, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or fused(*a, **b))
     with torch.autocast("cpu", torch.bfloat16):
         found = attend(*half, mask)
-    assert len(calls) == (keys > 128)
+    assert len(calls) == (keys > 512)
     assert found.dtype == torch.bfloat16 and tiny.relative_error(found, expected.detach()) < 0.01
     with torch.no_grad():
         assert tiny.relative_error(attend(*half, mask), expected.detach()) < 0.01
@@ -524,6 +524,25 @@ def test_attention_in_half_precision(keys, kind, monkeypatch):
     (expected * weights).sum().backward()
     (found.float() * weights).sum().backward()
     assert all(tiny.relative_error(a.grad, b.grad) < 0.02 for a, b in zip(half, exact, strict=True))
+
+
+@pytest.mark.parametrize("strength", [1, 4, 16])
+def test_gradients_of_attention_are_as_exact_as_those_of_the_fused_kernel(strength):
+    torch.manual_seed(0)
+    half = [(torch.randn(8, 2, 64, 32) * scale**0.5).bfloat16() for scale in (strength, strength, 1, 1)]
+    lower = torch.ones(64, 64, dtype=torch.bool).tril()
+
+    def gradients(function, dtype):
+        *inputs, gradient = (x.to(dtype, copy=True) for x in half)
+        inputs = [x.requires_grad_() for x in inputs]
+        function(*inputs, attn_mask=lower).backward(gradient)
+        return [x.grad for x in inputs]
+
+    exact = gradients(F.scaled_dot_product_attention, torch.float64)
+    fused = gradients(F.scaled_dot_product_attention, torch.bfloat16)
+    ours = gradients(lambda q, k, v, attn_mask: ProductAttention.apply(q, k, v, attn_mask), torch.bfloat16)
+    for expected, other, found in zip(exact, fused, ours, strict=True):
+        assert tiny.relative_error(found, expected) < max(0.004, 1.1 * tiny.relative_error(other, expected))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 MAX_SHORT = 128
 """Keys up to which a sequence counts as short in `attend`."""
+MAX_TRAINED = 512
+"""Keys up to which training in half precision on a CPU keeps the attention probabilities for the backward pass."""
 MAX_QUERIES = 16
 """Queries up to which matrix products are faster than PyTorch's fused kernel on a CPU, for any number of keys."""
 CACHED_BYTES = 1 << 22
@@ -78,13 +80,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     short sequences of more rows than the grid of a CUDA kernel can have.
     """
     is_short, is_half = k.shape[2] <= MAX_SHORT, q.dtype in (torch.bfloat16, torch.float16)
-    by_products = is_short and (q.shape[0] > MAX_ROWS or (q.requires_grad and is_half))
-    if not by_products and not (q.device.type == "cpu" and q.shape[2] <= MAX_QUERIES and not q.requires_grad):
+    on_cpu, trained = q.device.type == "cpu", q.requires_grad and is_half
+    with_backward = on_cpu and trained and k.shape[2] <= MAX_TRAINED and not torch.compiler.is_compiling()
+    by_products = with_backward or (is_short and (q.shape[0] > MAX_ROWS or trained))
+    if not by_products and not (on_cpu and q.shape[2] <= MAX_QUERIES and not q.requires_grad):
         if isinstance(mask, str):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if isinstance(mask, str):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if with_backward:
+        result: Tensor = ProductAttention.apply(q, k, v, mask)
+        return result
     rows = max(1, CACHED_BYTES // (4 * k[0].numel()))
     is_split = is_half and not by_products and len(q) > rows and not torch.compiler.is_compiling()
     if is_split:  # a few rows at a time, since keys are copied to float32
@@ -94,12 +101,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    device_type = q.device.type if q.device.type != "meta" else "cpu"  # in estimates of memory, which need no autocast
-    with torch.autocast(device_type, enabled=False):
-        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
-        return logits.softmax(dim=-1).to(v.dtype) @ v
+    with _no_autocast(q):
+        return _probabilities(q, k, mask).to(v.dtype) @ v
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    # Tensors of the meta device occur in estimates of memory, which need no autocast.
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+
+
+class ProductAttention(torch.autograd.Function):
+    """Attention by matrix products whose backward pass multiplies in half precision.
+
+    Automatic differentiation would multiply in float32, as the logits are. The gradients are as exact as those of
+    PyTorch's fused kernel, which rounds them alike.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with _no_autocast(q):
+            weights = _probabilities(q, k, mask).to(v.dtype)  # (B, H, n, m)
+            ctx.save_for_backward(q, k, v, weights)
+            return weights @ v
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, weights = ctx.saved_tensors
+        with _no_autocast(q):
+            of_weights = gradient @ v.transpose(-2, -1)
+            of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype) * q.shape[-1] ** -0.5
+            of_k, of_v = of_logits.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ gradient
+            return of_logits @ k, of_k, of_v, None
 
 
 @dataclasses.dataclass
