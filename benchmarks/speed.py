@@ -124,7 +124,7 @@ def sampling_parts(
     return {
         "prefill": lambda: model.prefill(labels.repeat(2), model.new_cache(rows)),
         "step": step,
-        "head": lambda: head(cond, noise_fn(1, False), scale),
+        "head": lambda: head(cond, noise_fn(1, False), scale, config.num_steps),
         "decoder": lambda: pipeline.decode_tokens(random, chunk_size),
         "tokens": tokens,
         "images": lambda: pipeline.decode_tokens(tokens(), chunk_size),

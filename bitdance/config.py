@@ -28,7 +28,7 @@ Split = Literal["train", "test"]
 TokenOrder = Literal["patch", "standard"]
 Weights = Literal["ema", "model"]
 Precision = Literal["auto", "fp32", "bf16"]
-SolverName = Literal["euler-maruyama", "euler", "heun"]
+SolverName = Literal["euler-maruyama", "dpmpp-2m-sde", "euler", "heun"]
 CfgSchedule = Literal["linear", "constant"]
 
 

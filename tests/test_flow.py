@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -45,6 +46,8 @@ def test_time_shift():
 def test_time_grid():
     close(flow.time_grid(4), [0.0, 0.2375, 0.475, 0.7125, 0.95])
     close(flow.time_grid(2, shift=3.0), [0.0, 0.475 / (0.475 + 3 * 0.525), 0.95 / (0.95 + 3 * 0.05)])
+    close(flow.time_grid(2, end=0.8), [0.0, 0.4, 0.8])
+    close(flow.time_grid(4, end=0.8, power=2.0), [0.0, 0.05, 0.2, 0.45, 0.8])
     grid = flow.time_grid(100)
     assert grid.dtype == torch.float32
     assert len(grid) == 101
@@ -161,14 +164,82 @@ def test_solver_splits_noise_between_the_two_signs():
     assert (x.abs() - 1).abs().mean().item() < 0.05
 
 
-@pytest.mark.parametrize(("name", "evaluations"), [("euler-maruyama", 5), ("euler", 5), ("heun", 9)])
+MEAN, STD = 0.7, 0.5
+
+
+def law_of_gaussian_data(name, num_steps, **grid):
+    """Mean and standard deviation of what a solver makes of data N(m, s^2), whose best prediction is linear in x.
+
+    Without sampling: x is kept as its coefficients of 1 and of each draw of noise.
+    """
+    solver = flow.make_solver(name, num_steps, **grid)
+
+    def predict(x, j):
+        t = solver.timesteps[j].double()
+        gain = t * STD**2 / ((1 - t) ** 2 + t**2 * STD**2)
+        return gain * x + (MEAN - gain * t * MEAN) * torch.eye(x.shape[-1], dtype=x.dtype)[0]
+
+    draws = torch.eye(solver.num_draws + 1, dtype=torch.float64)[1:]
+    x = flow.integrate(solver, predict, draws)
+    return x[0].item(), x[1:].norm().item()
+
+
+def exact_law(end):
+    variance = (1 - end) ** 2 + end**2 * STD**2  # of x at the end; the prediction there is linear in it
+    return MEAN, end * STD**2 / variance**0.5
+
+
+@pytest.mark.parametrize("end", [0.95, 0.8])
+@pytest.mark.parametrize("power", [1.0, 1.5])
+@pytest.mark.parametrize(("name", "order"), [("euler-maruyama", 1), ("dpmpp-2m-sde", 2), ("euler", 1), ("heun", 2)])
+def test_the_order_of_the_solvers(name, order, end, power):
+    """Halving the steps' length divides the error of the law by 2^order."""
+    errors = []
+    for num_steps in (80, 160, 320):
+        mean, std = law_of_gaussian_data(name, num_steps, end=end, power=power)
+        assert mean == pytest.approx(MEAN, abs=0.005)
+        errors.append(abs(std - exact_law(end)[1]))
+    assert errors[0] < 0.02
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
+
+
+def test_the_exponential_solver_is_exact_for_a_constant_prediction():
+    """One step to s or many steps: x_s has the mean s D and, from x_0 and the noise gathered, variance (1 - s)^2."""
+    for num_steps in (1, 3, 10):
+        solver = flow.make_solver("dpmpp-2m-sde", num_steps, end=0.9)
+        draws = torch.eye(solver.num_draws + 1, dtype=torch.float64)[1:]
+        constant = 3 * torch.eye(solver.num_draws + 1, dtype=torch.float64)[0]
+        seen = []
+        flow.integrate(solver, lambda x, j, seen=seen, constant=constant: seen.append(x) or constant, draws)
+        close(seen[-1][0], 0.9 * 3, atol=1e-6)
+        close(seen[-1][1:].norm(), 1 - 0.9, atol=1e-6)
+
+
+def test_the_exponential_solver_extrapolates_predictions():
+    """By hand: the second of two steps to 0.8, from t = 0.4, where r = 1/3."""
+    solver = flow.make_solver("dpmpp-2m-sde", 2, end=0.8)
+    weight = 0.8 - 0.4 / 9
+    expected = [1 / 9, 1.5 * weight, 0.2 * math.sqrt(8 / 9), -0.5 * weight]
+    close(solver.coefficients[1], expected)
+    close(solver.coefficients[0], [0.36, 0.4, 0.6 * 0.8, 0.0])
+    x, prediction, noise, before = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    middle = prediction + (prediction - before) / 2
+    by_hand = x / 9 + weight * middle + 0.2 * math.sqrt(8 / 9) * noise
+    close(flow.solver_step(x, prediction, solver.coefficients[1], noise, before), by_hand)
+    assert solver.uses_previous == (False, True, False) and solver.keeps_predictions
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"), [("euler-maruyama", 5), ("dpmpp-2m-sde", 5), ("euler", 5), ("heun", 9)]
+)
 def test_evaluation_times(name, evaluations):
     solver = flow.make_solver(name, 4, shift=3.0)
     grid = flow.time_grid(4, 3.0).tolist()
     expected = [grid[0], *(t for t in grid[1:-1] for _ in range(2)), grid[-1]] if name == "heun" else grid[:-1]
     assert solver.timesteps.shape == (evaluations,) and solver.coefficients.shape == (evaluations, 4)
     close(solver.timesteps, [*expected, 0.95])
-    assert solver.num_draws == (5 if name == "euler-maruyama" else 1)
+    assert solver.num_draws == (5 if name in ("euler-maruyama", "dpmpp-2m-sde") else 1)
 
 
 def test_one_step_of_the_ode_solvers_by_hand():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from typing import get_args
 
 import pytest
 import tiny
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from reference_sampler import sample_reference
 from torch import nn
 
-from bitdance.config import RELEASED_MODELS, AutoencoderConfig
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, SolverName
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.head import MLPBlock, TransformerHeadBlock
@@ -173,7 +175,7 @@ def test_steps_of_static_shapes_equal_steps(p):
     assert caches[0].length == caches[1].length
 
 
-@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("euler-maruyama", 4), ("heun", 16)])
+@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("dpmpp-2m-sde", 4), ("heun", 16)])
 def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
     """The same bits from functions without a graph break, which are not compiled again from step to step."""
     model = few_steps(p)
@@ -191,8 +193,8 @@ def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
         expected = sample_tokens(model, labels, draw, settings)
         assert torch.equal(sample_tokens(model, labels, draw, settings, functions=functions), expected)
     # Predictions with and without guidance and a step of the transformer; solver steps with and without noise, and for
-    # Heun with the previous x, each for one row per image and for two (the first tokens, without guidance).
-    assert len(graphs) == 2 + 1 + 2 * 2
+    # two solvers with what they keep, each for one row per image and for two (the first tokens, without guidance).
+    assert len(graphs) == 2 + 1 + 2 * (3 if solver == "dpmpp-2m-sde" else 2)
 
 
 def test_the_loop_of_a_token_compiles_as_one_graph():
@@ -211,9 +213,39 @@ def test_the_loop_of_a_token_compiles_as_one_graph():
     with torch.no_grad():
         for step, scale in enumerate((1.5, 2.0, 3.2)):
             cond = torch.randn(6, 4, model.config.dim, generator=torch.Generator().manual_seed(step))
-            arguments = cond, draw(step, False), torch.tensor(scale)
+            arguments = cond, draw(step, False), torch.tensor(scale), 5
             assert torch.equal(compiled(*arguments), loop(*arguments))
     assert len(graphs) == 1
+
+
+def test_the_number_of_steps_changes_along_the_sequence():
+    model, counts = few_steps(4), []
+    settings = SamplingConfig(num_steps=9, cfg_scale=2.0, final_num_steps=3)
+    functions = SamplerFunctions(model)
+    functions.predict = lambda *arguments: counts.append(1) or guided_prediction(*arguments)
+    draw = sample_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
+    after = []
+    sample_tokens(model, LABELS, draw, settings, lambda *_: after.append(len(counts)), functions)
+    assert model.config.ar_steps == 4
+    assert [b - a for a, b in itertools.pairwise([0, *after])] == [10, 8, 6, 4]
+    same = dataclasses.replace(settings, final_num_steps=9)
+    expected = sample_tokens(model, LABELS, draw, dataclasses.replace(settings, final_num_steps=None))
+    assert torch.equal(sample_tokens(model, LABELS, draw, same), expected)
+
+
+def test_guidance_on_an_interval():
+    """Where there is none, the unconditional rows are not evaluated; without any, the samples are those of scale 1."""
+    model, rows = few_steps(4), []
+    settings = SamplingConfig(4, 3.0, "constant", cfg_interval=(0.2, 0.5))
+    functions = SamplerFunctions(model)
+    functions.predict = lambda *arguments: rows.append(len(arguments[3])) or guided_prediction(*arguments)
+    draw = sample_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
+    found = sample_tokens(model, LABELS, draw, settings, functions=functions)
+    assert rows == [3, 6, 6, 3, 3] * model.config.ar_steps, "times 0, 0.2375, 0.475, 0.7125, 0.95"
+    whole = sample_tokens(model, LABELS, draw, dataclasses.replace(settings, cfg_interval=(0.0, 1.0)))
+    assert not torch.equal(found, whole)
+    never = sample_tokens(model, LABELS, draw, dataclasses.replace(settings, cfg_interval=(0.96, 1.0)))
+    assert torch.equal(never, sample_tokens(model, LABELS, draw, SamplingConfig(4, 1.0)))
 
 
 class StaticResults:
@@ -229,7 +261,7 @@ class StaticResults:
         return self.results.setdefault(x.shape, result).copy_(result)
 
 
-@pytest.mark.parametrize("solver", ["euler-maruyama", "euler", "heun"])
+@pytest.mark.parametrize("solver", get_args(SolverName))
 @pytest.mark.parametrize("p", [1, 16])
 def test_predictions_may_be_overwritten_by_the_next(p, solver):
     model = few_steps(p)
@@ -307,8 +339,8 @@ def test_the_engine_equals_the_reference_with_a_time_shift_and_in_raster_order()
     assert torch.equal(fast, reference)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler-maruyama", 4), ("euler", 4), ("heun", 7)])
-def test_the_sampler_embeds_times_once_and_takes_other_functions(solver, evaluations):
+@pytest.mark.parametrize("solver", get_args(SolverName))
+def test_the_sampler_embeds_times_once_and_takes_other_functions(solver):
     model = few_steps(4)
     settings = dataclasses.replace(settings_of(CASES[1]), solver=solver)
     draw = sample_noise(model, 5, torch.tensor([0, 1, 2]), settings.num_draws)
@@ -325,7 +357,7 @@ def test_the_sampler_embeds_times_once_and_takes_other_functions(solver, evaluat
     assert torch.equal(sample_tokens(model, LABELS, draw, settings, functions=functions), expected)
     handle.remove()
     assert len(embeddings) == 1
-    assert len(calls) == evaluations * model.config.ar_steps
+    assert len(calls) == (7 if solver == "heun" else 4) * model.config.ar_steps
     assert torch.equal(expected.abs(), torch.ones_like(expected))
 
 
@@ -345,10 +377,10 @@ def test_compiled_bits_on_a_gpu(p, mode):
     head = head_sampler(model, settings, functions)
     cond, noise = torch.randn(6, p, model.config.dim, device="cuda"), draw(1, False)
     scale = torch.full((), 2.0, device="cuda")
-    head(cond, noise, scale)
+    head(cond, noise, scale, settings.num_steps)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        head(cond, noise, scale)
+        head(cond, noise, scale, settings.num_steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -72,7 +72,13 @@ class How:
         cfg_scale: guidance scale, 1 for none; by default the published one of a released model, else 3.
         cfg_schedule: linear grows from 1 with the steps; constant.
         num_steps: solver steps of the diffusion head for each token; by default 100 for a released model, else 50.
-        solver: euler-maruyama as published; euler and heun (second order) are deterministic after the first noise.
+        final_num_steps: solver steps at the last token, changing linearly from `num_steps` at the first; by default the
+            same for all.
+        solver: euler-maruyama as published; dpmpp-2m-sde, of the same equation in fewer steps; euler and heun (second
+            order) are deterministic after the first noise.
+        end_time: time at which the solver's last step ends, at most 0.95.
+        grid_power: times of the solver are those of an even grid to this power; above 1 denser near the noise.
+        cfg_interval: solver times between which there is guidance, as in: 0.1 0.8.
         share_first: share the first tokens with the unconditional rows, which the published samples do not.
         batch_size: images at once.
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
@@ -83,7 +89,11 @@ class How:
     cfg_scale: float | None = None
     cfg_schedule: CfgSchedule = "linear"
     num_steps: int | None = None
+    final_num_steps: int | None = None
     solver: SolverName = "euler-maruyama"
+    end_time: float = 0.95
+    grid_power: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
     share_first: bool = False
     batch_size: int = 100
     chunk_size: int | None = None
@@ -91,8 +101,8 @@ class How:
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of `Pipeline.sampling_config`."""
-        names = ("cfg_scale", "num_steps", "cfg_schedule", "share_first", "solver")
-        return {name: getattr(self, name) for name in names}
+        others = {"batch_size", "chunk_size", "compile"}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ class How:
     Attributes:
         cfg_scale: guidance scales.
         num_steps: solver steps of the diffusion head.
-        solver: any of euler-maruyama, euler and heun.
+        solver: any of euler-maruyama, dpmpp-2m-sde, euler and heun.
         cfg_schedule: linear or constant.
         num_images: samples per combination. Metrics of few images only compare combinations of equal counts.
         seed: the same for all.

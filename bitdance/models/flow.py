@@ -43,9 +43,13 @@ def velocity(x_pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return (x_pred - x_t) / (1 - t).clamp_min(LAST_STEP)
 
 
-def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
-    """Returns the solver's timesteps from 0 to 0.95: (num_steps + 1,) float32."""
-    return time_shift(torch.linspace(0, 1 - LAST_STEP, num_steps + 1, dtype=torch.float32, device="cpu"), shift)
+def time_grid(num_steps: int, shift: float = 1.0, end: float = 1 - LAST_STEP, power: float = 1.0) -> Tensor:
+    """Returns the solver's timesteps from 0 to `end`, shifted: (num_steps + 1,) float32.
+
+    They are end * (j / num_steps)^power before the shift: for a power above 1 denser near the noise.
+    """
+    grid = torch.linspace(0, end, num_steps + 1, dtype=torch.float32, device="cpu")
+    return time_shift(grid if power == 1 else end * (grid / end) ** power, shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +59,23 @@ class Solver:
     Velocity and score are linear in x_t and the predicted x_1, and so is every solver. With D_j predicted from x_j at
     time t_j, the next x is
 
-        x_{j+1} = a_j x_j + b_j D_j + c_j n_j + d_j x_{j-1}
+        x_{j+1} = a_j x_j + b_j D_j + c_j n_j + d_j y_{j-1}
+
+    where y is x, or D for a solver that keeps predictions.
 
     Attributes:
         timesteps: (E,) float32, the times t_j of the E evaluations.
         coefficients: (E, 4): a, b, c and d; float64 as `make_solver` returns them, float32 after `to`.
         uses_previous: whether d is not zero, for each evaluation.
         num_draws: draws of noise that the solver needs: x_0, and n_j if c is not zero.
+        keeps_predictions: whether y is D.
     """
 
     timesteps: Tensor
     coefficients: Tensor
     uses_previous: tuple[bool, ...]
     num_draws: int
+    keeps_predictions: bool = False
 
     def to(self, device: torch.device) -> Solver:
         """Returns a copy to sample with on a device; `make_solver` returns one on the CPU."""
@@ -77,35 +85,45 @@ class Solver:
 
 
 def count_draws(name: str, num_steps: int) -> int:
-    """Returns the draws of noise that a solver with S steps needs: x_0, and for Euler-Maruyama one for each step."""
-    return num_steps + 1 if name == "euler-maruyama" else 1
+    """Returns the draws of noise that a solver with S steps needs: x_0, and for those of the SDE one for each step."""
+    return num_steps + 1 if name in ("euler-maruyama", "dpmpp-2m-sde") else 1
 
 
-def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
-    """Returns a solver from noise to data with S steps from t = 0 to 0.95 and a last Euler step to t = 1.
+def make_solver(
+    name: str, num_steps: int, shift: float = 1.0, end: float = 1 - LAST_STEP, power: float = 1.0
+) -> Solver:
+    """Returns a solver from noise to data with S steps from t = 0 to `end` and a last prediction there.
 
-    The last step starts from t = 0.95 even if a time shift ends the grid earlier, as in the original; it is
-    deterministic, and since it divides and multiplies by 0.05 its result is the prediction itself.
+    The last prediction is made at `end` even if a time shift ends the grid earlier, as in the original, whose
+    deterministic last Euler step from 0.95 to 1 divides and multiplies by 0.05, so that its result is the prediction.
 
     Args:
         name: `euler-maruyama` is the published one, for the reverse-time SDE: with the drift v + (1 - t) score(x, t),
-            which is (1 + t) v - x, and the diffusion coefficient sqrt(2 (1 - t)). `euler` and `heun` (of second
-            order, with 2 S + 1 evaluations) integrate the probability-flow ODE dx = v dt.
+            which is (1 + t) v - x, and the diffusion coefficient sqrt(2 (1 - t)). `dpmpp-2m-sde` solves the same SDE
+            with its linear part integrated exactly and predictions extrapolated (see `_exponential_row`). `euler` and
+            `heun` (of second order, with 2 S + 1 evaluations) integrate the probability-flow ODE dx = v dt.
         num_steps: S.
         shift: time shift of the grid.
+        end: 0 < end <= 0.95.
+        power: of the grid, see `time_grid`.
 
     Raises:
         UserError: unknown solver.
     """
     if name not in get_args(SolverName):
-        raise UserError(f"solver={name!r} is unknown: use euler-maruyama, euler or heun.")
+        raise UserError(f"solver={name!r} is unknown: use one of {', '.join(get_args(SolverName))}.")
     timesteps: list[Tensor] = []
     rows: list[tuple[float, float, float, float]] = []
     t = torch.zeros((), device="cpu")  # times are summed up in float32, as in the original
-    for dt in time_grid(num_steps, shift).diff():
+    previous = 0.0
+    for dt in time_grid(num_steps, shift, end, power).diff():
         start, length = t.item(), dt.item()
         timesteps.append(t)
         t = t + dt
+        if name == "dpmpp-2m-sde":
+            rows.append(_exponential_row(previous, start, t.item()))
+            previous = start
+            continue
         rate = length / max(1 - start, LAST_STEP)  # v dt = rate (D - x)
         if name == "euler-maruyama":
             drift = (1 + start) * rate
@@ -118,12 +136,31 @@ def make_solver(name: str, num_steps: int, shift: float = 1.0) -> Solver:
             timesteps.append(t)
             rate = length / max(1 - t.item(), LAST_STEP)
             rows.append(((1 - rate) / 2, rate / 2, 0.0, 0.5))
-    timesteps.append(torch.full((), 1 - LAST_STEP, device="cpu"))
+    timesteps.append(torch.full((), end, device="cpu"))
     rows.append((0.0, 1.0, 0.0, 0.0))
     coefficients = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    uses_previous = tuple(row[3] != 0 for row in rows)
     return Solver(
-        torch.stack(timesteps), coefficients, tuple(row[3] != 0 for row in rows), count_draws(name, num_steps)
+        torch.stack(timesteps), coefficients, uses_previous, count_draws(name, num_steps), name == "dpmpp-2m-sde"
     )
+
+
+def _exponential_row(previous: float, t: float, s: float) -> tuple[float, float, float, float]:
+    """Returns the coefficients of a step from t to s of DPM-Solver++(2M) for SDEs (arXiv 2211.01095) on this path.
+
+    With the prediction D, the reverse-time SDE is dx = ((1 + t) D - 2 x) / (1 - t) dt + sqrt(2 (1 - t)) dw. For a
+    constant D its solution is, with r = (1 - s) / (1 - t),
+
+        x_s = r^2 x_t + (s - r^2 t) D + (1 - s) sqrt(1 - r^2) n
+
+    since x = t D solves it without noise, deviations from it decay by r^2, and the noise gathered on the way has the
+    variance (1 - s)^2 (1 - r^2). D is the prediction half-way, extrapolated linearly from the last two predictions;
+    `previous` is the time of the one before, t itself or 0 at the first step.
+    """
+    r2 = ((1 - s) / (1 - t)) ** 2
+    weight = s - r2 * t
+    ahead = (s - t) / (2 * (t - previous)) if t > previous else 0.0
+    return r2, weight * (1 + ahead), (1 - s) * math.sqrt(1 - r2), -weight * ahead
 
 
 def solver_step(
@@ -160,7 +197,10 @@ def integrate(
     for j in range(len(solver.timesteps)):
         draw = noise[j + 1] if j + 1 < solver.num_draws else None
         before = previous if solver.uses_previous[j] else None
-        x, previous = step_fn(x, predict_fn(x, j), coefficients[j], draw, before), x
+        prediction = predict_fn(x, j)
+        # Of a prediction a copy, since a CUDA graph overwrites it at the next call.
+        kept = prediction.clone() if solver.keeps_predictions else x
+        x, previous = step_fn(x, prediction, coefficients[j], draw, before), kept
     return x
 
 

@@ -146,10 +146,15 @@ class SamplingJob:
     def path(self) -> pathlib.Path:
         """Path of the results without their endings; its name tells the settings."""
         sampling, config, networks = self.sampling, self.config, self.networks
+        plain = SamplingConfig(1, 1.0)
         others = {
             sampling.solver: sampling.solver != "euler-maruyama",
             sampling.cfg_schedule: sampling.cfg_schedule != "linear",
             "shared-first": sampling.share_first,
+            f"to-{sampling.final_num_steps}-steps": sampling.final_num_steps is not None,
+            f"end-{sampling.end_time:g}": sampling.end_time != plain.end_time,
+            f"power-{sampling.grid_power:g}": sampling.grid_power != plain.grid_power,
+            "interval-{:g}-{:g}".format(*sampling.cfg_interval): sampling.cfg_interval != plain.cfg_interval,
             f"{config.labels}-labels": config.labels != "balanced",
         }
         parts = [

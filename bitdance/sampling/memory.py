@@ -69,7 +69,7 @@ def estimate_memory(
             ids = torch.zeros(batch_size, dtype=torch.int64)
             noise = sample_noise(model, 0, ids, config.num_draws)
             both = torch.cat([noise(0, False), noise(0, True)], dim=1) if rows > batch_size else noise(0, False)
-            head_sampler(model, config, SamplerFunctions(model))(cond, both, None)  # the first, without shared noise
+            head_sampler(model, config, SamplerFunctions(model))(cond, both, None, config.num_steps)  # the first token
             tokens = tracker.peak - cached
         del cache, cond, both
         with MemoryTracker() as tracker:

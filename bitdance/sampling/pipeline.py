@@ -133,6 +133,7 @@ class Pipeline:
         chunk_size: int | None = None,
         output: Output = "pil",
         callback: StepCallback | None = None,
+        **others: Any,
     ) -> Any:
         """Samples one image per class given.
 
@@ -142,7 +143,7 @@ class Pipeline:
                 (except for rounding).
             cfg_scale, num_steps, chunk_size: guidance scale, solver steps of the diffusion head, and images decoded at
                 once (0 for all); by default `defaults`.
-            cfg_schedule, share_first, solver: see `bitdance.sampling.sampler.SamplingConfig`.
+            cfg_schedule, share_first, solver, others: see `bitdance.sampling.sampler.SamplingConfig`.
             batch_size: images sampled at once.
             output: `pil` for a list of PIL images, `np` for an array, `pt` for a tensor on the pipeline's device,
                 both (B, H, W, 3) uint8.
@@ -155,7 +156,7 @@ class Pipeline:
         seed, batch_size = _as_number(seed), _as_number(batch_size)
         cfg_scale, num_steps, chunk_size = map(_as_number, (cfg_scale, num_steps, chunk_size))
         classes = getattr(classes, "tolist", lambda: classes)()  # of an array or a tensor
-        others = {"cfg_schedule": cfg_schedule, "share_first": share_first, "solver": solver}
+        others |= {"cfg_schedule": cfg_schedule, "share_first": share_first, "solver": solver}
         config = self.sampling_config(cfg_scale, num_steps, **others)
         one = isinstance(classes, str) or not isinstance(classes, Iterable)
         labels = self.classes.find_all([classes] if one else classes)  # type: ignore[list-item, arg-type]

@@ -18,7 +18,7 @@ from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
 from bitdance.models.layers import KVCache
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.errors import check_fields
+from bitdance.runtime.errors import UserError, check_fields
 
 NoiseFn = Callable[[int, bool], Tensor]
 """(autoregressive step, for the unconditional rows?) -> (draws, B, P, C) float32 standard normal noise."""
@@ -39,11 +39,16 @@ class SamplingConfig:
     """Settings that change the samples of a model, besides labels and noise.
 
     Attributes:
-        num_steps: S, steps of the head's solver, without the last Euler step.
+        num_steps: S, steps of the head's solver, without the last prediction.
         cfg_scale: guidance scale; 1 or less disables guidance.
         cfg_schedule: `linear` grows from 1 with the autoregressive step; `constant`.
         share_first: whether conditional and unconditional rows share their first tokens; the published samples do not.
         solver: see `flow.make_solver`; `euler-maruyama` is the published one.
+        final_num_steps: S at the last autoregressive step, between which and `num_steps` S is interpolated linearly;
+            None for the same S at all.
+        end_time: 0 < end_time <= 0.95, where the solver's steps end and the last prediction is made.
+        grid_power: of the solver's time grid, see `flow.time_grid`.
+        cfg_interval: solver times (first, last) between which there is guidance.
     """
 
     num_steps: int
@@ -51,11 +56,15 @@ class SamplingConfig:
     cfg_schedule: str = "linear"
     share_first: bool = False
     solver: str = "euler-maruyama"
+    final_num_steps: int | None = None
+    end_time: float = 1 - flow.LAST_STEP
+    grid_power: float = 1.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         check_fields(
             self,
-            "num_steps",
+            "num_steps final_num_steps",
             lambda value: isinstance(value, int) and 1 <= value <= MAX_STEPS,
             f"be an integer from 1 to {MAX_STEPS}",
         )
@@ -65,13 +74,33 @@ class SamplingConfig:
             lambda value: isinstance(value, int | float) and 0 <= value <= MAX_SCALE,
             f"be a number from 0 to {MAX_SCALE}",
         )
+        check_fields(
+            self,
+            "end_time",
+            lambda value: isinstance(value, int | float) and 0.05 <= value <= 1 - flow.LAST_STEP,
+            "be a number from 0.05 to 0.95",
+        )
+        check_fields(
+            self,
+            "grid_power",
+            lambda value: isinstance(value, int | float) and 0.1 <= value <= 10,
+            "be a number from 0.1 to 10",
+        )
+        first, last = self.cfg_interval
+        if not 0 <= first < last <= 1:
+            raise UserError(f"cfg_interval={first} {last} is invalid: it must be two times from 0 to 1, in order.")
         flow.make_solver(self.solver, 1)  # raises for an unknown solver
         flow.guidance_scale(self.cfg_scale, 0, 1, self.cfg_schedule)
 
     @property
     def num_draws(self) -> int:
         """Normal numbers per bit that the solver needs."""
-        return flow.count_draws(self.solver, self.num_steps)
+        return flow.count_draws(self.solver, max(self.num_steps, self.final_num_steps or 1))
+
+    def num_steps_at(self, step: int, steps: int) -> int:
+        """Returns S at an autoregressive step, 0 <= step < steps."""
+        last = self.num_steps if self.final_num_steps is None else self.final_num_steps
+        return round(self.num_steps + (last - self.num_steps) * step / max(1, steps - 1))
 
 
 class SamplerFunctions:
@@ -217,7 +246,8 @@ def sample_tokens(
         if guided and not shared:
             noise = torch.cat([noise, noise_fn(i, True)], dim=1)  # (draws, 2 B, P, C)
         # Created on the device: copying a number to a GPU would synchronize with it.
-        x = sample_head(cond, noise, torch.full((), scale, device=cond.device) if shared else None)
+        guidance = torch.full((), scale, device=cond.device) if shared else None
+        x = sample_head(cond, noise, guidance, config.num_steps_at(i, steps))
         new = torch.where(x > 0, 1.0, -1.0)
         groups.append(torch.cat([new, new]) if shared else new)  # (R, P, C)
         if callback is not None:
@@ -227,20 +257,32 @@ def sample_tokens(
 
 def head_sampler(
     model: BitDance, config: SamplingConfig, functions: SamplerFunctions
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
     """Returns a function that samples tokens from the head; the solver's timesteps are embedded only once.
 
-    It takes cond (R, P, D), noise (draws, R, P, C) and the guidance scale () or None. With a scale the second half of
-    the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves.
+    It takes cond (R, P, D), noise (draws, R, P, C), the guidance scale () or None, and the number of solver steps. With
+    a scale the second half of the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves.
     """
     net, device = model.head.net, model.norm.weight.device
-    solver = flow.make_solver(config.solver, config.num_steps, model.config.time_shift).to(device)
-    times = net.time_embed(solver.timesteps)[:, None, None]  # (evaluations, 1, 1, d)
+    first, last = config.cfg_interval
 
-    def sample(cond: Tensor, noise: Tensor, scale: Tensor | None) -> Tensor:
+    def make(num_steps: int) -> tuple[flow.Solver, Tensor, list[bool]]:
+        """Returns a solver, its embedded timesteps (evaluations, 1, 1, d), and which of them are guided."""
+        solver = flow.make_solver(config.solver, num_steps, model.config.time_shift, config.end_time, config.grid_power)
+        guided = [first <= t <= last for t in solver.timesteps.tolist()]
+        solver = solver.to(device)
+        return solver, net.time_embed(solver.timesteps)[:, None, None], guided
+
+    steps = model.config.ar_steps
+    solvers = {size: make(size) for size in {config.num_steps_at(i, steps) for i in range(steps)}}
+
+    def sample(cond: Tensor, noise: Tensor, scale: Tensor | None, num_steps: int) -> Tensor:
+        solver, times, guided = solvers[num_steps]
         embedded = net.cond_embed(cond.to(model.dtype))
 
         def predict(x: Tensor, index: int) -> Tensor:
+            if scale is not None and not guided[index]:
+                return functions.predict(net, x, times[index], embedded[: len(x)], None)
             return functions.predict(net, x, times[index], embedded, scale)
 
         return flow.integrate(solver, predict, noise, functions.solver_step)
