@@ -3,10 +3,10 @@
 #     bash benchmarks/compare_revisions.sh REVISION [PYTHON]
 # Both revisions are measured in turn, a second time where the first says slower, since machines are noisy.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 revision=${1:?give a revision to compare with, such as main}
 python=$(command -v "${2:-python}") || { echo "${2:-python} is not found" >&2; exit 1; }
 [[ $python == /* ]] || python=$PWD/$python
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scratch=$(mktemp -d)
 trap 'git worktree remove --force "$scratch/base" 2>/dev/null; rm -rf "$scratch"' EXIT
 git worktree add --quiet --detach "$scratch/base" "$revision"

@@ -33,8 +33,8 @@ for pair in L-1X:352 H-1X:224; do  # the published batch sizes, one solver step 
         --rounds 1 --precision bf16 --chunk-size 64 --compile reduce-overhead --device cuda
     step "memory-${pair%:*}" 60 python -m bitdance sample --model "BitDance-${pair%:*}" --batch-size "${pair#*:}" --dry-run
 done
-step training-B-4X-96 300 python benchmarks/speed.py --model B-4X --batch-size 96 --parts train-tokens --device cuda
-step training 300 python benchmarks/speed.py --model B-16X --batch-size 32 --parts train-tokens train-images --device cuda
+step training-B-4X-96 300 python benchmarks/speed.py --model B-4X --batch-size 96 --parts train-tokens --compile default --device cuda
+step training 300 python benchmarks/speed.py --model B-16X --batch-size 32 --parts train-tokens train-images --compile default --device cuda
 step inception 120 python benchmarks/inception.py --batch-size 64 --device cuda
 step token-cache 200 python benchmarks/token_cache.py --batch-size 32 --device cuda
 echo "== table for docs/performance.md: $results/table.md"

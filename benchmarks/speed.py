@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +41,11 @@ from bitdance import load_autoencoder, load_model
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig, SamplingDefaults
 from bitdance.models import flow
 from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.layers import KVCache
 from bitdance.models.packed_linear import packed_linears
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.devices import choose_device, computes_bf16, peak_memory
+from bitdance.runtime.devices import choose_device, computes_bf16
+from bitdance.runtime.errors import UserError
 from bitdance.sampling.pipeline import Pipeline, choose_dtype
 from bitdance.sampling.sampler import SamplerFunctions, SamplingConfig, head_sampler, sample_noise, sample_tokens
 from bitdance.training.flops import step_flops
@@ -50,6 +54,7 @@ from bitdance.training.optimizer import EMA, build_optimizer
 from bitdance.training.train_config import LossConfig, TrainConfig
 
 PARTS = ("prefill", "step", "head", "decoder", "tokens", "images", "train-tokens", "train-images")
+OURS = ("ours", "compiled")
 TOLERANCE = 1.15
 
 
@@ -57,14 +62,23 @@ class Limits:
     """The measured ceilings of a device: FLOP/s of matrix products and bytes/s of copies."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.flops = self.bandwidth = 0.0
+        self.measure()
+
+    def measure(self) -> None:
+        """Measures both; the highest rates count."""
+        device, dtype = self.device, self.dtype
         side = 8192 if device.type == "cuda" else 2048
         linear: nn.Module = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, dtype)
         x = torch.randn(side, side, device=device).to(dtype)
-        block = torch.empty(1 << (32 if device.type == "cuda" else 30), dtype=torch.uint8, device=device)
+        # Written once: pages that never were are all the same page of zeros, in the cache of the CPU.
+        block = torch.ones(1 << (32 if device.type == "cuda" else 30), dtype=torch.uint8, device=device)
         target = torch.empty_like(block)
         with torch.no_grad(), packed_linears(linear):
-            self.flops = 2 * side**3 / min(seconds_of(lambda: linear(x), device) for _ in range(5))
-        self.bandwidth = 2 * len(block) / min(seconds_of(lambda: target.copy_(block), device) for _ in range(5))
+            flops = 2 * side**3 / min(seconds_of(lambda: linear(x), device) for _ in range(5))
+        bandwidth = 2 * len(block) / min(seconds_of(lambda: target.copy_(block), device) for _ in range(5))
+        self.flops, self.bandwidth = max(self.flops, flops), max(self.bandwidth, bandwidth)
 
     def seconds(self, flops: float, nbytes: float) -> float:
         """The least time for this work."""
@@ -99,6 +113,12 @@ def autoencoder_flops(config: AutoencoderConfig, grid: int, part: str) -> int:
     return int(counter.get_total_flops())
 
 
+@functools.lru_cache(1)
+def cache_of(model: BitDance, rows: int) -> KVCache:
+    """The cache of the part `step`, one for all variants, since it can take half of a GPU."""
+    return model.new_cache(rows)
+
+
 def sampling_parts(
     pipeline: Pipeline, batch_size: int, config: SamplingConfig, chunk_size: int
 ) -> dict[str, Callable[[], object]]:
@@ -108,13 +128,14 @@ def sampling_parts(
     labels = torch.arange(batch_size, device=pipeline.device) % sizes.num_classes
     rows, p = 2 * batch_size, sizes.parallel_num
     noise_fn = sample_noise(model, 0, torch.arange(batch_size, device=pipeline.device), config.num_draws)
-    cache, head = model.new_cache(rows), head_sampler(model, config, functions)
+    head = head_sampler(model, config, functions)
     cond, new = (torch.randn(rows, p, size, device=pipeline.device) for size in (sizes.dim, sizes.bits))
     scale = torch.full((), 2.0, device=pipeline.device)
     random = torch.randn(batch_size, sizes.num_tokens, sizes.bits, device=pipeline.device).sign()
 
     def step() -> Tensor:
         """A step of the transformer in the middle of an image."""
+        cache = cache_of(model, rows)
         cache.length = sizes.cls_token_num - 1 + max(1, sizes.ar_steps // 2) * p
         return functions.transformer_step(new, cache)
 
@@ -132,7 +153,7 @@ def sampling_parts(
 
 
 def sampling_limits(pipeline: Pipeline, batch_size: int, config: SamplingConfig, limits: Limits) -> dict[str, float]:
-    """Returns the least seconds of each part of sampling; attention is left out."""
+    """Returns the least seconds of each part of sampling, with guidance; attention is left out."""
     model, sizes = pipeline.model, pipeline.model.config
     rows, width = 2 * batch_size, model.dtype.itemsize
     transformer = parameters_of(model.layers, model.proj_in)
@@ -195,32 +216,40 @@ def load_other(path: pathlib.Path, options: argparse.Namespace, cfg_scale: float
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "make"):
+        raise SystemExit(f"{path} has no function make(model, batch_size, num_steps, cfg_scale): see --help.")
     parts: dict[str, Callable[[], object]] = module.make(
         options.model, options.batch_size, options.num_steps, cfg_scale
     )
     return parts
 
 
-def read_earlier(path: pathlib.Path, settings: dict[str, object]) -> dict[str, dict[str, float]]:
+def read_earlier(path: pathlib.Path, settings: dict[str, object]) -> dict[str, dict[str, Any]]:
     """Returns the parts of an earlier result, which must have been measured with the same settings."""
     try:
         stored = json.loads(path.read_text().splitlines()[-1])
+        if missing := {*settings, "parts"} - set(stored):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         different = [f"{name}={stored[name]}, not {value}" for name, value in settings.items() if stored[name] != value]
-        parts: dict[str, dict[str, float]] = stored["parts"]
+        parts: dict[str, dict[str, Any]] = stored["parts"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SystemExit(f"{path} cannot be read as a result of this program: {error!r}") from None
+        reason = "it is empty" if isinstance(error, IndexError) else error
+        raise SystemExit(f"{path} cannot be read as a result of this program: {reason}") from None
     if different:
         raise SystemExit(f"{path} has {', '.join(different)}: compare runs with the same settings.")
     return parts
 
 
-def find_slower(before: dict[str, dict[str, float]], results: dict[str, dict[str, float]]) -> list[str]:
-    """Returns the parts that are more than 15 % farther from their limit than in an earlier result."""
-    return [
-        f"{part}: {values['limit_ratio']:.2f} of its limit, before {before[part]['limit_ratio']:.2f}"
-        for part, values in results.items()
-        if part in before and values["limit_ratio"] * TOLERANCE < before[part]["limit_ratio"]
-    ]
+def find_slower(before: dict[str, dict[str, Any]], results: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns what is more than 15 % farther from its limit than in an earlier result, of each variant of ours."""
+    found = []
+    for part, values in results.items():
+        for name in OURS:
+            if part in before and name in values["seconds"] and name in before[part]["seconds"]:
+                now, then = (part_["limit_seconds"] / part_["seconds"][name] for part_ in (values, before[part]))
+                if now * TOLERANCE < then:
+                    found.append(f"{part}, {name}: {now:.2f} of its limit, before {then:.2f}")
+    return found
 
 
 def parse_options() -> argparse.Namespace:
@@ -240,8 +269,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
     options = parser.parse_args()
-    if min(options.rounds, options.batch_size, options.num_steps) < 1:
-        parser.error("--rounds, --batch-size and --num-steps must be at least 1")
+    if min(options.rounds, options.batch_size, options.num_steps, options.threads or 1) < 1 or options.threads == 0:
+        parser.error("--rounds, --batch-size, --num-steps and --threads must be at least 1")
     for path in (options.compare, options.check):
         if path and not path.is_file():
             parser.error(f"{path} is not a file")
@@ -252,11 +281,16 @@ def main() -> None:
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = choose_device(options.device)
+    try:
+        device = choose_device(options.device)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     dtype = choose_dtype(options.precision, device)
     settings = {name: getattr(options, name) for name in ("model", "batch_size", "num_steps", "compile")}
     settings |= {"precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     earlier = read_earlier(options.check, settings) if options.check else {}
+    if missing := [part for part in options.parts if options.check and part not in earlier]:
+        raise SystemExit(f"{options.check} has no {', '.join(missing)}: leave out --check or these parts.")
     torch.manual_seed(0)
     if options.model == "demo":
         model, autoencoder, defaults = load_model("demo"), load_autoencoder("demo"), SamplingDefaults()
@@ -264,7 +298,11 @@ def main() -> None:
         release = RELEASED_MODELS[options.model]
         model, autoencoder, defaults = BitDance(release.config), Autoencoder(AutoencoderConfig()), release.sampling
     variants: dict[str, dict[str, Callable[[], object]]] = {}
-    limits, least = Limits(device, dtype), {}
+    if options.compare:
+        variants["other"] = load_other(options.compare, options, defaults.cfg_scale)
+    limits = Limits(device, dtype)
+    objective: BitDanceLoss | None = None
+    pipeline: Pipeline | None = None
     parts = set(options.parts)
     if any(part.startswith("train") for part in parts):
         side = model.config.grid * autoencoder.config.down_size
@@ -273,17 +311,19 @@ def main() -> None:
         if device.type == "cpu":
             objective.autoencoder.prepare_for_cpu()
         in_bf16 = dtype == torch.bfloat16
-        variants["ours"] = training_parts(objective, options.batch_size, side, in_bf16)
-        least |= training_limits(objective, options.batch_size, side, limits)
+        if options.compile:
+            objective.compile()  # as `Trainer` does on a GPU
+        name = "compiled" if options.compile else "ours"
+        variants[name] = training_parts(objective, options.batch_size, side, in_bf16)
     if any(not part.startswith("train") for part in parts):
         networks = [network.eval().to(device, dtype) for network in (model, autoencoder)]
         pipeline = Pipeline(*networks, defaults=defaults)  # type: ignore[arg-type]
         config = pipeline.sampling_config(num_steps=options.num_steps)
         arguments = (options.batch_size, config, options.chunk_size)
         if options.compile:
-            compiled = Pipeline(*copy.deepcopy(networks), defaults=defaults)  # type: ignore[arg-type]
+            compiled = Pipeline(*networks, defaults=defaults)  # type: ignore[arg-type]
             compiled.compile(options.compile)
-            variants["compiled"] = sampling_parts(compiled, *arguments)
+            variants["compiled"] = variants.get("compiled", {}) | sampling_parts(compiled, *arguments)
         if options.reference:
             sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
             from reference_sampler import sample_reference
@@ -291,34 +331,43 @@ def main() -> None:
             labels = torch.arange(options.batch_size, device=device) % model.config.num_classes
             noise_fn = sample_noise(model, 0, torch.arange(options.batch_size, device=device), config.num_draws)
             variants["reference"] = {"tokens": lambda: sample_reference(model, labels, noise_fn, config.cfg_scale)}
-        least |= sampling_limits(pipeline, *arguments[:2], limits)
         if device.type == "cpu":
             pipeline.autoencoder.prepare_for_cpu()
         variants["ours"] = variants.get("ours", {}) | sampling_parts(pipeline, *arguments)
-    if options.compare:
-        variants["other"] = load_other(options.compare, options, defaults.cfg_scale)
     measured: dict[str, dict[str, list[float]]] = {part: {} for part in options.parts}
+    peaks: dict[str, float] = {}
     for round_ in range(options.rounds + 1):  # the first one, which compiles, is not counted
         for part in options.parts:
             for name, functions in variants.items():
+                if part != "step":
+                    cache_of.cache_clear()
                 if part in functions:
                     packed = name == "ours" and not part.startswith("train")
                     with (
                         torch.set_grad_enabled(part.startswith("train")),
                         packed_linears(model) if packed else contextlib.nullcontext(),
                     ):
+                        if device.type == "cuda":
+                            torch.cuda.reset_peak_memory_stats(device)
                         taken = seconds_of(functions[part], device)
+                    if device.type == "cuda" and name in OURS:
+                        peaks[part] = max(peaks.get(part, 0.0), torch.cuda.max_memory_allocated(device) / 1e9)
                     print(f"{part}, {name}: {taken:.3f} s{'' if round_ else ' (not counted)'}", flush=True)
                     if round_:
                         measured[part].setdefault(name, []).append(taken)
+    limits.measure()  # again, since other work on the machine could have slowed the first time
+    least = sampling_limits(pipeline, options.batch_size, config, limits) if pipeline else {}
+    if objective:
+        least |= training_limits(objective, options.batch_size, side, limits)
     results = {}
     for part, values in measured.items():
         seconds = {name: statistics.median(times) for name, times in values.items()}
+        fastest = min(value for name, value in seconds.items() if name in OURS)
         results[part] = {
             "seconds": seconds,
             "limit_seconds": least[part],
-            "limit_ratio": least[part] / seconds["ours"],
-            **{f"{name}_over_ours": value / seconds["ours"] for name, value in seconds.items() if name != "ours"},
+            "limit_ratio": least[part] / fastest,
+            **{f"{name}_over_ours": value / fastest for name, value in seconds.items() if name not in OURS},
         }
         others = ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
         print(f"{part}: {others}; limit {least[part]:.3f} s, {100 * results[part]['limit_ratio']:.0f} % of it reached")
@@ -332,7 +381,7 @@ def main() -> None:
         "tflops": limits.flops / 1e12,
         "gb_per_second": limits.bandwidth / 1e9,
         "parts": results,
-        "peak_memory_gb": peak_memory(device) / 1e9,
+        "peak_memory_gb": peaks,
     }
     print(json.dumps(facts, default=str))
     if slower := find_slower(earlier, results):

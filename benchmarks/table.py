@@ -12,7 +12,12 @@ import pathlib
 import sys
 from typing import Any
 
-HEADER = "| run | part | ours | compiled | other | limit | reached |\n|---|---|---|---|---|---|---|"
+VARIANTS = ("ours", "compiled", "reference", "other")
+FACTS = {"model", "batch_size", "num_steps", "precision", "device", "torch", "tflops", "gb_per_second"} | {
+    "parts",
+    "peak_memory_gb",
+}
+HEADER = f"| run | part | {' | '.join(VARIANTS)} | limit | reached | peak |\n|{'---|' * (len(VARIANTS) + 5)}"
 
 
 def read_facts(path: pathlib.Path) -> dict[str, Any] | None:
@@ -21,7 +26,7 @@ def read_facts(path: pathlib.Path) -> dict[str, Any] | None:
         facts = json.loads(path.read_text().splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return None
-    return facts if isinstance(facts, dict) and "parts" in facts else None
+    return facts if isinstance(facts, dict) and set(facts) >= FACTS and isinstance(facts["parts"], dict) else None
 
 
 def rows(facts: dict[str, Any]) -> list[str]:
@@ -30,9 +35,10 @@ def rows(facts: dict[str, Any]) -> list[str]:
     lines = []
     for part, values in facts["parts"].items():
         seconds, limit = values["seconds"], values["limit_seconds"]
-        columns = [f"{seconds[name]:.3g} s" if name in seconds else "" for name in ("ours", "compiled", "other")]
-        fastest = min(seconds[name] for name in ("ours", "compiled") if name in seconds)
-        lines.append(f"| {run} | {part} | {' | '.join(columns)} | {limit:.3g} s | {100 * limit / fastest:.0f} % |")
+        columns = [f"{seconds[name]:.3g} s" if name in seconds else "" for name in VARIANTS]
+        peak = f"{facts['peak_memory_gb'][part]:.1f} GB" if part in facts["peak_memory_gb"] else ""
+        reached = f"{limit:.3g} s | {100 * values['limit_ratio']:.0f} %"
+        lines.append(f"| {run} | {part} | {' | '.join(columns)} | {reached} | {peak} |")
     return lines
 
 
@@ -47,7 +53,7 @@ def main() -> None:
         table += rows(facts)
         ceilings.append(
             f"{path.stem}: {facts['device']}, PyTorch {facts['torch']}, {facts['tflops']:.1f} TFLOP/s, "
-            f"{facts['gb_per_second']:.0f} GB/s, peak memory {facts['peak_memory_gb']:.1f} GB"
+            f"{facts['gb_per_second']:.0f} GB/s"
         )
     if not table:
         raise SystemExit("no result of speed.py among the files")

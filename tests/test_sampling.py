@@ -190,6 +190,7 @@ def test_compiled_batches_are_padded_to_sizes_that_are_known(model, monkeypatch)
     expected = pipe.generate([5, 6, 7], [0, 1, 2], config, seed=1)
     eager = functools.partial(CompiledFunctions, backend="eager")
     monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: eager(model))
+    monkeypatch.setattr(pipeline_module, "find_compiler_problem", lambda device: None)
     pipe.compile("default")
     pipe.generate(range(5), [0] * 5, config)
     found = pipe.generate([5, 6, 7], [0, 1, 2], config, 1, callback=lambda i, n, tokens: steps.append(tokens.shape))
@@ -211,7 +212,7 @@ def test_compiled_chunks_are_padded(model):
 
     torch._dynamo.reset()
     pipe.functions = CompiledFunctions(pipe.model, backend=count)
-    for chunk_size, new in ((4, [4]), (5, [5, 2]), (4, [])):
+    for chunk_size, new in ((5, [5, 2]), (4, []), (0, [7]), (20, []), (3, [])):
         sizes.clear()
         pixels = pipe.decode_tokens(bits, chunk_size)
         assert pixels.shape == expected.shape and (pixels.int() - expected.int()).abs().max() <= 1
@@ -237,6 +238,7 @@ def test_without_a_compiler_the_decoder_runs_uncompiled(model, capsys):
 def test_only_jobs_on_a_gpu_are_compiled_by_default(model, tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(pipeline_module, "CompiledFunctions", lambda model, mode: modes.append(mode))
+    monkeypatch.setattr(pipeline_module, "find_compiler_problem", lambda device: None)
     pipe = load_pipeline(model, device="cpu")
     pipe.compile()
     assert modes == []
@@ -293,6 +295,29 @@ def test_without_a_compiler_the_sampler_runs_uncompiled(model, monkeypatch, caps
     assert np.array_equal(found.bits, expected.bits)
     assert "runs uncompiled" in capsys.readouterr().err
     assert pipe.functions is None
+
+
+def test_a_job_is_not_a_mixture_of_compiled_and_uncompiled_batches(model, tmp_path, monkeypatch, capsys):
+    """Their images differ in bf16, and the settings say which they are."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail_to_compile)
+    folder = tmp_path / "a"
+    sample(model, folder, "--num-images", 2, "--npz", "--compile", "default", "--num-steps", 2)
+    assert "runs uncompiled (no C++ compiler): install" in capsys.readouterr().err
+    assert json.loads(next(folder.glob("*.json")).read_text())["networks"]["compiled"] is False
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline_module, "find_compiler_problem", lambda device: None)
+    monkeypatch.setattr(CompiledFunctions.__init__, "__defaults__", ("default", fail_to_compile))
+    torch._dynamo.reset()
+    with pytest.raises(SystemExit):
+        sample(model, tmp_path / "b", "--num-images", 2, "--npz", "--compile", "default", "--num-steps", 2)
+    error = capsys.readouterr().err
+    assert "compiling failed in a job that is sampled by compiled functions: remove" in error
+    assert "and sample with --compile no." in error
+    assert not list((tmp_path / "b").glob("*.npz"))
+
+
+def fail_to_compile(*arguments):
+    raise RuntimeError("no C++ compiler")
 
 
 def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):

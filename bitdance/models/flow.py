@@ -1,8 +1,8 @@
 """Rectified flow on the hypercube: probability path, velocity, timesteps, solvers and guidance.
 
 x_1 in {-1, +1}^C is data, x_0 ~ N(0, I) is noise and x_t = (1 - t) x_0 + t x_1, so t = 0 is noise and t = 1 is data.
-The network predicts x_1 (section 3.3 of arXiv 2602.14041). All functions are pure and compute in float32, except that
-the coefficients of solvers are float64.
+The network predicts x_1 (section 3.3 of arXiv 2602.14041). All functions are pure and compute in the dtype of their
+tensors, float32 in sampling and training, except that the coefficients of solvers are float64 until they are used.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def guidance_scale(cfg_scale: float, step: int, num_steps: int, schedule: str = 
     """Returns the guidance scale of an autoregressive step.
 
     Args:
-        cfg_scale: the final scale.
+        cfg_scale: the scale that `linear` approaches, and that of `constant`.
         step: 0 <= step < num_steps.
         num_steps: autoregressive steps, N / P.
         schedule: `linear` grows from exactly 1, `constant` is cfg_scale throughout.

@@ -76,8 +76,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Computes scaled dot-product attention: q (B, H, n, d), k and v (B, H, m, d) -> (B, H, n, d).
 
     Some are computed by matrix products, with logits and softmax in float32: few queries on a CPU, short sequences in
-    training in half precision, where the backward pass of PyTorch's fused kernel is several times slower on CPUs, and
-    short sequences of more rows than the grid of a CUDA kernel can have.
+    training in half precision, where the backward pass of PyTorch's fused kernel is several times slower on CPUs (on
+    GPUs it pads each sequence to 128, which takes memory; not measured), and short sequences of more rows than the
+    grid of a CUDA kernel can have.
     """
     is_short, is_half = k.shape[2] <= MAX_SHORT, q.dtype in (torch.bfloat16, torch.float16)
     on_cpu, trained = q.device.type == "cpu", q.requires_grad and is_half

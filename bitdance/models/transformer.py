@@ -167,12 +167,12 @@ class BitDance(nn.Module):
         return self.head.loss(target.repeat(copies, 1, 1), cond.repeat(copies, 1, 1), t, x_0)
 
     def new_cache(self, batch: int) -> KVCache:
-        """Allocates an empty key/value cache for `batch` rows."""
-        config = self.config
+        """Allocates an empty key/value cache for `batch` rows, in the dtype of matrix products."""
+        config, device = self.config, self.norm.weight.device
+        in_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if in_autocast else self.dtype
         shape = (batch, config.n_head, config.cls_token_num + config.num_tokens - 1, config.dim // config.n_head)
-        tensors = [
-            torch.zeros(shape, dtype=self.dtype, device=self.norm.weight.device) for _ in self.layers for _ in "kv"
-        ]
+        tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers for _ in "kv"]
         return KVCache(tensors[: config.n_layer], tensors[config.n_layer :])
 
     def _mask(self, length: int) -> Mask:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -42,7 +44,8 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
 def computes_bf16(device: torch.device) -> bool:
     """Returns whether bf16 is faster than float32: on GPUs, and on CPUs that have instructions for it."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     # With this variable a user keeps oneDNN, which computes the products, from instructions that the CPU has.
@@ -50,6 +53,17 @@ def computes_bf16(device: torch.device) -> bool:
     if not re.search("DEFAULT|ALL|BF16|FP16|AMX|AVX10", allowed):
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Disables TensorFloat-32, which rounds float32 to 10 bits in convolutions and matrix products of GPUs."""
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def num_cores() -> int:

@@ -8,9 +8,11 @@ from typing import Any
 
 _OUT_OF_MEMORY = re.compile(
     "out of memory|can't allocate|could not create a (primitive|memory)"
-    "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    "|unable to find an engine to execute this computation"
 )
-"""Of PyTorch, oneDNN, cuBLAS and cuDNN; the last is what cuBLAS says when there is no memory for its handle."""
+"""Of PyTorch, oneDNN, cuBLAS and cuDNN; the last two are also what is said when there is no memory for cuBLAS's handle
+or for the workspace of any convolution of cuDNN."""
 
 MAX_MESSAGE = 1500
 """Characters of a message on the terminal."""

@@ -203,6 +203,8 @@ class SamplingJob:
                 written.
         """
         _ = self.batches, self.labels  # raises what is out of range before anything is written
+        if len(set(world.gather(self.networks.compiled))) > 1:
+            raise UserError("the sampler can be compiled in some of the processes only: give `compile` no.")
         sections = {
             "sampling": self.sampling,
             "job": self.config,
@@ -304,6 +306,9 @@ class SamplingJob:
                     pixels, bits, halved = self.pipeline.generate(
                         padded, classes, self.sampling, config.seed, config.chunk_size, report=log
                     )
+                    if self.networks.compiled and self.pipeline.functions is None:
+                        problem = "compiling failed in a job that is sampled by compiled functions"
+                        raise UserError(f"{problem}: remove {self.run_folder} and sample with `compile` no.")
                     arrays = self._part_arrays(kinds, pixels[: len(ids)], bits[: len(ids)])
                     arrays["halved"] = np.array(halved, np.uint8)
                     if writing is not None:
@@ -396,11 +401,11 @@ class SamplingJob:
         """Yields a function that writes a line with the time to this process's log."""
         path = self._beside(f".rank{world.rank}.log")
         make_folder(path.parent)
-        with open(path, "a", buffering=1) as file:
+        with open(path, "ab", buffering=0) as file:
 
             def write(line: str) -> None:
                 try:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode(errors="surrogateescape"))
                 except OSError as error:
                     raise UserError(f"cannot write {path}: {error.strerror}; free some space.") from error
 

@@ -32,15 +32,16 @@ from bitdance.models.packed_linear import packed_linears
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.devices import choose_device, computes_bf16
+from bitdance.runtime.devices import choose_device, computes_bf16, exact_float32
 from bitdance.runtime.errors import UserError, first_line, is_out_of_memory
 from bitdance.sampling.sampler import (
     CompiledFunctions,
-    SamplerFunctions,
     SamplingConfig,
     StepCallback,
     decode_pixels,
+    find_compiler_problem,
     is_compiler_error,
+    padded_size,
     sample_noise,
     sample_tokens,
 )
@@ -262,7 +263,7 @@ class Pipeline:
     ) -> Tensor:
         """Samples tokens (B, N, C); a batch for compiled functions is padded to a size that they know."""
         size = len(sample_ids)
-        padding = functions.padded_size(size) - size if functions else 0
+        padding = padded_size(size, functions.sizes) - size if functions else 0
         padded = [
             torch.tensor([*part, *[part[-1]] * padding], dtype=torch.int64, device=self.device)
             for part in (sample_ids, labels)
@@ -309,7 +310,8 @@ class Pipeline:
             )
         pixels = images.to(self.device)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
-        return self.autoencoder.encode(normalize(pixels).to(self.dtype)).float()
+        with exact_float32():
+            return self.autoencoder.encode(normalize(pixels).to(self.dtype)).float()
 
     def decode(self, bits: Tensor | np.ndarray, output: Output = "pil") -> Any:
         """Decodes bits (B, C, h, w), +-1, to images; `output` as in a call.
@@ -345,24 +347,25 @@ class Pipeline:
             report: called with a message when a chunk is halved.
         """
         bits = grid_from_tokens(tokens, self.model.config.patch)  # (B, C, h, w)
-        size = min(limit_chunk(chunk_size or len(bits), self.image_size, self.device), self._fitting_chunk)
+        size = min(limit_chunk(chunk_size or len(bits), self.image_size, self.device), self._fitting_chunk, len(bits))
         parts: list[Tensor] = []
         start = 0
         while start < len(bits):
-            count = min(size, len(bits) - start)
-            chunk = bits[start : start + count]
-            if self.functions and size <= 2 * count:  # to a size that is compiled in any case
-                chunk = F.pad(chunk, (0, 0) * (bits.ndim - 1) + (0, size - count))
+            chunk = bits[start : start + size]
+            count = len(chunk)
+            if self.functions:  # to a size that is compiled
+                padding = padded_size(count, self.functions.chunks) - count
+                chunk = F.pad(chunk, (0, 0) * (bits.ndim - 1) + (0, padding))
             try:
                 parts.append(self._with_functions(functools.partial(self._decode, chunk))[:count])
                 start += count
                 continue
             except (RuntimeError, MemoryError) as error:
-                if count == 1 or not is_out_of_memory(error):
+                if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
             self._release_memory()
-            size = self._fitting_chunk = count // 2
-            report(f"not enough memory to decode {count} images at once: {size} are decoded at once from now on.")
+            size = self._fitting_chunk = len(chunk) // 2
+            report(f"not enough memory to decode {len(chunk)} images at once: {size} are decoded at once from now on.")
         return torch.cat(parts)
 
     def _release_memory(self) -> None:
@@ -373,10 +376,14 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def _decode(self, bits: Tensor, functions: SamplerFunctions | None = None) -> Tensor:
+    def _decode(self, bits: Tensor, functions: CompiledFunctions | None = None) -> Tensor:
         parameter = next(self.autoencoder.parameters())
         decode = functions.decode if functions else decode_pixels
-        return decode(self.autoencoder, bits.to(parameter.device, parameter.dtype))
+        with exact_float32():
+            pixels = decode(self.autoencoder, bits.to(parameter.device, parameter.dtype))
+        if functions:
+            functions.chunks.add(len(bits))
+        return pixels
 
     def _with_functions(self, call: Callable[[CompiledFunctions | None], Tensor]) -> Tensor:
         """Calls a function with the compiled functions, and again without them where compiling fails."""
@@ -401,7 +408,8 @@ class Pipeline:
 
         All calls have to come from one thread: CUDA graphs belong to theirs.
 
-        On a CPU the weights become constants: later changes of them have no effect.
+        On a CPU the weights become constants: later changes of them have no effect. Where there is no compiler, nothing
+        is compiled, and a message says so.
 
         Args:
             mode: `default`, `reduce-overhead` (with CUDA graphs; on a CPU the same as `default`), or `auto`: the latter
@@ -416,6 +424,11 @@ class Pipeline:
             if self.device.type != "cuda":
                 return
             mode = "reduce-overhead"
+        if problem := find_compiler_problem(self.device):
+            advice = "install a C++ compiler, and Triton for a GPU, or leave out --compile"
+            print(f"bitdance: the sampler runs uncompiled ({problem}): {advice}.", file=sys.stderr)
+            return
+        print("bitdance: the first batch of each size takes minutes longer, to compile.", file=sys.stderr)
         self.functions = CompiledFunctions(self.model, mode)
 
 

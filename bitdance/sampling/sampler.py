@@ -6,7 +6,7 @@ Tests compare it with a reference sampler that recomputes the whole sequence at 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
 from bitdance.models.layers import KVCache
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.errors import UserError, check_fields, first_line
 
 NoiseFn = Callable[[int, bool], Tensor]
 """(autoregressive step, for the unconditional rows?) -> (draws, B, P, C) float32 standard normal noise."""
@@ -137,6 +137,7 @@ class CompiledFunctions(SamplerFunctions):
 
     Attributes:
         sizes: of batches that have been sampled.
+        chunks: numbers of images that have been decoded at once.
     """
 
     def __init__(self, model: BitDance, mode: str = "default", backend: str | Callable[..., Any] = "inductor") -> None:
@@ -147,15 +148,12 @@ class CompiledFunctions(SamplerFunctions):
             graphs = {}
         torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
         self.sizes: set[int] = set()
+        self.chunks: set[int] = set()
         self._arguments = model, mode, backend
         self.predict = torch.compile(guided_prediction, **settings, **graphs)
         self.solver_step = torch.compile(flow.solver_step, **settings)
         self.decode = torch.compile(decode_pixels, **settings)
         self._step_at = torch.compile(model.step_at, **settings)
-
-    def padded_size(self, size: int) -> int:
-        """Returns the size to pad a batch to: one of `sizes` that is at most twice as large, or `size`."""
-        return min((other for other in self.sizes if size <= other <= 2 * size), default=size)
 
     def renewed(self) -> CompiledFunctions:
         """Returns the same functions, to be compiled again."""
@@ -168,9 +166,23 @@ class CompiledFunctions(SamplerFunctions):
         return self._step_at(new, cache.keys, cache.values, position)
 
 
+def padded_size(size: int, known: Iterable[int]) -> int:
+    """Returns the size to pad a batch to: a known one that is at most twice as large, or `size`."""
+    return min((other for other in known if size <= other <= 2 * size), default=size)
+
+
 def decode_pixels(autoencoder: Autoencoder, bits: Tensor) -> Tensor:
     """Decodes bits (B, C, h, w), +-1 in the autoencoder's dtype, to pixels (B, H, W, 3) uint8."""
     return to_uint8(autoencoder.decode(bits))
+
+
+def find_compiler_problem(device: torch.device) -> str | None:
+    """Compiles a small function and returns why that is impossible on a device, or None."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # of the compiler, of the folder of its cache, or of the C++ compiler
+        return first_line(error)
+    return None
 
 
 def is_compiler_error(error: Exception) -> bool:
