@@ -1,0 +1,231 @@
+"""Measures what the settings of sampling cost and give: Fréchet distance, accuracy and seconds, as CSV and figures.
+
+    python examples/cifar10/study.py --reference cifar10_test.zip --models demo --output runs/study
+    python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
+
+Each line of study.csv is one combination of model, settings and seed. Lines that are there are not measured again, so
+an interrupted study continues. Needs the example's classifier, see classifier.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from classifier import extractor
+
+import bitdance
+from bitdance.cli.main import call
+from bitdance.metrics.feature_set import Collector, extract_features
+from bitdance.metrics.features import FeatureExtractor
+from bitdance.metrics.image_sources import open_source
+from bitdance.metrics.report import compute_metrics
+from bitdance.runtime.atomic_files import atomic_write
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.process_group import World
+from bitdance.runtime.progress import progress_bar
+from bitdance.sampling.pipeline import Pipeline, split_batches
+from bitdance.sampling.sampler import SamplingConfig
+
+COLUMNS = (
+    ["model", "parallel_num", "seed", "images"]
+    + [field.name for field in dataclasses.fields(SamplingConfig)]
+    + ["frechet_distance", "accuracy", "precision", "recall", "seconds_per_image"]
+)
+SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
+BATCH = 250
+MARGIN = 0.03
+T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
+"""Quantiles of Student's t at 95 %, by degrees of freedom."""
+
+
+def settings(scale: float) -> Iterator[SamplingConfig]:
+    """Yields the settings of the study, one axis at a time, around 50 steps and a guidance scale."""
+    base = SamplingConfig(50, scale)
+    for solver, steps in itertools.product(SOLVERS, (5, 10, 15, 20, 30, 50, 100)):
+        yield dataclasses.replace(base, solver=solver, num_steps=steps)
+    for scale_, schedule in itertools.product((1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), ("linear", "constant")):
+        yield dataclasses.replace(base, cfg_scale=scale_, cfg_schedule=schedule)
+    for scale_, solver in itertools.product((1.0, 2.0, 4.0, 6.0), ("euler", "heun")):  # another law with guidance
+        yield dataclasses.replace(base, cfg_scale=scale_, solver=solver)
+    for interval in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.5, 1.0)):
+        yield dataclasses.replace(base, cfg_interval=interval)
+    yield dataclasses.replace(base, share_first=True)
+    for solver in SOLVERS[:2]:
+        small = dataclasses.replace(base, solver=solver, num_steps=15)
+        for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
+            yield dataclasses.replace(small, end_time=end, grid_power=power)
+        for first, last in ((15, 15), (25, 5), (5, 25), (40, 10)):
+            yield dataclasses.replace(small, num_steps=first, final_num_steps=last)
+
+
+def measure(
+    pipeline: Pipeline, config: SamplingConfig, seed: int, images: int, network: FeatureExtractor, reference: Any
+) -> dict[str, Any]:
+    """Samples images of all classes in equal numbers and returns the columns of the result."""
+    labels = np.arange(images) % len(pipeline.classes)
+    collector, seconds = Collector(network, images), 0.0
+    for ids in split_batches(images, BATCH):
+        start = time.perf_counter()
+        pixels = pipeline.generate(ids, labels[ids.start : ids.stop].tolist(), config, seed).pixels
+        seconds += time.perf_counter() - start
+        collector.add(network(pixels))
+    metrics = compute_metrics(collector.finish({"source": "samples"}, labels), reference)
+    return {
+        "frechet_distance": metrics["fid"],
+        **{name: metrics[name] for name in ("accuracy", "precision", "recall")},
+        "seconds_per_image": seconds / images,
+    }
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """Reads the lines that are there, leaving out one that was not written to its end."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise UserError(f"{path} has other columns than this program writes: give another folder.")
+        return [row for row in reader if all(row[name] not in (None, "") for name in COLUMNS[-2:])]
+
+
+def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[str, str]:
+    """Returns the columns that tell a line from the others, as text."""
+    return {"model": name, "seed": str(seed), "images": str(images)} | {
+        field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def run(options: argparse.Namespace, path: pathlib.Path) -> None:
+    """Measures what is missing."""
+    network, world = extractor(), World(0, 1, torch.device("cpu"))
+    source = open_source(options.reference, 32)
+    reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
+    rows = read_rows(path)
+    done = [{name: row[name] for name in key_of("", 0, 0, SamplingConfig(1, 1.0))} for row in rows]
+    wanted = [
+        (name, seed, config)
+        for seed in range(options.seeds)
+        for config in dict.fromkeys(settings(options.cfg_scale))
+        for name in options.models
+    ]
+    missing = [item for item in wanted if key_of(item[0], item[1], options.images, item[2]) not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pipelines = {name: bitdance.load_pipeline(name) for name in options.models}
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(path, "a", newline="") as file, progress_bar(len(missing), "study", "settings") as bar:
+        writer = csv.DictWriter(file, COLUMNS)
+        for name, seed, config in missing:
+            pipeline = pipelines[name]
+            row = measure(pipeline, config, seed, options.images, network, reference)
+            p = {"parallel_num": pipeline.model.config.parallel_num}
+            writer.writerow(key_of(name, seed, options.images, config) | p | row)
+            file.flush()
+            bar.update(1)
+    print(f"wrote {path}")
+
+
+def select(rows: list[dict[str, str]], model: str, x: str, **fixed: Any) -> dict[str, dict[str, list[float]]]:
+    """Returns the values of the metrics over the values of a column, for the rows of a model with these settings."""
+    base = {name: str(value) for name, value in dataclasses.asdict(SamplingConfig(50, 3.0)).items()}
+    base |= {name: str(value) for name, value in fixed.items()}
+    base.pop(x)
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["model"] == model and all(row[name] == value for name, value in base.items()):
+            values = found.setdefault(row[x], {name: [] for name in COLUMNS[-5:]})
+            for name in values:
+                values[name].append(float(row[name]))
+    return found
+
+
+def draw(rows: list[dict[str, str]], folder: pathlib.Path, scale: float) -> None:
+    """Draws a figure for each model: the distance and the accuracy over solver steps and over guidance scales."""
+    from matplotlib.figure import Figure
+
+    for model in dict.fromkeys(row["model"] for row in rows):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        axes = figure.subplots(2, 2)
+        lines = [
+            (0, solver, select(rows, model, "num_steps", solver=solver, cfg_scale=scale)) for solver in SOLVERS
+        ] + [
+            (1, f"{schedule} guidance", select(rows, model, "cfg_scale", cfg_schedule=schedule))
+            for schedule in ("linear", "constant")
+        ]
+        for column, label, values in lines:
+            points = sorted((float(x), metrics) for x, metrics in values.items())
+            for row_, name in enumerate(("frechet_distance", "accuracy")):
+                means = [statistics.fmean(metrics[name]) for _, metrics in points]
+                axes[row_, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
+        for row_, title in enumerate(("Fréchet distance", "accuracy")):
+            axes[row_, 0].set(xlabel="solver steps", ylabel=title, xscale="log")
+            axes[row_, 1].set(xlabel="guidance scale", ylabel=title)
+        axes[0, 0].legend()
+        axes[0, 1].legend()
+        path = folder / f"study-{pathlib.Path(model).stem}.png"
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+        print(f"wrote {path}")
+
+
+def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
+    """Prints whether fewer solver steps are equivalent to 100: the 90 % interval of the ratio lies within 3 % of 1.
+
+    The seeds are pairs: the same seed has the same labels and first noise.
+    """
+    for model, solver in itertools.product(dict.fromkeys(row["model"] for row in rows), SOLVERS[:2]):
+        values = select(rows, model, "num_steps", solver=solver, cfg_scale=scale)
+        exact = select(rows, model, "num_steps", solver=SOLVERS[0], cfg_scale=scale).get("100", {})
+        for steps, metrics in sorted(values.items(), key=lambda item: int(item[0])):
+            pairs = list(zip(metrics["frechet_distance"], exact.get("frechet_distance", []), strict=False))
+            if len(pairs) < 2 or len(pairs) - 1 >= len(T95):
+                continue
+            ratios = [a / b for a, b in pairs]
+            mean = statistics.fmean(ratios)
+            half = T95[len(pairs) - 1] * statistics.stdev(ratios) / len(pairs) ** 0.5
+            verdict = "equivalent" if max(abs(mean - 1 - half), abs(mean - 1 + half)) < MARGIN else "not shown"
+            print(f"{model}, {solver}, {steps} steps: {mean:.3f} +- {half:.3f} of the distance at 100: {verdict}")
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, and draws the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["demo"], help="names, files or folders of runs")
+    parser.add_argument("--reference", type=pathlib.Path, help="held-out images")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/study"), help="folder")
+    parser.add_argument("--images", type=int, default=2000, help="samples of each setting")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other noise")
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="of the settings that do not vary it")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--figures", action="store_true", help="only draw what is there")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    path = options.output / "study.csv"
+    if not options.figures:
+        if options.reference is None:
+            raise UserError("--reference is missing: give the held-out images.")
+        run(options, path)
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} has no results yet: run without --figures first.")
+    draw(rows, options.output, options.cfg_scale)
+    print_equivalence(rows, options.cfg_scale)
+
+
+if __name__ == "__main__":
+    call(main, sys.argv[1:])
