@@ -50,7 +50,7 @@ from bitdance.sampling.pipeline import Pipeline, choose_dtype
 from bitdance.sampling.sampler import SamplerFunctions, SamplingConfig, head_sampler, sample_noise, sample_tokens
 from bitdance.training.flops import step_flops
 from bitdance.training.losses import BitDanceLoss
-from bitdance.training.optimizer import EMA, build_optimizer
+from bitdance.training.optimizer import EMA, Optimizer
 from bitdance.training.train_config import LossConfig, TrainConfig
 
 PARTS = ("prefill", "step", "head", "decoder", "tokens", "images", "train-tokens", "train-images")
@@ -181,7 +181,7 @@ def training_parts(
     """Returns training steps as functions, from bits and from images: loss, gradients, clipping, AdamW and EMA."""
     network, sizes = objective.network.train().requires_grad_(), objective.network.config
     device = network.norm.weight.device
-    optimizer = build_optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path(), pathlib.Path(), lr=1e-5))
+    optimizer = Optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path(), pathlib.Path(), lr=1e-5))
     ema, index, zero = EMA(network, 0.9999), torch.arange(batch_size, device=device), torch.zeros((), device=device)
     shapes = {"train-tokens": (sizes.num_tokens, sizes.bits // 8), "train-images": (side, side, 3)}
 
@@ -191,8 +191,8 @@ def training_parts(
             loss, _ = objective(inputs, index % sizes.num_classes, index, 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(1e-5, zero)
+        optimizer.zero_grad()
         ema.update(network, zero)
 
     return {part: lambda part=part: step(part) for part in shapes}  # type: ignore[misc]

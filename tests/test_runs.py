@@ -127,6 +127,15 @@ def test_a_damaged_checkpoint_is_skipped(place, tmp_path, capsys, monkeypatch):
         assert digest(run) == digest(tmp_path / "whole")
 
 
+def test_a_run_with_muon_resumes_exactly(place, tmp_path):
+    train(place, tmp_path / "whole", epochs=2, optimizer="muon")
+    train(place, tmp_path / "run", epochs=2, optimizer="muon", save_every=2, max_steps=4)
+    train(place, tmp_path / "run", epochs=2, optimizer="muon")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    train(place, tmp_path / "adamw", epochs=2)
+    assert digest(tmp_path / "adamw") != digest(tmp_path / "whole")
+
+
 def _resave(path: pathlib.Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
     """Writes a checkpoint with other contents and right digests."""
     with safe_open(path, "pt") as file:

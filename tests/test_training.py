@@ -30,7 +30,7 @@ from bitdance.training import trainer as trainer_module
 from bitdance.training.evaluation import Validation
 from bitdance.training.loader import Batch, Loader, random_crop_probability
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
-from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate, parameter_groups
+from bitdance.training.optimizer import EMA, NonFiniteGuard, Optimizer, learning_rate, parameter_groups
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
@@ -136,9 +136,9 @@ def test_optimizer_takes_a_step_by_hand():
     torch.nn.init.constant_(network.weight, 2.0)
     torch.nn.init.constant_(network.bias, 3.0)
     run = TrainConfig(pathlib.Path("x"), lr=0.1, weight_decay=0.05)
-    optimizer = build_optimizer(dict(network.named_parameters()), run)
+    optimizer = Optimizer(dict(network.named_parameters()), run)
     network.weight.grad, network.bias.grad = torch.tensor([[4.0]]), torch.tensor([-5.0])
-    optimizer.step()
+    optimizer.step(0.1, torch.tensor(0.0))
     assert network.weight.item() == pytest.approx(2 * (1 - 0.1 * 0.05) - 0.1)
     assert network.bias.item() == pytest.approx(3 + 0.1)
 
@@ -154,25 +154,47 @@ def test_ema():
         assert network.weight.item() == value
 
 
-def test_a_skipped_step_changes_nothing():
-    network = torch.nn.Linear(3, 2)
-    optimizer, ema = (
-        build_optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path("x"), lr=0.1)),
-        EMA(network, 0.5),
-    )
+def test_muon_moves_hidden_matrices_by_orthogonal_matrices():
+    network = small.model()
+    parameters = dict(network.named_parameters())
+    run = TrainConfig(pathlib.Path("x"), lr=0.1, weight_decay=0.05, optimizer="muon")
+    optimizer, before = Optimizer(parameters, run), {name: p.detach().clone() for name, p in parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+    for p in parameters.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step(0.1, torch.tensor(0.0))
+    hidden = {name for name in parameters if name.startswith(("layers.", "head.net.res_blocks", "head.net.ada_ln"))}
+    moved = {name.removeprefix("momentum_buffer/") for name in optimizer.state() if name.startswith("momentum_buffer/")}
+    assert moved == {name for name in hidden if parameters[name].dim() == 2} and len(moved) > 6
+    for name, p in parameters.items():
+        update = (before[name] * (1 - 0.1 * 0.05) - p.detach()) / 0.1
+        if name in moved:
+            singular = torch.linalg.svdvals(update) / (0.2 * max(p.shape) ** 0.5)
+            assert singular.min() > 0.5 and singular.max() < 1.3, name
+    assert {name.split("/", 1)[0] for name in optimizer.state()} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    shapes = {name: value.shape for name, value in optimizer.state().items()}
+    assert shapes == {name: value.shape for name, value in optimizer.empty_state().items()}
+    with pytest.raises(UserError, match="optimizer=muon is for models"):
+        Optimizer(dict(small.autoencoder().named_parameters()), run)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_skipped_step_changes_nothing(kind):
+    network = small.model()
+    config = TrainConfig(pathlib.Path("x"), lr=0.1, optimizer=kind)
+    optimizer, ema = Optimizer(dict(network.named_parameters()), config), EMA(network, 0.5)
     guard = NonFiniteGuard(CPU)
 
     def step(gradient: float) -> None:
         for parameter in network.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         skipped = guard.check(torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0))
-        optimizer.found_inf = skipped
-        optimizer.step()
+        optimizer.step(0.1, skipped)
         ema.update(network, skipped)
 
     def state() -> list[torch.Tensor]:
-        moments = [value for parameter in network.parameters() for value in optimizer.state[parameter].values()]
-        return [value.detach().clone() for value in (*network.parameters(), *moments, *ema.state.values())]
+        tensors = (*network.parameters(), *optimizer.state().values(), *ema.state.values())
+        return [value.detach().clone() for value in tensors]
 
     step(1.0)
     before = state()

@@ -177,6 +177,7 @@ def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
     config, world = trainer.config, trainer.world
     networks = {name: _parameter_bytes(network) for name, network in _networks(trainer).items()}
     trained = sum(value.nbytes for value in trainer.parameters.values())
+    optimizer = sum(value.nbytes for value in trainer.optimizer.empty_state().values() if value.ndim)  # not counters
     weights = networks[trainer.kind] + networks.get("discriminator", 0)
     frozen = sum(networks.values()) - weights
     ema = networks[trainer.kind] if trainer.ema is not None else 0
@@ -191,12 +192,12 @@ def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
     return {
         "weights": weights,
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": optimizer,
         "ema": ema,
         "frozen": frozen,
         "activations": max(0, peak - trained),
         "preview": preview,
-        "checkpoint": weights + 2 * trained + ema if world.is_main else 0,
+        "checkpoint": weights + optimizer + ema if world.is_main else 0,
         "prefetch": (PREFETCH + 2) * len(trainer.loader.indices) * sample.nbytes,
         "process": process,
     }

@@ -1,14 +1,16 @@
-"""AdamW with the published parameter groups, learning rate, EMA, and the guard against non-finite gradients."""
+"""AdamW with the published parameter groups or Muon, learning rate, EMA, and the guard against non-finite gradients."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from bitdance.runtime.errors import UserError
 from bitdance.training.train_config import TrainConfig
 
 NO_DECAY = ("proj_in", "cls_embedding", "query_token")
@@ -25,10 +27,90 @@ def parameter_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> l
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """Returns fused AdamW over `parameter_groups`; its learning rate is set before each step."""
-    groups = parameter_groups(parameters, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+HIDDEN = re.compile(r"(layers|head\.net\.res_blocks|head\.net\.ada_ln_blocks)\.\d+\.")
+"""Beginnings of the names of parameters in the hidden layers of a model, whose matrices Muon updates."""
+
+
+class Optimizer:
+    """Fused AdamW over `parameter_groups`, or Muon for the matrices of hidden layers and AdamW for the rest.
+
+    Muon (Jordan et al. 2024) moves a matrix by its momentum with all singular values set to about 1, here with the root
+    mean square of AdamW's updates (arXiv 2502.16982), so that both take the same learning rate.
+
+    Args:
+        parameters: by name; the state is known by these names.
+        config: of the run.
+
+    Raises:
+        UserError: Muon is chosen, and there are no such matrices, or PyTorch is too old to have it.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: TrainConfig) -> None:
+        self._parameters = dict(parameters)
+        self._matrices: dict[str, Tensor] = {}
+        self.muon: torch.optim.Optimizer | None = None
+        if config.optimizer == "muon":
+            self._matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.match(name)}
+            if not self._matrices:
+                raise UserError("optimizer=muon is for models, not for autoencoders: use adamw.")
+            if not hasattr(torch.optim, "Muon"):
+                raise UserError(f"optimizer=muon needs PyTorch 2.9 or newer, not {torch.__version__}: update it.")
+            self.muon = torch.optim.Muon(
+                self._matrices.values(),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for parameter in self._matrices.values():  # or a skipped first step would leave it without a state
+                self.muon.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        groups = parameter_groups(
+            {name: p for name, p in parameters.items() if name not in self._matrices}, config.weight_decay
+        )
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+    def zero_grad(self) -> None:
+        """Removes all gradients."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def step(self, lr: float, skipped: Tensor) -> None:
+        """Takes a step with a learning rate, unless `skipped`, a scalar on the device, is 1.
+
+        AdamW reads it on the device; with Muon the host waits for it.
+        """
+        for optimizer in (self.adamw, self.muon):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = lr
+        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
+        self.adamw.step()
+        if self.muon is not None and not skipped:
+            self.muon.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the tensors to store, `<key>/<name of the parameter>`; none of AdamW before the first step."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer_of(name).state[parameter].items()
+        }
+
+    def empty_state(self) -> dict[str, Tensor]:
+        """Returns tensors of the shapes and types of `state` after a step."""
+        tensors = {f"momentum_buffer/{name}": value for name, value in self._matrices.items()}
+        for name, value in self._parameters.items():
+            if name not in self._matrices:
+                tensors |= {f"exp_avg/{name}": value, f"exp_avg_sq/{name}": value, f"step/{name}": torch.zeros(())}
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the tensors that `state` returned, which have to be on the device of the parameters."""
+        for name, parameter in self._parameters.items():
+            keys = ("momentum_buffer",) if name in self._matrices else ("step", "exp_avg", "exp_avg_sq")
+            self._optimizer_of(name).state[parameter] = {key: tensors[f"{key}/{name}"] for key in keys}
+
+    def _optimizer_of(self, name: str) -> torch.optim.Optimizer:
+        return self.muon if self.muon is not None and name in self._matrices else self.adamw
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -73,7 +155,7 @@ class EMA:
 class NonFiniteGuard:
     """Decides on the device whether a step is skipped, and counts: steps with non-finite gradients are.
 
-    The fused optimizer does not change parameters or its state where `found_inf` is 1, and neither does the EMA.
+    The optimizer does not change parameters or its state where it is 1, and neither does the EMA.
     Gradients have been averaged over all processes by then, so all decide alike.
 
     Args:

@@ -118,6 +118,7 @@ class TrainConfig:
         max_steps: ends the run earlier, for a test; the schedule still spans all epochs.
         batch_size: images per step, over all processes.
         seed: of all random numbers; each is a function of the seed, the step and the index in the global batch.
+        optimizer: adamw as published; muon for matrices of hidden layers and AdamW for the rest, for models.
         lr: peak learning rate.
         min_lr: final learning rate.
         warmup_steps: steps of linear warm-up from 0.
@@ -172,6 +173,7 @@ class TrainConfig:
     max_steps: int | None = _free(None)
     batch_size: int = 256
     seed: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 20_000

@@ -38,7 +38,7 @@ from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch, Loader
 from bitdance.training.logging import Metrics, MetricsMeter, RunLog, format_metrics
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
-from bitdance.training.optimizer import EMA, NonFiniteGuard, build_optimizer, learning_rate
+from bitdance.training.optimizer import EMA, NonFiniteGuard, Optimizer, learning_rate
 from bitdance.training.preemption import PreemptionHandler
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
@@ -140,7 +140,7 @@ class Trainer:
         if self.discriminator is not None:
             named = self.discriminator.named_parameters()
             self.parameters |= {f"discriminator.{name}": parameter for name, parameter in named}
-        self.optimizer = build_optimizer(self.parameters, config)
+        self.optimizer = Optimizer(self.parameters, config)
         self.guard = NonFiniteGuard(world.device)
         self.step = 0
         if len(loader.indices) % config.accumulate:
@@ -257,9 +257,7 @@ class Trainer:
         """Takes a step and returns its metrics, scalars on the device; the host does not wait for it."""
         # Dropout is the only use of torch's generator; the seed is a function of the step, so a resumed run repeats it.
         torch.manual_seed((self.config.seed << 31) + self.step * self.world.size + self.world.rank)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         count = self.config.accumulate
         no_sync = getattr(self.module, "no_sync", contextlib.nullcontext)
@@ -277,8 +275,7 @@ class Trainer:
             norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), max_norm)
             norms["discriminator_grad_norm"] = norm
         skipped = self.guard.check(torch.stack(list(norms.values())).sum())
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self.optimizer.step(lr, skipped)
         if self.ema is not None:
             self.ema.update(self.network, skipped)
         means = {name: value / count for name, value in sums.items()} | norms
@@ -383,11 +380,9 @@ class Trainer:
 
         Tensors of other shapes or types would make the fused optimizer write beyond its memory.
         """
-        keys = ("exp_avg", "exp_avg_sq")
-        optimizer = {f"{key}/{name}": value for name, value in self.parameters.items() for key in keys}
-        optimizer |= {f"step/{name}": torch.zeros(()) for name in self.parameters}
         network: dict[str, Tensor] = dict(self.network.named_parameters())
-        parts = {"model": network, "ema": network if self.ema is not None else {}, "optimizer": optimizer}
+        parts = {"model": network, "ema": network if self.ema is not None else {}}
+        parts["optimizer"] = self.optimizer.empty_state()
         parts["discriminator"] = dict(self.discriminator.named_parameters()) if self.discriminator is not None else {}
         for part, expected in parts.items():
             found = contents.states.get(part, {})
@@ -413,9 +408,7 @@ class Trainer:
         )
         if self.ema is not None:
             self.ema.state = ema
-        for name, parameter in self.parameters.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
+        self.optimizer.load_state(moments)
         self.guard = NonFiniteGuard(self.world.device, int(metadata["skipped"]), int(metadata["consecutive"]))
         self.step = int(metadata["step"])
 
@@ -428,8 +421,7 @@ class Trainer:
             tensors |= {f"ema/{name}": value for name, value in self.ema.state.items()}
         if self.discriminator is not None:
             tensors |= {f"discriminator/{name}": value for name, value in self.discriminator.named_parameters()}
-        for name, parameter in self.parameters.items():
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
         counts = {"skipped": str(int(self.guard.skipped)), "consecutive": str(int(self.guard.consecutive))}
         metadata = {**self._provenance(), "network": self.kind, **counts}
         self.checkpointer.save(self.step, tensors, {self.kind: dataclasses.asdict(self.network.config)}, metadata)
