@@ -73,7 +73,7 @@ def training(files: pathlib.Path, results: pathlib.Path, data: object = None) ->
             "--image-size", 16, "--output", results, "--dim", 64, "--n-layer", 1, "--head-dim", 64,
             "--head-layers", 1, "--head-ada-ln", 1, "--cls-token-num", 2,
             "--batch-size", 4, "--max-steps", 2, "--num-workers", 1, "--device", "cpu",
-            "--precision", "fp32"]  # fmt: skip
+            "--precision", "fp32", "--warmup-steps", 0]  # fmt: skip
 
 
 # ------------------------------------------------------------ classes

@@ -326,7 +326,10 @@ def test_what_to_do_about_memory_is_in_flags_of_the_command(run, monkeypatch):
         monkeypatch.setattr(name, fail)
     monkeypatch.setattr("bitdance.weights.resolve.find_weights", fail)
     for arguments, advice in (
-        (["train", "--data-path", "x", "--autoencoder", "y"], "use a lower --batch-size or a higher --accumulate."),
+        (
+            ["train", "--data-path", "x", "--autoencoder", "y", "--epochs", "1"],
+            "use a lower --batch-size or a higher --accumulate.",
+        ),
         (["train.py", "--data-path", "x", "--trained-vae", "y"], "use a lower --global-batch-size."),
         (["sample_ddp.py", "--ckpt", "x"], "use a lower --per-proc-batch-size or a lower --chunk-size."),
         (["info", "x"], "close other programs."),

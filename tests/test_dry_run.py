@@ -80,7 +80,7 @@ def test_flags_override_the_recipe(resolved, spelled):
 
 
 def test_defaults_without_a_recipe(resolved):
-    got = resolved(command.main, NEEDED)
+    got = resolved(command.main, [*NEEDED, "--max-steps", "5"])  # without it, they follow from the images
     assert (got["run"].epochs, got["run"].lr, got["sizes"].num_classes) == (400, 3e-4, None)
     assert got["loss"] == LossConfig()
 

@@ -254,13 +254,20 @@ def test_a_log_that_is_no_file(place, tmp_path):
 
 
 def test_a_warm_up_longer_than_the_run_is_reported(place, tmp_path, capsys):
-    train(place, tmp_path / "long", max_steps=2, warmup_steps=3)
-    out = capsys.readouterr().out
-    assert (
-        "the warm-up (warmup_steps=3) is longer than the run (2 steps): the learning rate stays below its peak." in out
-    )
-    train(place, tmp_path / "short", max_steps=3, warmup_steps=3)
-    assert "warm-up" not in capsys.readouterr().out
+    train(place, tmp_path / "long", epochs=1, warmup_steps=4)
+    err = capsys.readouterr().err
+    assert "warmup_steps=4 is more than the 3 steps of the run: the learning rate stays below its peak. Set" in err
+    train(place, tmp_path / "short", epochs=1, warmup_steps=3)
+    train(place, tmp_path / "test", epochs=2, max_steps=1, warmup_steps=4)  # which ends early, on purpose
+    assert "warmup_steps" not in capsys.readouterr().err
+
+
+def test_an_ema_that_keeps_the_first_weights_is_reported(place, tmp_path, capsys):
+    train(place, tmp_path / "long", epochs=1, ema=0.999)
+    err = capsys.readouterr().err
+    assert "ema=0.999 keeps 100% of the first weights after 3 steps" in err and "Set it to 0.5, or train longer." in err
+    train(place, tmp_path / "short", epochs=1, ema=0.3)
+    assert "ema=" not in capsys.readouterr().err
 
 
 def test_tensorboard_and_wandb_log_the_same_metrics(place, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -97,13 +97,17 @@ def _expand_user(found: re.Match[str]) -> str:
     return (found[1] or "") + os.path.expanduser(found[2])
 
 
-def recipe_name(arguments: list[str]) -> str | None:
-    """Returns the value of `--recipe`, which is parsed before everything else; None if it is not given."""
+def given_values(arguments: list[str], names: Sequence[str]) -> dict[str, str | None]:
+    """Returns the values of some options, without dashes before their names, that others' defaults depend on.
+
+    None for those that are not given; errors are left to `parse`.
+    """
     import argparse
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?")
-    return parser.parse_known_args(arguments)[0].recipe
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?", dest=name)
+    return vars(parser.parse_known_args(arguments)[0])
 
 
 def with_flags(message: str) -> str:

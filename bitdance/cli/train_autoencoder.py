@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
-from bitdance.cli.parsing import MISSING, parse, recipe_name
+from bitdance.cli.parsing import MISSING, given_values, parse
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
 
 def _recipe_defaults(arguments: list[str]) -> TrainAutoencoder | None:
     """Returns the defaults of `--recipe`; None if it is not given."""
-    if (name := recipe_name(arguments)) is None:
+    if (name := given_values(arguments, ["recipe"])["recipe"]) is None:
         return None
     if name not in AUTOENCODER_RECIPES:
         hint = did_you_mean(name, AUTOENCODER_RECIPES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import sys
@@ -22,6 +21,7 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import init_distributed
 from bitdance.training.estimate import print_estimate
+from bitdance.training.initialization import initialize_autoencoder, initialize_model
 from bitdance.training.loader import Loader, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.perceptual import load_perceptual_loss
@@ -98,7 +98,7 @@ def train_autoencoder(
                 limit = max(2, LINEAR_PIXELS // config.image_size**2)
                 initialize_linear(objective.network, _read_views(images, config.image_size, limit))
             if init_from is not None:
-                _initialize(objective.network, init_from, init_part, loss.decoder_only)
+                initialize_autoencoder(objective.network, init_from, init_part, loss.decoder_only)
         objective.network.encoder.requires_grad_(not loss.decoder_only)
         data = DataInfo(len(images), images.digest)
         trainer = Trainer(objective, config, Loader(images, config, world), world, data)
@@ -116,6 +116,7 @@ def train_model(
     device: str | None = None,
     threads: int | None = None,
     *,
+    init_from: str | None = None,
     expected_bits: int | None = None,
     expected_down_size: int | None = None,
     dry_run: bool = False,
@@ -126,6 +127,7 @@ def train_model(
         config, sizes, loss: settings.
         autoencoder: name or file of the autoencoder, see `bitdance.weights.resolve.find_weights`.
         device, threads: by default a GPU if there is one, and all cores.
+        init_from: name or file of a model whose weights a new run starts with, see `initialize_model`.
         expected_bits, expected_down_size: of the autoencoder, checked if given.
         dry_run: only print what the run will need, and return None.
 
@@ -153,6 +155,10 @@ def train_model(
             print(f"bitdance: warning: {classes}: the other classes are not trained.", file=sys.stderr)
         torch.manual_seed(config.seed)
         network = BitDance(model_config, loss.drop_rate, config.grad_checkpointing)
+        if init_from is not None and not list_checkpoints(config.output):
+            start = initialize_model(network, init_from)
+            if world.is_main:
+                print(f"bitdance: {config.output} {start}.", file=sys.stderr)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
         data = DataInfo(len(images), images.digest, digest)
         trainer = Trainer(objective, config, Loader(images, config, world), world, data, _recorded_name(autoencoder))
@@ -171,34 +177,6 @@ def _read_views(images: ImageDataset, size: int, limit: int) -> Tensor:
     if len(views) < 2:
         raise UserError(f"{images.path} has fewer than two images that can be read: add some.")
     return normalize(torch.from_numpy(np.stack(views)))
-
-
-def _initialize(network: Autoencoder, name: str, part: InitPart, keeps_tokens: bool) -> None:
-    """Copies the weights of another autoencoder, all or those of its decoder.
-
-    Raises:
-        UserError: a tensor has another shape, or exists in only one of the two; or an option would change tokens that
-            are to be kept.
-    """
-    contents = weights_file.read(find_weights(name, "autoencoder"))
-    other = weights_file.load_autoencoder(contents)
-    if keeps_tokens:
-        sizes_kept, sizes_set = (dataclasses.asdict(config) for config in (other.config, network.config))
-        if changed := [f"{name} {kept}" for name, kept in sizes_kept.items() if sizes_set[name] != kept]:
-            sizes = ", ".join(changed)
-            raise UserError(f"`decoder_only` keeps the tokens of {contents.path}, so set its sizes here, too: {sizes}.")
-    mine, theirs = (network, other) if part == "all" else (network.decoder, other.decoder)
-    found = theirs.state_dict()
-    for key, value in mine.state_dict().items():
-        if key not in found or found[key].shape != value.shape:
-            shape = tuple(found[key].shape) if key in found else "missing"
-            problem = f"{contents.path} has other sizes ({key} is {shape} instead of {tuple(value.shape)})"
-            raise UserError(f"{problem}: `init_from` needs the same sizes, see `bitdance info {contents.path}`.")
-    if unknown := sorted(found.keys() - mine.state_dict().keys()):
-        raise UserError(
-            f"{contents.path} has other sizes ({unknown[0]} is not needed): `init_from` needs the same sizes."
-        )
-    mine.load_state_dict(found)
 
 
 def _recorded_name(autoencoder: str | os.PathLike[str]) -> str:

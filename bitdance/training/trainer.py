@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from bitdance import __version__
 from bitdance.config import SamplingDefaults
+from bitdance.data.crops import center_crop, to_array
+from bitdance.data.image_dataset import ImageDataset, evenly_spaced
 from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
@@ -46,6 +48,10 @@ from bitdance.weights.layout import WeightsFile
 from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
+MAX_KEPT = 0.05
+"""Share of the first weights in the EMA that is reported when a run starts."""
+COMPARISON = "samples.png"
+COMPARED_CLASSES, COMPARED_IMAGES = 10, 6
 COMPILED_DEVICES = ("cuda",)
 """Types of devices on which `compile` has an effect."""
 
@@ -204,11 +210,9 @@ class Trainer:
 
     def _train_steps(self, preemption: PreemptionHandler) -> None:
         config = self.config
-        if self.world.is_main and self.step == 0 and config.warmup_steps > self.last_step:
-            problem = (
-                f"the warm-up (warmup_steps={config.warmup_steps}) is longer than the run ({self.last_step} steps)"
-            )
-            print(f"warning: {problem}: the learning rate stays below its peak.")
+        if self.world.is_main and self.step == 0:
+            for problem in self._find_problems():
+                print(f"bitdance: warning: {problem}", file=sys.stderr)
         self.network.train()
         encodes = not isinstance(self.loader.images, TokenDataset)
         flops = step_flops(self.objective, config.batch_size, config.image_size, encodes) / self.world.size
@@ -252,6 +256,24 @@ class Trainer:
                         saved = time.monotonic()
                     if (number := preemption.received()) and self.step < self.last_step:
                         self._stop(number)
+
+    def _find_problems(self) -> list[str]:
+        """Returns what is wrong with the schedule of a run that starts."""
+        config, steps = self.config, self.total_steps
+        problems = []
+        if config.warmup_steps > steps:
+            problems.append(
+                f"warmup_steps={config.warmup_steps} is more than the {steps} steps of the run: the learning rate "
+                f"stays below its peak. Set it to {max(1, steps // 20)}, or let the run be longer."
+            )
+        kept = config.ema**self.last_step if config.ema > 0 else 0.0
+        if kept > MAX_KEPT:
+            better = f"{max(0.5, 1 - 10 / self.last_step):.3g}"
+            problems.append(
+                f"ema={config.ema} keeps {kept:.0%} of the first weights after {self.last_step} steps, so those that "
+                f"are written, and their previews, are worse than the raw ones. Set it to {better}, or train longer."
+            )
+        return problems
 
     def train_step(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         """Takes a step and returns its metrics, scalars on the device; the host does not wait for it."""
@@ -443,6 +465,8 @@ class Trainer:
         if self.world.is_main:
             skipped = int(self.guard.skipped)
             print(f"{self.step} steps{f', {skipped} of them skipped' if skipped else ''}: {path}")
+            if self.pipeline is not None and isinstance(self.loader.images, ImageDataset):
+                print(f"training images beside samples: {self._write_comparison(self.pipeline, self.loader.images)}")
         self.world.barrier()
         return path
 
@@ -455,6 +479,30 @@ class Trainer:
         """Returns metadata of a file of weights: the step, and the autoencoder that made a model's tokens."""
         autoencoder = self.data.autoencoder
         return {"step": str(self.step)} | ({"tokenizer_digest": autoencoder} if autoencoder else {})
+
+    def _write_comparison(self, pipeline: Pipeline, images: ImageDataset) -> pathlib.Path:
+        """Writes a grid with a row for each of some classes: training images at the left, samples at the right."""
+        present = np.unique(images.labels)[:COMPARED_CLASSES]
+        rows: list[np.ndarray] = []
+        with self._ema_weights(), self.autocast():
+            for label in present.tolist():
+                members = np.flatnonzero(images.labels == label)
+                chosen = members[evenly_spaced(len(members), COMPARED_IMAGES)].tolist()
+                views = [self._view(images, index) for index in chosen]
+                views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
+                rows += [*views, *pipeline([label] * COMPARED_IMAGES, output="np")]
+        path = self.config.output / COMPARISON
+        names = [pipeline.classes.label(label) for label in present.tolist()]
+        write_png(path, image_grid(np.stack(rows), columns=2 * COMPARED_IMAGES + 1, labels=names, scale=2))
+        return path
+
+    def _view(self, images: ImageDataset, index: int) -> np.ndarray:
+        """Returns an image as the network sees it, white if it cannot be read."""
+        size = self.config.image_size
+        try:
+            return to_array(center_crop(images.read(index), size))
+        except UserError:
+            return np.full((size, size, 3), 255, np.uint8)
 
     def _write_preview(self) -> None:
         """Writes samples of fixed classes and noise, or the first images above their reconstructions."""

@@ -1,0 +1,170 @@
+"""Training without settings: those that follow from images and time, and weights that come from another model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import small
+import tiny
+import torch
+from PIL import Image
+
+from bitdance.cli.main import main
+from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
+from bitdance.models.transformer import BitDance
+from bitdance.runtime.errors import UserError
+from bitdance.training import automatic
+from bitdance.training.initialization import initialize_model
+from bitdance.training.train_config import TrainConfig
+from bitdance.weights import weights_file
+
+RUN = TrainConfig(pathlib.Path("x"))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), ("2d", 172_800)])
+def test_times(text, seconds):
+    assert automatic.parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "m", "-5m", "0s", "20 min", "1h30m", "nan", "infh"])
+def test_other_times_are_refused(text):
+    with pytest.raises(UserError, match=r"such as 90s, 20m, 1\.5h or 2d"):
+        automatic.parse_time(text)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 15, 100, 1000, 50_000])
+@pytest.mark.parametrize("seconds", [60.0, 600.0, 36_000.0])
+@pytest.mark.parametrize("step", [0.01, 1.0])
+def test_a_schedule_suits_its_run(count, seconds, step):
+    size = automatic.choose_batch_size(count)
+    assert 1 <= size <= min(64, count) and (count < 4 or count // size >= 4)
+    run, reasons = automatic.choose_schedule(
+        dataclasses.replace(RUN, batch_size=size), count, step, seconds, fine_tunes=True
+    )
+    steps = run.epochs * (count // size)
+    assert steps * step <= max(seconds, step * max(automatic.MIN_STEPS, count // size))
+    assert run.epochs <= automatic.MAX_EPOCHS
+    assert 1 <= run.warmup_steps == run.decay_start <= max(1, steps // 20)
+    assert run.ema**steps < 0.05 or steps < 5, "nothing of the start is left"
+    assert len(reasons) == 4
+
+
+@pytest.fixture
+def pictures(tmp_path) -> pathlib.Path:
+    folder = small.pictures(tmp_path / "pictures")
+    (folder / "class-0").rename(folder / "Horse")
+    return folder
+
+
+def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch, quick_previews):
+    monkeypatch.setattr(automatic, "MIN_STEPS", 6)
+    monkeypatch.setattr(automatic, "measure_step", lambda *arguments: 10.0)
+    run = tmp_path / "run"
+    command = ["train", "--data-path", str(pictures), "--output", str(run), "--time", "1s", "--device", "cpu"]
+    main([*command, "--lr", "2e-4"])
+    out, err = capsys.readouterr()
+    assert "12 images of 3 classes; settings that were not given:" in out
+    assert "1 epochs of 6 steps with 2 images" in out
+    assert "2 of 3 classes are new and start from the null class." in err
+    stored = json.loads((run / "settings.json").read_text())
+    assert stored["train"]["lr"] == 2e-4 and stored["train"]["epochs"] == 1 and stored["train"]["ema"] == 0.5
+    assert stored["model"]["class_names"] == ["Horse", "class-1", "class-2"]
+    with Image.open(run / "samples.png") as image:
+        assert image.width > 13 * 64 and image.height > 3 * 64
+    capsys.readouterr()
+
+    def fail(*arguments):
+        raise AssertionError("a run that goes on is not measured again")
+
+    monkeypatch.setattr(automatic, "measure_step", fail)
+    main([*command, "--lr", "2e-4"])
+    assert "nothing is left to do" in capsys.readouterr().err
+
+
+def test_the_time_of_a_step_is_measured():
+    model, autoencoder = small.model().config, small.autoencoder().config
+    for images in (True, False):
+        seconds = automatic.measure_step(model, autoencoder, images, 16, 2, torch.device("cpu"), in_bf16=False)
+        assert 0 < seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--time", "5m", "--epochs", "3"], "--time sets the number of epochs: leave out either it or --epochs"),
+        (["--time", "soon"], "--time soon is invalid: give a number and a unit"),
+        (["--init-from", "nothing"], "there is no model 'nothing'"),
+        (["--init-from", "demo", "--epochs", "1", "--dim", "64"], "has other sizes than this model (dim 192, not 64)"),
+    ],
+)
+def test_what_does_not_go_together(pictures, tmp_path, capsys, more, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data-path", str(pictures), "--output", str(tmp_path / "run"), "--device", "cpu", *more])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_need_a_number_of_steps(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["train", "--data-path", str(pictures), "--output", str(tmp_path / "run")])
+    assert "several processes need --epochs" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ weights of another model
+
+
+def saved(tmp_path, p, **changes) -> tuple[BitDance, pathlib.Path]:
+    model = BitDance(tiny.config(p, **changes))
+    small.randomize(model, 1)
+    path = tmp_path / "model.safetensors"
+    weights_file.save(path, model)
+    return model, path
+
+
+@pytest.mark.parametrize("p", [1, 4])
+def test_only_what_must_change_is_replaced(tmp_path, p):
+    classes = tuple(f"class {i}" for i in range(tiny.config(p).num_classes))
+    other, path = saved(tmp_path, p, class_names=classes)
+    names = ("new", "Class 1", "other")
+    model = BitDance(dataclasses.replace(other.config, num_classes=3, class_names=names))
+    sentence = initialize_model(model, path)
+    assert sentence.endswith("; 2 of 3 classes are new and start from the null class")
+    table, mine = other.cls_embedding.weight, model.cls_embedding.weight
+    assert torch.equal(mine, table[[-1, 1, -1, -1]])
+    theirs = other.state_dict()
+    different = (
+        [name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])]
+        if (mine.shape == table.shape)
+        else [name for name, value in model.state_dict().items() if value.shape != theirs[name].shape]
+    )
+    assert different in ([], ["cls_embedding.weight"])
+    same = BitDance(other.config)
+    assert initialize_model(same, path) == f"starts from {path}"
+    assert all(torch.equal(value, theirs[name]) for name, value in same.state_dict().items())
+
+
+@pytest.mark.parametrize("p", [1, 4])
+def test_positions_of_another_grid_are_interpolated(tmp_path, p):
+    other, path = saved(tmp_path, p)
+    grid = 2 * other.config.grid
+    side = other.config.grid
+    rows = torch.linspace(0, 1, side)[None, None, :, None].expand(1, other.config.dim, -1, side)
+    state = other.state_dict() | {"pos_for_diff.weight": tokens_from_grid(rows, other.config.patch)[0]}
+    weights_file.save(path, other, state)
+    model = BitDance(dataclasses.replace(other.config, grid=grid))
+    assert f"to {grid} x {grid}" in initialize_model(model, path)
+    found = grid_from_tokens(model.pos_for_diff.weight[None].detach(), other.config.patch)[0, 0]
+    assert torch.allclose(found, found[:, :1].expand(-1, grid), atol=1e-6), "the same in each row"
+    assert (found[:, 0].diff() >= 0).all() and found[0, 0] == 0 and found[-1, 0] == 1
+
+
+def test_other_sizes_are_named(tmp_path):
+    other, path = saved(tmp_path, 4)
+    model = BitDance(dataclasses.replace(other.config, n_layer=other.config.n_layer + 1))
+    with pytest.raises(UserError, match=r"has other sizes than this model \(n_layer \d, not \d\): `init_from` needs"):
+        initialize_model(model, path)
