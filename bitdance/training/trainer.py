@@ -483,14 +483,14 @@ class Trainer:
     def _write_comparison(self, pipeline: Pipeline, images: ImageDataset) -> pathlib.Path:
         """Writes a grid with a row for each of some classes: training images at the left, samples at the right."""
         present = np.unique(images.labels)[:COMPARED_CLASSES]
-        rows: list[np.ndarray] = []
         with self._ema_weights(), self.autocast():
-            for label in present.tolist():
-                members = np.flatnonzero(images.labels == label)
-                chosen = members[evenly_spaced(len(members), COMPARED_IMAGES)].tolist()
-                views = [self._view(images, index) for index in chosen]
-                views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
-                rows += [*views, *pipeline([label] * COMPARED_IMAGES, output="np")]
+            samples = pipeline(present.repeat(COMPARED_IMAGES).tolist(), output="np")
+        rows: list[np.ndarray] = []
+        for label, sampled in zip(present, np.split(samples, len(present)), strict=True):
+            members = np.flatnonzero(images.labels == label)
+            views = [self._view(images, int(i)) for i in members[evenly_spaced(len(members), COMPARED_IMAGES)]]
+            views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
+            rows += [*views, *sampled]
         path = self.config.output / COMPARISON
         names = [pipeline.classes.label(label) for label in present.tolist()]
         write_png(path, image_grid(np.stack(rows), columns=2 * COMPARED_IMAGES + 1, labels=names, scale=2))
