@@ -49,7 +49,7 @@ def test_a_schedule_suits_its_run(count, seconds, step):
     assert run.epochs <= automatic.MAX_EPOCHS
     assert 1 <= run.warmup_steps == run.decay_start <= max(1, steps // 20)
     assert run.ema**steps < 0.05 or steps < 5, "nothing of the start is left"
-    assert len(reasons) == 4
+    assert len(reasons) == 5
 
 
 @pytest.fixture
@@ -81,7 +81,11 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
 
     monkeypatch.setattr(automatic, "measure_step", fail)
     main([*command, "--lr", "2e-4"])
-    assert "nothing is left to do" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--time does not count, --epochs extends it" in err and "nothing is left to do" in err
+    main(["train", "--data-path", str(pictures), "--output", str(run), "--device", "cpu", "--epochs", "2"])
+    assert "epochs extended from 1 to 2" in capsys.readouterr().out
+    assert json.loads((run / "settings.json").read_text())["train"]["epochs"] == 2
 
 
 def test_the_time_of_a_step_is_measured():

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 
@@ -608,3 +609,12 @@ def test_webp_has_half_the_pixels():
     Image.new("RGB", (6000, 6000)).save(file, "WEBP", quality=0, method=0)
     with pytest.raises(UserError, match="too many pixels to decode"):
         decode_image(file.getvalue(), "x")
+
+
+def test_links_to_a_folder_above_are_not_followed(tmp_path):
+    folder = small.pictures(tmp_path / "pictures")
+    other = small.pictures(tmp_path / "other", classes=1, each=2)
+    (folder / "class-0" / "again").symlink_to("..", target_is_directory=True)
+    (folder / "class-0" / "self").symlink_to("self")
+    (folder / "class-1" / "more").symlink_to(other / "class-0", target_is_directory=True)
+    assert open_images(folder).labels.tolist() == [0] * 4 + [1] * 6 + [2] * 4

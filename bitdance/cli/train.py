@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import pathlib
+import sys
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_values, parse
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes
 from bitdance.runtime.errors import UserError, did_you_mean
+from bitdance.runtime.run_folder import FREE, SETTINGS, read_json
+from bitdance.training.train_config import SCHEDULE_FIELDS as FIELDS
 from bitdance.training.train_config import LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
 
@@ -83,13 +88,20 @@ def _parse(arguments: list[str], defaults: Train | None) -> Train:
 
 def _defaults(arguments: list[str]) -> Train | None:
     """Returns the defaults that follow from `--init-from`, or from images and time if no number of steps is given."""
-    names = ("init-from", "autoencoder", "time", "epochs", "max-steps", "data-path", *map(_flag, _SIZES))
+    names = ("init-from", "autoencoder", "time", "epochs", "max-steps", "data-path", "output", *map(_flag, _SIZES))
     given = given_values(arguments, names)
     automatic = given["epochs"] is None and given["max-steps"] is None
-    if given["time"] is not None and not automatic:
-        raise UserError("--time sets the number of epochs: leave out either it or --epochs and --max-steps.")
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return None
+    output = pathlib.Path(given["output"] or TrainConfig(pathlib.Path()).output).expanduser()
+    if (output / SETTINGS).is_file():
+        if given["time"] is not None:
+            print(
+                f"bitdance: {output} goes on as it began: --time does not count, --epochs extends it.", file=sys.stderr
+            )
+        return _stored_settings(output)
+    if given["time"] is not None and not automatic:
+        raise UserError("--time sets the number of epochs: leave out either it or --epochs and --max-steps.")
     if not automatic and given["init-from"] is None:
         return None
     from bitdance.weights import weights_file
@@ -108,6 +120,21 @@ def _defaults(arguments: list[str]) -> Train | None:
     return _choose_schedule(_parse(arguments, defaults), arguments, defaults) if automatic else defaults
 
 
+def _stored_settings(output: pathlib.Path) -> Train | None:
+    """Returns the settings of a run as defaults; None if it is not one of a model, which is reported later."""
+    stored = read_json(output / SETTINGS, f"restore it, or delete {output} to start over")
+    kept = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata != FREE} | set(FIELDS)
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # damaged, which is reported later
+        train, model = stored["train"], stored["model"]
+        return Train(
+            stored["run"]["autoencoder"],
+            TrainConfig(MISSING, **{name: train[name] for name in kept & set(train)}),
+            ModelSizes(**{name: model[name] for name in _SIZES}),
+            LossConfig(**stored["loss"]),
+        )
+    return None
+
+
 def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
     """Returns the image size of a model with an autoencoder."""
     from bitdance.weights import weights_file
@@ -117,24 +144,17 @@ def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
 
 
 def _choose_schedule(command: Train, arguments: list[str], defaults: Train) -> Train:
-    """Returns defaults with a schedule for the images and the time, or those of the run that is continued."""
+    """Returns defaults with a schedule for the images and the time."""
     import os
 
     from bitdance.data.token_cache import is_token_cache
     from bitdance.runtime.devices import choose_device, computes_bf16
-    from bitdance.runtime.run_folder import SETTINGS, read_json
     from bitdance.training import automatic
     from bitdance.training.loader import open_data
     from bitdance.weights import weights_file
     from bitdance.weights.resolve import find_weights
 
     config = command.run
-    if (config.output / SETTINGS).exists():
-        stored = read_json(config.output / SETTINGS, f"restore it, or delete {config.output} to start over")
-        section = stored.get("train")
-        found = section if isinstance(section, dict) else {}
-        kept = {name: found[name] for name in automatic.FIELDS if name in found}
-        return dataclasses.replace(defaults, run=dataclasses.replace(defaults.run, **kept))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes need `epochs`, `max_steps` or a `recipe`: they may measure different times.")
     seconds = automatic.DEFAULT_SECONDS if command.time is None else automatic.parse_time(command.time)
@@ -155,7 +175,7 @@ def _choose_schedule(command: Train, arguments: list[str], defaults: Train) -> T
     run, reasons = automatic.choose_schedule(config, len(images), step, seconds, command.init_from is not None)
     print(f"{len(images)} images of {len(images.classes)} classes; settings that were not given:")
     print("\n".join(f"  {reason}" for reason in reasons), flush=True)
-    kept = {name: getattr(run, name) for name in automatic.FIELDS}
+    kept = {name: getattr(run, name) for name in FIELDS}
     return dataclasses.replace(defaults, run=dataclasses.replace(defaults.run, **kept))
 
 

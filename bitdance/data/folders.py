@@ -16,7 +16,7 @@ from bitdance.runtime.errors import UserError
 
 
 class FolderImages(NamedImages):
-    """Images in a folder of class folders, which may have subfolders.
+    """Images in a folder of class folders, which may have subfolders; links to a folder above are not followed.
 
     Raises:
         UserError: as `sort_by_class`.
@@ -26,7 +26,7 @@ class FolderImages(NamedImages):
     def __init__(self, path: pathlib.Path) -> None:
         members: list[str] = []
         for folder, below, names in os.walk(path, onerror=_raise, followlinks=True):
-            below[:] = [name for name in below if not is_hidden(name)]
+            below[:] = [name for name in below if not is_hidden(name) and not _is_loop(folder, name)]
             relative = pathlib.Path(folder).relative_to(path)
             members += [(relative / name).as_posix() for name in names]
             members += [f"{(relative / name).as_posix()}/" for name in below]
@@ -34,6 +34,12 @@ class FolderImages(NamedImages):
 
     def read(self, index: int) -> Image.Image:
         return read_image(self.path / self._names[index])
+
+
+def _is_loop(folder: str, name: str) -> bool:
+    """Returns whether a link in a folder leads to this folder or one above it."""
+    target = os.path.join(folder, name)
+    return os.path.islink(target) and pathlib.Path(folder).resolve().is_relative_to(os.path.realpath(target))
 
 
 def _raise(error: OSError) -> None:

@@ -19,11 +19,6 @@ from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import Optimizer
 from bitdance.training.train_config import LossConfig, TrainConfig
 
-FIELDS = (
-    *("batch_size", "epochs", "lr", "min_lr", "warmup_steps", "decay_start", "ema", "random_crop"),
-    *("save_every", "save_minutes", "preview_every", "log_every"),
-)
-"""Fields of `TrainConfig` that `choose_schedule` sets, besides the image size."""
 DEFAULT_SECONDS = 600.0
 MAX_EPOCHS = 400
 """Passes over a few images after which a model mostly repeats them."""
@@ -104,10 +99,12 @@ def choose_schedule(
         The settings, and a sentence for each choice.
     """
     per_epoch = max(1, count // run.batch_size)
-    in_time = max(MIN_STEPS, int(0.9 * seconds / step_seconds))  # the rest for start, previews and end
-    epochs = max(1, min(MAX_EPOCHS, in_time // per_epoch))
+    in_time = int(0.9 * seconds / step_seconds)  # the rest for start, previews and end
+    epochs = max(1, min(MAX_EPOCHS, max(MIN_STEPS, in_time) // per_epoch))
     steps = epochs * per_epoch
     limit = "more would repeat the images" if epochs == MAX_EPOCHS else f"what fits into {format_duration(seconds)}"
+    if steps > in_time:
+        limit = f"the least that is of use, {format_duration(steps * step_seconds)}"
     ema = min(0.9999, max(0.5, 1 - 10 / steps))
     warmup = max(1, min(200, steps // 20))
     lr = 5e-4 if fine_tunes else 1e-3
@@ -125,7 +122,9 @@ def choose_schedule(
         preview_every=max(1, steps // 5),
         log_every=max(1, min(100, steps // 50)),
     )
+    scratch = "from scratch, since sizes or an autoencoder were given: needs thousands of images and hours"
     reasons = [
+        "starts from trained weights, which few images suffice to change" if fine_tunes else scratch,
         f"{epochs} epochs of {per_epoch} steps with {run.batch_size} images, {step_seconds:.2g} s a step: {limit}",
         f"learning rate {lr:g}, warm-up of {warmup} steps, then decay: "
         + ("lower than from scratch, to keep what the weights know" if fine_tunes else "usual for a small model"),

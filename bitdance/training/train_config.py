@@ -232,6 +232,12 @@ class TrainConfig:
             )
 
 
+SCHEDULE_FIELDS = (
+    *("batch_size", "epochs", "lr", "min_lr", "warmup_steps", "decay_start", "ema", "random_crop"),
+    *("save_every", "save_minutes", "preview_every", "log_every"),
+)
+"""Fields of `TrainConfig` that can follow from images and time, see `bitdance.training.automatic`."""
+
 InitPart = Literal["all", "decoder"]
 """The part of another autoencoder that a training starts from."""
 

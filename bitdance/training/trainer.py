@@ -204,9 +204,12 @@ class Trainer:
         with exclusive(self.config.output, self.world), contextlib.ExitStack() as opened:
             opened.callback(self.checkpointer.close)
             self._open_run(opened)
+            start = self.step
             with PreemptionHandler(self.world).installed() as preemption:
                 self._train_steps(preemption)
-                return self._finish()
+                path = self._finish()
+            self._compare(self.step > start)
+            return path
 
     def _train_steps(self, preemption: PreemptionHandler) -> None:
         config = self.config
@@ -465,8 +468,6 @@ class Trainer:
         if self.world.is_main:
             skipped = int(self.guard.skipped)
             print(f"{self.step} steps{f', {skipped} of them skipped' if skipped else ''}: {path}")
-            if self.pipeline is not None and isinstance(self.loader.images, ImageDataset):
-                print(f"training images beside samples: {self._write_comparison(self.pipeline, self.loader.images)}")
         self.world.barrier()
         return path
 
@@ -480,7 +481,15 @@ class Trainer:
         autoencoder = self.data.autoencoder
         return {"step": str(self.step)} | ({"tokenizer_digest": autoencoder} if autoencoder else {})
 
-    def _write_comparison(self, pipeline: Pipeline, images: ImageDataset) -> pathlib.Path:
+    def _compare(self, is_new: bool) -> None:
+        """Writes training images beside samples, in the first process, if there are new weights or no picture yet."""
+        images, path = self.loader.images, self.config.output / COMPARISON
+        if self.world.is_main and self.pipeline is not None and isinstance(images, ImageDataset):
+            if is_new or not path.exists():
+                self._write_comparison(path, self.pipeline, images)
+            print(f"training images beside samples: {path}")
+
+    def _write_comparison(self, path: pathlib.Path, pipeline: Pipeline, images: ImageDataset) -> None:
         """Writes a grid with a row for each of some classes: training images at the left, samples at the right."""
         present = np.unique(images.labels)[:COMPARED_CLASSES]
         with self._ema_weights(), self.autocast():
@@ -491,10 +500,8 @@ class Trainer:
             views = [self._view(images, int(i)) for i in members[evenly_spaced(len(members), COMPARED_IMAGES)]]
             views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
             rows += [*views, *sampled]
-        path = self.config.output / COMPARISON
         names = [pipeline.classes.label(label) for label in present.tolist()]
         write_png(path, image_grid(np.stack(rows), columns=2 * COMPARED_IMAGES + 1, labels=names, scale=2))
-        return path
 
     def _view(self, images: ImageDataset, index: int) -> np.ndarray:
         """Returns an image as the network sees it, white if it cannot be read."""
