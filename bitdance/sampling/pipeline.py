@@ -425,10 +425,11 @@ class Pipeline:
                 return
             mode = "reduce-overhead"
         if problem := find_compiler_problem(self.device):
-            advice = "install a C++ compiler, and Triton for a GPU, or leave out --compile"
+            advice = "install a C++ compiler, and Triton for a GPU, to compile it"
             print(f"bitdance: the sampler runs uncompiled ({problem}): {advice}.", file=sys.stderr)
             return
-        print("bitdance: the first batch of each size takes minutes longer, to compile.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes compile
+            print("bitdance: the first batch of each size takes longer, up to minutes, to compile.", file=sys.stderr)
         self.functions = CompiledFunctions(self.model, mode)
 
 

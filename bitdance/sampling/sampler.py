@@ -46,7 +46,7 @@ class SamplingConfig:
         solver: see `flow.make_solver`; `euler-maruyama` is the published one.
         final_num_steps: S at the last autoregressive step, between which and `num_steps` S is interpolated linearly;
             None for the same S at all.
-        end_time: 0 < end_time <= 0.95, where the solver's steps end and the last prediction is made.
+        end_time: 0.05 <= end_time <= 0.95, where the solver's steps end and the last prediction is made.
         grid_power: of the solver's time grid, see `flow.time_grid`.
         cfg_interval: solver times (first, last) between which there is guidance.
     """
