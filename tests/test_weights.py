@@ -27,7 +27,7 @@ from bitdance.config import RELEASED_MODELS, AutoencoderConfig, BitDanceConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
-from bitdance.weights import network_config, safetensors_files, weights_file
+from bitdance.weights import int8, network_config, safetensors_files, weights_file
 from bitdance.weights.safetensors_files import digest
 
 MODEL = BitDanceConfig(dim=64, n_layer=1, head_dim=64, head_layers=1, head_ada_ln=1, parallel_num=4, grid=2, bits=8,
@@ -321,6 +321,44 @@ def test_round_trip_is_exact(tmp_path, config):
     first = path.read_bytes()
     weights_file.save(path, again)
     assert digest(load(path).state_dict()) == saved and len(path.read_bytes()) == len(first)
+
+
+@pytest.mark.parametrize("config", [MODEL, AUTOENCODER])
+def test_integers_have_half_a_step_of_error(tmp_path, config):
+    """Within half of a 127th of the largest magnitude of each row; vectors are in half precision."""
+    state = random_state(config, 1)
+    matrix = next(name for name, value in state.items() if value.ndim >= 2 and len(value) > 1)
+    state[matrix][0] = 0
+    state[matrix][1] *= 100
+    network = BitDance(config) if isinstance(config, BitDanceConfig) else Autoencoder(config)
+    load: Any = weights_file.load_model if isinstance(config, BitDanceConfig) else weights_file.load_autoencoder
+    weights_file.save(tmp_path / "half.safetensors", network, state, torch.float16)
+    weights_file.save(tmp_path / "integers.safetensors", network, state, torch.int8)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("integers", "half")]
+    loaded = load(tmp_path / "integers.safetensors").state_dict()
+    assert sizes[0] < 0.75 * sizes[1]  # small tensors and names count in so small a network
+    for name, value in state.items():
+        if value.ndim < 2:
+            assert torch.equal(loaded[name], value.half().float()), name
+            continue
+        rows = value.flatten(1)
+        bound = rows.abs().amax(1, keepdim=True) / 127 * 0.501
+        assert ((loaded[name].flatten(1) - rows).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("change", ["missing", "short", "half", "nan"])
+def test_integers_with_false_scales(tmp_path, change):
+    weights_file.save(tmp_path / "good.safetensors", BitDance(MODEL), EMA, torch.int8)
+    tensors = safetensors.torch.load_file(tmp_path / "good.safetensors")
+    scales = next(name for name in tensors if name.endswith(int8.SCALE))
+    if change == "missing":
+        del tensors[scales]
+    else:
+        value = tensors[scales]
+        tensors[scales] = {"short": value[1:].clone(), "half": value.half(), "nan": value * torch.nan}[change]
+    path = tmp_path / "bad.safetensors"
+    safetensors_files.save_tensors(path, tensors, "model", {"model": dataclasses.asdict(MODEL)})
+    assert ("not finite" if change == "nan" else "scales of") in refusal(path)
 
 
 @pytest.mark.parametrize("network", ["model", "autoencoder"])

@@ -13,6 +13,7 @@ from bitdance.runtime.errors import UserError
 EXAMPLES = """
 bitdance convert runs/model model.safetensors --dtype float16
 bitdance convert BitDance_B_16X.pt b16x.safetensors
+bitdance convert runs/model small.safetensors --dtype int8
 bitdance convert runs/model model.pt --autoencoder runs/ae
 """
 
@@ -28,7 +29,7 @@ class Convert:
             inside the source, if any.
         part: the model or the autoencoder of the source; by default whichever it holds, the model first.
         weights: ema or model (raw); by default the EMA if there is one.
-        dtype: to store in.
+        dtype: to store in; int8, for .safetensors, stores matrices in 8 bits with a scale for each row.
     """
 
     source: Positional[str]
@@ -36,7 +37,7 @@ class Convert:
     autoencoder: str | None = None
     part: Literal["model", "autoencoder"] | None = None
     weights: Weights | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
 
 
 def main(arguments: list[str]) -> None:
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> None:
         )
     if command.autoencoder and command.target.suffix != ".pt":
         raise UserError(f"`autoencoder` is for .pt files, and {command.target} holds one network: leave it out.")
+    if command.dtype == "int8" and command.target.suffix == ".pt":
+        raise UserError(f"{command.target} would be in the released layout, which has no int8: use .safetensors.")
     import torch
 
     from bitdance.models.autoencoder import Autoencoder

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError, printable
+from bitdance.weights.int8 import dequantize
 from bitdance.weights.layout import State, WeightsFile, damaged, split_bare_state
 
 FORMAT = "bitdance"
@@ -71,6 +72,8 @@ def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
         raise UserError(f"{path} has the unknown kind {printable(repr(kind))}: expected one of {', '.join(KINDS)}.")
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a configuration of type {type(config).__name__}: write the file again.")
+    if kind in ("model", "autoencoder"):
+        state = dequantize(path, state)
     states = _split_checkpoint(path, state, metadata) if kind == "training" else {kind: state}
     return WeightsFile(path, f"safetensors of bitdance, {kind}", states, {}, config, metadata)
 

@@ -20,6 +20,7 @@ from bitdance.config import AutoencoderConfig, BitDanceConfig, Weights
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance, stored_dtype
 from bitdance.runtime.errors import UserError
+from bitdance.weights.int8 import quantize
 from bitdance.weights.layout import State, WeightsFile, damaged
 from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model
 from bitdance.weights.resolve import find_weights
@@ -149,7 +150,7 @@ def save(
         path: the file.
         network: gives the configuration, and the tensors if `state` is not given.
         state: other tensors of the same names, such as the EMA.
-        dtype: to store in, by default that of each tensor.
+        dtype: to store in, by default that of each tensor; int8 for matrices, see `bitdance.weights.int8`.
         metadata: further strings for the metadata of the file.
 
     Raises:
@@ -157,7 +158,11 @@ def save(
     """
     kind = "model" if isinstance(network, BitDance) else "autoencoder"
     source = state or network.state_dict()
-    tensors = {name: value.detach().to(dtype or value.dtype) for name, value in source.items()}
+    tensors = {name: value.detach() for name, value in source.items()}
+    if dtype == torch.int8:
+        tensors = quantize(tensors)
+    elif dtype is not None:
+        tensors = {name: value.to(dtype) for name, value in tensors.items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(f"{path} was not written: {name} has values that are not finite in {value.dtype}.")
