@@ -30,6 +30,7 @@ Weights = Literal["ema", "model"]
 Precision = Literal["auto", "fp32", "bf16"]
 SolverName = Literal["euler-maruyama", "dpmpp-2m-sde", "euler", "heun"]
 CfgSchedule = Literal["linear", "constant"]
+Preset = Literal["exact", "fast"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +237,20 @@ class SamplingDefaults:
         cfg_scale: guidance scale.
         num_steps: steps of the head's solver.
         chunk_size: images decoded at once; 0 for the whole batch.
+        solver: of the head.
     """
 
     cfg_scale: float = 3.0
     num_steps: int = 50
     chunk_size: int = 0
+    solver: SolverName = "euler-maruyama"
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "exact": {"num_steps": 100, "solver": "euler-maruyama"},
+    "fast": {"num_steps": 20, "solver": "dpmpp-2m-sde"},
+}
+"""Settings under one name: as published, and the fewest steps that docs/study.md found to be as good."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from PIL import Image
 import bitdance
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
+from bitdance.config import RELEASED_MODELS
 from bitdance.metrics.nearest_neighbours import find_nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
@@ -462,6 +463,31 @@ def test_names_work_wherever_a_file_does(model, tmp_path, monkeypatch):
         bitdance.load_model("nothing")
     with pytest.raises(UserError, match="there is no autoencoder 'nothing'"):
         load_pipeline(model, autoencoder="nothing")
+
+
+def test_settings_come_from_the_call_the_preset_the_file_and_the_published_ones(model, tmp_path, capsys):
+    pipe = load_pipeline(model, device="cpu")
+    assert (pipe.defaults.cfg_scale, pipe.defaults.solver) == (3.0, "euler-maruyama")
+    fast = pipe.sampling_config(preset="fast")
+    assert (fast.cfg_scale, fast.solver) == (3.0, "dpmpp-2m-sde") and fast.num_steps < 50
+    assert pipe.sampling_config(preset="fast", num_steps=7, solver=None) == dataclasses.replace(fast, num_steps=7)
+    pipe.defaults = RELEASED_MODELS["B-16X"].sampling
+    assert pipe.sampling_config() == pipe.sampling_config(preset="exact") == SamplingConfig(100, 6.1)
+    with pytest.raises(UserError, match="preset='slow' is unknown: use exact or fast"):
+        pipe("cat", preset="slow")
+    main(["convert", str(model), str(tmp_path / "own.safetensors"), "--cfg-scale", "4.5"])
+    main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "again.safetensors")])
+    own = load_pipeline(tmp_path / "again.safetensors", autoencoder=model.parent / "autoencoder.safetensors")
+    assert own.sampling_config().cfg_scale == 4.5
+    for arguments, words in (
+        (["--cfg-scale", "-1"], "--cfg-scale -1.0 is invalid"),
+        (["--cfg-scale", "3", "--part", "autoencoder"], "--cfg-scale is stored with a model"),
+    ):
+        with pytest.raises(SystemExit):
+            main(
+                ["convert", str(model.parent / "autoencoder.safetensors"), str(tmp_path / "x.safetensors"), *arguments]
+            )
+        assert words in capsys.readouterr().err
 
 
 def test_the_networks_of_a_pipeline_are_ordinary_modules(model):

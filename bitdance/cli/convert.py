@@ -29,6 +29,7 @@ class Convert:
             inside the source, if any.
         part: the model or the autoencoder of the source; by default whichever it holds, the model first.
         weights: ema or model (raw); by default the EMA if there is one.
+        cfg_scale: of a .safetensors of a model, store this guidance scale with it, as its default.
         dtype: to store in; int8, for .safetensors, stores matrices in 8 bits with a scale for each row.
     """
 
@@ -37,6 +38,7 @@ class Convert:
     autoencoder: str | None = None
     part: Literal["model", "autoencoder"] | None = None
     weights: Weights | None = None
+    cfg_scale: float | None = None
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
 
 
@@ -55,14 +57,20 @@ def main(arguments: list[str]) -> None:
 
     from bitdance.models.autoencoder import Autoencoder
     from bitdance.models.transformer import BitDance
+    from bitdance.sampling.sampler import SamplingConfig
     from bitdance.weights import torch_files, weights_file
+    from bitdance.weights.layout import CFG_SCALE
     from bitdance.weights.resolve import find_weights
 
     contents = weights_file.read(find_weights(command.source, command.part or "model"))
     part = command.part or ("model" if "model" in contents.parts else "autoencoder")
     kept: dict[str, str] = {
-        key: contents.metadata[key] for key in ("step", "tokenizer_digest") if key in contents.metadata
+        key: contents.metadata[key] for key in ("step", "tokenizer_digest", CFG_SCALE) if key in contents.metadata
     }
+    if command.cfg_scale is not None:
+        if part == "autoencoder" or command.target.suffix == ".pt":
+            raise UserError("`cfg_scale` is stored with a model, and in .safetensors only: leave it out.")
+        kept[CFG_SCALE] = f"{SamplingConfig(1, command.cfg_scale).cfg_scale:g}"
     network: BitDance | Autoencoder
     if part == "model":
         network = weights_file.load_model(contents, command.weights)

@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> None:
     command = parse(Info, arguments, "bitdance info", EXAMPLES)
     from bitdance.runtime.run_folder import SETTINGS
     from bitdance.weights import weights_file
-    from bitdance.weights.resolve import DEMO, find_weights
+    from bitdance.weights.resolve import find_weights, is_demo
 
-    if command.name != DEMO and (pathlib.Path(command.name) / SETTINGS).exists():
+    if not is_demo(command.name) and (pathlib.Path(command.name) / SETTINGS).exists():
         _show_run(command)
         return
     facts = describe_file(weights_file.read(find_weights(command.name, download=False)))

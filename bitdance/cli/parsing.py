@@ -147,7 +147,10 @@ def _format_usage_error(text: str, prog: str) -> str:
         given = f", not {value[1]!r}" if value else ""
         return f"{found[1]} expects {_METAVARS.get(found[2], found[2])}{given}; {see}"
     if found := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?),?\)", text):
-        return f"{found[2]} {found[1]} is invalid: choose one of {found[3].replace(chr(39), '')}."
+        choices = found[3].replace("'", "").split(", ")
+        if "None" in choices:  # an option without default, whose choices tyro gives in any order
+            choices = sorted({*choices} - {"None"})
+        return f"{found[2]} {found[1]} is invalid: choose one of {', '.join(choices)}."
     if found := re.match(r"Missing value for argument '(.*?)'", text):
         return f"{found[1]} needs a value; {see}"
     sentences = []

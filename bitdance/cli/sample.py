@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bitdance.cli.evaluate import evaluate_job, report
 from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
-from bitdance.config import CfgSchedule, SolverName
+from bitdance.config import CfgSchedule, Preset, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError, check_fields, check_seed, one_line
 
@@ -69,7 +69,10 @@ class How:
     """How to sample.
 
     Attributes:
-        cfg_scale: guidance scale, 1 for none; by default the published one of a released model, else 3.
+        preset: exact: solver and number of steps as published, the default of a released model; fast: fewer steps of a
+            better solver. Options that are given count more.
+        cfg_scale: guidance scale, 1 for none; by default the published one of a released model, or that in the file,
+            else 3.
         cfg_schedule: linear grows from 1 with the steps; constant.
         num_steps: solver steps of the diffusion head for each token; by default 100 for a released model, else 50.
         final_num_steps: solver steps at the last token, changing linearly from `num_steps` at the first; by default the
@@ -86,11 +89,12 @@ class How:
             the latter for a job (--num-images) on a GPU.
     """
 
+    preset: Preset | None = None
     cfg_scale: float | None = None
     cfg_schedule: CfgSchedule = "linear"
     num_steps: int | None = None
     final_num_steps: int | None = None
-    solver: SolverName = "euler-maruyama"
+    solver: SolverName | None = None
     end_time: float = 0.95
     grid_power: float = 1.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
@@ -168,7 +172,7 @@ def _print_memory(command: Sample) -> None:
     from bitdance.runtime.progress import format_size
     from bitdance.sampling.memory import estimate_memory, find_batch_size
     from bitdance.sampling.pipeline import check_bits, choose_dtype, limit_chunk
-    from bitdance.sampling.sampler import SamplingConfig
+    from bitdance.sampling.sampler import complete_config
     from bitdance.weights.hub import released_name
     from bitdance.weights.resolve import find_weights
     from bitdance.weights.weights_file import load_autoencoder
@@ -184,8 +188,7 @@ def _print_memory(command: Sample) -> None:
         pipeline = command.model.load(device, command.where.precision)
         sizes, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
     check_bits(sizes, autoencoder)
-    settings = {name: value for name, value in how.sampling().items() if value is not None}
-    config = SamplingConfig(**({"num_steps": defaults.num_steps, "cfg_scale": defaults.cfg_scale} | settings))
+    config = complete_config(defaults, **how.sampling())
     chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
     chunk = limit_chunk(chunk_size or how.batch_size, sizes.grid * autoencoder.down_size, device)
     dtype = choose_dtype(command.where.precision, device)

@@ -21,6 +21,7 @@ from bitdance.config import (
     AutoencoderConfig,
     BitDanceConfig,
     Precision,
+    Preset,
     SamplingDefaults,
     Weights,
 )
@@ -33,11 +34,12 @@ from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16, exact_float32
-from bitdance.runtime.errors import UserError, first_line, is_out_of_memory
+from bitdance.runtime.errors import UserError, first_line, is_out_of_memory, printable
 from bitdance.sampling.sampler import (
     CompiledFunctions,
     SamplingConfig,
     StepCallback,
+    complete_config,
     decode_pixels,
     find_compiler_problem,
     is_compiler_error,
@@ -46,6 +48,7 @@ from bitdance.sampling.sampler import (
     sample_tokens,
 )
 from bitdance.weights import weights_file
+from bitdance.weights.layout import CFG_SCALE, WeightsFile
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
@@ -127,9 +130,8 @@ class Pipeline:
         seed: int = 0,
         cfg_scale: float | None = None,
         num_steps: int | None = None,
-        cfg_schedule: str = "linear",
-        share_first: bool = False,
-        solver: str = "euler-maruyama",
+        solver: str | None = None,
+        preset: Preset | None = None,
         batch_size: int = 100,
         chunk_size: int | None = None,
         output: Output = "pil",
@@ -142,14 +144,16 @@ class Pipeline:
             classes: names, ids or WordNet ids; repeat one for several images of it.
             seed: 0 <= seed < 2**32. Image i depends on the seed, i, its class and the settings, not on `batch_size`
                 (except for rounding).
-            cfg_scale, num_steps, chunk_size: guidance scale, solver steps of the diffusion head, and images decoded at
-                once (0 for all); by default `defaults`.
-            cfg_schedule, share_first, solver, others: see `bitdance.sampling.sampler.SamplingConfig`.
+            cfg_scale, num_steps, solver: guidance scale, steps and name of the diffusion head's solver; by default
+                those of the preset, or else `defaults`.
+            preset: `exact`, the published steps and solver, or `fast`, fewer steps of a better solver.
             batch_size: images sampled at once.
+            chunk_size: images decoded at once, 0 for all; by default that of `defaults`.
             output: `pil` for a list of PIL images, `np` for an array, `pt` for a tensor on the pipeline's device,
                 both (B, H, W, 3) uint8.
             callback: called after each autoregressive step of each batch with (steps done, steps in total, tokens so
                 far (B, n, C)).
+            others: further fields of `bitdance.sampling.sampler.SamplingConfig`.
 
         Raises:
             UserError: an unknown class, or a setting that is out of range.
@@ -157,8 +161,7 @@ class Pipeline:
         seed, batch_size = _as_number(seed), _as_number(batch_size)
         cfg_scale, num_steps, chunk_size = map(_as_number, (cfg_scale, num_steps, chunk_size))
         classes = getattr(classes, "tolist", lambda: classes)()  # of an array or a tensor
-        others |= {"cfg_schedule": cfg_schedule, "share_first": share_first, "solver": solver}
-        config = self.sampling_config(cfg_scale, num_steps, **others)
+        config = self.sampling_config(cfg_scale, num_steps, solver=solver, preset=preset, **others)
         one = isinstance(classes, str) or not isinstance(classes, Iterable)
         labels = self.classes.find_all([classes] if one else classes)  # type: ignore[list-item, arg-type]
         _check_output(output)
@@ -175,13 +178,8 @@ class Pipeline:
     def sampling_config(
         self, cfg_scale: float | None = None, num_steps: int | None = None, **others: Any
     ) -> SamplingConfig:
-        """Completes sampling settings with the pipeline's defaults; `others` are further fields of `SamplingConfig`.
-
-        Raises:
-            UserError: a setting is out of range.
-        """
-        num_steps = self.defaults.num_steps if num_steps is None else num_steps
-        return SamplingConfig(num_steps, self.defaults.cfg_scale if cfg_scale is None else cfg_scale, **others)
+        """Completes sampling settings with a `preset` and the pipeline's defaults; see `sampler.complete_config`."""
+        return complete_config(self.defaults, cfg_scale=cfg_scale, num_steps=num_steps, **others)
 
     def generate(
         self,
@@ -489,11 +487,8 @@ def load_pipeline(
         raise UserError(f"dtype={dtype} is invalid: it must be a floating-point type, such as torch.bfloat16.")
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
-    released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
     name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
-    pipeline = Pipeline(
-        model.to(device), decoder.to(device), name, released.sampling if released else SamplingDefaults()
-    )
+    pipeline = Pipeline(model.to(device), decoder.to(device), name, _sampling_defaults(contents))
     trained_with = contents.metadata.get("tokenizer_digest")
     if trained_with and trained_with != weights_file.tokenizer_digest(source):
         print(
@@ -504,6 +499,18 @@ def load_pipeline(
     if device.type == "cpu":
         decoder.prepare_for_cpu()
     return pipeline
+
+
+def _sampling_defaults(contents: WeightsFile) -> SamplingDefaults:
+    """Returns the published settings of a released file, or else the defaults with the file's own guidance scale."""
+    released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
+    if released:
+        return released.sampling
+    scale = contents.metadata.get(CFG_SCALE, str(SamplingDefaults.cfg_scale))
+    try:
+        return SamplingDefaults(float(scale))
+    except ValueError:
+        raise UserError(f"{contents.path} gives the guidance scale {printable(scale)!r}: convert it again.") from None
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:

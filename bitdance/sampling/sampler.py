@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bitdance.config import PRESETS, Preset, SamplingDefaults
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
@@ -101,6 +102,24 @@ class SamplingConfig:
         """Returns S at an autoregressive step, 0 <= step < steps."""
         last = self.num_steps if self.final_num_steps is None else self.final_num_steps
         return round(self.num_steps + (last - self.num_steps) * step / max(1, steps - 1))
+
+
+def complete_config(defaults: SamplingDefaults, preset: Preset | None = None, **given: Any) -> SamplingConfig:
+    """Completes settings by those of a preset, if any, and by the defaults of a model.
+
+    Args:
+        defaults: of the model.
+        preset: `exact` or `fast`, see `bitdance.config.PRESETS`.
+        given: fields of `SamplingConfig`, which count more than the preset; None where none is given.
+
+    Raises:
+        UserError: the preset is unknown, or a setting is out of range.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"preset={preset!r} is unknown: use {' or '.join(PRESETS)}.")
+    settings = {name: getattr(defaults, name) for name in ("cfg_scale", "num_steps", "solver")}
+    settings |= PRESETS[preset] if preset else {}
+    return SamplingConfig(**(settings | {name: value for name, value in given.items() if value is not None}))
 
 
 class SamplerFunctions:

@@ -29,7 +29,7 @@ from bitdance.training.principal_components import initialize_linear
 from bitdance.training.train_config import AutoencoderLossConfig, InitPart, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import weights_file
-from bitdance.weights.resolve import DEMO, find_weights, list_checkpoints
+from bitdance.weights.resolve import find_weights, is_demo, list_checkpoints
 
 LINEAR_PIXELS = 2**23
 """Pixels from which the linear transform of an autoencoder is initialized, those of 8,192 images of 32 px."""
@@ -183,7 +183,7 @@ def _recorded_name(autoencoder: str | os.PathLike[str]) -> str:
     """Returns what the settings record: a path as an absolute one, so that the model can be sampled from anywhere."""
     text = os.fspath(autoencoder)
     path = pathlib.Path(text).expanduser()
-    return os.path.abspath(path) if text != DEMO and path.exists() else text
+    return os.path.abspath(path) if not is_demo(text) and path.exists() else text
 
 
 def _complete_sizes(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 
+CFG_SCALE = "cfg_scale"
+"""In the metadata of a model's file: the guidance scale to sample it with, where none is given."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:

@@ -16,6 +16,10 @@ from bitdance.weights import hub
 
 DEMO = "demo"
 
+DEMO_AUTOENCODER = "demo_autoencoder.safetensors"
+_DEMOS = {DEMO: "model"}
+"""The models of the package by their names; all have one autoencoder."""
+
 Part = Literal["model", "autoencoder"]
 
 
@@ -35,8 +39,8 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"{part}={name!r} is no name: give a string or a path.")
     text = os.fspath(name)
-    if text == DEMO:
-        return _asset(f"demo_{part}.safetensors")
+    if is_demo(text):
+        return _asset(f"demo_{_DEMOS[text]}.safetensors" if part == "model" else DEMO_AUTOENCODER)
     path = pathlib.Path(os.path.expanduser(text))  # that of pathlib raises where there is no home
     if path.is_dir():
         return _find_in_run(path, part)
@@ -53,8 +57,13 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
-    hint = did_you_mean(text, (DEMO, "autoencoder", *RELEASED_MODELS))
+    hint = did_you_mean(text, (*_DEMOS, "autoencoder", *RELEASED_MODELS))
     raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {DEMO}, or {known}.")
+
+
+def is_demo(name: str) -> bool:
+    """Returns whether a name means a model of the package."""
+    return name in _DEMOS
 
 
 def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
@@ -63,8 +72,8 @@ def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
     Raises:
         UserError: there is none.
     """
-    if model == _asset("demo_model.safetensors"):
-        return _asset("demo_autoencoder.safetensors")
+    if model.parent == _asset(DEMO_AUTOENCODER).parent:
+        return _asset(DEMO_AUTOENCODER)
     for place in (model.parent / hub.AUTOENCODER_FILE, model.parent / "autoencoder.safetensors"):
         if place.exists():
             return place
