@@ -178,7 +178,7 @@ def test_threads_wait_passively_after_a_short_time(monkeypatch):
         (["sample", "--num-steps=2", "--cfg-scale", "x"], "--cfg-scale expects a number, not 'x'"),
         (["train-autoencoder", "--data-path", "x", "--bit-depths", "a"], "--bit-depths expects an integer, not 'a'"),
         (["sample", "--num-steps"], "--num-steps needs a value; see bitdance sample --help."),
-        (["sample", "--solver", "foo"], "--solver foo is invalid: choose one of dpmpp-2m-sde, euler, euler-maruyama, heun."),
+        (["sample", "--solver", "foo"], "foo is invalid: choose one of dpmpp-2m-sde, euler, euler-maruyama, heun."),
         (["sample", "--end-time", "0.99"], "--end-time 0.99 is invalid: it must be a number from 0.05 to 0.95."),
         (["sample", "--cfg-interval", "0.5", "0.5"], "--cfg-interval 0.5 0.5 is invalid: it must be two times from 0"),
         (["train", "--output", "x"], "--autoencoder, --data-path are missing; see bitdance train --help."),

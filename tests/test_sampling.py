@@ -479,14 +479,12 @@ def test_settings_come_from_the_call_the_preset_the_file_and_the_published_ones(
     main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "again.safetensors")])
     own = load_pipeline(tmp_path / "again.safetensors", autoencoder=model.parent / "autoencoder.safetensors")
     assert own.sampling_config().cfg_scale == 4.5
-    for arguments, words in (
-        (["--cfg-scale", "-1"], "--cfg-scale -1.0 is invalid"),
-        (["--cfg-scale", "3", "--part", "autoencoder"], "--cfg-scale is stored with a model"),
+    for source, scale, words in (
+        (model, "-1", "--cfg-scale -1.0 is invalid"),
+        (model.parent / "autoencoder.safetensors", "3", "--cfg-scale is stored with a model"),
     ):
         with pytest.raises(SystemExit):
-            main(
-                ["convert", str(model.parent / "autoencoder.safetensors"), str(tmp_path / "x.safetensors"), *arguments]
-            )
+            main(["convert", str(source), str(tmp_path / "x.safetensors"), "--cfg-scale", scale])
         assert words in capsys.readouterr().err
 
 
