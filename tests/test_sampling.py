@@ -326,7 +326,7 @@ def test_progress_counts_a_halved_batch_once(model, tmp_path, monkeypatch):
     monkeypatch.setattr(ProgressLines, "update", lambda bar, n: (setattr(bar, "n", bar.n + n), counts.append(bar.n)))
     real = sampler.sample_tokens
 
-    def limited(network, labels, noise_fn, config, callback=None, functions=None):
+    def limited(network, labels, noise_fn, config, callback=None, functions=None, known=None):
         def stop(step, steps, tokens):
             callback(step, steps, tokens)
             if len(labels) > 2 and step == 8:

@@ -127,14 +127,16 @@ def memory_advice() -> str:
 def _find_flags(cls: type) -> dict[str, str]:
     """Returns the options of a dataclass and of those inside it, by field."""
     flags: dict[str, str] = {}
-    hints = typing.get_type_hints(cls)
+    hints, annotated = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             flags |= _find_flags(typing.cast(type, kind))
         else:
             is_positional = str(field.type).startswith("Positional[")
-            flags[field.name] = field.name.upper() if is_positional else f"--{field.name.replace('_', '-')}"
+            extras = getattr(annotated[field.name], "__metadata__", ())  # such as tyro.conf.arg
+            name = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name)
+            flags[field.name] = name.upper() if is_positional else f"--{name.replace('_', '-')}"
     return flags
 
 

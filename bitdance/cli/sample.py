@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.evaluate import evaluate_job, report
@@ -19,10 +20,13 @@ from bitdance.runtime.errors import UserError, check_fields, check_seed, one_lin
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
     from torch import Tensor
 
+    from bitdance.data.class_names import ClassNames
     from bitdance.runtime.process_group import World
     from bitdance.sampling.pipeline import Pipeline
+    from bitdance.sampling.sampler import StepCallback
 
 GRID = "grid.png"
 RECORD = "samples.json"
@@ -244,34 +248,18 @@ def _check(command: Sample) -> None:
 
 
 def _sample(command: Sample, pipeline: Pipeline) -> None:
-    from bitdance.runtime.atomic_files import make_folder
-    from bitdance.runtime.progress import progress_bar
+    from bitdance.sampling.image_grid import image_grid
 
     what, how, names = command.what, command.how, pipeline.classes
     folder, per_class = command.results.output, what.per_class or 10
     chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
     if len(chosen) * per_class > MAX_IMAGES:
         raise UserError(f"per_class={per_class} makes {len(chosen) * per_class} images: use `num_images` for so many.")
-    entries: list[dict[str, Any]] = []
-    for number, label in enumerate(label for label in chosen for _ in range(per_class)):
-        word = "".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60]
-        entry = {"file": f"{number:04d}-{word}.png", "class": label, "name": names.label(label), "number": number}
-        entries.append(entry)
+    entries = list_entries(names, [label for label in chosen for _ in range(per_class)])
     config = pipeline.sampling_config(**how.sampling())
     chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
-    make_folder(folder)
-    earlier = _list_images(folder)
-    for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
-        if name not in earlier and (folder / name).exists():
-            raise UserError(f"{folder / name} is not of an earlier sampling: move it, or choose another `output`.")
-    total, finished = len(entries) * pipeline.model.config.ar_steps, 0
-
-    def count(step: int, steps: int, tokens: Tensor) -> None:
-        nonlocal finished  # the steps of whole batches; one that is halved begins again
-        bar.update(min(finished + step * len(tokens), total) - bar.n)
-        finished += steps * len(tokens) * (step == steps)
-
-    with progress_bar(total, "sampling", "token steps") as bar:
+    earlier = prepare_folder(folder, entries)
+    with sampling_progress(len(entries) * pipeline.model.config.ar_steps) as count:
         images = pipeline(
             [entry["class"] for entry in entries],
             seed=what.seed,
@@ -281,28 +269,75 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
             output="np",
             callback=count,
         )
-    settings = {name: value for group in ("what", "model", "how", "results", "where", "evaluation")
-                for name, value in dataclasses.asdict(getattr(command, group)).items()}  # fmt: skip
-    settings |= {**dataclasses.asdict(config), "chunk_size": chunk_size, "per_class": per_class}
-    _write(folder, images, {**settings, "images": entries}, earlier)
+    settings = all_options(command) | dataclasses.asdict(config) | {"chunk_size": chunk_size, "per_class": per_class}
+    labels = [entry["name"] for entry in entries[::per_class]]
+    grid = image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1]))
+    write_folder(folder, images, grid, {**settings, "images": entries}, earlier)
     classes = len(set(chosen))
     print(one_line(f"{len(entries)} images of {classes} class{'es' * (classes > 1)}: {folder / GRID}"))
 
 
-def _write(folder: pathlib.Path, images: np.ndarray, record: dict[str, Any], earlier: set[str]) -> None:
-    """Writes the record, the images and the grid in place of those of an earlier call."""
+def all_options(command: Any) -> dict[str, Any]:
+    """Returns the options of all groups of a command by their names."""
+    groups = (getattr(command, field.name) for field in dataclasses.fields(command))
+    return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+
+
+def list_entries(names: ClassNames, labels: list[int]) -> list[dict[str, Any]]:
+    """Returns the entry of each image in the record: its file, class and number."""
+    words = ["".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60] for label in labels]
+    return [
+        {"file": f"{number:04d}-{word}.png", "class": label, "name": names.label(label), "number": number}
+        for number, (label, word) in enumerate(zip(labels, words, strict=True))
+    ]
+
+
+@contextlib.contextmanager
+def sampling_progress(total: int) -> Iterator[StepCallback]:
+    """Shows the progress of sampling, in steps of single images, by the callback that it yields."""
+    from bitdance.runtime.progress import progress_bar
+
+    finished = 0
+
+    def count(step: int, steps: int, tokens: Tensor) -> None:
+        nonlocal finished  # the steps of whole batches; one that is halved begins again
+        bar.update(min(finished + step * len(tokens), total) - bar.n)
+        finished += steps * len(tokens) * (step == steps)
+
+    with progress_bar(total, "sampling", "token steps") as bar:
+        yield count
+
+
+def prepare_folder(folder: pathlib.Path, entries: list[dict[str, Any]]) -> set[str]:
+    """Makes a folder for images and returns the files of an earlier call in it.
+
+    Raises:
+        UserError: the folder cannot be made, or has a file of one of these names that is not of an earlier call.
+    """
+    from bitdance.runtime.atomic_files import make_folder
+
+    make_folder(folder)
+    earlier = _list_images(folder)
+    for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
+        if name not in earlier and (folder / name).exists():
+            raise UserError(f"{folder / name} is not of an earlier sampling: move it, or choose another `output`.")
+    return earlier
+
+
+def write_folder(
+    folder: pathlib.Path, images: np.ndarray, grid: Image.Image, record: dict[str, Any], earlier: set[str]
+) -> None:
+    """Writes the record, the images that it lists and the grid in place of those of an earlier call."""
     from bitdance.runtime.atomic_files import write_json
-    from bitdance.sampling.image_grid import image_grid
     from bitdance.sampling.writers import write_png
 
-    entries, per_class = record["images"], record["per_class"]
-    labels = [entry["name"] for entry in entries[::per_class]]
+    entries = record["images"]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:  # until all of it is written
         new = pathlib.Path(name)
         write_json(new / RECORD, record)
         for entry, image in zip(entries, images, strict=True):
             write_png(new / entry["file"], image)
-        write_png(new / GRID, image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1])))
+        write_png(new / GRID, grid)
         _remove(folder, earlier)
         for file in (RECORD, *(entry["file"] for entry in entries), GRID):  # the record first, which lists the others
             (new / file).rename(folder / file)

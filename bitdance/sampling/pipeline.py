@@ -31,7 +31,7 @@ from bitdance.data.decoding import to_rgb
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.packed_linear import packed_linears
 from bitdance.models.quantizer import pack
-from bitdance.models.tokens import grid_from_tokens
+from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, computes_bf16, exact_float32
 from bitdance.runtime.errors import UserError, first_line, is_out_of_memory, printable
@@ -136,6 +136,7 @@ class Pipeline:
         chunk_size: int | None = None,
         output: Output = "pil",
         callback: StepCallback | None = None,
+        known: Tensor | None = None,
         **others: Any,
     ) -> Any:
         """Samples one image per class given.
@@ -153,6 +154,7 @@ class Pipeline:
                 both (B, H, W, 3) uint8.
             callback: called after each autoregressive step of each batch with (steps done, steps in total, tokens so
                 far (B, n, C)).
+            known: (B, N, C), tokens that are not sampled, as `complete` makes them.
             others: further fields of `bitdance.sampling.sampler.SamplingConfig`.
 
         Raises:
@@ -160,20 +162,83 @@ class Pipeline:
         """
         seed, batch_size = _as_number(seed), _as_number(batch_size)
         cfg_scale, num_steps, chunk_size = map(_as_number, (cfg_scale, num_steps, chunk_size))
-        classes = getattr(classes, "tolist", lambda: classes)()  # of an array or a tensor
         config = self.sampling_config(cfg_scale, num_steps, solver=solver, preset=preset, **others)
-        one = isinstance(classes, str) or not isinstance(classes, Iterable)
-        labels = self.classes.find_all([classes] if one else classes)  # type: ignore[list-item, arg-type]
+        labels = self._find_labels(classes)
         _check_output(output)
         if callback is not None and not callable(callback):
             raise UserError(f"callback={callback!r} is no function: it is called after each autoregressive step.")
-        if not labels:
-            raise UserError("no classes are given: name at least one.")
         batches = [
-            self.generate(list(batch), labels[batch.start : batch.stop], config, seed, chunk_size, callback).pixels
-            for batch in split_batches(len(labels), batch_size)
+            self.generate(
+                list(rows),
+                labels[rows.start : rows.stop],
+                config,
+                seed,
+                chunk_size,
+                callback,
+                known=None if known is None else known[rows.start : rows.stop],
+            ).pixels
+            for rows in split_batches(len(labels), batch_size)
         ]
         return self._convert(np.concatenate(batches), output)
+
+    def _find_labels(self, classes: Any) -> list[int]:
+        classes = getattr(classes, "tolist", lambda: classes)()  # of an array or a tensor
+        one = isinstance(classes, str) or not isinstance(classes, Iterable)
+        labels = self.classes.find_all([classes] if one else classes)
+        if not labels:
+            raise UserError("no classes are given: name at least one.")
+        return labels
+
+    def complete(
+        self,
+        images: Any,
+        classes: str | int | Sequence[str | int],
+        *,
+        keep_rows: int | None = None,
+        keep_tokens: int | None = None,
+        mask: Tensor | np.ndarray | None = None,
+        candidates: int = 1,
+        **settings: Any,
+    ) -> Any:
+        """Keeps some tokens of images and samples the others.
+
+        The order of the tokens is that of the model: a token depends on the kept ones before it, not on those after.
+        So a completion continues what is above it; within a mask it does not fit to what is below.
+
+        Args:
+            images: as for `encode`, or their bits (B, C, h, w), +-1, floating point.
+            classes: one for all images, or one for each; another one than that of the image changes it half-way.
+            keep_rows: rows of the token grid to keep, from the top, a multiple of the model's patch.
+            keep_tokens: tokens to keep from the start of the model's order, a multiple of P.
+            mask: (h, w) bool, true for tokens to keep, anywhere. With P > 1 the tokens of a step that is kept in part
+                are sampled together, without regard to those kept.
+            candidates: completions of each image, with different noise.
+            settings: as of a call: `seed`, `cfg_scale`, `output` and so on.
+
+        Returns:
+            B x `candidates` images, those of an image one after the other; each decoded as a whole, so kept parts are
+            reconstructions.
+
+        Raises:
+            UserError: not exactly one of `keep_rows`, `keep_tokens` and `mask` is given, or it does not fit the model.
+            ValueError: images of another kind or size than the model's.
+        """
+        config = self.model.config
+        is_bits = isinstance(images, Tensor) and images.is_floating_point()
+        bits = images if is_bits else self.encode(images)
+        if bits.shape[1:] != (config.bits, config.grid, config.grid):
+            size = f"{config.bits} bits for each of {config.grid} x {config.grid} tokens"
+            raise ValueError(f"the model has {size}, the images give {tuple(bits.shape[1:])}: use images of its size.")
+        labels = self._find_labels(classes)
+        if len(labels) not in (1, len(bits)):
+            raise UserError(f"{len(labels)} classes for {len(bits)} images: give one class, or one for each image.")
+        if not isinstance(candidates, int) or candidates < 1:
+            raise UserError(f"candidates={candidates} is invalid: it must be an integer of at least 1.")
+        tokens = tokens_from_grid(bits.to(self.device).float(), config.patch)  # (B, N, C)
+        kept = kept_tokens(config, keep_rows, keep_tokens, mask).to(self.device)  # (N,)
+        known = torch.where(kept[:, None], tokens, 0).repeat_interleave(candidates, 0)
+        labels = labels * len(bits) if len(labels) == 1 else labels
+        return self([label for label in labels for _ in range(candidates)], known=known, **settings)
 
     def sampling_config(
         self, cfg_scale: float | None = None, num_steps: int | None = None, **others: Any
@@ -190,6 +255,7 @@ class Pipeline:
         chunk_size: int | None = None,
         callback: StepCallback | None = None,
         report: Callable[[str], object] = print,
+        known: Tensor | None = None,
     ) -> SampleBatch:
         """Samples one batch.
 
@@ -203,6 +269,7 @@ class Pipeline:
             chunk_size: images decoded at once, 0 for all; by default that of `defaults`.
             callback: called after each autoregressive step.
             report: called with a message when a batch or a chunk is halved.
+            known: (B, N, C), tokens that are not sampled, see `sampler.sample_tokens`.
 
         Raises:
             UserError: a setting is out of range.
@@ -217,43 +284,48 @@ class Pipeline:
         if not all(0 <= number < 2**32 for number in sample_ids) or not all(0 <= c < num_classes for c in labels):
             raise ValueError(f"sample ids must be below 2**32, and labels below {num_classes}, and not negative.")
 
-        def sample(ids: Sequence[int], classes: Sequence[int]) -> Tensor:
-            return self._with_functions(functools.partial(self._sample, ids, classes, config, seed, callback))
+        def sample(rows: range) -> Tensor:
+            ids, classes = ([values[row] for row in rows] for values in (sample_ids, labels))
+            given = None if known is None else known[rows.start : rows.stop]
+            return self._with_functions(functools.partial(self._sample, ids, classes, given, config, seed, callback))
 
-        tokens = self._sample_in_parts(sample, sample_ids, labels, report)
+        def report_halves(rows: range) -> None:
+            report(
+                f"not enough memory for {len(rows)} images at once: images {sample_ids[rows[0]]} to "
+                f"{sample_ids[rows[-1]]} are sampled in two halves, which can differ by rounding from a whole batch."
+            )
+
+        tokens = self._sample_in_parts(sample, range(len(sample_ids)), report_halves)
         pixels = self.decode_tokens(tokens, chunk_size, report)
         halved = len(sample_ids) > self._fitting_batch
         return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy(), halved)
 
     def _sample_in_parts(
         self,
-        sample: Callable[[Sequence[int], Sequence[int]], Tensor],
-        sample_ids: Sequence[int],
-        labels: Sequence[int],
-        report: Callable[[str], object],
+        sample: Callable[[range], Tensor],
+        rows: range,
+        report: Callable[[range], object],
     ) -> Tensor:
         """Samples tokens, in two halves if the batch does not fit into memory; the size that did not is remembered."""
-        size = len(sample_ids)
+        size = len(rows)
         if size <= self._fitting_batch:
             try:
-                return sample(sample_ids, labels)
+                return sample(rows)
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
             # Outside of the except clause, where the exception and with it the frames that hold the tensors are gone.
             self._release_memory()
             self._fitting_batch = size - size // 2
-        report(
-            f"not enough memory for {size} images at once: images {sample_ids[0]} to {sample_ids[-1]} are "
-            "sampled in two halves, which can differ by rounding from a whole batch."
-        )
-        halves = (slice(size // 2), slice(size // 2, None))
-        return torch.cat([self._sample_in_parts(sample, sample_ids[part], labels[part], report) for part in halves])
+        report(rows)
+        halves = rows[: size // 2], rows[size // 2 :]
+        return torch.cat([self._sample_in_parts(sample, half, report) for half in halves])
 
     def _sample(
         self,
         sample_ids: Sequence[int],
         labels: Sequence[int],
+        known: Tensor | None,
         config: SamplingConfig,
         seed: int,
         callback: StepCallback | None,
@@ -266,11 +338,13 @@ class Pipeline:
             torch.tensor([*part, *[part[-1]] * padding], dtype=torch.int64, device=self.device)
             for part in (sample_ids, labels)
         ]
+        if known is not None:
+            known = torch.cat([known, known[-1:].expand(padding, -1, -1)]).to(self.device)
         noise_fn = sample_noise(self.model, seed, padded[0], config.num_draws)
         report = (lambda i, steps, tokens: callback(i, steps, tokens[:size])) if callback and padding else callback
         # The compiler packs the weights itself.
         with packed_linears(self.model) if functions is None else contextlib.nullcontext():
-            tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions)[:size]
+            tokens = sample_tokens(self.model, padded[1], noise_fn, config, report, functions, known)[:size]
         if functions:
             functions.sizes.add(size + padding)
         return tokens
@@ -429,6 +503,34 @@ class Pipeline:
         if os.environ.get("RANK", "0") == "0":  # all processes compile
             print("bitdance: the first batch of each size takes longer, up to minutes, to compile.", file=sys.stderr)
         self.functions = CompiledFunctions(self.model, mode)
+
+
+def kept_tokens(
+    config: BitDanceConfig,
+    keep_rows: int | None = None,
+    keep_tokens: int | None = None,
+    mask: Tensor | np.ndarray | None = None,
+) -> Tensor:
+    """Returns which tokens a completion keeps, (N,) bool in the model's order; arguments as of `Pipeline.complete`.
+
+    Raises:
+        UserError: not exactly one is given, or it does not fit the model.
+    """
+    grid, p = config.grid, config.parallel_num
+    if sum(value is not None for value in (keep_rows, keep_tokens, mask)) != 1:
+        raise UserError("say what to keep: give either `keep_rows`, `keep_tokens` or `mask`.")
+    if mask is not None:
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != (grid, grid):
+            raise UserError(f"the mask must be bool of shape ({grid}, {grid}), one value for each token.")
+        return tokens_from_grid(mask[None, None], config.patch)[0, :, 0]
+    name, value, most, unit = "keep_rows", keep_rows, grid, config.patch
+    if keep_tokens is not None:
+        name, value, most, unit = "keep_tokens", keep_tokens, config.num_tokens, p
+    if not isinstance(value, int) or not 0 <= value < most or value % unit:
+        multiple = f", a multiple of {unit}, since the model samples {p} tokens at once" if unit > 1 else ""
+        raise UserError(f"{name}={value} is invalid: it must be an integer from 0 to {most - unit}{multiple}.")
+    return torch.arange(config.num_tokens) < (value if keep_rows is None else value * grid)
 
 
 def limit_chunk(size: int, image_size: int, device: torch.device) -> int:

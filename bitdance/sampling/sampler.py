@@ -247,6 +247,7 @@ def sample_tokens(
     config: SamplingConfig,
     callback: StepCallback | None = None,
     functions: SamplerFunctions | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Samples tokens: (B,) int64 labels -> (B, N, C) +-1.
 
@@ -260,17 +261,24 @@ def sample_tokens(
         config: sampling settings.
         callback: called after each autoregressive step.
         functions: compiled ones, see `CompiledFunctions`.
+        known: (B, N, C), tokens that are not sampled, +-1, and 0 for the others. They are put in place of what the head
+            samples (teacher forcing), so only later steps depend on them. Steps without another token cost no solver.
     """
     steps, b = model.config.ar_steps, len(labels)
     guided = config.cfg_scale > 1
+    given: list[Tensor] = []
+    is_known = [False] * steps
+    if known is not None:
+        given = list((torch.cat([known, known]) if guided else known).split(model.config.parallel_num, dim=1))
+        is_known = torch.stack([group.all() for group in given]).tolist()
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     cache = model.new_cache(len(labels))
     functions = functions or SamplerFunctions(model)
     sample_head = head_sampler(model, config, functions)
-    groups: list[Tensor] = []
-    for i in range(steps):
-        cond = model.prefill(labels, cache) if i == 0 else functions.transformer_step(groups[-1], cache)  # (R, P, D)
+
+    def sample_group(i: int, cond: Tensor) -> Tensor:
+        """Samples the tokens of a step: (R, P, D) -> (R, P, C)."""
         scale = flow.guidance_scale(config.cfg_scale, i, steps, config.cfg_schedule) if guided else 1.0
         shared = scale > 1 or (guided and config.share_first)
         noise = noise_fn(i, False)  # (draws, B, P, C)
@@ -280,7 +288,13 @@ def sample_tokens(
         guidance = torch.full((), scale, device=cond.device) if shared else None
         x = sample_head(cond, noise, guidance, config.num_steps_at(i, steps))
         new = torch.where(x > 0, 1.0, -1.0)
-        groups.append(torch.cat([new, new]) if shared else new)  # (R, P, C)
+        return torch.cat([new, new]) if shared else new
+
+    groups: list[Tensor] = []
+    for i in range(steps):
+        cond = model.prefill(labels, cache) if i == 0 else functions.transformer_step(groups[-1], cache)  # (R, P, D)
+        new = given[i] if is_known[i] else sample_group(i, cond)
+        groups.append(torch.where(given[i] == 0, new, given[i]) if given else new)  # (R, P, C)
         if callback is not None:
             callback(i + 1, steps, torch.cat(groups, dim=1)[:b])
     return torch.cat(groups, dim=1)[:b]
