@@ -30,6 +30,7 @@ COMMANDS = {
     "reconstruct": "encode and decode images: pictures, PSNR, SSIM and rFID",
     "nearest": "find the nearest training image of each sample",
     "convert": "write weights in our format or in the released layout",
+    "doctor": "check this machine, the installation and the downloaded files",
 }
 
 EXAMPLES = """
