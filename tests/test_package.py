@@ -1,7 +1,9 @@
 """The public interface of the package."""
 
 import doctest
+import pathlib
 import pydoc
+import re
 
 import small
 
@@ -21,3 +23,12 @@ def test_help_shows_the_public_functions():
 
 def test_version():
     assert small.run("-m", "bitdance", "--version").stdout == f"bitdance {bitdance.__version__}\n"
+
+
+def test_versions_and_citations_agree():
+    root = pathlib.Path(__file__).resolve().parent.parent
+    for name, pattern in (("pyproject.toml", r'^version = "(.*)"$'), ("CITATION.cff", r"^version: (.*)$")):
+        assert re.findall(pattern, (root / name).read_text(), re.MULTILINE) == [bitdance.__version__], name
+    (authors,) = re.findall(r"author  = \{(.*)\}", (root / "README.md").read_text())
+    cited = re.findall(r"family-names: (.*), given-names: (.*)\}", (root / "CITATION.cff").read_text())
+    assert [f"{family}, {given}" for family, given in cited] == authors.split(" and ")
