@@ -59,13 +59,13 @@ def main(arguments: list[str]) -> None:
     from bitdance.models.transformer import BitDance
     from bitdance.sampling.sampler import SamplingConfig
     from bitdance.weights import torch_files, weights_file
-    from bitdance.weights.layout import CFG_SCALE
+    from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST
     from bitdance.weights.resolve import find_weights
 
     contents = weights_file.read(find_weights(command.source, command.part or "model"))
     part = command.part or ("model" if "model" in contents.parts else "autoencoder")
     kept: dict[str, str] = {
-        key: contents.metadata[key] for key in ("step", "tokenizer_digest", CFG_SCALE) if key in contents.metadata
+        key: contents.metadata[key] for key in ("step", TOKENIZER_DIGEST, CFG_SCALE) if key in contents.metadata
     }
     if command.cfg_scale is not None:
         if part == "autoencoder" or command.target.suffix == ".pt":

@@ -30,6 +30,7 @@ COMMANDS = {
     "reconstruct": "encode and decode images: pictures, PSNR, SSIM and rFID",
     "nearest": "find the nearest training image of each sample",
     "convert": "write weights in our format or in the released layout",
+    "publish": "write a model with a model card to a folder, or upload it to the hub",
     "doctor": "check this machine, the installation and the downloaded files",
 }
 

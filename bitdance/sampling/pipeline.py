@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ from bitdance.sampling.sampler import (
     sample_tokens,
 )
 from bitdance.weights import weights_file
-from bitdance.weights.layout import CFG_SCALE, WeightsFile
+from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST, WeightsFile
 from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
 Output = Literal["pil", "np", "pt"]
@@ -80,6 +81,7 @@ class Pipeline:
         name: used in the names of result files.
         defaults: sampling settings for those that a call does not give.
         functions: compiled ones, see `compile`.
+        files, weights: of the model and of the autoencoder, and which weights, if they were loaded from files.
 
     Raises:
         UserError: the autoencoder does not have the model's number of bits per token.
@@ -90,6 +92,8 @@ class Pipeline:
     name: str = "model"
     defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     functions: CompiledFunctions | None = None
+    files: tuple[pathlib.Path, pathlib.Path] | None = None
+    weights: Weights | None = None
     _fitting_batch: int = dataclasses.field(default=sys.maxsize, init=False)
     _fitting_chunk: int = dataclasses.field(default=sys.maxsize, init=False)
 
@@ -349,6 +353,40 @@ class Pipeline:
             functions.sizes.add(size + padding)
         return tokens
 
+    def save_pretrained(self, folder: str | os.PathLike[str], figures: Mapping[str, float] | None = None) -> None:
+        """Writes the networks in float32, samples and a model card to a folder, from which `load_pipeline` loads them.
+
+        Args:
+            folder: a new or empty one, or one that this function wrote.
+            figures: metrics for the card, by name.
+
+        Raises:
+            UserError: the folder holds something else, or cannot be written.
+        """
+        from bitdance.sampling.pretrained import save_pretrained
+
+        save_pretrained(self, pathlib.Path(folder).expanduser(), figures)
+
+    def push_to_hub(self, name: str, private: bool = False, figures: Mapping[str, float] | None = None) -> str:
+        """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub and returns its address.
+
+        Args:
+            name: `user/name`; `load_pipeline` takes it too. The repository is made if it does not exist.
+            private: whether a new repository is visible to its owner alone.
+            figures: metrics for the card, by name.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses; it needs a token in HF_TOKEN, or `hf auth login`.
+        """
+        from bitdance.sampling.pretrained import push_to_hub
+
+        return push_to_hub(self, name, private, figures)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Pipeline:
+        """Calls `load_pipeline`."""
+        return load_pipeline(name, **options)
+
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
         """Encodes images to bits.
@@ -567,7 +605,7 @@ def load_pipeline(
 
     Args:
         name: `demo`, a released model such as `BitDance-B-16X` (downloaded if it is not there), the folder of a
-            training run, or a file of weights.
+            training run, a file of weights, or a repository on the hub, `user/name`.
         autoencoder: likewise; by default the one inside the model's file, beside it, or of its training run.
         weights: `ema` or `model` (raw); by default the EMA if the file has one.
         device: such as `cpu` or `cuda:1`; by default a GPU if there is one.
@@ -591,7 +629,8 @@ def load_pipeline(
     decoder = weights_file.load_autoencoder(source, dtype)
     name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
     pipeline = Pipeline(model.to(device), decoder.to(device), name, _sampling_defaults(contents))
-    trained_with = contents.metadata.get("tokenizer_digest")
+    pipeline.files, pipeline.weights = (contents.path, source.path), weights
+    trained_with = contents.metadata.get(TOKENIZER_DIGEST)
     if trained_with and trained_with != weights_file.tokenizer_digest(source):
         print(
             f"bitdance: warning: {contents.path} was not trained with {source.path}: unless it is the same "

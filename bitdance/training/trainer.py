@@ -44,7 +44,7 @@ from bitdance.training.optimizer import EMA, NonFiniteGuard, Optimizer, learning
 from bitdance.training.preemption import PreemptionHandler
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
-from bitdance.weights.layout import WeightsFile
+from bitdance.weights.layout import TOKENIZER_DIGEST, WeightsFile
 from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
@@ -479,7 +479,7 @@ class Trainer:
     def _provenance(self) -> dict[str, str]:
         """Returns metadata of a file of weights: the step, and the autoencoder that made a model's tokens."""
         autoencoder = self.data.autoencoder
-        return {"step": str(self.step)} | ({"tokenizer_digest": autoencoder} if autoencoder else {})
+        return {"step": str(self.step)} | ({TOKENIZER_DIGEST: autoencoder} if autoencoder else {})
 
     def _compare(self, is_new: bool) -> None:
         """Writes training images beside samples, in the first process, if there are new weights or no picture yet."""

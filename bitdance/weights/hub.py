@@ -91,6 +91,39 @@ def released_name(name: str) -> str | None:
     return short if short in RELEASED_MODELS else None
 
 
+def is_repository(name: str) -> bool:
+    """Returns whether a name is one of the hub: a user or an organization, a slash, and a name."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name))
+
+
+def fetch_repository(name: str) -> pathlib.Path:
+    """Downloads the networks of a repository on the hub to the client's cache and returns their folder.
+
+    It holds `model.safetensors` and `autoencoder.safetensors`, as `Pipeline.push_to_hub` writes, or one model in the
+    released layout, and its autoencoder unless that is inside.
+
+    Raises:
+        UserError: there is no such repository, it holds something else, or it cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    try:
+        with one_sentence(f"{constants.ENDPOINT}/{name}", f"there is no file or folder {name}, nor a download of it"):
+            files = HfApi(library_name="bitdance").list_repo_files(name)
+            ours = [file for file in files if file in ("model.safetensors", "autoencoder.safetensors")]
+            models = [file for file in files if file.endswith(".pt") and file != AUTOENCODER_FILE]
+            if not ours and len(models) != 1:
+                raise UserError(f"{name} on the hub holds {len(models)} models: download one file of it and name that.")
+            wanted = ours or [file for file in (*models, AUTOENCODER_FILE) if file in files]
+            return pathlib.Path(snapshot_download(name, allow_patterns=wanted))
+    except UserError:
+        with contextlib.suppress(Exception):  # whatever the client says of what is not in its cache
+            return pathlib.Path(
+                snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.pt"])
+            )
+        raise
+
+
 def find(path: pathlib.Path) -> pathlib.Path | None:
     """The file at `path`, or the one beside it in the other spelling: the hub's page writes B_1X as B_1x."""
     old, new = ("X.pt", "x.pt") if path.name.endswith("X.pt") else ("x.pt", "X.pt")
@@ -157,13 +190,13 @@ def _look_up(name: str, target: pathlib.Path) -> _Remote:
     if plain := PLAIN_FILES.get(name):
         url = plain.url
         # The headers of a GET: the address that a server redirects to may be signed for that method only.
-        with _one_sentence(url, target), urllib.request.urlopen(url, timeout=timeout) as response:
+        with one_sentence(url, _problem(target)), urllib.request.urlopen(url, timeout=timeout) as response:
             size = int(response.headers.get("Content-Length", 0))
             if not size or response.headers.get_content_type() == "text/html":
                 raise OSError(_NO_FILE)
         return _Remote(url, target, size, plain.sha256)
     url = hf_hub_url(REPOSITORY, HUB_FILES[name])
-    with _one_sentence(url, target):
+    with one_sentence(url, _problem(target)):
         # Without a network this fails at once, whereas hf_hub_download would retry for 23 seconds.
         try:
             metadata = get_hf_file_metadata(url, timeout=timeout)
@@ -218,7 +251,7 @@ def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
                 return present
             shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
             make_folder(staging)
-            with _one_sentence(remote.url, target):
+            with one_sentence(remote.url, _problem(target)):
                 if remote.revision:
                     # force_download: neither a copy from the client's cache, nor retries of its own look-up
                     hf_hub_download(REPOSITORY, name, revision=remote.revision, local_dir=staging, force_download=True)
@@ -250,11 +283,17 @@ def _download_url(remote: _Remote, path: pathlib.Path) -> None:
         socket.setdefaulttimeout(timeout)
 
 
+def _problem(target: pathlib.Path) -> str:
+    return f"cannot download {target}"
+
+
 @contextlib.contextmanager
-def _one_sentence(url: str, target: pathlib.Path) -> Iterator[None]:
+def one_sentence(url: str, problem: str) -> Iterator[None]:
     """Turns any error of a client into a `UserError`: the HTTP libraries behind huggingface_hub differ by version."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         host = urlsplit(url).hostname or url
         causes: list[BaseException] = [error]
@@ -266,13 +305,12 @@ def _one_sentence(url: str, target: pathlib.Path) -> Iterator[None]:
                 advice = _ADVICE.get(status, "try again later")
                 raise UserError(f"{host} answers {url} with HTTP {status}: {advice}.") from error
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                message = f"the disk is full while {target} is downloaded: free some space and run the command again."
-                raise UserError(message) from error
+                raise UserError(f"{problem}: the disk is full; free some space and run the command again.") from error
         root = causes[-1]
         # The text of other errors, and what is in brackets, may show the token or a signed address.
         text = re.split(r"[(\n]", str(root))[0].strip() if type(root) in (OSError, TimeoutError) else ""
         reason = getattr(root, "strerror", None) or text or type(root).__name__
         raise UserError(
-            f"cannot download {target.name} from {host} ({reason}): check the network, the proxy, and for the hub "
-            "HF_ENDPOINT and HF_TOKEN, then run the command again."
+            f"{problem} ({host}: {reason}): check the network, the proxy, and for the hub HF_ENDPOINT and "
+            "HF_TOKEN, then run the command again."
         ) from error

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 
-CFG_SCALE = "cfg_scale"
-"""In the metadata of a model's file: the guidance scale to sample it with, where none is given."""
+CFG_SCALE, TOKENIZER_DIGEST = "cfg_scale", "tokenizer_digest"
+"""In the metadata of a model's file: its guidance scale, and the digest of the encoder that made its tokens."""
 
 
 @dataclasses.dataclass(frozen=True)

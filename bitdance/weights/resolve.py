@@ -21,6 +21,7 @@ _DEMOS = {DEMO: "model"}
 """The models of the package by their names; all have one autoencoder."""
 
 Part = Literal["model", "autoencoder"]
+SUFFIXES = (".pt", ".safetensors")
 
 
 def find_weights(name: str | os.PathLike[str], part: Part = "model", download: bool = True) -> pathlib.Path:
@@ -29,7 +30,7 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     Args:
         name: `demo`; a released model such as `B-16X` or `BitDance-B-16X`, in any case; `autoencoder`, the released
             one; the folder of a training run, whose finished weights, or else newest checkpoint, are meant; a folder
-            with one file of weights; or a file.
+            with one file of weights; a file; or a repository on the hub, `user/name`.
         part: the network to find for `demo`, or in a folder with both.
         download: whether a missing released file is downloaded; otherwise it is an error.
 
@@ -54,6 +55,8 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
         return _download(key)
     if found := hub.find(path):
         return found
+    if hub.is_repository(text) and download and path.suffix not in SUFFIXES:
+        return _find_in_run(hub.fetch_repository(text), part)
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
@@ -89,8 +92,10 @@ def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:
 
 def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:
     other = "autoencoder" if part == "model" else "model"
-    files = [path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors")]
-    newest, alone = list(list_checkpoints(folder).values())[:1], files if len(files) == 1 else []
+    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES]
+    newest, released = list(list_checkpoints(folder).values())[:1], folder / hub.AUTOENCODER_FILE
+    alone = [path for path in files if path != released]
+    alone = [released] if part == "autoencoder" and released in files else alone if len(alone) == 1 else []
     for path in (folder / f"{part}.safetensors", *newest, folder / f"{other}.safetensors", *alone):
         if path.is_file():
             return path

@@ -1,0 +1,114 @@
+"""A pipeline as a folder of weights with a model card, on disk or on the Hugging Face hub.
+
+`Pipeline` calls these functions, so they cannot import it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from bitdance.config import BitDanceConfig
+from bitdance.runtime.atomic_files import atomic_write, make_folder
+from bitdance.runtime.errors import UserError
+from bitdance.sampling.image_grid import image_grid
+from bitdance.sampling.writers import write_png
+from bitdance.weights import hub, weights_file
+from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST
+
+CARD, PICTURE = "README.md", "samples.png"
+MARK = "library_name: bitdance"
+"""In the card of a folder of ours, which may be replaced."""
+
+SHOWN_CLASSES, SHOWN_EACH = 10, 8
+
+
+def save_pretrained(pipeline: Any, folder: pathlib.Path, figures: Mapping[str, float] | None = None) -> None:
+    """Writes a model, its autoencoder, some samples and a card; see `Pipeline.save_pretrained`."""
+    if folder.is_dir() and any(folder.iterdir()):
+        card = folder / CARD
+        if not card.is_file() or MARK not in card.read_text(errors="replace"):
+            raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")
+    make_folder(folder)
+    model, autoencoder = pipeline.model, pipeline.autoencoder
+    metadata = {CFG_SCALE: f"{pipeline.defaults.cfg_scale:g}"}
+    if pipeline.files:  # the networks of the pipeline may be in a lower precision
+        contents, source = (weights_file.read(path) for path in pipeline.files)
+        model, autoencoder = weights_file.load_model(contents, pipeline.weights), weights_file.load_autoencoder(source)
+        metadata[TOKENIZER_DIGEST] = weights_file.tokenizer_digest(source)
+    weights_file.save(folder / "autoencoder.safetensors", autoencoder)
+    weights_file.save(folder / "model.safetensors", model, metadata=metadata)
+    labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
+    names = [pipeline.classes.label(label) for label in labels]
+    images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
+    write_png(folder / PICTURE, image_grid(images, SHOWN_EACH, names, scale=max(1, 96 // pipeline.image_size)))
+    with atomic_write(folder / CARD) as temporary:
+        temporary.write_text(_card(pipeline, figures or {}), encoding="utf-8")
+
+
+def push_to_hub(pipeline: Any, name: str, private: bool = False, figures: Mapping[str, float] | None = None) -> str:
+    """Uploads a model, its autoencoder, some samples and a card; see `Pipeline.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    if not hub.is_repository(name):
+        raise UserError(f"{name!r} is no name on the hub: give the user or organization, a slash, and a name.")
+    api = HfApi(library_name="bitdance")
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(pipeline, pathlib.Path(folder), figures)
+        with hub.one_sentence(f"{api.endpoint}/{name}", f"cannot upload to {name}"):
+            api.create_repo(name, private=private, exist_ok=True)
+            api.upload_folder(folder_path=folder, repo_id=name, commit_message="Upload a BitDance model")
+    return f"{api.endpoint}/{name}"
+
+
+def _card(pipeline: Any, figures: Mapping[str, float]) -> str:
+    """Returns the text of the model card, Markdown."""
+    config, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
+    rows = {
+        "images": f"{pipeline.image_size} x {pipeline.image_size} px, {config.num_classes} classes",
+        "tokens": f"{config.grid} x {config.grid} of {config.bits} bits, {config.parallel_num} per step",
+        "model": f"{_count(pipeline.model):.2f} million parameters: {_sizes(config)}",
+        "autoencoder": f"{_count(pipeline.autoencoder):.2f} million parameters, {autoencoder.down_size} pixels a token",
+        "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
+        **{name: f"{value:.4g}" for name, value in figures.items()},
+    }
+    classes = ", ".join(pipeline.classes.label(label) for label in range(min(20, len(pipeline.classes))))
+    more = ", ..." if len(pipeline.classes) > 20 else ""
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+{MARK}
+pipeline_tag: unconditional-image-generation
+tags: [bitdance, class-conditional, autoregressive]
+---
+
+# A BitDance model
+
+Class-conditional images by an autoregressive transformer over binary tokens ([paper](https://arxiv.org/abs/2602.14041)).
+
+![samples]({PICTURE})
+
+| | |
+|---|---|
+{table}
+
+Classes: {classes}{more}.
+
+```python
+import bitdance
+
+pipe = bitdance.load_pipeline("this repository, or its folder")
+pipe([{pipeline.classes.label(0)!r}], seed=0)[0].save("image.png")
+```
+"""
+
+
+def _count(network: object) -> float:
+    return sum(parameter.numel() for parameter in network.parameters()) / 1e6  # type: ignore[attr-defined]
+
+
+def _sizes(config: BitDanceConfig) -> str:
+    return (
+        f"width {config.dim}, {config.n_layer} layers; head of width {config.head_dim} with {config.head_layers} blocks"
+    )
