@@ -29,7 +29,7 @@ CURRENT := $(shell $(RUN) -c "import importlib.util as i; i.find_spec('torch').n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-all fuzz venv lint types benchmark wheel clean again
+.PHONY: help sample test test-all fuzz venv lint types benchmark wheel docs clean again
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{printf "%-17s %s\n", $$1, $$2}'
@@ -63,8 +63,13 @@ wheel: $(STAMP)  ## build dist/bitdance-*.whl
 	$(RUN) -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
+docs: $(STAMP)  ## build the site, docs/_build/html/index.html
+	$(RUN) -m pip install -q --disable-pip-version-check --no-input -c constraints.txt -e ".[docs]"
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:  ## remove builds and caches (not .venv, not samples)
-	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt $(if $(CURRENT),,again)
