@@ -16,7 +16,5 @@ rows = [
 ]
 images = np.concatenate([np.concatenate([image, row]) for row in rows])
 grid = image_grid(images, 7, ["as a horse", "as a ship"], scale=3)
-    np.concatenate([np.concatenate([image, row]) for row in rows]), 7, ["as a horse", "as a ship"], scale=3
-)
 grid.save("completions.png")
 print("wrote completions.png: the image, and its completions")
