@@ -1,6 +1,8 @@
 """Keeps the upper half of a sample and completes it, as its own class and as another one.
 
-python examples/complete.py
+    python examples/complete.py
+
+Writes completions.png.
 """
 
 import numpy as np

@@ -1,6 +1,8 @@
 """Samples images of the demo model at three guidance scales, and writes them as one grid.
 
-python examples/sample.py
+    python examples/sample.py
+
+Writes guidance.png.
 """
 
 import numpy as np
