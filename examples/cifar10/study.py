@@ -1,10 +1,11 @@
 """Measures what the settings of sampling cost and give: Fréchet distance, accuracy and seconds, as CSV and figures.
 
-    python examples/cifar10/study.py --reference cifar10_test.zip --models demo --output runs/study
+    python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x --output runs/study
+    python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 10000 --seeds 5
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
-Each line of study.csv is one combination of model, settings and seed. Lines that are there are not measured again, so
-an interrupted study continues. Needs the example's classifier, see classifier.py.
+A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. Lines that are there
+are not measured again, so an interrupted study continues. Needs the example's classifier, see classifier.py.
 """
 
 from __future__ import annotations
@@ -69,6 +70,13 @@ def settings(scale: float) -> Iterator[SamplingConfig]:
             yield dataclasses.replace(small, num_steps=first, final_num_steps=last)
 
 
+def step_settings(scale: float) -> Iterator[SamplingConfig]:
+    """Yields the settings of the equivalence test: numbers of steps, the published one first."""
+    yield SamplingConfig(100, scale)
+    for steps, solver in itertools.product((10, 15, 20, 30, 50), SOLVERS[1::-1]):
+        yield SamplingConfig(steps, scale, solver=solver)
+
+
 def measure(
     pipeline: Pipeline, config: SamplingConfig, seed: int, images: int, network: FeatureExtractor, reference: Any
 ) -> dict[str, Any]:
@@ -106,30 +114,25 @@ def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[st
     }
 
 
-def run(options: argparse.Namespace, path: pathlib.Path) -> None:
-    """Measures what is missing."""
+def run(options: argparse.Namespace, name: str, path: pathlib.Path) -> None:
+    """Measures what is missing of a model."""
     network, world = extractor(), World(0, 1, torch.device("cpu"))
     source = open_source(options.reference, 32)
     reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     rows = read_rows(path)
-    done = [{name: row[name] for name in key_of("", 0, 0, SamplingConfig(1, 1.0))} for row in rows]
-    wanted = [
-        (name, seed, config)
-        for seed in range(options.seeds)
-        for config in dict.fromkeys(settings(options.cfg_scale))
-        for name in options.models
-    ]
-    missing = [item for item in wanted if key_of(item[0], item[1], options.images, item[2]) not in done]
+    done = [{column: row[column] for column in key_of("", 0, 0, SamplingConfig(1, 1.0))} for row in rows]
+    configs = dict.fromkeys((step_settings if options.equivalence else settings)(options.cfg_scale))
+    wanted = itertools.product(range(options.seeds), configs)
+    missing = [item for item in wanted if key_of(name, item[0], options.images, item[1]) not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pipelines = {name: bitdance.load_pipeline(name) for name in options.models}
+    pipeline = bitdance.load_pipeline(name)
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    with open(path, "a", newline="") as file, progress_bar(len(missing), "study", "settings") as bar:
+    with open(path, "a", newline="") as file, progress_bar(len(missing), path.stem, "settings") as bar:
         writer = csv.DictWriter(file, COLUMNS)
-        for name, seed, config in missing:
-            pipeline = pipelines[name]
+        for seed, config in missing:
             row = measure(pipeline, config, seed, options.images, network, reference)
             p = {"parallel_num": pipeline.model.config.parallel_num}
             writer.writerow(key_of(name, seed, options.images, config) | p | row)
@@ -138,47 +141,42 @@ def run(options: argparse.Namespace, path: pathlib.Path) -> None:
     print(f"wrote {path}")
 
 
-def select(rows: list[dict[str, str]], model: str, x: str, **fixed: Any) -> dict[str, dict[str, list[float]]]:
-    """Returns the values of the metrics over the values of a column, for the rows of a model with these settings."""
+def select(rows: list[dict[str, str]], x: str, **fixed: Any) -> dict[str, dict[str, list[float]]]:
+    """Returns the values of the metrics over the values of a column, for the rows with these settings."""
     base = {name: str(value) for name, value in dataclasses.asdict(SamplingConfig(50, 3.0)).items()}
     base |= {name: str(value) for name, value in fixed.items()}
     base.pop(x)
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        if row["model"] == model and all(row[name] == value for name, value in base.items()):
+        if all(row[name] == value for name, value in base.items()):
             values = found.setdefault(row[x], {name: [] for name in COLUMNS[-5:]})
             for name in values:
                 values[name].append(float(row[name]))
     return found
 
 
-def draw(rows: list[dict[str, str]], folder: pathlib.Path, scale: float) -> None:
-    """Draws a figure for each model: the distance and the accuracy over solver steps and over guidance scales."""
+def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
+    """Draws the distance and the accuracy over solver steps and over guidance scales."""
     from matplotlib.figure import Figure
 
-    for model in dict.fromkeys(row["model"] for row in rows):
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        axes = figure.subplots(2, 2)
-        lines = [
-            (0, solver, select(rows, model, "num_steps", solver=solver, cfg_scale=scale)) for solver in SOLVERS
-        ] + [
-            (1, f"{schedule} guidance", select(rows, model, "cfg_scale", cfg_schedule=schedule))
-            for schedule in ("linear", "constant")
-        ]
-        for column, label, values in lines:
-            points = sorted((float(x), metrics) for x, metrics in values.items())
-            for row_, name in enumerate(("frechet_distance", "accuracy")):
-                means = [statistics.fmean(metrics[name]) for _, metrics in points]
-                axes[row_, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
-        for row_, title in enumerate(("Fréchet distance", "accuracy")):
-            axes[row_, 0].set(xlabel="solver steps", ylabel=title, xscale="log")
-            axes[row_, 1].set(xlabel="guidance scale", ylabel=title)
-        axes[0, 0].legend()
-        axes[0, 1].legend()
-        path = folder / f"study-{pathlib.Path(model).stem}.png"
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
-        print(f"wrote {path}")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
+    lines = [(0, solver, select(rows, "num_steps", solver=solver, cfg_scale=scale)) for solver in SOLVERS]
+    for schedule in ("linear", "constant"):
+        lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", cfg_schedule=schedule)))
+    for column, label, values in lines:
+        points = sorted((float(x), metrics) for x, metrics in values.items())
+        for row, name in enumerate(("frechet_distance", "accuracy")):
+            means = [statistics.fmean(metrics[name]) for _, metrics in points]
+            axes[row, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
+    for row, title in enumerate(("Fréchet distance", "accuracy")):
+        axes[row, 0].set(xlabel="solver steps", ylabel=title, xscale="log")
+        axes[row, 1].set(xlabel="guidance scale", ylabel=title)
+    axes[0, 0].legend()
+    axes[0, 1].legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    print(f"wrote {path}")
 
 
 def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
@@ -186,18 +184,18 @@ def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
 
     The seeds are pairs: the same seed has the same labels and first noise.
     """
-    for model, solver in itertools.product(dict.fromkeys(row["model"] for row in rows), SOLVERS[:2]):
-        values = select(rows, model, "num_steps", solver=solver, cfg_scale=scale)
-        exact = select(rows, model, "num_steps", solver=SOLVERS[0], cfg_scale=scale).get("100", {})
+    exact = select(rows, "num_steps", solver=SOLVERS[0], cfg_scale=scale).get("100", {}).get("frechet_distance", [])
+    for solver in SOLVERS[:2]:
+        values = select(rows, "num_steps", solver=solver, cfg_scale=scale)
         for steps, metrics in sorted(values.items(), key=lambda item: int(item[0])):
-            pairs = list(zip(metrics["frechet_distance"], exact.get("frechet_distance", []), strict=False))
-            if len(pairs) < 2 or len(pairs) - 1 >= len(T95):
+            pairs = list(zip(metrics["frechet_distance"], exact, strict=False))
+            if (solver, steps) == (SOLVERS[0], "100") or not 2 <= len(pairs) <= len(T95):
                 continue
             ratios = [a / b for a, b in pairs]
             mean = statistics.fmean(ratios)
             half = T95[len(pairs) - 1] * statistics.stdev(ratios) / len(pairs) ** 0.5
-            verdict = "equivalent" if max(abs(mean - 1 - half), abs(mean - 1 + half)) < MARGIN else "not shown"
-            print(f"{model}, {solver}, {steps} steps: {mean:.3f} +- {half:.3f} of the distance at 100: {verdict}")
+            verdict = "equivalent" if abs(mean - 1) + half < MARGIN else "not shown"
+            print(f"{solver}, {steps} steps: {mean:.3f} +- {half:.3f} of the distance at 100 steps: {verdict}")
 
 
 def main(arguments: list[str]) -> None:
@@ -212,19 +210,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other noise")
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="of the settings that do not vary it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--equivalence", action="store_true", help="compare numbers of steps with the published one")
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    path = options.output / "study.csv"
-    if not options.figures:
-        if options.reference is None:
-            raise UserError("--reference is missing: give the held-out images.")
-        run(options, path)
-    rows = read_rows(path)
-    if not rows:
-        raise UserError(f"{path} has no results yet: run without --figures first.")
-    draw(rows, options.output, options.cfg_scale)
-    print_equivalence(rows, options.cfg_scale)
+    for name in options.models:
+        path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
+        if not options.figures:
+            if options.reference is None:
+                raise UserError("--reference is missing: give the held-out images.")
+            run(options, name, path)
+        rows = read_rows(path)
+        if not rows:
+            raise UserError(f"{path} has no results yet: run without --figures first.")
+        if options.equivalence:
+            print_equivalence(rows, options.cfg_scale)
+        else:
+            draw(rows, path.with_suffix(".png"), options.cfg_scale)
 
 
 if __name__ == "__main__":
