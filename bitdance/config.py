@@ -16,8 +16,8 @@ from bitdance.runtime.errors import UserError, check_fields
 HEAD_DIM = 64
 """Channels of an attention head, in every released model."""
 
-MAX_BLOCKS, MAX_LEVELS, MAX_NAME = 256, 8, 1000
-"""Blocks of a network, levels of an autoencoder and characters of a class name: files of weights name them freely."""
+MAX_BLOCKS, MAX_LEVELS, MAX_WIDTH, MAX_NAME = 256, 8, 16_384, 1000
+"""Blocks, levels and channels of a network, and characters of a class name: files of weights name them freely."""
 
 MAX_IMAGE_SIZE = 8192
 """Side of the largest images in pixels; a crop of this size takes 200 MB."""
@@ -65,6 +65,9 @@ class AutoencoderConfig:
         if not self.widths or any(width <= 0 or width % 8 for width in self.widths):
             raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 8.")
         check_fields(self, "widths", lambda value: len(value) <= MAX_LEVELS, f"have at most {MAX_LEVELS} levels")
+        check_fields(
+            self, "widths", lambda value: max(value) <= MAX_WIDTH, f"have at most {MAX_WIDTH} channels a level"
+        )
         check_fields(self, "blocks space_to_depth", lambda value: value >= 1, "be at least 1")
         check_fields(self, "blocks", lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "space_to_depth", lambda value: value <= 32, "be at most 32")
@@ -181,6 +184,7 @@ class BitDanceConfig(ModelSizes):
         blocks = "n_layer head_layers head_ada_ln"
         check_fields(self, blocks, lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "dim head_dim", lambda value: value % HEAD_DIM == 0, f"be a multiple of {HEAD_DIM}")
+        check_fields(self, "dim head_dim", lambda value: value <= MAX_WIDTH, f"be at most {MAX_WIDTH}")
         check_fields(self, "bits", lambda value: value >= 8 and value % 8 == 0, "be a positive multiple of 8")
         check_fields(self, "time_shift", lambda value: math.isfinite(value) and value > 0, "be a positive number")
         if self.head_layers % self.head_ada_ln:

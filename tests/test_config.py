@@ -41,6 +41,8 @@ INVALID = [
     # Sizes of an autoencoder.
     (AutoencoderConfig, {"widths": ()}, r"widths=\(\)", "multiple of 8"),
     (AutoencoderConfig, {"widths": (32, 44)}, r"widths=\(32, 44\)", "multiple of 8"),
+    (AutoencoderConfig, {"widths": (8, 8_000_000)}, "widths=", "at most 16384 channels"),
+    (BitDanceConfig, {"dim": 64_000}, "dim=64000", "at most 16384"),
     (AutoencoderConfig, {"widths": (0,)}, r"widths=\(0,\)", "multiple of 8"),
     (AutoencoderConfig, {"blocks": 0}, "blocks=0", "at least 1"),
     (AutoencoderConfig, {"bits": 20}, "bits=20", "multiple of 8"),

@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> None:
         rows.append(decoded[shown])
         names.append(f"{name}, {bits:,} bits")
 
+    print("| tokenizer | bits | PSNR, dB | SSIM | accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
     if options.data_path:
         for bits, decoded, _ in transform_code(load_images(options.data_path)[0], original, sorted(options.bits)):
             add("transform coding", bits, decoded)

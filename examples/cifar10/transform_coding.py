@@ -130,8 +130,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
     parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
     options = parser.parse_args(arguments)
-    if any(bits % (32**2 // options.block**2) for bits in options.bits):
-        parser.error(f"--bits must be multiples of {32**2 // options.block**2}, the number of blocks.")
+    if any(bits < 1 or bits % (32**2 // options.block**2) for bits in options.bits):
+        parser.error(f"--bits must be positive multiples of {32**2 // options.block**2}, the number of blocks.")
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
     for bits, decoded, depths in transform_code(train, original, sorted(options.bits), options.block):
         row = ", ".join(f"{name} {value:.4f}" for name, value in measure(original, decoded, labels).items())
