@@ -66,7 +66,8 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     command = ["train", "--data-path", str(pictures), "--output", str(run), "--time", "1s", "--device", "cpu"]
     main([*command, "--lr", "2e-4"])
     out, err = capsys.readouterr()
-    assert "12 images of 3 classes; settings that were not given:" in out
+    assert err.count(f"bitdance: {pictures}: 12 images of 3 classes (Horse, class-1, class-2)\n") == 1
+    assert "settings that were not given:" in out
     assert "1 epochs of 6 steps with 2 images" in out
     assert "2 of 3 classes are new and start from the null class." in err
     stored = json.loads((run / "settings.json").read_text())

@@ -238,22 +238,19 @@ def test_an_unreadable_image_is_named(files, tmp_path, fails):
     [
         (command, kind)
         for command in ("train", "train-autoencoder", "reconstruct", "train.py")
-        for kind in ("empty", "no folder", "flat", "text", "empty class")
-        if (command, kind) != ("reconstruct", "flat")  # it takes such a folder
+        for kind in ("empty", "no folder", "text", "empty class")
     ],
 )
 def test_paths_without_images(files, tmp_path, fails, command, kind):
     data = tmp_path / "data"
     words = {
-        "empty": "no images in", "no folder": "there is no such file or folder", "flat": "no class folders",
+        "empty": "no images in", "no folder": "there is no such file or folder",
         "text": "not in a format that is read", "empty class": "the class folder 'b' in",
     }[kind]  # fmt: skip
     if kind == "text":
         data.write_text("hello")
     elif kind != "no folder":
         data.mkdir()
-    if kind == "flat":
-        Image.new("RGB", (16, 16)).save(data / "a.png")
     if kind == "empty class":
         (data / "a").mkdir()
         (data / "b").mkdir()

@@ -17,7 +17,7 @@ from bitdance.runtime import atomic_files
 from bitdance.runtime.atomic_files import atomic_write, remove_leftovers
 from bitdance.runtime.errors import UserError
 from bitdance.sampling import image_grid as image_grid_module
-from bitdance.sampling.image_grid import image_grid
+from bitdance.sampling.image_grid import image_grid, rows_without_names
 
 
 def no_space(*args, **kwargs):
@@ -155,6 +155,8 @@ def test_labels_have_no_boxes_of_missing_characters(monkeypatch):
         text, font = image_grid_module._fit_label(label, 0, fonts)
         assert image_grid_module._can_draw(font, text) and (text == label) == (font is not fonts[0])
     monkeypatch.setattr(image_grid_module, "FONTS", ())
+    monkeypatch.setattr(image_grid_module, "_matplotlib_fonts", list)
+    assert rows_without_names(["cat", "\u72ac", "row 3"]) == "row 2 is \u72ac"
     alone = list(image_grid_module._load_fonts(14))
     for label, text in (
         ("na\u00efve", "naive"),

@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Encode, arguments, "bitdance encode", EXAMPLES)
     from bitdance.data.cache_writer import CacheWriter
+    from bitdance.data.image_dataset import print_summary
     from bitdance.data.images import open_images
     from bitdance.runtime.process_group import init_distributed
     from bitdance.sampling.pipeline import choose_dtype
@@ -50,7 +51,10 @@ def main(arguments: list[str]) -> None:
         dtype = choose_dtype(command.where.precision, world.device)
         autoencoder = weights_file.load_autoencoder(contents, dtype).to(world.device)
         digest = weights_file.tokenizer_digest(contents)
-        writer = CacheWriter(open_images(command.data_path), autoencoder, digest, command.output, command.how)
+        images = open_images(command.data_path)
+        if world.is_main:
+            print_summary(images)
+        writer = CacheWriter(images, autoencoder, digest, command.output, command.how)
         result = writer.run(world)
         if world.is_main:
             skipped = f", {result.bad_images} unreadable ones skipped" if result.bad_images else ""

@@ -90,6 +90,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _evaluate(command: Evaluate, world: World) -> None:
+    from bitdance.data.image_dataset import print_summary
     from bitdance.metrics.feature_set import FeatureSet, extract_features, write_feature_set
     from bitdance.metrics.references import FeatureExtractors, find_reference
     from bitdance.metrics.report import evaluate_features
@@ -98,6 +99,9 @@ def _evaluate(command: Evaluate, world: World) -> None:
         raise UserError(f"output={command.results.output} is a folder: name a file, for the report.")
     # All are opened first, so that a wrong path is reported at once and not after an hour.
     opened = [_open(path, command) for path in command.what.samples]
+    for source in opened if world.is_main else ():
+        if not isinstance(source, FeatureSet):
+            print_summary(source)
     extractors = FeatureExtractors(command.evaluation, world)
     sides = [(found.about.get("height") or 0) if isinstance(found, FeatureSet) else found.shape[1] for found in opened]
     makes_reference = command.results.make_reference

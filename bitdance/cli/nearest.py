@@ -35,7 +35,8 @@ class Nearest:
         held_out_split: train or test, for CIFAR-10's archives.
         output: folder for nearest.png and nearest.json.
         shown: pairs in the picture, the nearest first.
-        max_bad_images: unreadable images that are tolerated; they are named and skipped.
+        max_bad_images: unreadable images that are tolerated, named and skipped; by default a tenth of your own
+            pictures, at least 10, and 100 of ImageNet.
     """
 
     samples: Positional[pathlib.Path]
@@ -44,7 +45,7 @@ class Nearest:
     held_out_split: Split = "train"
     output: pathlib.Path = pathlib.Path("nearest")
     shown: int = 16
-    max_bad_images: int = 100
+    max_bad_images: int | None = None
     where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
 def _compare(command: Nearest, device: torch.device) -> None:
     import numpy as np
 
-    from bitdance.data.bad_images import BadImages
+    from bitdance.data.image_dataset import print_summary
     from bitdance.metrics.image_sources import ImageFileSource, open_source
     from bitdance.metrics.nearest_neighbours import BLOCK, find_nearest
     from bitdance.runtime.atomic_files import write_json
@@ -83,8 +84,8 @@ def _compare(command: Nearest, device: torch.device) -> None:
     if side != width or samples.dtype != np.uint8:
         raise UserError(f"{command.samples} holds {samples.dtype} images of {width} x {side} pixels: give square ones.")
     queries = np.concatenate([block for _, block in samples.blocks(256)])
-    bad_images = BadImages(command.max_bad_images)
-    references = ImageFileSource(command.data_path, side, bad_images=bad_images)
+    references = ImageFileSource(command.data_path, side, skips=True, max_bad_images=command.max_bad_images)
+    print_summary(references)
     size = max(1, BLOCK // queries[0].size)
 
     def read(source: ImageFileSource) -> Iterator[np.ndarray]:
@@ -94,11 +95,12 @@ def _compare(command: Nearest, device: torch.device) -> None:
                 bar.update(min(size, len(source) - number * size))
 
     distance, index, mirrored = find_nearest(queries, read(references), device)
-    positions = [position for position in range(len(references)) if position not in bad_images]
+    positions = [position for position in range(len(references)) if position not in references.bad_images]
     metrics: dict[str, Any] = {"images": len(queries), "training_images": len(positions), **_summarize(distance)}
     if held_out is not None:
-        bad_images = BadImages(command.max_bad_images)
-        real = ImageFileSource(held_out, side, command.held_out_split, len(queries), bad_images)
+        options = (side, command.held_out_split, len(queries))
+        real = ImageFileSource(held_out, *options, skips=True, max_bad_images=command.max_bad_images)
+        print_summary(real)
         unseen = np.concatenate([block for _, block in real.blocks(256)])
         metrics["held_out"] = _summarize(find_nearest(unseen, read(references), device)[0])
     order = np.argsort(distance)[: command.shown]

@@ -27,7 +27,8 @@ class How:
     Attributes:
         autoencoder: demo, autoencoder (the released one), the folder of a training run, or a file of weights.
         batch_size: images at once.
-        max_bad_images: unreadable images that are tolerated; they are named and skipped.
+        max_bad_images: unreadable images that are tolerated, named and skipped; by default a tenth of your own
+            pictures, at least 10, and 100 of ImageNet.
         rfid: compute rFID, the FID between the images and their reconstructions; by default if the Inception weights
             are found.
         inception_weights: weights of the Inception network; by default the downloaded file.
@@ -38,7 +39,7 @@ class How:
 
     autoencoder: str = "demo"
     batch_size: int = 100
-    max_bad_images: int = 100
+    max_bad_images: int | None = None
     rfid: bool | None = None
     inception_weights: pathlib.Path | None = None
     features: str | None = None
@@ -87,10 +88,9 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     import numpy as np
     import torch
 
-    from bitdance.data.bad_images import BadImages
     from bitdance.data.crops import normalize
     from bitdance.data.decoding import is_image
-    from bitdance.data.image_dataset import evenly_spaced
+    from bitdance.data.image_dataset import evenly_spaced, print_summary
     from bitdance.metrics.frechet_distance import frechet_distance
     from bitdance.metrics.image_sources import ImageFileSource
     from bitdance.metrics.psnr_ssim import WINDOW, psnr, ssim
@@ -106,8 +106,9 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
 
     path = find_weights(how.autoencoder, "autoencoder")
     autoencoder = load_autoencoder(path).to(world.device)
-    bad_images = BadImages(how.max_bad_images)
-    source = ImageFileSource(data.data_path, data.image_size, data.split, data.limit, bad_images)
+    options = (data.image_size, data.split, data.limit)
+    source = ImageFileSource(data.data_path, *options, skips=True, max_bad_images=how.max_bad_images)
+    print_summary(source)
     _, stored_height, stored_width, _ = source.shape
     if data.image_size is not None:
         autoencoder.config.grid(data.image_size)
@@ -136,7 +137,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
             decoded = to_uint8(autoencoder.decode(autoencoder.encode(normalize(original)))).cpu().numpy()
             ratios.append(psnr(torch.from_numpy(block), torch.from_numpy(decoded)))
             similarities.append(ssim(torch.from_numpy(block), torch.from_numpy(decoded)))
-            readable = [position for position in positions if position not in bad_images]
+            readable = [position for position in positions if position not in source.bad_images]
             for i, (accumulator, pixels) in enumerate(zip(accumulators, (block, decoded), strict=False)):
                 assert extractor is not None
                 features = extractor(pixels)
@@ -146,7 +147,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
             for position, *pair in zip(readable, block, decoded, strict=True):
                 if position in shown or not pairs:
                     pairs.append(pair)
-    count, side = len(source) - len(bad_images), height if height == width else [height, width]
+    count, side = len(source) - len(source.bad_images), height if height == width else [height, width]
     metrics: dict[str, Any] = {
         "autoencoder": str(path),
         "data": str(data.data_path),

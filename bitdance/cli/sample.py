@@ -248,7 +248,8 @@ def _check(command: Sample) -> None:
 
 
 def _sample(command: Sample, pipeline: Pipeline) -> None:
-    from bitdance.sampling.image_grid import image_grid
+    from bitdance.data.class_folders import counted
+    from bitdance.sampling.image_grid import image_grid, rows_without_names
 
     what, how, names = command.what, command.how, pipeline.classes
     folder, per_class = command.results.output, what.per_class or 10
@@ -274,7 +275,9 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     grid = image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1]))
     write_folder(folder, images, grid, {**settings, "images": entries}, earlier)
     classes = len(set(chosen))
-    print(one_line(f"{len(entries)} images of {classes} class{'es' * (classes > 1)}: {folder / GRID}"))
+    print(one_line(f"{counted(len(entries), 'image')} of {counted(classes, 'class')}: {folder / GRID}"))
+    if unnamed := rows_without_names([entry["name"] for entry in entries[::per_class]]):
+        print(one_line(f"no font has the names of some rows: {unnamed}"))
 
 
 def all_options(command: Any) -> dict[str, Any]:

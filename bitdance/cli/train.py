@@ -147,6 +147,7 @@ def _choose_schedule(command: Train, arguments: list[str], defaults: Train) -> T
     """Returns defaults with a schedule for the images and the time."""
     import os
 
+    from bitdance.data.image_dataset import print_summary
     from bitdance.data.token_cache import is_token_cache
     from bitdance.runtime.devices import choose_device, computes_bf16
     from bitdance.training import automatic
@@ -161,6 +162,7 @@ def _choose_schedule(command: Train, arguments: list[str], defaults: Train) -> T
     contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
     tokenizer = weights_file.load_autoencoder(contents).config
     images = open_data(config.data_path, weights_file.tokenizer_digest(contents), config.image_size)
+    print_summary(images)
     if given_values(arguments, ["batch-size"])["batch-size"] is None:
         config = dataclasses.replace(config, batch_size=automatic.choose_batch_size(len(images)))
     device = choose_device(command.where.device)
@@ -173,7 +175,7 @@ def _choose_schedule(command: Train, arguments: list[str], defaults: Train) -> T
     encodes = not is_token_cache(config.data_path)
     step = automatic.measure_step(sizes, tokenizer, encodes, config.image_size, config.batch_size, device, in_bf16)
     run, reasons = automatic.choose_schedule(config, len(images), step, seconds, command.init_from is not None)
-    print(f"{len(images)} images of {len(images.classes)} classes; settings that were not given:")
+    print("settings that were not given:")
     print("\n".join(f"  {reason}" for reason in reasons), flush=True)
     kept = {name: getattr(run, name) for name in FIELDS}
     return dataclasses.replace(defaults, run=dataclasses.replace(defaults.run, **kept))

@@ -7,14 +7,30 @@ import threading
 
 from tqdm import tqdm
 
+from bitdance.data.image_dataset import ImageDataset
 from bitdance.runtime.errors import UserError, one_line
+
+PUBLISHED_LIMIT = 100
+"""Unreadable images that are tolerated by default in ImageNet."""
+OWN_LIMIT, OWN_SHARE = 10, 10
+"""The same in other pictures: this many, or one in ten."""
 
 
 class BadImages:
-    """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`."""
+    """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`.
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.before = limit, 0
+    Args:
+        limit: None for what suits the images.
+        images: the data set.
+    """
+
+    def __init__(self, limit: int | None, images: object = None) -> None:
+        self.before = 0
+        if limit is None:
+            limit = PUBLISHED_LIMIT
+            if isinstance(images, ImageDataset) and images.upright:
+                limit = max(OWN_LIMIT, len(images) // OWN_SHARE)
+        self.limit = limit
         self._indices: set[int] = set()
         self._lock = threading.Lock()
 
@@ -23,6 +39,10 @@ class BadImages:
 
     def __len__(self) -> int:
         return self.before + len(self._indices)
+
+    def indices(self) -> list[int]:
+        """Returns the indices of the images that were skipped."""
+        return sorted(self._indices)
 
     def add(self, index: int, error: UserError) -> None:
         """Counts an image, and prints to stderr why it is skipped the first time it is added.

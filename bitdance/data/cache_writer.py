@@ -101,7 +101,7 @@ class CacheWriter:
         )
         step = config.shard_size
         self._ranges = [range(start, min(start + step, count)) for start in range(0, count, step)]
-        self._bad_images = BadImages(config.max_bad_images)
+        self._bad_images = BadImages(config.max_bad_images, self.images)
 
     def run(self, world: World) -> EncodeResult:
         """Encodes the missing and damaged shards, shared among the processes; existing shards are verified.
@@ -207,7 +207,7 @@ class CacheWriter:
         """Writes the manifest of the shards that were found and those that each process has written."""
         new = {number: shard for part in written for number, shard in part.items()}
         shards = [shard or new[number] for number, shard in enumerate(found)]
-        names, limit = [name for shard in shards for name in shard.bad_images], self.config.max_bad_images
+        names, limit = [name for shard in shards for name in shard.bad_images], self._bad_images.limit
         if len(names) > limit:  # of all processes, each of which has compared only its own
             raise UserError(
                 f"{len(names)} images are unreadable, more than max_bad_images={limit} allows, the last: {names[-1]}; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import io
 import os
 import pathlib
@@ -18,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from bitdance.runtime.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
+HEIF_EXTENSIONS = frozenset({".heic", ".heif"})
+HEIF_ADVICE = "pip install 'bitdance[heic]' reads them"
 MAX_FILE_BYTES = 1 << 28  # no photograph or CIFAR-10 batch is larger; a zip bomb is
 
 MAX_PIXELS = 64_000_000  # of large cameras; those of WebP count twice, since its decoder takes 16 bytes for each
@@ -36,14 +40,47 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Pillow has decoders that are unsafe for untrusted files; that of EPS runs Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1")
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the extension of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    """Whether a file name has the extension of an image that can be read: of HEIC only with pillow-heif."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension in EXTENSIONS or (extension in HEIF_EXTENSIONS and reads_heif())
 
 
-def read_image(path: pathlib.Path) -> Image.Image:
+def is_heif(name: str) -> bool:
+    """Whether a file name has the extension of a HEIC image."""
+    return os.path.splitext(name)[1].lower() in HEIF_EXTENSIONS
+
+
+@functools.cache
+def reads_heif() -> bool:
+    """Whether pillow-heif is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+@functools.cache
+def _register_heif() -> None:
+    if not reads_heif():
+        raise ValueError(f"it is HEIC, and {HEIF_ADVICE}")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+
+def read_image(path: pathlib.Path, upright: bool = False) -> Image.Image:
     """Reads an image file as `decode_image` does.
 
     Raises:
@@ -56,18 +93,19 @@ def read_image(path: pathlib.Path) -> Image.Image:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror or error}; check its permissions.") from error
-    return decode_image(data, str(path))
+    return decode_image(data, str(path), upright)
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
+def decode_image(data: bytes, where: str, upright: bool = False) -> Image.Image:
     """Decodes the bytes of an image file to 8-bit RGB.
 
-    Grey, palette and CMYK images are converted, alpha is dropped, 16-bit grey is scaled to 8 bits. EXIF orientation is
-    not applied, as in ADM and torchvision.
+    Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits.
 
     Args:
         data: contents of the file, at most MAX_FILE_BYTES.
         where: name of the image for error messages.
+        upright: turn the image as its EXIF orientation says, and lay transparency on white. Otherwise neither is done
+            and alpha is dropped, as in ADM and torchvision.
 
     Raises:
         UserError: the bytes are not an image or are damaged, or the file or the image is too large.
@@ -75,7 +113,10 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     try:
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        is_heic = data[4:12] in _HEIF_BRANDS  # some programs call it .jpg
+        if is_heic:
+            _register_heif()
+        with Image.open(io.BytesIO(data), formats=("HEIF",) if is_heic else _FORMATS) as image:
             pixels = image.width * image.height * (2 if image.format == "WEBP" else 1)
             if pixels > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -84,7 +125,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise ValueError("it has too many scans")
             _take_turn(pixels)
-            return to_rgb(image)
+            return _turn_upright(image, to_rgb(image, on_white=True)) if upright else to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the image {where} has too many pixels to decode; remove it or scale it down.") from error
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
@@ -139,8 +180,19 @@ def reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, as `decode_image` does."""
+def _turn_upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+    """Turns the pixels of an image as its EXIF orientation says."""
+    if image.format == "TIFF":  # Pillow does it
+        return rgb
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data raise almost any type; the pixels are good
+        return rgb
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
+    """Converts an image of any mode to 8-bit RGB; alpha is dropped, or the image laid on white."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.mode.startswith("I"):  # 16-bit grey is "I;16" and its byte orders, "I" before Pillow 11
@@ -149,6 +201,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("pixels of more than 16 bits have no defined range")
         bands = [((band.astype(np.int32) + 128) // 257).astype(np.uint8) for band in np.array_split(grey, 64)]
         return Image.fromarray(np.concatenate(bands)).convert("RGB")
+    if on_white and image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(rgba, mask=rgba)
+        return white
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")  # the same pixels without Pillow's warning
     return image.convert("RGB")

@@ -10,36 +10,44 @@ from typing import Any
 
 from PIL import Image
 
+from bitdance.data.class_folders import find_images, is_hidden
 from bitdance.data.decoding import MAX_FILE_BYTES, check_zip, decode_image, read_image, reason
-from bitdance.data.image_dataset import NamedImages, is_hidden, sort_by_class
+from bitdance.data.image_dataset import NamedImages
 from bitdance.runtime.errors import UserError
 
 
 class FolderImages(NamedImages):
-    """Images in a folder of class folders, which may have subfolders; links to a folder above are not followed.
+    """Images in a folder of class folders, see `find_images`; links to a folder above are not followed.
 
     Raises:
-        UserError: as `sort_by_class`.
+        UserError: as `find_images`.
         OSError: a folder cannot be listed.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         members: list[str] = []
         for folder, below, names in os.walk(path, onerror=_raise, followlinks=True):
-            below[:] = [name for name in below if not is_hidden(name) and not _is_loop(folder, name)]
+            below[:] = [name for name in below if not is_hidden(name) and not _is_loop(path, folder, name)]
             relative = pathlib.Path(folder).relative_to(path)
             members += [(relative / name).as_posix() for name in names]
             members += [f"{(relative / name).as_posix()}/" for name in below]
-        super().__init__(path, sort_by_class(path, members)[1])
+        found = find_images(path, members)
+        super().__init__(path / found.prefix, found.names)
+        self.notes = found.notes
+        self.held_out = path / found.held_out if found.held_out else None
 
     def read(self, index: int) -> Image.Image:
-        return read_image(self.path / self._names[index])
+        return read_image(self.path / self._names[index], self.upright)
 
 
-def _is_loop(folder: str, name: str) -> bool:
-    """Returns whether a link in a folder leads to this folder or one above it."""
-    target = os.path.join(folder, name)
-    return os.path.islink(target) and pathlib.Path(folder).resolve().is_relative_to(os.path.realpath(target))
+def _is_loop(path: pathlib.Path, folder: str, name: str) -> bool:
+    """Returns whether a link in a folder leads to this folder or one above it, also one that a link led to."""
+    link = pathlib.Path(folder, name)
+    if not link.is_symlink():
+        return False
+    target = os.path.realpath(link)
+    above = [parent for parent in link.parents if parent.is_relative_to(path)]
+    return any(pathlib.Path(os.path.realpath(parent)).is_relative_to(target) for parent in above)
 
 
 def _raise(error: OSError) -> None:
@@ -50,7 +58,7 @@ class ZipImages(NamedImages):
     """Images in a zip of class folders.
 
     Raises:
-        UserError: the zip is damaged, or as `sort_by_class`.
+        UserError: the zip is damaged, or as `find_images`.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -64,8 +72,9 @@ class ZipImages(NamedImages):
             raise
         except Exception as error:  # besides BadZipFile: struct.error, UnicodeDecodeError, NotImplementedError ...
             raise UserError(f"{path} is a damaged or truncated zip ({error}); copy or download it again.") from error
-        self._prefix, names = sort_by_class(path, members, is_archive=True)
-        super().__init__(path, names)
+        found = find_images(path, members)
+        super().__init__(path, found.names)
+        self._prefix, self.notes = found.prefix, found.notes
 
     def read(self, index: int) -> Image.Image:
         member = self._prefix + self._names[index]
@@ -76,7 +85,7 @@ class ZipImages(NamedImages):
                 data = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:  # for each kind of damage, for encryption and for a missing file there is another
             raise UserError(f"cannot read the image {where}: {reason(error)}; make the zip again.") from error
-        return decode_image(data, where)
+        return decode_image(data, where, self.upright)
 
     def _open(self) -> tuple[zipfile.ZipFile, threading.Lock]:
         """Returns the archive and the lock for reading it, which are opened once per process.

@@ -68,6 +68,7 @@ class ParquetImages(ImageDataset):
         if not len(self.labels):
             raise UserError(f"no images in {path}: its parquet files have no rows.")
         self.classes = _find_classes(schema, int(self.labels.max()) + 1, path)
+        self.upright = self.classes != imagenet().wordnet_ids
         self._groups = groups
         self._starts = np.cumsum([0, *sizes])
         self._local = threading.local()
@@ -91,7 +92,7 @@ class ParquetImages(ImageDataset):
                 raise ValueError("the row holds no bytes of an image")
         except Exception as error:  # see above
             raise UserError(f"cannot read the image {where}: {reason(error)}; make the file again.") from error
-        return decode_image(data, where)
+        return decode_image(data, where, self.upright)
 
     def _find(self, index: int) -> tuple[int, int, int, int]:
         """Returns the numbers of an image's file and row group, and its rows in the group and in the file."""

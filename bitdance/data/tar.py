@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, is_image
-from bitdance.data.image_dataset import NamedImages, evenly_spaced, is_hidden, sort_by_class
+from bitdance.data.class_folders import find_images, is_hidden
+from bitdance.data.decoding import MAX_FILE_BYTES, decode_image, is_image, reads_heif
+from bitdance.data.image_dataset import NamedImages, evenly_spaced
 from bitdance.runtime.atomic_files import lock_file
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, one_line
 from bitdance.runtime.progress import progress_bar
 from bitdance.weights import safetensors_files
 
@@ -66,7 +67,7 @@ class TarImages(NamedImages):
                 data += more
         except OSError as error:
             raise UserError(f"cannot read the image {where}: {error}; check the tar and its permissions.") from error
-        return decode_image(data, where)
+        return decode_image(data, where, self.upright)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -195,9 +196,12 @@ def _make_index(path: pathlib.Path) -> Index:
             bar.update(size - bar.n)
     except ValueError as error:
         raise UserError(f"{path} is a damaged, truncated or unsuitable tar ({error}); copy it again.") from error
-    prefix, inside = sort_by_class(path, names, is_archive=True)
-    offsets, sizes = np.array([ranges[prefix + name] for name in inside], dtype=np.int64).T.copy()
-    return {"names": np.frombuffer(bytearray("\0".join(inside), "utf-8"), np.uint8), "offsets": offsets, "sizes": sizes}
+    found = find_images(path, names)
+    if found.notes:
+        _warn(f"{path}: {one_line(found.notes)}")
+    offsets, sizes = np.array([ranges[found.prefix + name] for name in found.names], dtype=np.int64).T.copy()
+    joined = np.frombuffer(bytearray("\0".join(found.names), "utf-8"), np.uint8)
+    return {"names": joined, "offsets": offsets, "sizes": sizes}
 
 
 def _walk_classes(stream: Any, stop: int) -> Iterator[tarfile.TarInfo]:
@@ -219,7 +223,8 @@ def _walk_classes(stream: Any, stop: int) -> Iterator[tarfile.TarInfo]:
 
 def _version(path: pathlib.Path) -> dict[str, int]:
     status = path.stat()
-    return {"tar_bytes": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
+    version = {"tar_bytes": status.st_size, "tar_mtime_ns": status.st_mtime_ns}
+    return version | ({"heif": 1} if reads_heif() else {})  # without pillow-heif such images are left out
 
 
 def _write_index(file: pathlib.Path, path: pathlib.Path, index: Index) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.data.image_dataset import ImageDataset
+from bitdance.data.image_dataset import ImageDataset, summarize
 from bitdance.runtime.atomic_files import load_json, read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.run_folder import FREE, SETTINGS
@@ -56,7 +56,7 @@ class TokenCacheInfo:
         flips: whether each crop is stored mirrored too.
         seed: of the random crops.
         images: number of images in the data set, including bad ones.
-        names: SHA-256 of their names in their order.
+        names: their `ImageDataset.digest`.
         classes: class names in the order of the labels.
     """
 
@@ -69,7 +69,7 @@ class TokenCacheInfo:
     flips: bool
     seed: int
     images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
-    names: str = dataclasses.field(metadata={"difference": "the names of the images differ"})
+    names: str = dataclasses.field(metadata={"difference": "the names of the images, or how they are decoded, differ"})
     classes: tuple[str, ...] = dataclasses.field(metadata=FREE)  # the names of the images begin with them
 
     def __post_init__(self) -> None:
@@ -137,6 +137,11 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def summary(self) -> str:
+        """Number of images and classes, in words."""
+        return summarize(self.path, self.classes, self.labels, "encoded")
 
     def read(self, index: int, crop: int, flip: int) -> np.ndarray:
         """Returns the packed bits of a view, (N, C / 8) uint8, a part of the memory map.

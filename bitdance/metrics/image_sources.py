@@ -16,9 +16,10 @@ import numpy as np
 
 from bitdance.config import MAX_IMAGE_SIZE, Split
 from bitdance.data.bad_images import BadImages
+from bitdance.data.class_folders import LABELS_FILE, is_published
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import is_image, one_image, read_image
-from bitdance.data.image_dataset import LABELS_FILE, ImageDataset, evenly_spaced
+from bitdance.data.image_dataset import ImageDataset, NamedImages, evenly_spaced
 from bitdance.data.images import open_images
 from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
 from bitdance.runtime.atomic_files import load_json
@@ -36,6 +37,8 @@ class ImageSource(abc.ABC):
         dtype: of the pixels; uint8 except for some `.npz` files.
         labels: (N,) int64, None without labels.
         num_classes: number of classes, None if unknown.
+        upright: as of `ImageDataset`.
+        summary: what was found, in words.
     """
 
     path: pathlib.Path
@@ -43,6 +46,8 @@ class ImageSource(abc.ABC):
     dtype: np.dtype
     labels: np.ndarray | None = None
     num_classes: int | None = None
+    upright: bool = False
+    summary: str = ""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -125,7 +130,9 @@ class ImageFileSource(ImageSource):
 
     Args:
         path, image_size, split, limit: as of `open_source`.
-        bad_images: positions of images that cannot be read, which are left out of the blocks; without it an error.
+        skips: leave images that cannot be read out of the blocks, and collect their positions in `bad_images`;
+            otherwise they are an error.
+        max_bad_images: how many; None for what suits the images.
     """
 
     dtype = np.dtype(np.uint8)
@@ -136,29 +143,29 @@ class ImageFileSource(ImageSource):
         image_size: int | None = None,
         split: Split = "train",
         limit: int | None = None,
-        bad_images: BadImages | None = None,
+        skips: bool = False,
+        max_bad_images: int | None = None,
     ) -> None:
-        self.path, self._bad_images = path, bad_images
+        self.path = path
         for name, value in (("image_size", image_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is invalid: it must be at least 1.")
         if image_size is not None and image_size > MAX_IMAGE_SIZE:
             raise UserError(f"image_size={image_size} is invalid: it must be at most {MAX_IMAGE_SIZE}.")
-        flat = sorted(file for file in path.glob("[!.]*") if is_image(file.name) and file.is_file())
-        if (path / "samples.json").exists():  # a folder of `bitdance sample`, with the grid of its images
-            flat = [file for file in flat if file.name != "grid.png"]
-        if flat and any(is_image(file.name) for file in path.glob("[!.]*/[!.]*")):
-            raise UserError(
-                f"{path} holds {flat[0].name} beside folders of images: move it into one of them, or remove it."
-            )
+        self._images: ImageDataset | None = None
         if is_image(path.name) and path.is_file():
-            flat = [path]
-        self._images: ImageDataset | list[pathlib.Path] = flat or open_images(path, split)
-        self._order = evenly_spaced(len(self._images), limit)
-        if isinstance(self._images, ImageDataset):
+            self.upright, count = not is_published([path.name]), 1
+        else:
+            self._images = images = open_images(path, split)
+            self.upright, self.summary, count = images.upright, images.summary, len(images)
+        self.bad_images = BadImages(max_bad_images, self._images)
+        self._skips = skips
+        self._order = evenly_spaced(count, limit)
+        if isinstance(self._images, NamedImages) and self._images.is_flat:
+            if (labels := self._images.path / LABELS_FILE).exists():
+                self.labels = _read_labels_file(labels, count)[self._order]
+        elif self._images is not None:
             self.labels, self.num_classes = self._images.labels[self._order], len(self._images.classes)
-        elif (path / LABELS_FILE).exists():
-            self.labels = _read_labels_file(path / LABELS_FILE, len(flat))[self._order]
         self.crop(image_size)
         if image_size is None:
             found = (self._try_read(position) for position in range(len(self)))
@@ -179,10 +186,10 @@ class ImageFileSource(ImageSource):
             UserError: it cannot be read, or has another size than the first one.
         """
         index = int(self._order[position])
-        if isinstance(self._images, ImageDataset):
+        if self._images is not None:
             image, name = self._images.read(index), self._images.name(index)
         else:
-            image, name = read_image(self._images[index]), self._images[index].name
+            image, name = read_image(self.path, self.upright), self.path.name
         if self._image_size is not None:
             image = center_crop(image, self._image_size)
         elif self.shape[1] and image.size != (self.shape[2], self.shape[1]):
@@ -196,9 +203,9 @@ class ImageFileSource(ImageSource):
         try:
             return self.read(position)
         except UserError as error:
-            if self._bad_images is None:
+            if not self._skips:
                 raise
-            self._bad_images.add(position, error)
+            self.bad_images.add(position, error)
             return None
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
@@ -207,7 +214,7 @@ class ImageFileSource(ImageSource):
                 positions = range(block * size, min((block + 1) * size, len(self)))
                 found = [image for image in pool.map(self._try_read, positions) if image is not None]
                 yield block, np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
-        if self._bad_images is not None and len(self._bad_images) == len(self):
+        if len(self.bad_images) == len(self):
             raise UserError(f"none of the images of {self.path} can be read: repair them.")
 
 

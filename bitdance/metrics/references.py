@@ -143,7 +143,8 @@ def _cache_key(source: ImageSource, config: EvaluationConfig) -> str:
     """Files are identified by their paths, sizes and times of modification."""
     path = source.path.resolve()
     files = [path] if path.is_file() else sorted(filter(pathlib.Path.is_file, path.rglob("*")))
-    digest = hashlib.sha256(repr((source.shape, config.reference_split, config.reference_limit)).encode())
+    key = (source.shape, config.reference_split, config.reference_limit, *["upright"] * source.upright)
+    digest = hashlib.sha256(repr(key).encode())
     for file in files:
         stat = file.stat()
         digest.update(repr((os.fsencode(file), stat.st_size, stat.st_mtime_ns)).encode())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import pathlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 
@@ -46,6 +48,15 @@ def image_grid(images: np.ndarray, columns: int, labels: Sequence[str] | None = 
     return sheet
 
 
+def rows_without_names(labels: Sequence[str]) -> str:
+    """Returns which rows of a grid have a number because no font has their label: "row 3 is ...", or ""."""
+    fonts = list(_load_fonts(11))
+    texts = [_fit_label(label, row, fonts)[0] for row, label in enumerate(labels)]
+    numbered = [f"{text} is {label}" for row, (text, label) in enumerate(zip(texts, labels, strict=True))
+                if text == f"row {row + 1}" != label]  # fmt: skip
+    return ", ".join(numbered)
+
+
 def _fit_label(label: str, row: int, fonts: Sequence[ImageFont.FreeTypeFont]) -> tuple[str, ImageFont.FreeTypeFont]:
     """Returns a label and a font that has it; without a font the label has no accents, or is the number of its row."""
     label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
@@ -66,6 +77,13 @@ def _load_fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
     default = ImageFont.load_default(size)
     assert isinstance(default, ImageFont.FreeTypeFont)
     yield default
-    for name in FONTS:
+    for name in (*FONTS, *_matplotlib_fonts()):
         with contextlib.suppress(OSError):  # the system does not have it
             yield ImageFont.truetype(name, size)
+
+
+def _matplotlib_fonts() -> list[str]:
+    """Returns the font that matplotlib brings along, if it is installed, without importing it."""
+    spec = importlib.util.find_spec("matplotlib")
+    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
+    return [str(folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")] if folder else []

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bitdance.data.image_dataset import LABELS_FILE
+from bitdance.data.class_folders import LABELS_FILE
 from bitdance.metrics.feature_set import (
     Collector,
     FeatureSet,

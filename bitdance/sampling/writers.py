@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from bitdance.data.image_dataset import LABELS_FILE
+from bitdance.data.class_folders import LABELS_FILE
 from bitdance.runtime.atomic_files import atomic_write, make_folder
 from bitdance.runtime.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitdance.config import Split
 from bitdance.data.crops import normalize
-from bitdance.data.images import ImageDataset
+from bitdance.data.image_dataset import ImageDataset, NamedImages
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import extract_features
@@ -84,7 +84,7 @@ class Validation:
             config_without = dataclasses.replace(objective.config, adversarial_weight=0.0)
             self._objective = AutoencoderLoss(objective.network, config_without, objective.perceptual)
         if isinstance(self._objective, BitDanceLoss):
-            _map_labels(images, classes)
+            map_labels(images, classes)
             self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)
         size = min(config.batch_size, len(images) // world.size * world.size)
         if size == 0:
@@ -119,8 +119,14 @@ def reconstruct(network: Autoencoder, images: Tensor) -> Tensor:
     return to_uint8(network.decode(network.encode(normalize(images))))
 
 
-def _map_labels(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -> None:
-    """Replaces labels by those that the same classes have in training."""
+def map_labels(images: ImageDataset | TokenDataset, classes: tuple[str, ...]) -> None:
+    """Replaces labels by those that the same classes have in training.
+
+    Raises:
+        UserError: a class is not there.
+    """
+    if len(classes) == 1 and isinstance(images, NamedImages) and images.is_flat:
+        return  # the class is called by the folder
     if unknown := [name for name in images.classes if name not in classes]:
         problem = f"val_path={images.path} has the class {unknown[0]!r}, which the training images do not have"
         raise UserError(f"{problem}: name the class folders as there.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -14,13 +15,15 @@ from torch import Tensor
 from bitdance.config import AutoencoderConfig, BitDanceConfig, ModelSizes
 from bitdance.data.class_names import imagenet, numbered
 from bitdance.data.crops import center_crop, normalize, to_array
-from bitdance.data.images import ImageDataset, open_images
+from bitdance.data.image_dataset import ImageDataset, print_summary
+from bitdance.data.images import open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.errors import UserError
-from bitdance.runtime.process_group import init_distributed
+from bitdance.runtime.errors import UserError, one_line
+from bitdance.runtime.process_group import World, init_distributed
 from bitdance.training.estimate import print_estimate
+from bitdance.training.evaluation import map_labels
 from bitdance.training.initialization import initialize_autoencoder, initialize_model
 from bitdance.training.loader import Loader, open_data
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
@@ -82,6 +85,7 @@ def train_autoencoder(
         raise UserError(f"{config.data_path} is a token cache: an autoencoder is trained on images.")
     with init_distributed(device, threads) as world:
         images = open_images(config.data_path)
+        config = _with_held_out(config, images, world)
         perceptual = None
         if loss.perceptual_weight:
             perceptual = load_perceptual_loss(loss.perceptual_network, loss.lpips_folder, world.device)
@@ -148,6 +152,7 @@ def train_model(
     del contents  # holds the tensors a second time
     with init_distributed(device, threads) as world:
         images = open_data(config.data_path, digest, config.image_size)
+        config = _with_held_out(config, images, world)
         model_config = _complete_sizes(sizes, tokenizer.config, config.image_size, images)
         present = len(np.unique(images.labels))
         if present < model_config.num_classes and world.is_main:
@@ -166,6 +171,27 @@ def train_model(
             print_estimate(trainer)
             return None
         return trainer.train()
+
+
+def _with_held_out(config: TrainConfig, images: ImageDataset | TokenDataset, world: World) -> TrainConfig:
+    """Says what was found, and returns the settings with the held-out images beside the training images, if any.
+
+    They are left out if they do not fit, since nobody has named them.
+    """
+    held_out = None
+    if world.is_main:
+        print_summary(images)
+    if config.val_path is None and isinstance(images, ImageDataset) and images.held_out is not None:
+        held_out = images.held_out
+        try:
+            found = open_images(held_out)
+            map_labels(found, images.classes)
+            message = found.summary
+        except UserError as error:
+            held_out, message = None, f"warning: no held-out images are used: {one_line(str(error))}"
+        if world.is_main:
+            print(f"bitdance: {message}", file=sys.stderr)
+    return dataclasses.replace(config, val_path=held_out) if held_out else config
 
 
 def _read_views(images: ImageDataset, size: int, limit: int) -> Tensor:

@@ -112,7 +112,8 @@ class TrainConfig:
         aug_decay_start_epoch: from this epoch on, the fraction of random crops decreases.
         aug_decay_end_epoch: from this epoch on, there are no random crops.
         num_workers: threads that read images.
-        max_bad_images: unreadable images that are tolerated; others take their places.
+        max_bad_images: unreadable images that are tolerated, and whose places others take; by default a tenth of your
+            own pictures, at least 10, and 100 of ImageNet.
         epochs: passes over the data; the number of steps is epochs x floor(images / batch size). More epochs extend a
             finished run.
         max_steps: ends the run earlier, for a test; the schedule still spans all epochs.
@@ -167,7 +168,7 @@ class TrainConfig:
     aug_decay_start_epoch: int = 700
     aug_decay_end_epoch: int = 750
     num_workers: int = _free(16)
-    max_bad_images: int = _free(100)
+    max_bad_images: int | None = _free(None)
 
     epochs: int = dataclasses.field(default=400, metadata=EXTEND)
     max_steps: int | None = _free(None)

@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from bitdance import __version__
 from bitdance.config import SamplingDefaults
+from bitdance.data.class_folders import counted
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.image_dataset import ImageDataset, evenly_spaced
 from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import computes_bf16
-from bitdance.runtime.errors import Interrupted, UserError
+from bitdance.runtime.errors import Interrupted, UserError, one_line
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
-from bitdance.sampling.image_grid import image_grid
+from bitdance.sampling.image_grid import image_grid, rows_without_names
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
 from bitdance.training.checkpointing import Checkpointer, read_newest
@@ -87,12 +88,12 @@ class DataInfo:
 
     Attributes:
         images: number of images.
-        digest: SHA-256 of their names, or of a token cache.
+        digest: `ImageDataset.digest`, or that of a token cache.
         autoencoder: of a model, the autoencoder's `weights_file.tokenizer_digest`.
     """
 
     images: int = dataclasses.field(metadata={"difference": "it had {old} images, now there are {new}"})
-    digest: str = dataclasses.field(metadata={"difference": "the names of the images differ"})
+    digest: str = dataclasses.field(metadata={"difference": "the names of the images, or how they are decoded, differ"})
     autoencoder: str | None = dataclasses.field(
         default=None, metadata={"difference": "the weights of the `autoencoder` differ"}
     )
@@ -465,9 +466,12 @@ class Trainer:
         self._save_weights(name)
         self.checkpointer.finish()
         path = self.config.output / name
+        unreadable = len(set().union(*self.world.gather(self.loader.bad_images.indices())))
         if self.world.is_main:
             skipped = int(self.guard.skipped)
-            print(f"{self.step} steps{f', {skipped} of them skipped' if skipped else ''}: {path}")
+            notes = f", {skipped} of them skipped" if skipped else ""
+            notes += f", {counted(unreadable, 'unreadable image')} skipped" if unreadable else ""
+            print(f"{self.step} steps{notes}: {path}")
         self.world.barrier()
         return path
 
@@ -485,13 +489,18 @@ class Trainer:
         """Writes training images beside samples, in the first process, if there are new weights or no picture yet."""
         images, path = self.loader.images, self.config.output / COMPARISON
         if self.world.is_main and self.pipeline is not None and isinstance(images, ImageDataset):
+            present = np.unique(images.labels)[:COMPARED_CLASSES]
+            names = [self.pipeline.classes.label(label) for label in present.tolist()]
             if is_new or not path.exists():
-                self._write_comparison(path, self.pipeline, images)
+                self._write_comparison(path, self.pipeline, images, present, names)
             print(f"training images beside samples: {path}")
+            if unnamed := rows_without_names(names):
+                print(one_line(f"no font has the names of some rows: {unnamed}"))
 
-    def _write_comparison(self, path: pathlib.Path, pipeline: Pipeline, images: ImageDataset) -> None:
+    def _write_comparison(
+        self, path: pathlib.Path, pipeline: Pipeline, images: ImageDataset, present: np.ndarray, names: list[str]
+    ) -> None:
         """Writes a grid with a row for each of some classes: training images at the left, samples at the right."""
-        present = np.unique(images.labels)[:COMPARED_CLASSES]
         with self._ema_weights(), self.autocast():
             samples = pipeline(present.repeat(COMPARED_IMAGES).tolist(), output="np")
         rows: list[np.ndarray] = []
@@ -500,7 +509,6 @@ class Trainer:
             views = [self._view(images, int(i)) for i in members[evenly_spaced(len(members), COMPARED_IMAGES)]]
             views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
             rows += [*views, *sampled]
-        names = [pipeline.classes.label(label) for label in present.tolist()]
         write_png(path, image_grid(np.stack(rows), columns=2 * COMPARED_IMAGES + 1, labels=names, scale=2))
 
     def _view(self, images: ImageDataset, index: int) -> np.ndarray:
