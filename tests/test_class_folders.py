@@ -86,6 +86,7 @@ def test_a_folder_of_training_images_beside_held_out_ones(tmp_path):
         (["a.png", "b.png", "old/a.png"], ["2 pictures such as a.png beside folders with 1"]),
         (["cat/a.png", "dog/a.heic"], ["class folder 'dog'", "holds no images but 1 HEIC file (pip install"]),
         (["cat/a.heic", "dog/a.heic"], ["no images in", "but 2 HEIC files"]),
+        (["a/" * 65 + "a.png"], ["more than 64 folders deep"]),
         (["cat/a.png", "dog/a.txt"], ["class folder 'dog'", "holds no images; fill it"]),
     ],
 )
@@ -149,7 +150,7 @@ def test_transparency_is_laid_on_white(mode):
 def test_heic_is_read_by_pillow_heif(monkeypatch):
     data = b"\0\0\0\x18ftypheic" + bytes(20)
     monkeypatch.setattr(decoding, "reads_heif", lambda: False)
-    with pytest.raises(UserError, match=r"x\.jpg: it is HEIC, and pip install 'bitdance\[heic\]' reads them"):
+    with pytest.raises(UserError, match=r"x\.jpg: it is a HEIC file \(pip install 'bitdance\[heic\]' reads them\)"):
         decoding.decode_image(data, "x.jpg")
     calls = []
     module = types.SimpleNamespace(register_heif_opener=lambda: calls.append(1))

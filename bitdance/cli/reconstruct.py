@@ -88,6 +88,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     import numpy as np
     import torch
 
+    from bitdance.data.class_folders import counted
     from bitdance.data.crops import normalize
     from bitdance.data.decoding import is_image
     from bitdance.data.image_dataset import evenly_spaced, print_summary
@@ -176,7 +177,9 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     cropped = ""
     if data.image_size is None and (height, width) != (stored_height, stored_width):
         cropped = f", cropped from {stored_width} x {stored_height} to {width} x {height} pixels"
-    print(f"{count} images{cropped}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{distance}: {picture}")
+    skipped = f" ({len(source.bad_images)} unreadable skipped)" if len(source.bad_images) else ""
+    quality = f"PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{distance}"
+    print(f"{counted(count, 'image')}{skipped}{cropped}: {quality}: {picture}")
 
 
 def _load_inception(how: How, world: World) -> FeatureExtractor | None:

@@ -23,7 +23,7 @@ _RECORD, _GRID = "samples.json", "grid.png"  # of `bitdance sample`
 _COMPANIONS = frozenset({LABELS_FILE, _RECORD, "thumbs.db", "desktop.ini"})
 _PUBLISHED = re.compile(r"n\d{8}_|ILSVRC2012_")  # how the names of ImageNet's files begin
 _EXPECTED = "images are expected in one folder per class, as in {}/<class>/<image>.jpg"
-_SHOWN = 3
+_SHOWN, _MAX_DEPTH = 3, 64
 
 
 class Images(NamedTuple):
@@ -43,7 +43,7 @@ class Images(NamedTuple):
 
 
 def find_images(path: pathlib.Path, members: Collection[str]) -> Images:
-    """Finds the images and their classes among the files of a folder or an archive.
+    """Finds the images among the files of a folder or an archive, and the folder that their classes are in.
 
     Folders that hold everything are stripped, as is `train/` if there are only folders of held-out images beside it.
     Pictures beside the class folders are ignored, unless they are the majority.
@@ -60,6 +60,8 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> Images:
     images = [name for name in members if is_image(name)]
     if not images:
         raise UserError(f"no images in {path}{_but_heif(members)}: {_EXPECTED.format(path)}, as JPEG, PNG or the like.")
+    if any(name.count("/") > _MAX_DEPTH for name in images):
+        raise UserError(f"{path} holds images more than {_MAX_DEPTH} folders deep: {_EXPECTED.format(path)}.")
     prefix, held_out, beside = "", "", list[str]()
     while inside := [name for name in images if "/" in name[len(prefix) :]]:
         beside += sorted(set(images).difference(inside)) if len(inside) < len(images) else []

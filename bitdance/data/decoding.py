@@ -74,7 +74,7 @@ def reads_heif() -> bool:
 @functools.cache
 def _register_heif() -> None:
     if not reads_heif():
-        raise ValueError(f"it is HEIC, and {HEIF_ADVICE}")
+        raise ValueError(f"it is a HEIC file ({HEIF_ADVICE})")
     import pillow_heif
 
     pillow_heif.register_heif_opener()

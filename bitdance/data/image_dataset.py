@@ -108,10 +108,12 @@ def evenly_spaced(total: int, count: int | None) -> np.ndarray:
 
 
 def summarize(path: pathlib.Path, classes: tuple[str, ...], labels: np.ndarray, notes: str = "") -> str:
-    """Returns "pictures: 128 images of 3 classes (cat, dog, horse)" and notes."""
-    present = [printable(classes[label]) for label in np.unique(labels)]
-    shown = ", ".join(present[:SHOWN_CLASSES]) + ", ..." * (len(present) > SHOWN_CLASSES)
-    text = f"{path}: {counted(len(labels), 'image')} of {counted(len(present), 'class')} ({shown})"
+    """Returns "pictures: 128 images of 3 classes (cat, dog, horse)" and notes; without `classes` nothing of them."""
+    text = f"{path}: {counted(len(labels), 'image')}"
+    if classes:
+        present = [printable(classes[label]) for label in np.unique(labels)]
+        shown = ", ".join(present[:SHOWN_CLASSES]) + ", ..." * (len(present) > SHOWN_CLASSES)
+        text += f" of {counted(len(present), 'class')} ({shown})"
     return f"{text}, {notes}" if notes else text
 
 

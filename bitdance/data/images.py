@@ -24,8 +24,8 @@ def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageDa
             `train*.parquet`, in it or in its `data/`, or else all), CIFAR-10's official archive, or the folder it
             unpacks to. Classes are numbered in the order of their folders' names, images ordered by name within a
             class; folders that are ImageNet's WordNet ids get ImageNet's 1000 classes, even if only some of them are
-            present. Parquet files and CIFAR-10 keep their own order of both. The class folders of an archive may be
-            inside one common folder, such as `train/`.
+            present. Parquet files and CIFAR-10 keep their own order of both. See `find_images` for where the class
+            folders may be.
         split: which split of CIFAR-10 to read; the other formats have only "train".
 
     Raises:

@@ -19,7 +19,7 @@ from bitdance.data.bad_images import BadImages
 from bitdance.data.class_folders import LABELS_FILE, is_published
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import is_image, one_image, read_image
-from bitdance.data.image_dataset import ImageDataset, NamedImages, evenly_spaced
+from bitdance.data.image_dataset import ImageDataset, NamedImages, evenly_spaced, summarize
 from bitdance.data.images import open_images
 from bitdance.metrics.npz_files import check_labels, open_npz, read_array, read_header
 from bitdance.runtime.atomic_files import load_json
@@ -162,6 +162,7 @@ class ImageFileSource(ImageSource):
         self._skips = skips
         self._order = evenly_spaced(count, limit)
         if isinstance(self._images, NamedImages) and self._images.is_flat:
+            self.summary = summarize(self._images.path, (), self._images.labels, self._images.notes)
             if (labels := self._images.path / LABELS_FILE).exists():
                 self.labels = _read_labels_file(labels, count)[self._order]
         elif self._images is not None:

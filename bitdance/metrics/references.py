@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 
+from bitdance.data.image_dataset import print_summary
 from bitdance.metrics.efficientnet_lite import NAME as EFFICIENTNET_LITE
 from bitdance.metrics.efficientnet_lite import load_efficientnet_lite
 from bitdance.metrics.evaluation_config import NO_REFERENCE, EvaluationConfig
@@ -95,7 +96,10 @@ def find_reference(
     if is_npz and (stored := read_feature_set(path)) is not None:
         return {stored.about.get("extractor", INCEPTION): stored}
     options = () if is_npz else (side, config.reference_split, config.reference_limit)
-    found = _extract_cached(open_source(path, *options), extractors(), world, config)
+    source = open_source(path, *options)
+    if world.is_main:
+        print_summary(source)
+    found = _extract_cached(source, extractors(), world, config)
     if is_npz and INCEPTION in found:
         statistics, spatial = read_statistics(path)
         if statistics is not None:  # ADM's reference batch holds statistics of more images than it contains
