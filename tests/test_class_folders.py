@@ -16,7 +16,9 @@ from bitdance.config import ModelSizes
 from bitdance.data import decoding
 from bitdance.data.bad_images import BadImages
 from bitdance.data.images import open_images
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.image_sources import open_source
+from bitdance.metrics.references import _cache_key
 from bitdance.runtime.errors import UserError
 from bitdance.training.setup import train_model
 from bitdance.training.train_config import LossConfig
@@ -46,6 +48,7 @@ def fill(folder: pathlib.Path, *names: str) -> pathlib.Path:
             "1 image of 1 class (pictures), 1 file ignored (1 not an image)",
         ),
         (["animals/Cat/a.png", "plants/Tall rose/a.png"], "2 images of 2 classes (Cat, Tall rose)"),
+        (["n01440764/a.png", "n01443537/images/deep/b.png"], "2 images of 2 classes (n01440764, n01443537)"),
         (["cat/images/a.png", "猫/images/a.png"], "2 images of 2 classes (cat, 猫)"),
         ([f"{c}/a.png" for c in "abcdefghij"], "10 images of 10 classes (a, b, c, d, e, f, g, h, ...)"),
         (
@@ -131,7 +134,11 @@ def test_the_decoding_is_part_of_the_fingerprint(tmp_path):
     assert open_source(flat).shape == (1, 4, 6, 3)
     save(flat / "x.jpg", Image.fromarray(CORNER), exif=exif)
     assert open_source(flat).shape == (2, 6, 4, 3)
-    assert open_source(flat / "x.jpg").shape == (1, 6, 4, 3)
+    source = open_source(flat / "x.jpg")
+    assert source.shape == (1, 6, 4, 3)
+    key = _cache_key(source, EvaluationConfig())
+    source.upright = False
+    assert _cache_key(source, EvaluationConfig()) != key
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])

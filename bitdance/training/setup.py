@@ -188,9 +188,9 @@ def _with_held_out(config: TrainConfig, images: ImageDataset | TokenDataset, wor
             map_labels(found, images.classes)
             message = found.summary
         except UserError as error:
-            held_out, message = None, f"warning: no held-out images are used: {one_line(str(error))}"
+            held_out, message = None, f"warning: no held-out images are used: {error}"
         if world.is_main:
-            print(f"bitdance: {message}", file=sys.stderr)
+            print(f"bitdance: {one_line(message)}", file=sys.stderr)
     return dataclasses.replace(config, val_path=held_out) if held_out else config
 
 

@@ -144,8 +144,8 @@ class TrainConfig:
         log_every: steps between lines of the log.
         tensorboard: also log to TensorBoard, in tensorboard/ of the run folder.
         wandb: project of Weights & Biases to log to.
-        val_path: held-out images whose loss is logged as val_loss; `data_path` itself means the test images of a
-            CIFAR-10 archive.
+        val_path: held-out images whose loss is logged as val_loss, by default those in val/ beside train/ in
+            `data_path`; `data_path` itself means the test images of a CIFAR-10 archive.
         val_every: steps between validations; 0 for only one at the end.
         val_images: maximum number of held-out images.
         eval_every: steps between evaluations (FID and others, logged as eval_fid etc.) of the EMA weights, and one at
