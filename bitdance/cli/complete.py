@@ -115,6 +115,7 @@ def main(arguments: list[str]) -> None:
 def _complete(command: Complete, pipeline: Pipeline) -> None:
     import numpy as np
 
+    from bitdance.data.class_folders import is_published
     from bitdance.data.crops import center_crop, to_array
     from bitdance.data.decoding import read_image
     from bitdance.models.tokens import grid_from_tokens
@@ -125,7 +126,7 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
     if what.mask is not None and what.keep_rows is not None:
         raise UserError("`mask` says what to keep, as `keep_rows` does: leave one of them out.")
     label = pipeline.classes.find(what.name)
-    original = to_array(center_crop(read_image(what.image), pipeline.image_size))
+    original = to_array(center_crop(read_image(what.image, not is_published([what.image.name])), pipeline.image_size))
     mask = None if what.mask is None else _read_mask(what.mask, pipeline.image_size, config.grid)
     keep_rows = what.keep_rows
     if mask is None and keep_rows is None:

@@ -276,7 +276,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     write_folder(folder, images, grid, {**settings, "images": entries}, earlier)
     classes = len(set(chosen))
     print(one_line(f"{counted(len(entries), 'image')} of {counted(classes, 'class')}: {folder / GRID}"))
-    if unnamed := rows_without_names([entry["name"] for entry in entries[::per_class]]):
+    if unnamed := rows_without_names(labels):
         print(one_line(f"no font has the names of some rows: {unnamed}"))
 
 
