@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import shlex
 import sys
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
@@ -79,6 +80,7 @@ def main(arguments: list[str]) -> None:
         command.where.threads,
         init_from=command.init_from,
         dry_run=command.dry_run,
+        command=shlex.join(["bitdance", "train", *arguments]),
     )
 
 

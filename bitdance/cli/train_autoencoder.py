@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_values, parse
@@ -65,6 +66,7 @@ def main(arguments: list[str]) -> None:
         init_from=command.init_from,
         init_part=command.init_part,
         dry_run=command.dry_run,
+        command=shlex.join(["bitdance", "train-autoencoder", *arguments]),
     )
 
 
