@@ -512,8 +512,8 @@ def test_a_model_learns_and_leaves_its_files(data, tmp_path, parallel_num):
     assert len(losses) == 36
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert names(tmp_path / "run") == [
-        "checkpoint-0000036.safetensors", "log.jsonl", "model.safetensors", "preview-0000036.png", "report.html", "samples.png",
-        "settings.json",
+        "checkpoint-0000036.safetensors", "log.jsonl", "model.safetensors", "preview-0000036.png", "report.html",
+        "samples.png", "settings.json",
     ]  # fmt: skip
     network = weights_file.load_model(path)
     assert network.config.class_names == ("class-0", "class-1", "class-2")

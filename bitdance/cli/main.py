@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import types
 from collections.abc import Callable
 
@@ -95,10 +94,8 @@ def call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> No
         command: takes the arguments; or "module:function", which is imported here, where Ctrl-C is handled.
         arguments: of the command; `--debug` among them shows the traceback of every error.
     """
-    is_handled = threading.current_thread() is threading.main_thread()
-    is_handled &= (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # or a caller, such as nohup, has its own
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
+    is_handled = is_default and threading.current_thread() is threading.main_thread()
     if is_handled:
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -184,6 +181,8 @@ def _end_at_once(status: int, with_traceback: bool = False) -> None:
     if distributed is None or not distributed.is_initialized():
         return
     if with_traceback:
+        import traceback
+
         traceback.print_exc()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
