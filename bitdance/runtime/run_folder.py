@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,10 +96,7 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     Raises:
         UserError: another process works in the folder, or it cannot be written.
     """
-    try:
-        folder = folder.resolve()
-    except RuntimeError:  # before Python 3.13
-        raise UserError(f"{folder} is a link to itself: delete it, or choose another folder.") from None
+    folder = _resolve(folder)
     make_folder(folder.parent)
     if not world.is_main:
         yield
@@ -110,6 +108,25 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _resolve(folder: pathlib.Path) -> pathlib.Path:
+    try:
+        return folder.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise UserError(f"{folder} is a link to itself: delete it, or choose another folder.") from None
+
+
+def existing_parent(folder: pathlib.Path) -> pathlib.Path:
+    """Returns a folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *_resolve(folder).parents) if path.exists())
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises a `UserError` if a run folder cannot be made or written, before work that would be lost."""
+    parent = existing_parent(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot make the folder {folder}: {parent} cannot be written; choose another place.")
 
 
 def is_active(folder: pathlib.Path) -> bool:

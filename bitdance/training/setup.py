@@ -63,7 +63,7 @@ def train_autoencoder(
     """
     if init_part != "all" and init_from is None:
         raise UserError("`init_part` goes with `init_from`, the autoencoder to start from: add it.")
-    if loss.decoder_only and init_from is None:
+    if loss.decoder_only and init_from is None and not list_checkpoints(config.output):
         raise UserError("`decoder_only` needs `init_from`, the autoencoder whose encoder is kept: add it.")
     if loss.decoder_only and init_part != "all":
         raise UserError("`decoder_only` keeps the encoder of `init_from`: leave `init_part` out.")
