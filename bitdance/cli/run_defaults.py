@@ -52,10 +52,7 @@ def stored_settings(
     if not list_checkpoints(output):
         return None
     try:
-        free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata == FREE}
-        train = restore(TrainConfig, stored["train"])
-        kept = {name: value for name, value in train.items() if name not in free or name in SCHEDULE_FIELDS}
-        defaults = build(TrainConfig(MISSING, **kept), stored)
+        defaults = build(TrainConfig(MISSING, **restore(TrainConfig, stored["train"], SCHEDULE_FIELDS)), stored)
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{output / SETTINGS} is damaged: restore it, or delete {output} to start over.") from None
     if time is not None:
@@ -63,9 +60,13 @@ def stored_settings(
     return defaults
 
 
-def restore(cls: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the stored values of those fields of a dataclass that this release knows; others are reported later."""
-    return {field.name: section[field.name] for field in dataclasses.fields(cls) if field.name in section}
+def restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
+    """Returns the stored values of those fields of a dataclass that must be equal, and `also` others.
+
+    Fields that this release does not know are reported later.
+    """
+    kept = {field.name for field in dataclasses.fields(cls) if field.metadata != FREE or field.name in also}
+    return {name: section[name] for name in kept & set(section)}
 
 
 def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | None) -> float | None:
