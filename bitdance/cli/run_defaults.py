@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitdance.cli.parsing import MISSING
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.run_folder import FREE, SETTINGS, check_writable, read_json
+from bitdance.runtime.run_folder import FREE, SETTINGS, check_kind, check_writable, read_json
 from bitdance.training.train_config import SCHEDULE_FIELDS, TrainConfig
 from bitdance.weights.resolve import list_checkpoints
 
@@ -46,9 +46,7 @@ def stored_settings(
     if not (output / SETTINGS).is_file():
         return None
     stored = read_json(output / SETTINGS, f"restore it, or delete {output} to start over")
-    sections = [stored.get(name) for name in ("run", "train", "loss", kind)]
-    if not all(isinstance(section, dict) for section in sections):
-        raise UserError(f"{output} belongs to another kind of run: use another folder, or delete it to start over.")
+    check_kind(output, stored, ("run", "train", "loss", kind))
     if not list_checkpoints(output):
         return None
     try:

@@ -19,10 +19,18 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bitdance.runtime.atomic_files import is_locked, lock_file, make_folder, read_json, remove_leftovers, write_json
+from bitdance.runtime.atomic_files import (
+    is_locked,
+    load_json,
+    lock_file,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -166,6 +174,8 @@ def check_settings(
     result: ResumedSettings | str = ""
     if world.is_main:
         try:
+            if not has_parts:
+                _refuse_others(folder, sections)
             stored = read_settings(folder, sections, is_finished) if has_parts else {}
             result = _update(folder, sections, stored)
         except UserError as error:
@@ -199,12 +209,27 @@ def read_settings(
         UserError: the folder belongs to work with other settings, or its settings cannot be read.
     """
     stored = read_json(folder / SETTINGS, f"restore it, or delete {folder} to start over")
-    if not all(isinstance(stored.get(name), dict) for name in sections):
-        raise UserError(f"{folder} belongs to another kind of run: use another folder, or delete it to start over.")
+    check_kind(folder, stored, sections)
     if differences := format_differences(compare(stored, sections, extensible=is_finished(stored))):
         reason = f"{folder} belongs to a run with other settings ({differences})"
         raise UserError(f"{reason}: use those settings, or another folder.")
     return stored
+
+
+def check_kind(folder: pathlib.Path, stored: Mapping[str, Any], sections: Iterable[str]) -> None:
+    """Raises a `UserError` unless stored settings have these sections."""
+    if not all(isinstance(stored.get(name), dict) for name in sections):
+        raise UserError(f"{folder} belongs to another kind of run: use another folder, or delete it to start over.")
+
+
+def _refuse_others(folder: pathlib.Path, sections: Iterable[str]) -> None:
+    """Raises a `UserError` if the folder has settings of another kind of run; damaged ones are replaced."""
+    try:
+        stored = load_json(folder / SETTINGS)
+    except (OSError, ValueError):
+        return
+    if isinstance(stored, dict) and stored:
+        check_kind(folder, stored, sections)
 
 
 def format_differences(differences: list[str]) -> str:
