@@ -59,9 +59,7 @@ def parse(
     Raises:
         UserError: a dataclass refused a value.
     """
-    _flags.clear()
-    _flags.update(_find_flags(cls))
-    _flags.update({name: _flags[field] for name, field in (aliases or {}).items() if field in _flags})
+    name_flags(cls, aliases)
     config: tuple[Any, ...] = (
         tyro.conf.OmitArgPrefixes,
         tyro.conf.OmitSubcommandPrefixes,
@@ -91,6 +89,13 @@ def parse(
         if usage.getvalue():
             print(f"bitdance: {_format_usage_error(usage.getvalue(), prog)}", file=sys.stderr)
         raise
+
+
+def name_flags(cls: type, aliases: Mapping[str, str] | None = None) -> None:
+    """Has errors name the flags of a command, as `parse` does, which calls this; arguments as there."""
+    _flags.clear()
+    _flags.update(_find_flags(cls))
+    _flags.update({name: _flags[field] for name, field in (aliases or {}).items() if field in _flags})
 
 
 def _expand_user(found: re.Match[str]) -> str:

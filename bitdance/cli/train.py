@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
-from bitdance.cli.parsing import MISSING, given_fields, given_values, parse
+from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
 from bitdance.cli.run_defaults import allowed_seconds, choose_schedule, output_of, restore, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes
 from bitdance.runtime.errors import UserError, did_you_mean
@@ -61,6 +61,7 @@ class Train:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
+    name_flags(Train)
     defaults = _recipe_defaults(arguments) or _defaults(arguments)
     command = _parse(arguments, defaults)
     from bitdance.training.setup import train_model

@@ -397,7 +397,9 @@ class Trainer:
             opened.callback(self.log.close)
             if self.step:
                 left = (
-                    "nothing is left to do; more epochs extend it" if self.step >= self.last_step else f"{self.last_step - self.step} are left"
+                    "nothing is left to do; more epochs extend it"
+                    if self.step >= self.last_step
+                    else f"{self.last_step - self.step} are left"
                 )
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
