@@ -396,11 +396,9 @@ class Trainer:
             self.log = RunLog(folder, self.step, self.config.tensorboard, self.config.wandb, settings)
             opened.callback(self.log.close)
             if self.step:
-                left = (
-                    "nothing is left to do; more epochs extend it"
-                    if self.step >= self.last_step
-                    else f"{self.last_step - self.step} are left"
-                )
+                left = f"{self.last_step - self.step} are left"
+                if self.step >= self.last_step:
+                    left = "nothing is left to do; more epochs extend it"
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
                 print(change)
