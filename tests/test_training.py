@@ -494,7 +494,7 @@ def test_an_autoencoder_learns_and_leaves_its_files(data, tmp_path):
     assert {"loss", "grad_norm", "lr", "images_per_second", "waiting", "epoch", "entropy_sample"} <= lines[0].keys()
     assert names(tmp_path / "run") == [
         "autoencoder.safetensors", "checkpoint-0000042.safetensors", "epoch_14.safetensors", "epoch_7.safetensors",
-        "log.jsonl", "preview-0000042.png", "settings.json",
+        "log.jsonl", "preview-0000042.png", "report.html", "settings.json",
     ]  # fmt: skip
     assert names(tmp_path) == ["held-out", "run"]  # no lock is left
     network = weights_file.load_autoencoder(path)
