@@ -94,7 +94,8 @@ def _defaults(arguments: list[str]) -> TrainAutoencoder | None:
         return stored
     sizes = [field.name for field in dataclasses.fields(AutoencoderConfig)]
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", *sizes))
-    if given["init-from"] not in (None, DEMO) or not fields.isdisjoint(sizes):
+    names_other = given["init-from"] is None and given_fields(arguments, ("init_part", "decoder_only"))
+    if names_other or given["init-from"] not in (None, DEMO) or not fields.isdisjoint(sizes):
         if given["time"] is not None:
             raise UserError("--time goes with the demo autoencoder: set --epochs for other sizes or weights.")
         return None
