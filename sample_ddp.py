@@ -3,7 +3,6 @@
 import sys
 
 from bitdance.cli.main import call
-from bitdance.cli.original_cli import sample
 
 if __name__ == "__main__":
-    call(sample, sys.argv[1:])
+    call("bitdance.cli.original_cli:sample", sys.argv[1:])

@@ -3,7 +3,6 @@
 import sys
 
 from bitdance.cli.main import call
-from bitdance.cli.original_cli import sample_parallel
 
 if __name__ == "__main__":
-    call(sample_parallel, sys.argv[1:])
+    call("bitdance.cli.original_cli:sample_parallel", sys.argv[1:])

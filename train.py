@@ -3,7 +3,6 @@
 import sys
 
 from bitdance.cli.main import call
-from bitdance.cli.original_cli import train
 
 if __name__ == "__main__":
-    call(train, sys.argv[1:])
+    call("bitdance.cli.original_cli:train", sys.argv[1:])

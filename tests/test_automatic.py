@@ -18,8 +18,10 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.training import automatic
 from bitdance.training.initialization import initialize_model
-from bitdance.training.train_config import TrainConfig
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
+from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 from bitdance.weights import weights_file
+from bitdance.weights.resolve import find_weights
 
 RUN = TrainConfig(pathlib.Path("x"))
 
@@ -41,15 +43,38 @@ def test_other_times_are_refused(text):
 def test_a_schedule_suits_its_run(count, seconds, step):
     size = automatic.choose_batch_size(count)
     assert 1 <= size <= min(64, count) and (count < 4 or count // size >= 4)
-    run, reasons = automatic.choose_schedule(
-        dataclasses.replace(RUN, batch_size=size), count, step, seconds, fine_tunes=True
-    )
+    config, time = dataclasses.replace(RUN, batch_size=size), automatic.StepTime(step, seconds)
+    run, reasons = automatic.choose_schedule(config, count, (), time, 5e-4, fine_tunes=True)
     steps = run.epochs * (count // size)
     assert steps * step <= max(seconds, step * max(automatic.MIN_STEPS, count // size))
     assert run.epochs <= automatic.MAX_EPOCHS
     assert 1 <= run.warmup_steps == run.decay_start <= max(1, steps // 20)
     assert run.ema**steps < 0.05 or steps < 5, "nothing of the start is left"
-    assert len(reasons) == 5
+    assert len(reasons) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "steps"),
+    [({"max_steps": 40}, 5, 40), ({"epochs": 3}, 3, 27), ({"epochs": 30, "max_steps": 100}, 30, 100)],
+)
+def test_a_number_of_steps_is_kept_and_the_rest_follows(given, epochs, steps):
+    config = dataclasses.replace(RUN, batch_size=10, **given)
+    run, (_, length, *_) = automatic.choose_schedule(config, 99, given, None, 5e-4, fine_tunes=True)
+    assert (run.epochs, run.max_steps) == (epochs, given.get("max_steps"))
+    assert length == f"{steps} steps of 10 images ({steps / 9:.3g} epochs), as given"
+    assert run.ema == pytest.approx(max(0.5, 1 - 10 / steps)) and run.warmup_steps == steps // 20
+
+
+def test_what_is_given_is_kept_and_no_reason_speaks_of_it():
+    """And what depends on it follows."""
+    changes = {"lr": 2e-4, "ema": 0.9, "warmup_steps": 7, "random_crop": True, "epochs": 50}
+    config = dataclasses.replace(RUN, batch_size=10, **changes)
+    run, reasons = automatic.choose_schedule(config, 100, changes, None, 5e-4, fine_tunes=True)
+    assert {name: getattr(run, name) for name in changes} == changes
+    assert run.min_lr == 2e-6 and run.decay_start == 7
+    text = "\n".join(reasons)
+    assert "decay of the learning rate to 2e-06" in text
+    assert not any(word in text for word in ("learning rate 0", "warm-up", "EMA", "crops")), text
 
 
 @pytest.fixture
@@ -64,11 +89,12 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(automatic, "measure_step", lambda *arguments: 10.0)
     run = tmp_path / "run"
     command = ["train", "--data-path", str(pictures), "--output", str(run), "--time", "1s", "--device", "cpu"]
-    main([*command, "--lr", "2e-4"])
+    main([*command, "--lr=2e-4", "--perturb_rate", "0.2"])
     out, err = capsys.readouterr()
     assert err.count(f"bitdance: {pictures}: 12 images of 3 classes (Horse, class-1, class-2)\n") == 1
     assert "settings that were not given:" in out
-    assert "1 epochs of 6 steps with 2 images" in out
+    assert "6 steps of 2 images (1 epochs), 10 s a step: the least that is of use" in out
+    assert "learning rate 0" not in out and "input bits" not in out
     assert "2 of 3 classes are new and start from the null class." in err
     stored = json.loads((run / "settings.json").read_text())
     assert stored["train"]["lr"] == 2e-4 and stored["train"]["epochs"] == 1 and stored["train"]["ema"] == 0.5
@@ -81,7 +107,7 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
         raise AssertionError("a run that goes on is not measured again")
 
     monkeypatch.setattr(automatic, "measure_step", fail)
-    main([*command, "--lr", "2e-4"])
+    main(command)
     err = capsys.readouterr().err
     assert "--time does not count, --epochs extends it" in err and "nothing is left to do" in err
     main(["train", "--data-path", str(pictures), "--output", str(run), "--device", "cpu", "--epochs", "2"])
@@ -90,10 +116,10 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
 
 
 def test_the_time_of_a_step_is_measured():
-    model, autoencoder = small.model().config, small.autoencoder().config
-    for images in (True, False):
-        seconds = automatic.measure_step(model, autoencoder, images, 16, 2, torch.device("cpu"), in_bf16=False)
-        assert 0 < seconds < 10
+    of_model = BitDanceLoss(small.model(), small.autoencoder(), LossConfig(), 0)
+    of_autoencoder = AutoencoderLoss(small.autoencoder(), AutoencoderLossConfig())
+    for objective, shape in ((of_model, (2, 16, 16, 3)), (of_model, (2, 16, 1)), (of_autoencoder, (2, 16, 16, 3))):
+        assert 0 < automatic.measure_step(objective, shape, torch.device("cpu"), in_bf16=False) < 10
 
 
 @pytest.mark.parametrize(
@@ -101,6 +127,9 @@ def test_the_time_of_a_step_is_measured():
     [
         (["--time", "5m", "--epochs", "3"], "--time sets the number of epochs: leave out either it or --epochs"),
         (["--time", "soon"], "--time soon is invalid: give a number and a unit"),
+        (["--time", ""], "--time '' is invalid: give a number and a unit"),
+        (["--time", "-5m"], "--time -5m is invalid: give a number and a unit"),
+        (["--batch_size", "13"], "holds 12 images, fewer than one batch of --batch-size 13: lower it or add images."),
         (["--init-from", "nothing"], "there is no model 'nothing'"),
         (["--init-from", "demo", "--epochs", "1", "--dim", "64"], "has other sizes than this model (dim 192, not 64)"),
     ],
@@ -111,6 +140,34 @@ def test_what_does_not_go_together(pictures, tmp_path, capsys, more, sentence):
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_output_folder_is_checked_before_anything_is_measured(pictures, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    small.save_pair(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "settings.json").write_text('{"run": {}, "train": {}, "loss": {}, "autoencoder": {}}')
+    monkeypatch.setattr(automatic, "measure_step", lambda *arguments: pytest.fail("it was measured"))
+    for name, sentence in (("file", "file cannot be written; choose another place."), ("other", "another kind of run")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--data-path", str(pictures), "--output", str(tmp_path / name)])
+        assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_demo_autoencoder_is_fine_tuned(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["train-autoencoder", "--data-path", str(pictures), "--output", str(run), "--device", "cpu"]
+    main([*command, "--max-steps", "2", "--precision", "fp32"])
+    out = capsys.readouterr().out
+    assert (
+        "2 steps of 2 images (0.333 epochs), as given" in out and "trained an autoencoder of 12 images: 2 steps" in out
+    )
+    demo, trained = (weights_file.load_autoencoder(find_weights(name, "autoencoder")) for name in ("demo", run))
+    assert trained.config == demo.config
+    changes = [(value - demo.state_dict()[name]).abs().max().item() for name, value in trained.state_dict().items()]
+    assert 0 < max(changes) < 2e-3
+    main([*command, "--time", "1s"])
+    assert "6 steps, the last 4 in" in capsys.readouterr().out, "it goes on with its settings to the end of the epoch"
 
 
 def test_several_processes_need_a_number_of_steps(pictures, tmp_path, capsys, monkeypatch):

@@ -283,6 +283,30 @@ def test_errors_of_users_are_one_sentence(run, monkeypatch, error, status, sente
                 main(arguments)
 
 
+KILL = "import os, signal; kill = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+ENDED = "bitdance: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "out", "err"),
+    [
+        ("try:\n    kill()\nexcept BaseException:\n    raise ImportError", "", f"\n{ENDED}"),
+        ("def main(_):\n    try:\n        kill()\n    finally:\n        print('cleaned up')", "cleaned up\n", ENDED),
+        ("def main(_):\n    try:\n        kill()\n    finally:\n        kill()\n        print('no')", "", f"\n{ENDED}"),
+        ("def main(_):\n    import atexit\n    atexit.register(kill)\n    kill()", "", 2 * f"\n{ENDED}"),
+    ],
+    ids=["while a command is imported", "in a command", "twice", "a second time at exit"],
+)
+def test_ctrl_c_ends_in_a_sentence(tmp_path, body, out, err):
+    (tmp_path / "command.py").write_text(KILL + body)
+    script = tmp_path / "script.py"
+    handled = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which nohup ignores
+    script.write_text(f"{handled}from bitdance.cli.main import call\ncall('command:main', [])\n")
+    result = small.run(script, check=False)
+    assert (result.returncode, result.stdout) == (130, out)
+    assert result.stderr.replace("\n", "") == err.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     "error",
     [ValueError("x"), KeyError("x"), TypeError("x"), RuntimeError("x"), OSError("x"), OSError(errno.EIO, "x", "y"),

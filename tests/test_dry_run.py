@@ -79,12 +79,6 @@ def test_flags_override_the_recipe(resolved, spelled):
     assert last["sizes"].parallel_num == 16
 
 
-def test_defaults_without_a_recipe(resolved):
-    got = resolved(command.main, [*NEEDED, "--max-steps", "5"])  # without it, they follow from the images
-    assert (got["run"].epochs, got["run"].lr, got["sizes"].num_classes) == (400, 3e-4, None)
-    assert got["loss"] == LossConfig()
-
-
 @pytest.mark.parametrize(("wrong", "near"), [("B-2X", "B-"), ("L-1", "L-1X"), ("BitDance-H1X", "H-1X"), ("unet", "")])
 def test_an_unknown_recipe(capsys, wrong, near):
     with pytest.raises(SystemExit) as stop:

@@ -335,7 +335,7 @@ def test_training_scripts_write_a_run_folder(files, tmp_path, script, p):
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 0 and lines[1]["lr"] == 1.5e-4
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoint-0000003.safetensors", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
-        "preview-0000003.png", "samples.png", "settings.json",
+        "preview-0000003.png", "report.html", "samples.png", "settings.json",
     ]  # fmt: skip
     network = weights_file.load_model(tmp_path / "run" / "model.safetensors")
     config = network.config

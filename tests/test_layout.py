@@ -34,7 +34,7 @@ NOT_IN_MODELS = (
     *("argparse", "tyro", "logging", "torch.distributed"),
     *("bitdance.runtime.devices", "bitdance.runtime.process_group"),
 )
-OPTIONAL = ("pillow_heif", "pyarrow", "tensorboard", "wandb", "matplotlib")
+OPTIONAL = ("pillow_heif", "pyarrow", "tensorboard", "wandb")
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -173,8 +173,8 @@ def filled_in(command: str, images: pathlib.Path, processes: int) -> str:
 def check_run(folder: pathlib.Path, name: str, config: BitDanceConfig, processes: int) -> None:
     """Checks the files of a finished run of two steps, its settings, and the configuration of its model."""
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint-0000002.safetensors", "log.jsonl", "model.safetensors", "preview-0000002.png", "samples.png",
-        "settings.json",
+        "checkpoint-0000002.safetensors", "log.jsonl", "model.safetensors", "preview-0000002.png", "report.html",
+        "samples.png", "settings.json",
     ]  # fmt: skip
     settings = json.loads((folder / "settings.json").read_text())
     train, run = settings["train"], settings["run"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import html.parser
 import json
 import os
 import pathlib
@@ -13,8 +13,8 @@ import sys
 import types
 from collections.abc import Callable
 from typing import Any
+from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import small
 import torch
@@ -32,6 +32,7 @@ from bitdance.training.checkpointing import Checkpointer, read_newest
 from bitdance.training.evaluation import Validation
 from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA
+from bitdance.training.run_report import format_report
 from bitdance.training.setup import train_model
 from bitdance.training.train_config import LossConfig
 from bitdance.training.trainer import Trainer
@@ -420,24 +421,26 @@ def test_previews_show_fixed_classes_and_noise(place, tmp_path):
 # ------------------------------------------------------------ status
 
 
-def test_info_shows_a_run_and_plots_it(place, tmp_path, capsys):
+def test_info_shows_a_run(place, tmp_path, capsys):
     run = tmp_path / "run"
     train(place, run, save_every=5, keep_checkpoints=3, val_path=place / "held-out", val_every=5)
     damaged = run / "checkpoint-0000010.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
+    (run / "report.html").unlink()
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     capsys.readouterr()
     main(["info", str(run)])
     out = capsys.readouterr().out
     for words in ("step                  12 of 12 (epoch 4.00)", "checkpoint-0000012.safetensors, 3.6 MB, complete",
                   "checkpoint-0000010.safetensors, 3.6 MB, damaged", "none, finished", "model.safetensors",
-                  "skipped steps         0", "val_loss", "images/s, waiting", f"loss: {run / 'loss.png'}"):  # fmt: skip
+                  "skipped steps         0", "val_loss", "images/s, waiting",
+                  f"report: {run / 'report.html'}"):  # fmt: skip
         assert words in out, out
     main(["info", str(run), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["step"] == 12 and facts["seconds_left"] == 0 and facts["skipped"] == 0
     assert [entry["complete"] for entry in facts["checkpoints"]] == [True, False, True]
-    after = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "loss.png"}
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "report.html"}
     assert after == before  # nothing was changed or renamed
 
 
@@ -510,8 +513,10 @@ def test_values_of_a_damaged_log(tmp_path, key):
             text += json.dumps({**line, **others, key: value}) + "\n"
             (tmp_path / "log.jsonl").write_text(text)
             assert "step " in status.format_run(status.describe_run(tmp_path))
-    if importlib.util.find_spec("matplotlib"):
-        status.plot_run(tmp_path)
+    page = format_report(tmp_path, status.describe_run(tmp_path))
+    for svg in re.findall("<svg.*?</svg>", page):
+        assert "nan" not in svg and "inf" not in svg
+        ElementTree.fromstring(svg)
 
 
 def test_status_of_a_run_that_has_just_started(place, tmp_path):
@@ -520,38 +525,101 @@ def test_status_of_a_run_that_has_just_started(place, tmp_path):
         path.unlink()
     facts = status.describe_run(tmp_path)
     assert (facts["step"], facts["loss"], facts["weights"], facts["checkpoints"]) == (0, None, None, [])
-    assert "none yet" in status.format_run(facts) and status.plot_run(tmp_path) is None
+    assert "none yet" in status.format_run(facts)
+    assert "nothing is logged yet" in format_report(tmp_path, facts)
     with pytest.raises(UserError, match="holds no training run"):
         status.describe_run(place)
 
 
-@pytest.mark.parametrize("count", [10, 300])
-def test_the_plot_shows_the_curves(tmp_path, count):
-    """Of few lines and of many, where a moving mean is added, and whose first loss does not set the scale."""
-    pytest.importorskip("matplotlib")
-    lines = [{"step": step, "time": 0.0, "loss": 1 - step / count} for step in range(1, count + 1)]
-    lines[0]["loss"] = 1.0 if count < 20 else 100.0
-    lines[-1]["val_loss"] = 0.9
+def chart(page: str, title: str) -> list[list[list[float]]]:
+    """The curves of a chart: points of pixels."""
+    svg = re.search(f'<svg [^>]*aria-label="{title}">.*?</svg>', page)
+    assert svg, page
+    lines = ElementTree.fromstring(svg[0]).iter("polyline")
+    return [[[float(x) for x in point.split(",")] for point in line.attrib["points"].split()] for line in lines]
+
+
+@pytest.mark.parametrize("count", [10, 2000])
+def test_the_report_shows_the_curves(tmp_path, count):
+    """From the first line of the log to the last; many lines are averaged."""
+    lines = [{"step": step, "time": 0.0, "loss": 10.0 / step, "lr": 1e-3} for step in range(1, count + 1)]
+    lines += [{"step": count, "time": 0.0, "val_loss": 0.5}]
+    settings = {"run": {"kind": "model", "last_step": 5, "steps_per_epoch": 2}, "train": {"batch_size": 3}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path = status.plot_run(tmp_path)
-    assert path == tmp_path / "loss.png"
-    with Image.open(path) as image:
-        assert image.size == (960, 500)
-        red, green, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
-    rows, columns = np.nonzero(blue - red > 60)
-    left, middle = (rows[columns // 320 == third].mean() for third in (0, 1))
-    assert left < middle - 100  # the loss falls from the left to the right
-    assert ((red - blue > 100) & (green > 100)).sum() > 20  # the point of val_loss, orange
+    page = format_report(tmp_path, status.describe_run(tmp_path))
+    (loss, val_loss), (lr,) = chart(page, "loss"), chart(page, "learning rate")
+    assert len(loss) == min(count, 288) and len(val_loss) == 1
+    xs, ys = zip(*loss, strict=True)
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys), "the loss falls from the left to the right"
+    middle = loss[len(loss) // 2][1] - loss[0][1]
+    assert middle > 0.4 * (loss[-1][1] - loss[0][1]), "on a logarithmic axis"
+    assert val_loss[0][0] == loss[-1][0] and loss[0][1] < val_loss[0][1]
+    assert len({y for _, y in lr}) == 1
 
 
-def test_without_matplotlib_info_shows_the_text(place, tmp_path, capsys, monkeypatch):
+def test_a_report_of_hostile_names(place, tmp_path, capsys):
+    """Everything is text, whatever it contains, and pictures are only those of the folder."""
+    evil = "<script>alert(1)</script>\" onload='x' &lt; \ud800 \x1b[2J  two"
+    folder = tmp_path / 'a "b" <i>'
+    train(place, folder, max_steps=1, log_every=1)
+    settings = json.loads((folder / "settings.json").read_text())
+    for section in settings.values():
+        for name in section if isinstance(section, dict) else ():
+            if name not in ("kind", "last_step", "steps_per_epoch", "batch_size"):
+                section[name] = evil
+    settings["model"]["class_names"] = [evil, 3, None]
+    (folder / "settings.json").write_text(json.dumps(settings | {evil: {evil: evil}, "other": 3}))
+    with open(folder / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": 1, "time": 1e99, "note": {evil: [evil]}, evil: 1.0}) + "\ntorn {\n")
+    (folder / "preview-1 onload=x.png").write_bytes(b"")
+    main(["info", str(folder)])
+    tags: dict[str, set[str]] = {}
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.setdefault(tag, set()).update(name for name, _ in attributes)
+            assert tag != "img" or dict(attributes)["src"] in ("samples.png", "preview-0000001.png")
+
+    page = (folder / "report.html").read_text()
+    Parser().feed(page)
+    assert tags.keys() == {
+        "html", "meta", "title", "style", "h1", "h2", "p", "table", "tr", "th", "td", "figure", "figcaption", "img",
+        "div", "svg", "line", "text", "polyline", "circle", "span", "details", "summary", "pre",
+    }  # fmt: skip
+    assert not any(name.startswith("on") for names in tags.values() for name in names)
+    assert tags["img"] == {"src", "alt", "loading"} and "&lt;script&gt;" in page and "://" not in page
+
+
+def test_a_folder_that_cannot_be_written_is_described_all_the_same(place, tmp_path, capsys):
     train(place, tmp_path, max_steps=1)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
     capsys.readouterr()
     main(["info", str(tmp_path)])
     out, err = capsys.readouterr()
-    assert "step                  1 of 1" in out and not (tmp_path / "loss.png").exists()
-    assert err == "bitdance: plots need matplotlib: pip install 'bitdance[plots]'.\n"
+    assert "step                  1 of 1" in out and "report:" not in out
+    assert err.count("\n") == 1 and f"cannot write {tmp_path / 'report.html'}" in err
+
+
+def test_the_end_of_a_run_says_what_was_trained_and_where_it_is(place, tmp_path, capsys):
+    run = tmp_path / "my run"
+    train(place, run, max_steps=2, log_every=2)
+    (line,) = small.read_log(run)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        rf"trained a model of 3 classes from 12 images: 2 steps in \d+ s, loss {line['loss']:.4f}", lines[0]
+    )
+    assert lines[1:] == [
+        f"  weights: {run / 'model.safetensors'}",
+        f"  training images beside samples: {run / 'samples.png'}",
+        f"  report: {run / 'report.html'}",
+        f"  bitdance sample --model '{run}'",
+    ]
+    train(place, run, max_steps=5)
+    assert "12 images: 5 steps, the last 3 in " in capsys.readouterr().out
+    train(place, run, max_steps=5)
+    assert "12 images: 5 steps, loss" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------ sampling from a run

@@ -338,6 +338,7 @@ def test_a_cache_without_flips_is_never_mirrored(data, weights, tmp_path):
 def test_a_run_from_a_cache_resumes_bit_for_bit(data, weights, tmp_path):
     encode(data, weights, tmp_path / "cache", crops=2)
     whole = train(tmp_path / "cache", weights, tmp_path / "whole")
+    assert (tmp_path / "whole" / "samples.png").is_file(), "training images are decoded"
     train(tmp_path / "cache", weights, tmp_path / "parts", max_steps=4)
     assert train(tmp_path / "cache", weights, tmp_path / "parts").metadata["digest"] == whole.metadata["digest"]
     with pytest.raises(UserError, match="names of the images, or how they are decoded, differ"):

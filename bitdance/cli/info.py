@@ -31,7 +31,7 @@ bitdance info demo --json
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Show what is in a file of weights, or the status of a training run with a plot of its loss.
+    """Show what is in a file of weights, or the status of a training run, with a report for the browser.
 
     Attributes:
         name: a file of weights, released (.pt, .safetensors) or ours; demo; a released model; or the folder of a run.
@@ -60,18 +60,19 @@ def _show_run(command: Info) -> None:
     import sys
 
     from bitdance.training import status
+    from bitdance.training.run_report import write_report
 
     folder = pathlib.Path(command.name)
     facts = status.describe_run(folder)
-    plot = None
+    report = None
     try:
-        plot = status.plot_run(folder)
-    except UserError as error:  # the text is worth printing without the plot
+        report = str(write_report(folder, facts))
+    except UserError as error:  # the text is worth printing without the report
         print(f"bitdance: {error}", file=sys.stderr)
     if command.json:
-        print(json.dumps(facts | {"plot": str(plot) if plot else None}, indent=2))
+        print(json.dumps(facts | {"report": report}, indent=2))
     else:
-        print(status.format_run(facts) + (f"\n\nloss: {plot}" if plot else ""))
+        print(status.format_run(facts) + (f"\n\nreport: {report}" if report else ""))
 
 
 def describe_file(contents: WeightsFile) -> dict[str, Any]:

@@ -12,10 +12,9 @@ import io
 import os
 import signal
 import sys
-import traceback
+import threading
+import types
 from collections.abc import Callable
-
-from bitdance.runtime.cpu_tuning import tune_cpu
 
 COMMANDS = {
     "sample": "sample images of classes: PNGs and a labelled grid",
@@ -85,19 +84,39 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"bitdance: there is no command {name!r}: {advice}", file=sys.stderr)
         raise SystemExit(2)
     arguments.remove(name)
-    call(importlib.import_module(f"bitdance.cli.{name.replace('-', '_')}").main, arguments)
+    call(f"bitdance.cli.{name.replace('-', '_')}:main", arguments)
 
 
-def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+def call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> None:
     """Calls a command and prints errors that a user can fix as one line, with exit status 2.
 
     Those are a `UserError`, a path that cannot be used, and a lack of memory. Any other exception is an error of this
-    program, and its traceback is shown.
+    program, and its traceback is shown. Ctrl-C ends in a sentence, too, with exit status 130, and a second one at once.
 
     Args:
-        command: takes the arguments.
+        command: takes the arguments; or "module:function", which is imported here, where Ctrl-C is handled.
         arguments: of the command; `--debug` among them shows the traceback of every error.
     """
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
+    is_handled = is_default and threading.current_thread() is threading.main_thread()
+    if is_handled:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        _call(command, arguments)
+    except KeyboardInterrupt:
+        if is_handled:
+            signal.signal(signal.SIGINT, _end_interrupted)
+            is_handled = False
+        print("bitdance: interrupted.", file=sys.stderr)
+        _end_at_once(130)
+        raise SystemExit(130) from None
+    finally:
+        if is_handled and signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> None:
+    from bitdance.runtime.cpu_tuning import tune_cpu
     from bitdance.runtime.errors import Interrupted, UserError, is_out_of_memory, one_line
 
     tune_cpu()  # before the command imports PyTorch
@@ -106,6 +125,10 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     try:
+        if isinstance(command, str):
+            module, _, function = command.partition(":")
+            command = getattr(importlib.import_module(module), function)
+        assert callable(command)
         command([argument for argument in arguments if argument != "--debug"])
         sys.stdout.flush()
     except BrokenPipeError:  # the program that reads the output has ended, such as `head`
@@ -135,10 +158,21 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         print(f"bitdance: {one_line(message)}", file=sys.stderr)
         _end_at_once(2)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("bitdance: interrupted.", file=sys.stderr)
-        _end_at_once(130)
-        raise SystemExit(130) from None
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Handles a first Ctrl-C; during an import, which it could turn into another error or a crash, it ends at once."""
+    signal.signal(signal.SIGINT, _end_interrupted)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _end_interrupted(number, frame)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _end_interrupted(number: int, frame: types.FrameType | None) -> None:
+    os.write(2, b"\nbitdance: interrupted.\n")  # not by print, which a signal may have interrupted
+    os._exit(130)
 
 
 def _end_at_once(status: int, with_traceback: bool = False) -> None:
@@ -150,6 +184,8 @@ def _end_at_once(status: int, with_traceback: bool = False) -> None:
     if distributed is None or not distributed.is_initialized():
         return
     if with_traceback:
+        import traceback
+
         traceback.print_exc()
     with contextlib.suppress(OSError):
         sys.stdout.flush()

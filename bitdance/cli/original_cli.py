@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import pathlib
 import re
+import shlex
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -248,13 +249,13 @@ def sample_parallel(arguments: list[str]) -> None:
 def train(arguments: list[str]) -> None:
     """`train.py`."""
     command = _parse(TrainCommand, arguments, "train.py", TRAIN_ALIASES)
-    run_train(command.train, command.model, ParallelFlags(parallel_num=1))
+    run_train(command.train, command.model, ParallelFlags(parallel_num=1), ["train.py", *arguments])
 
 
 def train_parallel(arguments: list[str]) -> None:
     """`train_parallel.py`."""
     command = _parse(ParallelTrainCommand, arguments, "train_parallel.py", TRAIN_ALIASES)
-    run_train(command.train, command.model, command.parallel)
+    run_train(command.train, command.model, command.parallel, ["train_parallel.py", *arguments])
 
 
 def _parse(cls: type[T], arguments: list[str], script: str, aliases: dict[str, str]) -> T:
@@ -311,7 +312,7 @@ def _check_against_checkpoint(pipeline: Pipeline, flags: ModelFlags, parallel: P
             )
 
 
-def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlags) -> None:
+def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlags, words: list[str]) -> None:
     """Runs the training; each process of torchrun calls this.
 
     Raises:
@@ -346,4 +347,5 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         expected_bits=model_flags.latent_dim,
         expected_down_size=model_flags.down_size,
         dry_run=flags.dry_run,
+        command=shlex.join(words),
     )

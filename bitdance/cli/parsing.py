@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -59,9 +59,7 @@ def parse(
     Raises:
         UserError: a dataclass refused a value.
     """
-    _flags.clear()
-    _flags.update(_find_flags(cls))
-    _flags.update({name: _flags[field] for name, field in (aliases or {}).items() if field in _flags})
+    name_flags(cls, aliases)
     config: tuple[Any, ...] = (
         tyro.conf.OmitArgPrefixes,
         tyro.conf.OmitSubcommandPrefixes,
@@ -93,6 +91,13 @@ def parse(
         raise
 
 
+def name_flags(cls: type, aliases: Mapping[str, str] | None = None) -> None:
+    """Has errors name the flags of a command, as `parse` does, which calls this; arguments as there."""
+    _flags.clear()
+    _flags.update(_find_flags(cls))
+    _flags.update({name: _flags[field] for name, field in (aliases or {}).items() if field in _flags})
+
+
 def _expand_user(found: re.Match[str]) -> str:
     return (found[1] or "") + os.path.expanduser(found[2])
 
@@ -102,12 +107,19 @@ def given_values(arguments: list[str], names: Sequence[str]) -> dict[str, str | 
 
     None for those that are not given; errors are left to `parse`.
     """
-    import argparse
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        option, has_value, value = word.partition("=")
+        name = option.removeprefix("--").replace("_", "-")  # as tyro does
+        if option.startswith("--") and name in found:
+            found[name] = value if has_value else None if following.startswith("--") else following
+    return found
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", nargs="?", dest=name)
-    return vars(parser.parse_known_args(arguments)[0])
+
+def given_fields(arguments: list[str], fields: Iterable[str]) -> set[str]:
+    """Returns those fields whose options are given, also as `--no-x`."""
+    words = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    return {name for name in fields if not words.isdisjoint(f"--{no}{name.replace('_', '-')}" for no in ("", "no-"))}
 
 
 def with_flags(message: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import pathlib
-import sys
+import shlex
+from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
-from bitdance.cli.parsing import MISSING, given_values, parse
+from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
+from bitdance.cli.run_defaults import allowed_seconds, choose_schedule, output_of, restore, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes
 from bitdance.runtime.errors import UserError, did_you_mean
-from bitdance.runtime.run_folder import FREE, SETTINGS, read_json
 from bitdance.training.train_config import SCHEDULE_FIELDS as FIELDS
 from bitdance.training.train_config import LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
@@ -28,19 +27,15 @@ bitdance train --recipe B-1X --data-path imagenet/train --autoencoder autoencode
 _SIZES = [field.name for field in dataclasses.fields(ModelSizes)]
 
 
-def _flag(field: str) -> str:
-    return field.replace("_", "-")
-
-
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a BitDance model on images, or on a token cache that `bitdance encode` wrote.
 
     Any number of processes under torchrun; an interrupted run is resumed by the same command.
 
-    Without --recipe, --epochs and --max-steps, what is not given follows from the images and the time: small pictures
-    are learnt by the demo model, which is changed as little as its new classes need, and the choices are printed. With
-    --epochs or --max-steps the defaults are those of the original.
+    Without --recipe, what is not given follows from the images and from --time, --epochs or --max-steps: small pictures
+    are learnt by the demo model, which is changed as little as its new classes need, and the choices are printed. The
+    defaults below are those of the original, for ImageNet.
 
     Attributes:
         autoencoder: the autoencoder that makes the tokens and is not trained: demo, autoencoder (the released one), the
@@ -66,6 +61,7 @@ class Train:
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
+    name_flags(Train)
     defaults = _recipe_defaults(arguments) or _defaults(arguments)
     command = _parse(arguments, defaults)
     from bitdance.training.setup import train_model
@@ -79,6 +75,7 @@ def main(arguments: list[str]) -> None:
         command.where.threads,
         init_from=command.init_from,
         dry_run=command.dry_run,
+        command=shlex.join(["bitdance", "train", *arguments]),
     )
 
 
@@ -87,52 +84,35 @@ def _parse(arguments: list[str], defaults: Train | None) -> Train:
 
 
 def _defaults(arguments: list[str]) -> Train | None:
-    """Returns the defaults that follow from `--init-from`, or from images and time if no number of steps is given."""
-    names = ("init-from", "autoencoder", "time", "epochs", "max-steps", "data-path", "output", *map(_flag, _SIZES))
-    given = given_values(arguments, names)
-    automatic = given["epochs"] is None and given["max-steps"] is None
+    """Returns the defaults of a run that goes on, or those that follow from model, images and time."""
+    given = given_values(arguments, ("init-from", "autoencoder", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return None
-    output = pathlib.Path(given["output"] or TrainConfig(pathlib.Path()).output).expanduser()
-    if (output / SETTINGS).is_file():
-        if given["time"] is not None:
-            print(
-                f"bitdance: {output} goes on as it began: --time does not count, --epochs extends it.", file=sys.stderr
-            )
-        return _stored_settings(output)
-    if given["time"] is not None and not automatic:
-        raise UserError("--time sets the number of epochs: leave out either it or --epochs and --max-steps.")
-    if not automatic and given["init-from"] is None:
-        return None
+    output = output_of(given["output"])
+    if stored := stored_settings(output, "model", given["time"], _restore):
+        return stored
+    fields = given_fields(arguments, (*FIELDS, "max_steps", "perturb_rate", *_SIZES))
     from bitdance.weights import weights_file
     from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights
 
-    own_sizes = any(given[_flag(name)] is not None for name in _SIZES)
     starts = given["init-from"]
-    if starts is None and not own_sizes and given["autoencoder"] in (None, DEMO):
+    if starts is None and fields.isdisjoint(_SIZES) and given["autoencoder"] in (None, DEMO):
         starts = DEMO
     path = find_weights(starts or DEMO)
     config = weights_file.load_model(path).config
     autoencoder = given["autoencoder"] or (DEMO if starts in (None, DEMO) else str(find_autoencoder_of(path)))
     run = TrainConfig(MISSING, image_size=_image_size(config, autoencoder))
-    loss = LossConfig(perturb_rate=0.1)
-    defaults = Train(autoencoder, run, ModelSizes.of(config, num_classes=None), loss, init_from=starts)
-    return _choose_schedule(_parse(arguments, defaults), arguments, defaults) if automatic else defaults
+    sizes = ModelSizes.of(config, num_classes=None)
+    defaults = Train(autoencoder, run, sizes, LossConfig(perturb_rate=0.1), init_from=starts)
+    command = _parse(arguments, defaults)
+    seconds = allowed_seconds(output, fields, command.time)
+    schedule = _choose_schedule(command, fields, seconds)
+    return dataclasses.replace(defaults, run=dataclasses.replace(run, **schedule))
 
 
-def _stored_settings(output: pathlib.Path) -> Train | None:
-    """Returns the settings of a run as defaults; None if it is not one of a model, which is reported later."""
-    stored = read_json(output / SETTINGS, f"restore it, or delete {output} to start over")
-    kept = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata != FREE} | set(FIELDS)
-    with contextlib.suppress(TypeError, ValueError, KeyError):  # damaged, which is reported later
-        train, model = stored["train"], stored["model"]
-        return Train(
-            stored["run"]["autoencoder"],
-            TrainConfig(MISSING, **{name: train[name] for name in kept & set(train)}),
-            ModelSizes(**{name: model[name] for name in _SIZES}),
-            LossConfig(**stored["loss"]),
-        )
-    return None
+def _restore(run: TrainConfig, stored: dict[str, Any]) -> Train:
+    sizes, loss = (restore(cls, stored[name]) for cls, name in ((ModelSizes, "model"), (LossConfig, "loss")))
+    return Train(stored["run"]["autoencoder"], run, ModelSizes(**sizes), LossConfig(**loss))
 
 
 def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
@@ -143,42 +123,39 @@ def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
     return model.grid * weights_file.load_autoencoder(find_weights(autoencoder, "autoencoder")).config.down_size
 
 
-def _choose_schedule(command: Train, arguments: list[str], defaults: Train) -> Train:
-    """Returns defaults with a schedule for the images and the time."""
-    import os
-
-    from bitdance.data.image_dataset import print_summary
+def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> dict[str, Any]:
+    """Returns the settings of the schedule for the images and the time."""
     from bitdance.data.token_cache import is_token_cache
+    from bitdance.models.autoencoder import Autoencoder
+    from bitdance.models.transformer import BitDance
     from bitdance.runtime.devices import choose_device, computes_bf16
     from bitdance.training import automatic
     from bitdance.training.loader import open_data
+    from bitdance.training.losses import BitDanceLoss
     from bitdance.weights import weights_file
     from bitdance.weights.resolve import find_weights
 
     config = command.run
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes need `epochs`, `max_steps` or a `recipe`: they may measure different times.")
-    seconds = automatic.DEFAULT_SECONDS if command.time is None else automatic.parse_time(command.time)
     contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
     tokenizer = weights_file.load_autoencoder(contents).config
     images = open_data(config.data_path, weights_file.tokenizer_digest(contents), config.image_size)
-    print_summary(images)
-    if given_values(arguments, ["batch-size"])["batch-size"] is None:
-        config = dataclasses.replace(config, batch_size=automatic.choose_batch_size(len(images)))
     device = choose_device(command.where.device)
     in_bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_bf16(device))
-    sizes = BitDanceConfig(
-        **{**vars(command.sizes), "num_classes": command.sizes.num_classes or len(images.classes)},
-        grid=tokenizer.grid(config.image_size),
-        bits=tokenizer.bits,
-    )
-    encodes = not is_token_cache(config.data_path)
-    step = automatic.measure_step(sizes, tokenizer, encodes, config.image_size, config.batch_size, device, in_bf16)
-    run, reasons = automatic.choose_schedule(config, len(images), step, seconds, command.init_from is not None)
-    print("settings that were not given:")
-    print("\n".join(f"  {reason}" for reason in reasons), flush=True)
-    kept = {name: getattr(run, name) for name in FIELDS}
-    return dataclasses.replace(defaults, run=dataclasses.replace(defaults.run, **kept))
+
+    def measure(batch_size: int) -> float:
+        classes = command.sizes.num_classes or len(images.classes)
+        grid = tokenizer.grid(config.image_size)
+        sizes = {**vars(command.sizes), "num_classes": classes, "grid": grid, "bits": tokenizer.bits}
+        objective = BitDanceLoss(BitDance(BitDanceConfig(**sizes)), Autoencoder(tokenizer), command.loss, config.seed)
+        is_cached, side = is_token_cache(config.data_path), config.image_size
+        shape = (grid**2, tokenizer.bits // 8) if is_cached else (side, side, 3)
+        return automatic.measure_step(objective, (batch_size, *shape), device, in_bf16)
+
+    fine_tunes = command.init_from is not None
+    flips = f"up to {command.loss.perturb_rate:.0%} of the input bits are flipped against overfitting"
+    others = [flips] if "perturb_rate" not in given else []
+    lr = automatic.FINE_TUNING_LR if fine_tunes else automatic.SCRATCH_LR
+    return choose_schedule(config, images, given, seconds, measure, lr, fine_tunes, others)
 
 
 def _recipe_defaults(arguments: list[str]) -> Train | None:

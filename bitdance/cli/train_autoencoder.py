@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
-from bitdance.cli.parsing import MISSING, given_values, parse
+from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
+from bitdance.cli.run_defaults import allowed_seconds, choose_schedule, output_of, restore, stored_settings
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
     AUTOENCODER_RECIPES,
+    SCHEDULE_FIELDS,
     AutoencoderLossConfig,
     InitPart,
     TrainConfig,
     autoencoder_recipe,
 )
+from bitdance.weights.resolve import DEMO
 
 EXAMPLES = """
+bitdance train-autoencoder --data-path pictures --time 20m --output runs/ae
 bitdance train-autoencoder --recipe small --data-path pictures.zip --image-size 32 --output runs/ae
 torchrun --nproc_per_node 8 -m bitdance train-autoencoder --recipe d16c32 --data-path imagenet/train --output runs/ae
 bitdance train-autoencoder --recipe d16c32 --data-path imagenet/train --dry-run
@@ -29,7 +35,11 @@ class TrainAutoencoder:
 
     Any number of processes under torchrun; an interrupted run is resumed by the same command.
 
+    Without --recipe, sizes of a network, and another network to start from, the demo autoencoder is fine-tuned, and
+    what is not given follows from the images and from --time, --epochs or --max-steps; the choices are printed.
+
     Attributes:
+        time: how long the training may take, such as 20m or 2h; sets the number of epochs. (default: 10m)
         recipe: use these settings as defaults: d16c32 (256 px, sizes of the released autoencoder) or small (32 to 64
             px). With --help, show them.
         init_from: start with the weights of this autoencoder, of the same sizes: demo, autoencoder (the released one),
@@ -44,16 +54,16 @@ class TrainAutoencoder:
     where: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
     init_from: str | None = None
     init_part: InitPart = "all"
+    time: str | None = None
     recipe: str | None = None
     dry_run: bool = False
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    defaults = _recipe_defaults(arguments)
-    command = parse(
-        TrainAutoencoder, arguments, "bitdance train-autoencoder", EXAMPLES, defaults, headings=TRAIN_HEADINGS
-    )
+    name_flags(TrainAutoencoder)
+    defaults = _recipe_defaults(arguments) or _defaults(arguments)
+    command = _parse(arguments, defaults)
     from bitdance.training.setup import train_autoencoder
 
     train_autoencoder(
@@ -65,7 +75,68 @@ def main(arguments: list[str]) -> None:
         init_from=command.init_from,
         init_part=command.init_part,
         dry_run=command.dry_run,
+        command=shlex.join(["bitdance", "train-autoencoder", *arguments]),
     )
+
+
+def _parse(arguments: list[str], defaults: TrainAutoencoder | None) -> TrainAutoencoder:
+    name = "bitdance train-autoencoder"
+    return parse(TrainAutoencoder, arguments, name, EXAMPLES, defaults, headings=TRAIN_HEADINGS)
+
+
+def _defaults(arguments: list[str]) -> TrainAutoencoder | None:
+    """Returns the defaults of a run that goes on, or those to fine-tune the demo autoencoder; None of other runs."""
+    given = given_values(arguments, ("init-from", "time", "data-path", "output"))
+    if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
+        return None
+    output = output_of(given["output"])
+    if stored := stored_settings(output, "autoencoder", given["time"], _restore):
+        return stored
+    sizes = [field.name for field in dataclasses.fields(AutoencoderConfig)]
+    fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", *sizes))
+    names_other = given["init-from"] is None and given_fields(arguments, ("init_part", "decoder_only"))
+    if names_other or given["init-from"] not in (None, DEMO) or not fields.isdisjoint(sizes):
+        if given["time"] is not None:
+            raise UserError("--time goes with the demo autoencoder: set --epochs for other sizes or weights.")
+        return None
+    from bitdance.weights import weights_file
+    from bitdance.weights.resolve import find_weights
+
+    network = weights_file.load_autoencoder(find_weights(DEMO, "autoencoder")).config
+    run, _, loss = autoencoder_recipe("small", MISSING)
+    defaults = TrainAutoencoder(run, network, loss, init_from=DEMO)
+    command = _parse(arguments, defaults)
+    seconds = allowed_seconds(output, fields, command.time)
+    schedule = _choose_schedule(command, fields, seconds)
+    return dataclasses.replace(defaults, run=dataclasses.replace(run, **schedule))
+
+
+def _restore(run: TrainConfig, stored: dict[str, Any]) -> TrainAutoencoder:
+    network = restore(AutoencoderConfig, stored["autoencoder"])
+    lists = {name: tuple(value) for name, value in network.items() if isinstance(value, list)}
+    loss = AutoencoderLossConfig(**restore(AutoencoderLossConfig, stored["loss"]))
+    return TrainAutoencoder(run, AutoencoderConfig(**(network | lists)), loss)
+
+
+def _choose_schedule(command: TrainAutoencoder, given: set[str], seconds: float | None) -> dict[str, Any]:
+    """Returns the settings of the schedule for the images and the time."""
+    from bitdance.data.images import open_images
+    from bitdance.models.autoencoder import Autoencoder
+    from bitdance.runtime.devices import choose_device, computes_bf16
+    from bitdance.training import automatic
+    from bitdance.training.losses import AutoencoderLoss
+
+    config = command.run
+    device = choose_device(command.where.device)
+    in_bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_bf16(device))
+
+    def measure(batch_size: int) -> float:
+        loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")
+        objective = AutoencoderLoss(Autoencoder(command.network), loss)
+        return automatic.measure_step(objective, (batch_size, config.image_size, config.image_size, 3), device, in_bf16)
+
+    images, lr = open_images(config.data_path), automatic.AUTOENCODER_LR
+    return choose_schedule(config, images, given, seconds, measure, lr, fine_tunes=True, others=())
 
 
 def _recipe_defaults(arguments: list[str]) -> TrainAutoencoder | None:

@@ -17,11 +17,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bitdance.runtime.atomic_files import is_locked, lock_file, make_folder, read_json, remove_leftovers, write_json
+from bitdance.runtime.atomic_files import (
+    is_locked,
+    load_json,
+    lock_file,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from bitdance.runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -95,10 +104,7 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     Raises:
         UserError: another process works in the folder, or it cannot be written.
     """
-    try:
-        folder = folder.resolve()
-    except RuntimeError:  # before Python 3.13
-        raise UserError(f"{folder} is a link to itself: delete it, or choose another folder.") from None
+    folder = _resolve(folder)
     make_folder(folder.parent)
     if not world.is_main:
         yield
@@ -110,6 +116,25 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _resolve(folder: pathlib.Path) -> pathlib.Path:
+    try:
+        return folder.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise UserError(f"{folder} is a link to itself: delete it, or choose another folder.") from None
+
+
+def existing_parent(folder: pathlib.Path) -> pathlib.Path:
+    """Returns a folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *_resolve(folder).parents) if path.exists())
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises a `UserError` if a run folder cannot be made or written, before work that would be lost."""
+    parent = existing_parent(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot make the folder {folder}: {parent} cannot be written; choose another place.")
 
 
 def is_active(folder: pathlib.Path) -> bool:
@@ -149,6 +174,8 @@ def check_settings(
     result: ResumedSettings | str = ""
     if world.is_main:
         try:
+            if not has_parts:
+                _refuse_others(folder, sections)
             stored = read_settings(folder, sections, is_finished) if has_parts else {}
             result = _update(folder, sections, stored)
         except UserError as error:
@@ -182,12 +209,27 @@ def read_settings(
         UserError: the folder belongs to work with other settings, or its settings cannot be read.
     """
     stored = read_json(folder / SETTINGS, f"restore it, or delete {folder} to start over")
-    if not all(isinstance(stored.get(name), dict) for name in sections):
-        raise UserError(f"{folder} belongs to another kind of run: use another folder, or delete it to start over.")
+    check_kind(folder, stored, sections)
     if differences := format_differences(compare(stored, sections, extensible=is_finished(stored))):
         reason = f"{folder} belongs to a run with other settings ({differences})"
         raise UserError(f"{reason}: use those settings, or another folder.")
     return stored
+
+
+def check_kind(folder: pathlib.Path, stored: Mapping[str, Any], sections: Iterable[str]) -> None:
+    """Raises a `UserError` unless stored settings have these sections."""
+    if not all(isinstance(stored.get(name), dict) for name in sections):
+        raise UserError(f"{folder} belongs to another kind of run: use another folder, or delete it to start over.")
+
+
+def _refuse_others(folder: pathlib.Path, sections: Iterable[str]) -> None:
+    """Raises a `UserError` if the folder has settings of another kind of run; damaged ones are replaced."""
+    try:
+        stored = load_json(folder / SETTINGS)
+    except (OSError, ValueError):
+        return
+    if isinstance(stored, dict) and stored:
+        check_kind(folder, stored, sections)
 
 
 def format_differences(differences: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Settings of a training that follow from the images and the time that it may take."""
+"""Settings of a training that follow from the images and from the time or the number of steps that it may take."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import dataclasses
 import math
 import pathlib
 import re
-import time
+from collections.abc import Collection, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 
-from bitdance.config import AutoencoderConfig, BitDanceConfig
-from bitdance.models.autoencoder import Autoencoder
-from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import format_duration
-from bitdance.training.losses import BitDanceLoss
+from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import Optimizer
-from bitdance.training.train_config import LossConfig, TrainConfig
+from bitdance.training.train_config import TrainConfig
 
 DEFAULT_SECONDS = 600.0
 MAX_EPOCHS = 400
 """Passes over a few images after which a model mostly repeats them."""
 MIN_STEPS = 100
 BATCH_SIZE = 64
+FINE_TUNING_LR, SCRATCH_LR = 5e-4, 1e-3
+"""Learning rates of a model that starts from trained weights, and of a small one that does not."""
+AUTOENCODER_LR = 3e-4
+"""That of an autoencoder that starts from trained weights."""
 TRIALS = 3
 """Steps that are timed, of which the fastest counts."""
 
@@ -34,47 +37,40 @@ def parse_time(text: str) -> float:
     Raises:
         UserError: it is none, or not above 0.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)([smhd])", text.strip())
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d*)?)([smhd])", text.strip())
     if not found or float(found[1]) <= 0:
-        raise UserError(f"time={text} is invalid: give a number and a unit, such as 90s, 20m, 1.5h or 2d.")
+        given = text if text.strip() else repr(text)
+        raise UserError(f"time={given} is invalid: give a number and a unit, such as 90s, 20m, 1.5h or 2d.")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def measure_step(
-    model: BitDanceConfig,
-    autoencoder: AutoencoderConfig,
-    images: bool,
-    image_size: int,
-    batch_size: int,
-    device: torch.device,
-    in_bf16: bool,
+    objective: AutoencoderLoss | BitDanceLoss, shape: Sequence[int], device: torch.device, in_bf16: bool
 ) -> float:
-    """Returns the seconds of a training step with random data.
+    """Returns the seconds of a training step.
 
     Args:
-        model, autoencoder: sizes.
-        images: whether images are encoded, or bits given.
-        image_size: in pixels.
-        batch_size: images of a step.
+        objective: the loss with its network, which is changed and moved to the device.
+        shape: of a batch of images (B, H, W, 3) or of packed bits (B, N, C / 8).
         device: that trains.
         in_bf16: whether under bf16 autocast.
     """
-    objective = BitDanceLoss(BitDance(model), Autoencoder(autoencoder), LossConfig(perturb_rate=0.1), 0).to(device)
-    objective.autoencoder.to(device)
-    optimizer = Optimizer(dict(objective.network.named_parameters()), TrainConfig(pathlib.Path()))
-    shape = (image_size, image_size, 3) if images else (model.num_tokens, model.bits // 8)
-    inputs = torch.zeros((batch_size, *shape), dtype=torch.uint8, device=device)
-    indices = torch.arange(batch_size, device=device)
+    objective.to(device)
+    if isinstance(objective, BitDanceLoss):
+        objective.autoencoder.to(device)
+    optimizer = Optimizer(dict(objective.named_parameters()), TrainConfig(pathlib.Path()))
+    inputs = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
+    indices = torch.arange(len(inputs), device=device)
     seconds = []
     for step in range(TRIALS + 1):  # the first one also allocates
-        start = time.perf_counter()
+        start = perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-            loss, _ = objective(inputs, indices % model.num_classes, indices, step)
+            loss, _ = objective(inputs, torch.zeros_like(indices), indices, step)
         loss.backward()
         optimizer.step(0.0, torch.zeros((), device=device))
         optimizer.zero_grad()
         loss.item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
+        seconds.append(perf_counter() - start)
     return min(seconds[1:])
 
 
@@ -83,52 +79,73 @@ def choose_batch_size(count: int) -> int:
     return max(1, min(BATCH_SIZE, 2 ** int(math.log2(max(1, count // 4)))))
 
 
+class StepTime(NamedTuple):
+    """How long a step takes, and how long the run may: seconds."""
+
+    step: float
+    run: float
+
+
 def choose_schedule(
-    run: TrainConfig, count: int, step_seconds: float, seconds: float, fine_tunes: bool
+    run: TrainConfig, count: int, given: Collection[str], time: StepTime | None, lr: float, fine_tunes: bool
 ) -> tuple[TrainConfig, list[str]]:
-    """Completes the settings of a run by a schedule that fits the images and the time.
+    """Completes the settings of a run by a schedule that fits the images and the number of steps.
 
     Args:
         run: with the batch size.
         count: number of images.
-        step_seconds: of a step.
-        seconds: that the run may take.
+        given: fields of `run` that are kept.
+        time: from which the number of steps follows; None if `epochs` or `max_steps` is given.
+        lr: learning rate for such a network, unless it is given.
         fine_tunes: whether it starts from trained weights.
 
     Returns:
         The settings, and a sentence for each choice.
     """
     per_epoch = max(1, count // run.batch_size)
-    in_time = int(0.9 * seconds / step_seconds)  # the rest for start, previews and end
-    epochs = max(1, min(MAX_EPOCHS, max(MIN_STEPS, in_time) // per_epoch))
-    steps = epochs * per_epoch
-    limit = "more would repeat the images" if epochs == MAX_EPOCHS else f"what fits into {format_duration(seconds)}"
-    if steps > in_time:
-        limit = f"the least that is of use, {format_duration(steps * step_seconds)}"
-    ema = min(0.9999, max(0.5, 1 - 10 / steps))
-    warmup = max(1, min(200, steps // 20))
-    lr = 5e-4 if fine_tunes else 1e-3
-    chosen = dataclasses.replace(
-        run,
-        epochs=epochs,
-        lr=lr,
-        min_lr=lr / 100,
-        warmup_steps=warmup,
-        decay_start=warmup,
-        ema=ema,
-        random_crop=False,
-        save_every=0,
-        save_minutes=5.0,
-        preview_every=max(1, steps // 5),
-        log_every=max(1, min(100, steps // 50)),
-    )
+    length = f"steps of {run.batch_size} images"
+    if time is not None:
+        in_time = int(0.9 * time.run / time.step)  # the rest for start, previews and end
+        epochs = max(1, min(MAX_EPOCHS, max(MIN_STEPS, in_time) // per_epoch))
+        limit = f"what fits into {format_duration(time.run)}"
+        if epochs == MAX_EPOCHS:
+            limit = "more would repeat the images"
+        if epochs * per_epoch > in_time:
+            limit = f"the least that is of use, {format_duration(epochs * per_epoch * time.step)}"
+        limit = f"{time.step:.2g} s a step: {limit}"
+    else:
+        epochs = run.epochs if "epochs" in given else math.ceil((run.max_steps or 1) / per_epoch)
+        limit = "as given"
+    steps = min(epochs * per_epoch, run.max_steps or epochs * per_epoch)
+    lr = run.lr if "lr" in given else lr
+    warmup = run.warmup_steps if "warmup_steps" in given else max(1, min(200, steps // 20))
+    chosen: dict[str, Any] = {
+        "epochs": epochs,
+        "lr": lr,
+        "min_lr": lr / 100,
+        "warmup_steps": warmup,
+        "decay_start": max(1, warmup),
+        "ema": min(0.9999, max(0.5, 1 - 10 / steps)),
+        "random_crop": False,
+        "save_every": 0,
+        "save_minutes": 5.0,
+        "preview_every": max(1, steps // 5),
+        "log_every": max(1, min(100, steps // 50)),
+    }
+    chosen = {name: value for name, value in chosen.items() if name not in given}
     scratch = "from scratch, since sizes or an autoencoder were given: needs thousands of images and hours"
     reasons = [
         "starts from trained weights, which few images suffice to change" if fine_tunes else scratch,
-        f"{epochs} epochs of {per_epoch} steps with {run.batch_size} images, {step_seconds:.2g} s a step: {limit}",
-        f"learning rate {lr:g}, warm-up of {warmup} steps, then decay: "
-        + ("lower than from scratch, to keep what the weights know" if fine_tunes else "usual for a small model"),
-        f"EMA {ema:.4g}: averages over the last {round(1 / (1 - ema))} steps, so that nothing of the start is left",
-        "centre crops and mirror images; 10 % of the input bits are flipped against overfitting",
+        f"{steps} {length} ({steps / per_epoch:.3g} epochs), {limit}",
     ]
-    return chosen, reasons
+    if "lr" in chosen:
+        why = "lower than from scratch, to keep what the weights know" if fine_tunes else "usual for a small model"
+        reasons.append(f"learning rate {lr:g}: {why}")
+    shape = [f"warm-up of {warmup} step{'s' * (warmup != 1)}"] * ("warmup_steps" in chosen)
+    shape += [f"decay of the learning rate to {chosen['min_lr']:g}"] * (chosen.keys() >= {"min_lr", "decay_start"})
+    reasons += [", then ".join(shape)] * bool(shape)
+    if "ema" in chosen:
+        last = f"the last {round(1 / (1 - chosen['ema']))} steps"
+        reasons.append(f"EMA {chosen['ema']:.4g}: averages over {last}, so that nothing of the start is left")
+    reasons += ["centre crops, half of them mirrored"] * ("random_crop" in chosen)
+    return dataclasses.replace(run, **chosen), reasons

@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
-from bitdance.runtime.errors import UserError
 from bitdance.runtime.memory_tracker import MemoryTracker
 from bitdance.runtime.progress import format_duration, format_size
+from bitdance.runtime.run_folder import check_writable, existing_parent
 from bitdance.training.evaluation import reconstruct
 from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch
@@ -47,9 +47,7 @@ def print_estimate(trainer: Trainer) -> None:
         UserError: the run folder cannot be written, or belongs to another run.
     """
     config, world = trainer.config, trainer.world
-    parent = _existing_parent(config.output)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot make the folder {config.output}: {parent} cannot be written; choose another place.")
+    check_writable(config.output)
     steps = trainer.steps_left()
     images = len(trainer.loader.indices) // config.accumulate
     memory = estimate_memory(trainer, images)
@@ -92,7 +90,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     kept = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
     # A checkpoint is written before the oldest one is removed; files of weights hold those of the EMA or the raw ones.
     disk = (config.keep_checkpoints + 1) * checkpoint + (kept + 1) * _parameter_bytes(trainer.network)
-    space = shutil.disk_usage(_existing_parent(config.output)).free
+    space = shutil.disk_usage(existing_parent(config.output)).free
     rate = config.batch_size / seconds if seconds else None
     total = steps * seconds if seconds else None
     sizes = {"file": checkpoint, "disk": disk, "space": space, "host": memory["process"] + memory["prefetch"]}
@@ -156,10 +154,6 @@ def _networks(trainer: Trainer) -> dict[str, nn.Module]:
     if objective.discriminator is not None:
         networks["discriminator"] = objective.discriminator
     return networks | ({"perceptual": objective.perceptual.network} if objective.perceptual is not None else {})
-
-
-def _existing_parent(folder: pathlib.Path) -> pathlib.Path:
-    return next(path for path in (folder, *folder.resolve().parents) if path.exists())
 
 
 # ------------------------------------------------------------ memory

@@ -77,6 +77,13 @@ def open_data(
     return tokens
 
 
+def check_batch_size(images: ImageDataset | TokenDataset, batch_size: int) -> None:
+    """Raises a `UserError` if there are fewer images than one batch."""
+    if len(images) < batch_size:
+        held = f"{images.path} holds {len(images)} images"
+        raise UserError(f"{held}, fewer than one batch of batch_size={batch_size}: lower it or add images.")
+
+
 class Loader:
     """The global batches of a run, split evenly over the processes.
 
@@ -91,9 +98,7 @@ class Loader:
         size = f"batch_size={config.batch_size}"
         if config.batch_size % world.size:
             raise UserError(f"{size} cannot be split over {world.size} processes: make it a multiple of their number.")
-        if len(images) < config.batch_size:
-            held = f"{images.path} holds {len(images)} images"
-            raise UserError(f"{held}, fewer than one batch of {size}: lower it or add images.")
+        check_batch_size(images, config.batch_size)
         self.images, self.config = images, config
         self.steps_per_epoch = len(images) // config.batch_size
         local = config.batch_size // world.size

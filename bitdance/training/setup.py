@@ -48,6 +48,7 @@ def train_autoencoder(
     init_from: str | None = None,
     init_part: InitPart = "all",
     dry_run: bool = False,
+    command: str | None = None,
 ) -> pathlib.Path | None:
     """Trains an autoencoder and returns the path of its weights.
 
@@ -57,6 +58,7 @@ def train_autoencoder(
         init_from: name or file of an autoencoder whose weights a new run starts with.
         init_part: whether these are the weights of `all` or only of the `decoder`.
         dry_run: only print what the run will need, and return None.
+        command: recorded in the settings of the run.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -64,7 +66,7 @@ def train_autoencoder(
     """
     if init_part != "all" and init_from is None:
         raise UserError("`init_part` goes with `init_from`, the autoencoder to start from: add it.")
-    if loss.decoder_only and init_from is None:
+    if loss.decoder_only and init_from is None and not list_checkpoints(config.output):
         raise UserError("`decoder_only` needs `init_from`, the autoencoder whose encoder is kept: add it.")
     if loss.decoder_only and init_part != "all":
         raise UserError("`decoder_only` keeps the encoder of `init_from`: leave `init_part` out.")
@@ -105,7 +107,7 @@ def train_autoencoder(
                 initialize_autoencoder(objective.network, init_from, init_part, loss.decoder_only)
         objective.network.encoder.requires_grad_(not loss.decoder_only)
         data = DataInfo(len(images), images.digest)
-        trainer = Trainer(objective, config, Loader(images, config, world), world, data)
+        trainer = Trainer(objective, config, Loader(images, config, world), world, data, command=command)
         if dry_run:
             print_estimate(trainer)
             return None
@@ -124,6 +126,7 @@ def train_model(
     expected_bits: int | None = None,
     expected_down_size: int | None = None,
     dry_run: bool = False,
+    command: str | None = None,
 ) -> pathlib.Path | None:
     """Trains a BitDance model on the tokens of an autoencoder and returns the path of its weights.
 
@@ -134,6 +137,7 @@ def train_model(
         init_from: name or file of a model whose weights a new run starts with, see `initialize_model`.
         expected_bits, expected_down_size: of the autoencoder, checked if given.
         dry_run: only print what the run will need, and return None.
+        command: recorded in the settings of the run.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -166,7 +170,8 @@ def train_model(
                 print(f"bitdance: {config.output} {start}.", file=sys.stderr)
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
         data = DataInfo(len(images), images.digest, digest)
-        trainer = Trainer(objective, config, Loader(images, config, world), world, data, _recorded_name(autoencoder))
+        name = _recorded_name(autoencoder)
+        trainer = Trainer(objective, config, Loader(images, config, world), world, data, name, command)
         if dry_run:
             print_estimate(trainer)
             return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from bitdance.runtime.atomic_files import atomic_write, read_json
+from bitdance.runtime.atomic_files import read_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.progress import format_duration
 from bitdance.runtime.run_folder import SETTINGS, is_active
@@ -17,19 +17,13 @@ from bitdance.training.logging import read_log
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import list_checkpoints
 
-PLOT = "loss.png"
-CHARTS = {
-    "loss": ("loss", "val_loss"),
-    "PSNR in dB": ("psnr", "val_psnr"),
-    "FID": ("eval_fid",),
-    "Fréchet distance": ("eval_frechet_distance",),
-    "Inception Score": ("eval_inception_score",),
-    "precision and recall": ("eval_precision", "eval_recall"),
-}
 
+def describe_run(folder: pathlib.Path, verify: bool = True) -> dict[str, Any]:
+    """Returns what is known of a run, for JSON.
 
-def describe_run(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what is known of a run, for JSON; the newest checkpoint is read to compare its digest.
+    Args:
+        folder: of the run.
+        verify: whether the newest checkpoint is read to compare its digest.
 
     Raises:
         UserError: the folder holds no run.
@@ -72,7 +66,9 @@ def describe_run(folder: pathlib.Path) -> dict[str, Any]:
         **{name: last.get(name) for name in ("images_per_second", "waiting", "tflops", "mfu")},
         "seconds_left": (last_step - step) * batch_size / rate if rate and state != "stopped" else None,
         "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
-        "checkpoints": [_describe_checkpoint(path, step == max(checkpoints)) for step, path in checkpoints.items()],
+        "checkpoints": [
+            _describe_checkpoint(path, verify and step == max(checkpoints)) for step, path in checkpoints.items()
+        ],
         "weights": final.name if final.exists() else None,
         "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),
     }
@@ -87,8 +83,30 @@ def _describe_checkpoint(path: pathlib.Path, verify: bool) -> dict[str, Any]:
     return {**facts, "complete": True}
 
 
-def format_run(facts: dict[str, Any]) -> str:
+def resume_command(folder: pathlib.Path, kind: str, train: Mapping[str, Any]) -> str:
+    """Returns the command that resumes a run, whose settings are those in its folder."""
+    name = "train" if kind == "model" else "train-autoencoder"
+    return shlex.join(["bitdance", name, "--data-path", str(train.get("data_path")), "--output", str(folder)])
+
+
+def use_command(folder: pathlib.Path, kind: str, train: Mapping[str, Any]) -> str:
+    """Returns the command that shows what the weights of a run do."""
+    if kind == "model":
+        return shlex.join(["bitdance", "sample", "--model", str(folder)])
+    words = ["bitdance", "reconstruct", "--autoencoder", str(folder), "--data-path", str(train.get("data_path"))]
+    return shlex.join([*words, "--image-size", str(train.get("image_size"))])
+
+
+def format_run(facts: Mapping[str, Any]) -> str:
     """Formats the result of `describe_run` as lines."""
+    rows = status_rows(facts)
+    title = f"{facts['folder']} (training of {'an' if facts['kind'] == 'autoencoder' else 'a'} {facts['kind']})"
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join([title, "", *(f"  {name:<{width}}{value}" for name, value in rows)])
+
+
+def status_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the result of `describe_run` as names and values."""
     rows = [("step", f"{facts['step']} of {facts['last_step']} (epoch {facts['epoch']:.2f})")]
     if facts["loss"] is not None:
         before = facts["loss_10_lines_ago"]
@@ -117,56 +135,4 @@ def format_run(facts: dict[str, Any]) -> str:
     rows.append(("final weights", facts["weights"] or "not yet"))
     if facts["kept"]:
         rows.append(("kept weights", ", ".join(facts["kept"])))
-    title = f"{facts['folder']} (training of {'an' if facts['kind'] == 'autoencoder' else 'a'} {facts['kind']})"
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join([title, "", *(f"  {name:<{width}}{value}" for name, value in rows)])
-
-
-def plot_run(folder: pathlib.Path) -> pathlib.Path | None:
-    """Plots losses, and metrics of evaluations, to `loss.png` in the folder; None if there is nothing to plot yet.
-
-    Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
-    """
-    lines = read_log(folder)
-    charts = {title: {key: points for key in keys if (points := _points(lines, key))} for title, keys in CHARTS.items()}
-    charts = {title: curves for title, curves in charts.items() if curves}
-    if not charts:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'bitdance[plots]'.") from None
-    figure = Figure(figsize=(9.6, 2 + 3 * len(charts)), layout="constrained")
-    figure.suptitle(folder.resolve().name, parse_math=False)  # which may contain a "$"
-    all_axes = figure.subplots(len(charts), sharex=True, squeeze=False)[:, 0]
-    for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
-        lows, highs = [], []
-        for key, points in curves.items():
-            x, y = np.array(points, float).T
-            window = len(y) // 50 if key == "loss" else 1
-            name = key.removeprefix("eval_")
-            axes.plot(x, y, label=name, marker="." if len(y) < 20 else None, alpha=0.4 if window >= 4 else 1.0)
-            if window >= 4:
-                mean = np.convolve(y, np.full(window, 1 / window), "valid")
-                axes.plot(x[window // 2 :][: len(mean)], mean, label=f"mean of {window} lines", color="C0")
-            lows.append(y.min())
-            # The loss of the first lines would set the scale.
-            highs.append(np.quantile(y, 0.98) if key == "loss" and len(y) >= 20 else y.max())
-        if max(highs) > min(lows):
-            margin = 0.05 * (max(highs) - min(lows))
-            axes.set_ylim(min(lows) - margin, max(highs) + margin)
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-        if len(CHARTS[title]) > 1:
-            axes.legend()
-    all_axes[-1].set_xlabel("step")
-    all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    all_axes[-1].xaxis.set_major_formatter("{x:,.0f}")
-    with atomic_write(folder / PLOT) as path:
-        figure.savefig(path, format="png", dpi=100)
-    return folder / PLOT
-
-
-def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    return rows

@@ -23,14 +23,16 @@ from bitdance import __version__
 from bitdance.config import SamplingDefaults
 from bitdance.data.class_folders import counted
 from bitdance.data.crops import center_crop, to_array
-from bitdance.data.image_dataset import ImageDataset, evenly_spaced
+from bitdance.data.image_dataset import evenly_spaced
 from bitdance.data.token_cache import TokenDataset
 from bitdance.models.autoencoder import Autoencoder
+from bitdance.models.quantizer import unpack
+from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import computes_bf16
 from bitdance.runtime.errors import Interrupted, UserError, one_line
 from bitdance.runtime.process_group import World
-from bitdance.runtime.progress import progress_bar
+from bitdance.runtime.progress import format_duration, progress_bar
 from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid, rows_without_names
 from bitdance.sampling.pipeline import Pipeline
@@ -43,6 +45,8 @@ from bitdance.training.logging import Metrics, MetricsMeter, RunLog, format_metr
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import EMA, NonFiniteGuard, Optimizer, learning_rate
 from bitdance.training.preemption import PreemptionHandler
+from bitdance.training.run_report import COMPARISON, write_report
+from bitdance.training.status import describe_run, use_command
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.layout import TOKENIZER_DIGEST, WeightsFile
@@ -51,7 +55,6 @@ from bitdance.weights.resolve import list_checkpoints
 PREVIEW_IMAGES = 16
 MAX_KEPT = 0.05
 """Share of the first weights in the EMA that is reported when a run starts."""
-COMPARISON = "samples.png"
 COMPARED_CLASSES, COMPARED_IMAGES = 10, 6
 COMPILED_DEVICES = ("cuda",)
 """Types of devices on which `compile` has an effect."""
@@ -70,6 +73,8 @@ class RunInfo:
         steps_per_epoch, total_steps, last_step: of the run; `max_steps` may end it before `total_steps`.
         processes, device: that train.
         autoencoder: of a model, the name or file of its autoencoder.
+        parameters, autoencoder_parameters: of the network that is trained, and of a model's autoencoder.
+        command: that started it last, without what started the processes.
     """
 
     kind: str
@@ -80,6 +85,9 @@ class RunInfo:
     processes: int = dataclasses.field(metadata=FREE)
     device: str = dataclasses.field(metadata=FREE)
     autoencoder: str | None = dataclasses.field(default=None, metadata=FREE)
+    parameters: int | None = dataclasses.field(default=None, metadata=FREE)
+    autoencoder_parameters: int | None = dataclasses.field(default=None, metadata=FREE)
+    command: str | None = dataclasses.field(default=None, metadata=FREE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +112,7 @@ class Trainer:
 
     It leaves in the run folder: `settings.json`, `log.jsonl` (a line every `log_every` steps),
     `checkpoint-<step>.safetensors` (the whole state), `preview-<step>.png`, `epoch_<n>.safetensors` (weights that are
-    kept), and at the end `model.safetensors` or `autoencoder.safetensors`, the weights alone.
+    kept), and at the end `model.safetensors` or `autoencoder.safetensors`, the weights alone, and `report.html`.
 
     Args:
         objective: the loss with its network, on the CPU.
@@ -113,6 +121,7 @@ class Trainer:
         world: the processes.
         data: the data of the run.
         autoencoder_name: of a model, the name or file of its autoencoder.
+        command: that started the run, for its settings.
 
     Raises:
         UserError: a setting is out of range.
@@ -126,6 +135,7 @@ class Trainer:
         world: World,
         data: DataInfo,
         autoencoder_name: str | None = None,
+        command: str | None = None,
     ) -> None:
         self.config, self.loader, self.world, self.data = config, loader, world, data
         self.objective = objective.to(world.device)
@@ -140,7 +150,17 @@ class Trainer:
         self.total_steps = config.epochs * loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         steps = (loader.steps_per_epoch, self.total_steps, self.last_step)
-        self.info = RunInfo(self.kind, __version__, *steps, world.size, world.device.type, autoencoder_name)
+        self.info = RunInfo(
+            self.kind,
+            __version__,
+            *steps,
+            processes=world.size,
+            device=world.device.type,
+            autoencoder=autoencoder_name,
+            parameters=_count_parameters(self.network),
+            autoencoder_parameters=_count_parameters(self.pipeline.autoencoder) if self.pipeline else None,
+            command=command,
+        )
         self.discriminator = objective.discriminator if isinstance(objective, AutoencoderLoss) else None
         named = self.network.named_parameters()
         self.parameters: dict[str, Tensor] = {name: value for name, value in named if value.requires_grad}
@@ -205,11 +225,15 @@ class Trainer:
         with exclusive(self.config.output, self.world), contextlib.ExitStack() as opened:
             opened.callback(self.checkpointer.close)
             self._open_run(opened)
-            start = self.step
+            first, start = self.step, time.monotonic()
             with PreemptionHandler(self.world).installed() as preemption:
                 self._train_steps(preemption)
                 path = self._finish()
-            self._compare(self.step > start)
+            seconds = time.monotonic() - start
+            unreadable = set().union(*self.world.gather(self.loader.bad_images.indices()))
+            self._compare(self.step > first)
+            if self.world.is_main:
+                self._summarize(path, self.step - first, seconds, len(unreadable))
             return path
 
     def _train_steps(self, preemption: PreemptionHandler) -> None:
@@ -374,9 +398,9 @@ class Trainer:
             self.log = RunLog(folder, self.step, self.config.tensorboard, self.config.wandb, settings)
             opened.callback(self.log.close)
             if self.step:
-                left = (
-                    "nothing is left to do" if self.step >= self.last_step else f"{self.last_step - self.step} are left"
-                )
+                left = f"{self.last_step - self.step} are left"
+                if self.step >= self.last_step:
+                    left = "nothing is left to do; more epochs extend it"
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
                 print(change)
@@ -466,12 +490,6 @@ class Trainer:
         self._save_weights(name)
         self.checkpointer.finish()
         path = self.config.output / name
-        unreadable = len(set().union(*self.world.gather(self.loader.bad_images.indices())))
-        if self.world.is_main:
-            skipped = int(self.guard.skipped)
-            notes = f", {skipped} of them skipped" if skipped else ""
-            notes += f", {counted(unreadable, 'unreadable image')} skipped" if unreadable else ""
-            print(f"{self.step} steps{notes}: {path}")
         self.world.barrier()
         return path
 
@@ -487,34 +505,62 @@ class Trainer:
 
     def _compare(self, is_new: bool) -> None:
         """Writes training images beside samples, in the first process, if there are new weights or no picture yet."""
-        images, path = self.loader.images, self.config.output / COMPARISON
-        if self.world.is_main and self.pipeline is not None and isinstance(images, ImageDataset):
-            present = np.unique(images.labels)[:COMPARED_CLASSES]
-            names = [self.pipeline.classes.label(label) for label in present.tolist()]
-            if is_new or not path.exists():
-                self._write_comparison(path, self.pipeline, images, present, names)
-            print(f"training images beside samples: {path}")
-            if unnamed := rows_without_names(names):
-                print(one_line(f"no font has the names of some rows: {unnamed}"))
+        path = self.config.output / COMPARISON
+        if self.world.is_main and self.pipeline is not None and (is_new or not path.exists()):
+            self._write_comparison(path, self.pipeline)
 
-    def _write_comparison(
-        self, path: pathlib.Path, pipeline: Pipeline, images: ImageDataset, present: np.ndarray, names: list[str]
-    ) -> None:
+    def _summarize(self, weights: pathlib.Path, steps: int, seconds: float, unreadable: int) -> None:
+        """Writes the report and says what was trained, for how long, and where everything is."""
+        folder, skipped = self.config.output, int(self.guard.skipped)
+        facts = describe_run(folder, verify=False)
+        images = counted(self.data.images, "image") + (f" ({unreadable} unreadable)" if unreadable else "")
+        what = f"an autoencoder of {images}"
+        if isinstance(self.network, BitDance):
+            what = f"a model of {counted(self.network.config.num_classes, 'class')} from {images}"
+        took = f", the last {steps}" if steps < self.step else ""
+        loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
+        print(
+            f"trained {what}: {self.step} steps{f' ({skipped} of them skipped)' if skipped else ''}"
+            + (f"{took} in {format_duration(seconds)}" if steps else "")
+            + loss
+        )
+        rows = {"weights": weights}
+        if (folder / COMPARISON).exists():
+            rows["training images beside samples"] = folder / COMPARISON
+        try:
+            rows["report"] = write_report(folder, facts)
+        except UserError as error:  # the weights are written
+            print(f"bitdance: {error}", file=sys.stderr)
+        for name, path in rows.items():
+            print(f"  {name}: {path}")
+        print(f"  {use_command(folder, self.kind, vars(self.config))}", flush=True)
+
+    def _write_comparison(self, path: pathlib.Path, pipeline: Pipeline) -> None:
         """Writes a grid with a row for each of some classes: training images at the left, samples at the right."""
+        images = self.loader.images
+        present = np.unique(images.labels)[:COMPARED_CLASSES]
+        names = [pipeline.classes.label(label) for label in present.tolist()]
+        if unnamed := rows_without_names(names):
+            print(one_line(f"no font has the names of some rows of {path.name}: {unnamed}"))
         with self._ema_weights(), self.autocast():
             samples = pipeline(present.repeat(COMPARED_IMAGES).tolist(), output="np")
         rows: list[np.ndarray] = []
         for label, sampled in zip(present, np.split(samples, len(present)), strict=True):
             members = np.flatnonzero(images.labels == label)
-            views = [self._view(images, int(i)) for i in members[evenly_spaced(len(members), COMPARED_IMAGES)]]
+            chosen = members[evenly_spaced(len(members), COMPARED_IMAGES)]
+            views = [self._view(pipeline, int(index)) for index in chosen]
             views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
             rows += [*views, *sampled]
         write_png(path, image_grid(np.stack(rows), columns=2 * COMPARED_IMAGES + 1, labels=names, scale=2))
 
-    def _view(self, images: ImageDataset, index: int) -> np.ndarray:
-        """Returns an image as the network sees it, white if it cannot be read."""
-        size = self.config.image_size
+    def _view(self, pipeline: Pipeline, index: int) -> np.ndarray:
+        """Returns an image as the network sees it, of a token cache as it is decoded, white if it cannot be read."""
+        images, size = self.loader.images, self.config.image_size
         try:
+            if isinstance(images, TokenDataset):
+                bits = unpack(torch.from_numpy(images.read(index, 0, 0).copy()))
+                decoded: np.ndarray = pipeline.decode(grid_from_tokens(bits[None]), output="np")
+                return decoded[0]
             return to_array(center_crop(images.read(index), size))
         except UserError:
             return np.full((size, size, 3), 255, np.uint8)
@@ -533,6 +579,10 @@ class Trainer:
                 classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
                 images, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
         write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(images, columns=columns, scale=2))
+
+
+def _count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -1,0 +1,124 @@
+"""Defaults of a training that are not fixed: those of the run that goes on, or what follows from images and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bitdance.cli.parsing import MISSING
+from bitdance.runtime.errors import UserError
+from bitdance.runtime.run_folder import FREE, SETTINGS, check_kind, check_writable, read_json
+from bitdance.training.train_config import SCHEDULE_FIELDS, TrainConfig
+from bitdance.weights.resolve import list_checkpoints
+
+if TYPE_CHECKING:
+    from bitdance.data.images import ImageDataset
+    from bitdance.data.token_cache import TokenDataset
+
+T = TypeVar("T")
+LENGTH = ("epochs", "max_steps")
+"""Fields of which one or both say how long a run is, so that no time is needed."""
+
+
+def output_of(given: str | None) -> pathlib.Path:
+    """Returns the run folder of a command line with this `--output`."""
+    return pathlib.Path(given or TrainConfig(pathlib.Path()).output).expanduser()
+
+
+def stored_settings(
+    output: pathlib.Path, kind: str, time: str | None, build: Callable[[TrainConfig, dict[str, Any]], T]
+) -> T | None:
+    """Returns the defaults with which a run that has checkpoints goes on; None of a new one.
+
+    Args:
+        output: the run folder.
+        kind: model or autoencoder.
+        time: that is given, which does not count then.
+        build: makes the defaults of the command from the settings of the run and all sections that are stored.
+
+    Raises:
+        UserError: the folder belongs to another kind of run, or its settings are damaged.
+    """
+    if not (output / SETTINGS).is_file():
+        return None
+    stored = read_json(output / SETTINGS, f"restore it, or delete {output} to start over")
+    check_kind(output, stored, ("run", "train", "loss", kind))
+    if not list_checkpoints(output):
+        return None
+    try:
+        defaults = build(TrainConfig(MISSING, **restore(TrainConfig, stored["train"], SCHEDULE_FIELDS)), stored)
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{output / SETTINGS} is damaged: restore it, or delete {output} to start over.") from None
+    if time is not None:
+        print(f"bitdance: {output} goes on as it began: --time does not count, --epochs extends it.", file=sys.stderr)
+    return defaults
+
+
+def restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
+    """Returns the stored values of those fields of a dataclass that must be equal, and `also` others.
+
+    Fields that this release does not know are reported later.
+    """
+    kept = {field.name for field in dataclasses.fields(cls) if field.metadata != FREE or field.name in also}
+    return {name: section[name] for name in kept & set(section)}
+
+
+def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | None) -> float | None:
+    """Returns the seconds that a new run may take; None if its number of steps is given.
+
+    Raises:
+        UserError: the folder cannot be written, the time is none, or there are both or neither for several processes.
+    """
+    from bitdance.training import automatic
+
+    check_writable(output)
+    has_length = not set(LENGTH).isdisjoint(given)
+    if time is not None and has_length:
+        raise UserError("--time sets the number of epochs: leave out either it or --epochs and --max-steps.")
+    if has_length:
+        return None
+    seconds = automatic.DEFAULT_SECONDS if time is None else automatic.parse_time(time)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes need `epochs`, `max_steps` or a `recipe`: they may measure different times.")
+    return seconds
+
+
+def choose_schedule(
+    config: TrainConfig,
+    images: ImageDataset | TokenDataset,
+    given: Collection[str],
+    seconds: float | None,
+    measure: Callable[[int], float],
+    lr: float,
+    fine_tunes: bool,
+    others: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the `SCHEDULE_FIELDS` for the images and the time, and prints them.
+
+    Args:
+        config: with those that are given.
+        images: of the training.
+        given: fields that are kept.
+        seconds: result of `allowed_seconds`.
+        measure: returns the seconds of a step with a batch size.
+        lr, fine_tunes: as of `bitdance.training.automatic.choose_schedule`.
+        others: sentences on other choices.
+    """
+    from bitdance.data.image_dataset import print_summary
+    from bitdance.training import automatic
+    from bitdance.training.loader import check_batch_size
+
+    if "batch_size" not in given:
+        config = dataclasses.replace(config, batch_size=automatic.choose_batch_size(len(images)))
+    check_batch_size(images, config.batch_size)
+    time = None if seconds is None else automatic.StepTime(measure(config.batch_size), seconds)
+    run, reasons = automatic.choose_schedule(config, len(images), given, time, lr, fine_tunes)
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(images)
+        print("settings that were not given:")
+        print("\n".join(f"  {reason}" for reason in [*reasons, *others]), flush=True)
+    return {name: getattr(run, name) for name in SCHEDULE_FIELDS}
