@@ -335,7 +335,7 @@ def test_a_folder_that_cannot_be_created(files, tmp_path, fails):
     inside = tmp_path / "file" / "out"
     words = f"cannot make the folder {inside}"
     assert words in fails("sample", *sampling(files, inside))
-    assert f"cannot make the folder {tmp_path / 'file'}: it is a file; choose" in fails(
+    assert f"cannot make the folder {tmp_path / 'file' / 'out'}: {tmp_path / 'file'} is a file; choose" in fails(
         "train", *training(files, inside)
     )
     job = ["--ckpt", files / "model.safetensors", "--sample-dir", inside]
@@ -401,7 +401,8 @@ def test_no_space_halfway_through_a_run(files, tmp_path, fails, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fills_up)
-    arguments = [*training(files, tmp_path / "run"), "--max-steps", 9, "--save-every", 2, "--log-every", 9]
+    arguments = [*training(files, tmp_path / "run"), "--max-steps", 9, "--save-every", 2, "--log-every", 9,
+                 "--preview-every", 0]  # fmt: skip
     message = fails("train", *arguments, leaves=("run", "run/settings.json", "run/checkpoint-0000002.safetensors"))
     assert f"cannot write {tmp_path / 'run'}/checkpoint-0000004.safetensors: No space left on device" in message
 

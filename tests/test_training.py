@@ -793,7 +793,7 @@ def test_a_decoder_is_trained_alone(data, tmp_path):
     digests = [weights_file.tokenizer_digest(weights_file.read(file)) for file in (path, start["init_from"])]
     assert digests[0] == digests[1]
     with pytest.raises(UserError, match="`decoder_only` needs `init_from`"):
-        train_autoencoder(run, small.NETWORK, loss, "cpu")
+        train_autoencoder(dataclasses.replace(run, output=tmp_path / "new"), small.NETWORK, loss, "cpu")
     with pytest.raises(UserError, match="`decoder_only` keeps the encoder of `init_from`: leave `init_part` out"):
         train_autoencoder(run, small.NETWORK, loss, "cpu", **start, init_part="decoder")
     other = dataclasses.replace(small.NETWORK, bit_depths=(4, 4), bits=8)

@@ -26,15 +26,16 @@ class Target:
         private: whether a new repository is visible to its owner alone.
     """
 
-    name: Positional[str] = ""
+    name: Positional[str | None] = None
     output: pathlib.Path | None = None
     private: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Publish:
-    """Write a model with its autoencoder, samples and a model card to a folder, or upload them to the hub.
+    """Write a model with a model card to a folder, or upload it to the hub.
 
+    Beside them are its autoencoder and some samples.
     `--model` and `load_pipeline` take the folder, and the name of the repository.
     """
 
@@ -47,16 +48,16 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Publish, arguments, "bitdance publish", EXAMPLES)
     target = command.target
-    if bool(target.name) == (target.output is not None):
+    if (target.name is None) == (target.output is None):
         raise UserError("say where to publish: either a repository on the hub, user/name, or a folder with `output`.")
     from bitdance.runtime.process_group import init_distributed
 
     with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
         pipeline = command.model.load(world.device, command.where.precision)
         figures = _figures_of_run(pathlib.Path(command.model.model).expanduser())
-        if target.output is None:
+        if target.name is not None:
             print(f"published {pipeline.push_to_hub(target.name, target.private, figures)}")
-        else:
+        elif target.output is not None:
             pipeline.save_pretrained(target.output, figures)
             print(f"wrote {target.output}")
 

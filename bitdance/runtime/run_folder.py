@@ -133,8 +133,11 @@ def existing_parent(folder: pathlib.Path) -> pathlib.Path:
 def check_writable(folder: pathlib.Path) -> None:
     """Raises a `UserError` if a run folder cannot be made or written, before work that would be lost."""
     parent = existing_parent(folder)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot make the folder {folder}: {parent} cannot be written; choose another place.")
+    problem = None if os.access(parent, os.W_OK) else f"{parent} cannot be written"
+    if not parent.is_dir():
+        problem = f"{parent} is a file"
+    if problem:
+        raise UserError(f"cannot make the folder {folder}: {problem}; choose another place.")
 
 
 def is_active(folder: pathlib.Path) -> bool:

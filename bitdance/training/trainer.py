@@ -295,11 +295,12 @@ class Trainer:
                 f"stays below its peak. Set it to {max(1, steps // 20)}, or let the run be longer."
             )
         kept = config.ema**self.last_step if config.ema > 0 else 0.0
-        if kept > MAX_KEPT:
-            better = f"{max(0.5, 1 - 10 / self.last_step):.3g}"
+        better = max(0.5, 1 - 10 / self.last_step)
+        if kept > MAX_KEPT and config.ema > better:
             problems.append(
                 f"ema={config.ema} keeps {kept:.0%} of the first weights after {self.last_step} steps, so those that "
-                f"are written, and their previews, are worse than the raw ones. Set it to {better}, or train longer."
+                f"are written, and their previews, are worse than the raw ones. Set it to {better:.3g}, or "
+                "train longer."
             )
         return problems
 
