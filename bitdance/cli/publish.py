@@ -35,8 +35,8 @@ class Target:
 class Publish:
     """Write a model with a model card to a folder, or upload it to the hub.
 
-    Beside them are its autoencoder and some samples.
-    `--model` and `load_pipeline` take the folder, and the name of the repository.
+    Its autoencoder and some samples are added. --model and `load_pipeline` take the folder, and the name of the
+    repository.
     """
 
     target: Target = dataclasses.field(default_factory=Target)
