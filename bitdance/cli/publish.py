@@ -35,7 +35,7 @@ class Target:
 class Publish:
     """Write a model with a model card to a folder, or upload it to the hub.
 
-    Its autoencoder and some samples are added. --model and `load_pipeline` take the folder, and the name of the
+    Its autoencoder and some samples are added. Every --model takes the folder, and the name of the
     repository.
     """
 
