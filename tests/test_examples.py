@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
+import shlex
 
 import pytest
 import small
 from PIL import Image
+
+from bitdance.cli.main import main
+from bitdance.training import automatic
 
 pytestmark = pytest.mark.slow
 EXAMPLES = small.ROOT / "examples"
@@ -45,3 +50,20 @@ def test_the_notebook(tmp_path, monkeypatch):
     for source in code:
         exec(compile(source, "quickstart", "exec"), namespace)
     assert len(code) >= 6 and pathlib.Path("horse.png").exists()
+
+
+def test_the_walk_through_of_one_s_own_pictures(tmp_path, monkeypatch, capsys):
+    """Its first commands, as they stand; only the ten minutes are a few seconds."""
+    text = (small.ROOT / "docs" / "own-pictures.md").read_text()
+    (block,) = re.findall(r"## A first run\n.*?```shell\n(.*?)```", text, re.DOTALL)
+    small.pictures(tmp_path / "pictures", each=12, side=40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(automatic, "parse_time", lambda text: 4.0)
+    monkeypatch.setattr(automatic, "MIN_STEPS", 9)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [command[1] for command in commands] == ["train", "sample"]
+    for command in commands:
+        main([*command[1:], "--device", "cpu", "--threads", "1"])
+    assert "36 images of 3 classes" in capsys.readouterr().err
+    for name in ("runs/mine/model.safetensors", "runs/mine/report.html", "runs/mine/samples.png", "samples/grid.png"):
+        assert (tmp_path / name).stat().st_size > 1000
