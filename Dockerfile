@@ -10,7 +10,7 @@ ARG TORCH=torch==2.13.0
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir --index-url "$INDEX" "$TORCH"
 COPY . /source
-RUN pip install --no-cache-dir -c /source/constraints.txt "/source[data,plots]" && rm -rf /source
+RUN pip install --no-cache-dir -c /source/constraints.txt "/source[data]" && rm -rf /source
 # Files belong to whoever runs the container: docker run --user "$(id -u):$(id -g)" ...
 ENV HOME=/tmp
 WORKDIR /work

@@ -11,6 +11,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CHOICE := $(VENV)/.torch
 UNFINISHED := $(VENV)/.unfinished
+# gradio, playwright and a Pillow that gradio works with, before the packages of .venv: for the test of the page alone.
+WEB := $(VENV)/web
 
 # One exact torch, installed before the rest: see constraints.txt. A choice made with TORCH=... is kept by later calls.
 ifdef TORCH
@@ -40,8 +42,12 @@ sample: $(STAMP)  ## set up, then make a labelled grid of pictures with the buil
 test: $(STAMP)  ## set up, then run the quick tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --maxprocesses 8 $(ARGS)
 
-test-all: $(STAMP)  ## set up, then run all tests, the slow ones too
+test-all: $(STAMP) $(WEB)/.installed  ## set up, then run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --maxprocesses 8 -m "" $(ARGS)
+	@if [ -e $(WEB)/.installed ]; then \
+	    echo "The page in a browser (skipped where there is no Chromium)"; \
+	    OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest -q -m slow tests/test_web.py $(ARGS) || [ $$? = 5 ]; \
+	fi
 
 fuzz: $(STAMP)  ## set up, then give hostile files to the commands (ARGS="--tries 2000 --seed 1"; see docs/security.md)
 	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py $(ARGS)
@@ -89,6 +95,15 @@ $(STAMP): pyproject.toml constraints.txt $(if $(CURRENT),,again)
 	@if [ -n "$$CHOSEN" ]; then printf '%s\n' "$$CHOSEN" >$(CHOICE); fi
 	@rm -f $(UNFINISHED)
 	@printf '%s\n' "$$(pwd -P) $$TORCH" >$(STAMP)
+
+PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
+$(WEB)/.installed: $(STAMP)
+	@echo "Installing gradio and playwright for the test of the page"
+	@$(RUN) -m venv --clear --without-pip $(WEB)
+	@echo "import site; site.addsitedir(r'$$($(RUN) -c "$(PURELIB)")')" >"$$($(WEB)/bin/python -c "$(PURELIB)")/base.pth"
+	@sed '/^pillow/d' constraints.txt >$(WEB)/constraints.txt
+	@if $(WEB)/bin/python -m pip install -q --disable-pip-version-check --no-input -c $(WEB)/constraints.txt gradio playwright; \
+	then touch $@; else echo "they cannot be installed: the page is not tested in a browser" >&2; fi
 
 # Exits with status 1 before Python 3.10; written so that Python 2 can read it.
 export OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))

@@ -26,15 +26,16 @@ RANKS = {
     "metrics": 5,
     "sampling": 6,
     "training": 7,
-    "cli": 8,
-    "__main__": 9,
+    "web": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 NOT_IN_MODELS = (
     *("argparse", "tyro", "logging", "torch.distributed"),
     *("bitdance.runtime.devices", "bitdance.runtime.process_group"),
 )
-OPTIONAL = ("pillow_heif", "pyarrow", "tensorboard", "wandb")
+OPTIONAL = ("gradio", "pillow_heif", "pyarrow", "tensorboard", "wandb")
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

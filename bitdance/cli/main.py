@@ -19,6 +19,7 @@ from collections.abc import Callable
 COMMANDS = {
     "sample": "sample images of classes: PNGs and a labelled grid",
     "complete": "keep a part of an image and sample the rest",
+    "web": "a page in the browser to sample and complete images",
     "download": "download released models, the autoencoder, or what an evaluation needs",
     "info": "show what is in a file of weights, or the status of a training run",
     "encode": "encode a set of images to a token cache, to train from without the encoder",

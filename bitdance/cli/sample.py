@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from bitdance.data.class_names import ClassNames
     from bitdance.runtime.process_group import World
     from bitdance.sampling.pipeline import Pipeline
     from bitdance.sampling.sampler import StepCallback
@@ -250,6 +249,7 @@ def _check(command: Sample) -> None:
 def _sample(command: Sample, pipeline: Pipeline) -> None:
     from bitdance.data.class_folders import counted
     from bitdance.sampling.image_grid import image_grid, rows_without_names
+    from bitdance.sampling.writers import image_settings, list_entries
 
     what, how, names = command.what, command.how, pipeline.classes
     folder, per_class = command.results.output, what.per_class or 10
@@ -273,7 +273,8 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     settings = all_options(command) | dataclasses.asdict(config) | {"chunk_size": chunk_size, "per_class": per_class}
     labels = [entry["name"] for entry in entries[::per_class]]
     grid = image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1]))
-    write_folder(folder, images, grid, {**settings, "images": entries}, earlier)
+    texts = [image_settings(pipeline.name, config, what.seed, entry) for entry in entries]
+    write_folder(folder, images, grid, {**settings, "images": entries}, texts, earlier)
     classes = len(set(chosen))
     print(one_line(f"{counted(len(entries), 'image')} of {counted(classes, 'class')}: {folder / GRID}"))
     if unnamed := rows_without_names(labels):
@@ -284,15 +285,6 @@ def all_options(command: Any) -> dict[str, Any]:
     """Returns the options of all groups of a command by their names."""
     groups = (getattr(command, field.name) for field in dataclasses.fields(command))
     return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
-
-
-def list_entries(names: ClassNames, labels: list[int]) -> list[dict[str, Any]]:
-    """Returns the entry of each image in the record: its file, class and number."""
-    words = ["".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60] for label in labels]
-    return [
-        {"file": f"{number:04d}-{word}.png", "class": label, "name": names.label(label), "number": number}
-        for number, (label, word) in enumerate(zip(labels, words, strict=True))
-    ]
 
 
 @contextlib.contextmanager
@@ -328,9 +320,17 @@ def prepare_folder(folder: pathlib.Path, entries: list[dict[str, Any]]) -> set[s
 
 
 def write_folder(
-    folder: pathlib.Path, images: np.ndarray, grid: Image.Image, record: dict[str, Any], earlier: set[str]
+    folder: pathlib.Path,
+    images: np.ndarray,
+    grid: Image.Image,
+    record: dict[str, Any],
+    texts: list[dict[str, Any]],
+    earlier: set[str],
 ) -> None:
-    """Writes the record, the images that it lists and the grid in place of those of an earlier call."""
+    """Writes the record, the images that it lists, with their settings as texts, and the grid.
+
+    They are put in place of those of an earlier call.
+    """
     from bitdance.runtime.atomic_files import write_json
     from bitdance.sampling.writers import write_png
 
@@ -338,8 +338,8 @@ def write_folder(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:  # until all of it is written
         new = pathlib.Path(name)
         write_json(new / RECORD, record)
-        for entry, image in zip(entries, images, strict=True):
-            write_png(new / entry["file"], image)
+        for entry, image, text in zip(entries, images, texts, strict=True):
+            write_png(new / entry["file"], image, text)
         write_png(new / GRID, grid)
         _remove(folder, earlier)
         for file in (RECORD, *(entry["file"] for entry in entries), GRID):  # the record first, which lists the others

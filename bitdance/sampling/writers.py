@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from bitdance import __version__
 from bitdance.data.class_folders import LABELS_FILE
+from bitdance.data.class_names import ClassNames
 from bitdance.runtime.atomic_files import atomic_write, make_folder
 from bitdance.runtime.errors import UserError
+from bitdance.sampling.sampler import SamplingConfig
+
+TEXT_CHUNK = "bitdance"
+"""Keyword of the text chunk of a PNG that holds the settings of its image, as JSON."""
 
 
 def write_npz(
@@ -48,14 +56,43 @@ def write_npz(
             np.lib.format.write_array(file, labels.astype(np.int64))
 
 
-def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> None:
-    """Writes an image, or pixels (H, W, 3) uint8, as a PNG, atomically.
+def save_png(
+    file: pathlib.Path | IO[bytes], image: np.ndarray | Image.Image, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Saves an image, or pixels (H, W, 3) uint8, as a PNG, with settings, if any, in the text chunk `TEXT_CHUNK`."""
+    text = PngImagePlugin.PngInfo()
+    if settings:
+        text.add_text(TEXT_CHUNK, json.dumps(settings))
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, format="PNG", pnginfo=text)
+
+
+def image_settings(
+    model: str, config: SamplingConfig, seed: int, entry: Mapping[str, Any], **others: Any
+) -> dict[str, Any]:
+    """Returns what an image follows from: version, model, seed, settings, `others` and its entry in `list_entries`."""
+    settings = {"version": __version__, "model": model, "seed": seed, **dataclasses.asdict(config), **others}
+    return settings | {name: value for name, value in entry.items() if name != "file"}
+
+
+def list_entries(names: ClassNames, labels: list[int]) -> list[dict[str, Any]]:
+    """Returns the entry of each image in a record: its file, class and number, of which its noise is a function."""
+    words = ["".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60] for label in labels]
+    return [
+        {"file": f"{number:04d}-{word}.png", "class": label, "name": names.label(label), "number": number}
+        for number, (label, word) in enumerate(zip(labels, words, strict=True))
+    ]
+
+
+def write_png(
+    path: str | os.PathLike[str], image: np.ndarray | Image.Image, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a PNG as `save_png` does, atomically.
 
     Raises:
         UserError: the file cannot be written.
     """
     with atomic_write(path) as temporary:
-        (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(temporary, format="PNG")
+        save_png(temporary, image, settings)
 
 
 def write_png_folder(folder: pathlib.Path, batches: Iterable[tuple[range, np.ndarray]], labels: np.ndarray) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 import bitdance
 from bitdance.cli.main import call
 from bitdance.models import flow
-from bitdance.models.tokens import grid_from_tokens
 from bitdance.runtime.atomic_files import atomic_write, make_folder
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.sampler import SamplerFunctions, sample_noise, sample_tokens
+from bitdance.sampling.unfinished import decode_unfinished
 from bitdance.sampling.writers import write_png
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -41,15 +41,9 @@ def draw_guidance(pipeline: Pipeline, seed: int) -> Image.Image:
 def draw_tokens(pipeline: Pipeline, seed: int) -> list[Image.Image]:
     """Returns a grid of images, one of each class, after each autoregressive step; what is not sampled yet is grey."""
     classes, frames = list(range(len(pipeline.classes)))[:10], []
-    config = pipeline.model.config
 
     def add(step: int, steps: int, tokens: Tensor) -> None:
-        missing = config.num_tokens - tokens.shape[1]
-        filled = torch.nn.functional.pad(tokens, (0, 0, 0, missing))
-        known = grid_from_tokens(filled.abs(), config.patch)[:, :1]  # (B, 1, h, w), 0 where a token is missing
-        pixels = pipeline.decode_tokens(filled)
-        cells = torch.nn.functional.interpolate(known.float(), size=pixels.shape[1:3])[:, 0, :, :, None]
-        frames.append(torch.where(cells > 0, pixels, 128).to(torch.uint8).numpy())
+        frames.append(decode_unfinished(pipeline, tokens))
 
     pipeline(classes, seed=seed, callback=add)
     return [image_grid(frame, columns=5, scale=3) for frame in frames]
