@@ -44,9 +44,11 @@ def pipe() -> Pipeline:
     return Pipeline(small.model(parallel_num=4, class_names=("crane", "dog", "crane")), small.autoencoder())
 
 
-def photograph() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)).save(buffer, "PNG")
+def photograph(orientation: int = 1) -> bytes:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
     return buffer.getvalue()
 
 
@@ -85,6 +87,8 @@ def test_completions_keep_the_first_rows(pipe):
     assert np.array_equal(picture.reconstruction[::20, ::20], pipe.decode(pipe.encode(original), "np")[0])
     grid = np.asarray(last.grid)[2:-2, 2:-2]
     assert (grid[64:, 130:258] == GREY).all() and not (grid[:64, 130:258] == GREY).all(2).any(), "half is kept"
+    turned = generation.read_picture(pipe, photograph(orientation=3)).original
+    assert np.array_equal(turned, picture.original[::-1, ::-1]), "upright, as EXIF says"
 
 
 def test_unfinished_images_are_grey_where_tokens_are_missing(pipe):

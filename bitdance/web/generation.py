@@ -291,7 +291,7 @@ def make_archive(
 def _decode(pipeline: Pipeline, data: bytes | None) -> np.ndarray:
     if not data:
         raise UserError("upload a picture first.")
-    return to_array(center_crop(decode_image(data, "that was uploaded"), pipeline.image_size))
+    return to_array(center_crop(decode_image(data, "that was uploaded", upright=True), pipeline.image_size))
 
 
 def _find_class(pipeline: Pipeline, label: Any) -> int:
