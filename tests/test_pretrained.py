@@ -134,7 +134,7 @@ def pipeline(tmp_path: pathlib.Path) -> Pipeline:
 
 
 def test_a_folder_holds_exact_networks_samples_and_a_card(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "mine", figures={"FID": 12.345678})
+    pipeline.save_pretrained(tmp_path / "mine", metrics={"FID": 12.345678})
     again = Pipeline.from_pretrained(tmp_path / "mine", device="cpu", dtype=torch.float32)
     expected = load_pipeline(tmp_path / "model.safetensors", device="cpu", dtype=torch.float32)
     assert again.defaults.cfg_scale == 2.5

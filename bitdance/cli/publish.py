@@ -54,15 +54,15 @@ def main(arguments: list[str]) -> None:
 
     with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
         pipeline = command.model.load(world.device, command.where.precision)
-        figures = _figures_of_run(pathlib.Path(command.model.model).expanduser())
+        metrics = _metrics_of_run(pathlib.Path(command.model.model).expanduser())
         if target.name is not None:
-            print(f"published {pipeline.push_to_hub(target.name, target.private, figures)}")
+            print(f"published {pipeline.push_to_hub(target.name, target.private, metrics)}")
         elif target.output is not None:
-            pipeline.save_pretrained(target.output, figures)
+            pipeline.save_pretrained(target.output, metrics)
             print(f"wrote {target.output}")
 
 
-def _figures_of_run(folder: pathlib.Path) -> dict[str, float]:
+def _metrics_of_run(folder: pathlib.Path) -> dict[str, float]:
     """Returns the steps and the metrics of a training run; nothing for other names."""
     from bitdance.runtime.run_folder import SETTINGS
     from bitdance.training.evaluation import LOGGED

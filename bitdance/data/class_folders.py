@@ -26,7 +26,7 @@ _EXPECTED = "images are expected in one folder per class, as in {}/<class>/<imag
 _SHOWN, _MAX_DEPTH = 3, 64
 
 
-class Images(NamedTuple):
+class FoundImages(NamedTuple):
     """The images of a folder or an archive, see `find_images`.
 
     Attributes:
@@ -42,7 +42,7 @@ class Images(NamedTuple):
     held_out: str
 
 
-def find_images(path: pathlib.Path, members: Collection[str]) -> Images:
+def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
     """Finds the images among the files of a folder or an archive, and the folder that their classes are in.
 
     Folders that hold everything are stripped, as is `train/` if there are only folders of held-out images beside it.
@@ -89,7 +89,7 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> Images:
     if level is not None:
         _refuse_empty(path, [member[len(prefix) :] for member in members if member.startswith(prefix)], names, level)
     notes = [f"{held_out.rpartition('/')[2]}/ held out"] * bool(held_out) + _describe_ignored(members, beside)
-    return Images(prefix, names, "; ".join(notes), held_out)
+    return FoundImages(prefix, names, "; ".join(notes), held_out)
 
 
 def class_level(path: pathlib.Path, names: Collection[str]) -> int | None:

@@ -353,34 +353,36 @@ class Pipeline:
             functions.sizes.add(size + padding)
         return tokens
 
-    def save_pretrained(self, folder: str | os.PathLike[str], figures: Mapping[str, float] | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], metrics: Mapping[str, float] | None = None) -> None:
         """Writes the networks in float32, samples and a model card to a folder, from which `load_pipeline` loads them.
+
+        The networks of a pipeline that was loaded from files are read from them again, since its own can be in bf16.
 
         Args:
             folder: a new or empty one, or one that this function wrote.
-            figures: metrics for the card, by name.
+            metrics: for the card, by name.
 
         Raises:
             UserError: the folder holds something else, or cannot be written.
         """
         from bitdance.sampling.pretrained import save_pretrained
 
-        save_pretrained(self, pathlib.Path(folder).expanduser(), figures)
+        save_pretrained(self, pathlib.Path(folder).expanduser(), metrics)
 
-    def push_to_hub(self, name: str, private: bool = False, figures: Mapping[str, float] | None = None) -> str:
+    def push_to_hub(self, name: str, private: bool = False, metrics: Mapping[str, float] | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub and returns its address.
 
         Args:
             name: `user/name`; `load_pipeline` takes it too. The repository is made if it does not exist.
             private: whether a new repository is visible to its owner alone.
-            figures: metrics for the card, by name.
+            metrics: for the card, by name.
 
         Raises:
             UserError: the hub cannot be reached, or refuses; it needs a token in HF_TOKEN, or `hf auth login`.
         """
         from bitdance.sampling.pretrained import push_to_hub
 
-        return push_to_hub(self, name, private, figures)
+        return push_to_hub(self, name, private, metrics)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Pipeline:

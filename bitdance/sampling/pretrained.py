@@ -25,7 +25,7 @@ MARK = "library_name: bitdance"
 SHOWN_CLASSES, SHOWN_EACH = 10, 8
 
 
-def save_pretrained(pipeline: Any, folder: pathlib.Path, figures: Mapping[str, float] | None = None) -> None:
+def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None) -> None:
     """Writes a model, its autoencoder, some samples and a card; see `Pipeline.save_pretrained`."""
     if folder.is_dir() and any(folder.iterdir()):
         card = folder / CARD
@@ -45,10 +45,10 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, figures: Mapping[str, f
     images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
     write_png(folder / PICTURE, image_grid(images, SHOWN_EACH, names, scale=max(1, 96 // pipeline.image_size)))
     with atomic_write(folder / CARD) as temporary:
-        temporary.write_text(_card(pipeline, figures or {}), encoding="utf-8")
+        temporary.write_text(_card(pipeline, metrics or {}), encoding="utf-8")
 
 
-def push_to_hub(pipeline: Any, name: str, private: bool = False, figures: Mapping[str, float] | None = None) -> str:
+def push_to_hub(pipeline: Any, name: str, private: bool = False, metrics: Mapping[str, float] | None = None) -> str:
     """Uploads a model, its autoencoder, some samples and a card; see `Pipeline.push_to_hub`."""
     from huggingface_hub import HfApi
 
@@ -56,14 +56,14 @@ def push_to_hub(pipeline: Any, name: str, private: bool = False, figures: Mappin
         raise UserError(f"{name!r} is no name on the hub: give the user or organization, a slash, and a name.")
     api = HfApi(library_name="bitdance")
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(pipeline, pathlib.Path(folder), figures)
+        save_pretrained(pipeline, pathlib.Path(folder), metrics)
         with hub.one_sentence(f"{api.endpoint}/{name}", f"cannot upload to {name}"):
             api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=name, commit_message="Upload a BitDance model")
     return f"{api.endpoint}/{name}"
 
 
-def _card(pipeline: Any, figures: Mapping[str, float]) -> str:
+def _card(pipeline: Any, metrics: Mapping[str, float]) -> str:
     """Returns the text of the model card, Markdown."""
     config, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
     rows = {
@@ -72,7 +72,7 @@ def _card(pipeline: Any, figures: Mapping[str, float]) -> str:
         "model": f"{_count(pipeline.model):.2f} million parameters: {_sizes(config)}",
         "autoencoder": f"{_count(pipeline.autoencoder):.2f} million parameters, {autoencoder.down_size} pixels a token",
         "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
-        **{name: f"{value:.4g}" for name, value in figures.items()},
+        **{name: f"{value:.4g}" for name, value in metrics.items()},
     }
     classes = ", ".join(pipeline.classes.label(label) for label in range(min(20, len(pipeline.classes))))
     more = ", ..." if len(pipeline.classes) > 20 else ""
