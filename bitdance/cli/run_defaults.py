@@ -16,8 +16,9 @@ from bitdance.training.train_config import SCHEDULE_FIELDS, TrainConfig
 from bitdance.weights.resolve import list_checkpoints
 
 if TYPE_CHECKING:
-    from bitdance.data.images import ImageDataset
+    from bitdance.data.image_dataset import ImageDataset
     from bitdance.data.token_cache import TokenDataset
+    from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 
 T = TypeVar("T")
 LENGTH = ("epochs", "max_steps")
@@ -87,15 +88,16 @@ def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | No
     return seconds
 
 
-def choose_schedule(
+def schedule_defaults(
     config: TrainConfig,
     images: ImageDataset | TokenDataset,
     given: Collection[str],
     seconds: float | None,
-    measure: Callable[[int], float],
+    device: str | None,
+    build: Callable[[], tuple[BitDanceLoss | AutoencoderLoss, tuple[int, ...]]],
     lr: float,
-    fine_tunes: bool,
-    others: Sequence[str],
+    fine_tunes: bool = True,
+    others: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the `SCHEDULE_FIELDS` for the images and the time, and prints them.
 
@@ -104,18 +106,25 @@ def choose_schedule(
         images: of the training.
         given: fields that are kept.
         seconds: result of `allowed_seconds`.
-        measure: returns the seconds of a step with a batch size.
+        device: that trains.
+        build: makes what is timed if the time counts: the loss with its network, and the shape of an image.
         lr, fine_tunes: as of `bitdance.training.automatic.choose_schedule`.
         others: sentences on other choices.
     """
     from bitdance.data.image_dataset import print_summary
+    from bitdance.runtime.devices import choose_device, uses_bf16
     from bitdance.training import automatic
     from bitdance.training.loader import check_batch_size
 
     if "batch_size" not in given:
         config = dataclasses.replace(config, batch_size=automatic.choose_batch_size(len(images)))
     check_batch_size(images, config.batch_size)
-    time = None if seconds is None else automatic.StepTime(measure(config.batch_size), seconds)
+    time = None
+    if seconds is not None:
+        (objective, shape), chosen = build(), choose_device(device)
+        shape = (config.batch_size, *shape)
+        step = automatic.measure_step(objective, shape, chosen, uses_bf16(config.precision, chosen))
+        time = automatic.StepTime(step, seconds)
     run, reasons = automatic.choose_schedule(config, len(images), given, time, lr, fine_tunes)
     if os.environ.get("RANK", "0") == "0":
         print_summary(images)

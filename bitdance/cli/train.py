@@ -8,11 +8,10 @@ from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, choose_schedule, output_of, restore, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, output_of, restore, schedule_defaults, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes
 from bitdance.runtime.errors import UserError, did_you_mean
-from bitdance.training.train_config import SCHEDULE_FIELDS as FIELDS
-from bitdance.training.train_config import LossConfig, TrainConfig, recipe
+from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
 
 EXAMPLES = """
@@ -91,15 +90,16 @@ def _defaults(arguments: list[str]) -> Train | None:
     output = output_of(given["output"])
     if stored := stored_settings(output, "model", given["time"], _restore):
         return stored
-    fields = given_fields(arguments, (*FIELDS, "max_steps", "perturb_rate", *_SIZES))
+    fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", "perturb_rate", *_SIZES))
     from bitdance.weights import weights_file
+    from bitdance.weights.network_config import describe_model
     from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights
 
     starts = given["init-from"]
     if starts is None and fields.isdisjoint(_SIZES) and given["autoencoder"] in (None, DEMO):
         starts = DEMO
     path = find_weights(starts or DEMO)
-    config = weights_file.load_model(path).config
+    config = describe_model(weights_file.read(path)).config
     autoencoder = given["autoencoder"] or (DEMO if starts in (None, DEMO) else str(find_autoencoder_of(path)))
     run = TrainConfig(MISSING, image_size=_image_size(config, autoencoder))
     sizes = ModelSizes.of(config, num_classes=None)
@@ -118,9 +118,11 @@ def _restore(run: TrainConfig, stored: dict[str, Any]) -> Train:
 def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
     """Returns the image size of a model with an autoencoder."""
     from bitdance.weights import weights_file
+    from bitdance.weights.network_config import describe_autoencoder
     from bitdance.weights.resolve import find_weights
 
-    return model.grid * weights_file.load_autoencoder(find_weights(autoencoder, "autoencoder")).config.down_size
+    contents = weights_file.read(find_weights(autoencoder, "autoencoder"))
+    return model.grid * describe_autoencoder(contents).config.down_size
 
 
 def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> dict[str, Any]:
@@ -128,34 +130,31 @@ def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> 
     from bitdance.data.token_cache import is_token_cache
     from bitdance.models.autoencoder import Autoencoder
     from bitdance.models.transformer import BitDance
-    from bitdance.runtime.devices import choose_device, computes_bf16
-    from bitdance.training import automatic
+    from bitdance.training.automatic import FINE_TUNING_LR, SCRATCH_LR
     from bitdance.training.loader import open_data
     from bitdance.training.losses import BitDanceLoss
     from bitdance.weights import weights_file
+    from bitdance.weights.network_config import describe_autoencoder
     from bitdance.weights.resolve import find_weights
 
     config = command.run
     contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
-    tokenizer = weights_file.load_autoencoder(contents).config
+    tokenizer = describe_autoencoder(contents).config
     images = open_data(config.data_path, weights_file.tokenizer_digest(contents), config.image_size)
-    device = choose_device(command.where.device)
-    in_bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_bf16(device))
 
-    def measure(batch_size: int) -> float:
+    def build() -> tuple[BitDanceLoss, tuple[int, ...]]:
         classes = command.sizes.num_classes or len(images.classes)
         grid = tokenizer.grid(config.image_size)
         sizes = {**vars(command.sizes), "num_classes": classes, "grid": grid, "bits": tokenizer.bits}
         objective = BitDanceLoss(BitDance(BitDanceConfig(**sizes)), Autoencoder(tokenizer), command.loss, config.seed)
         is_cached, side = is_token_cache(config.data_path), config.image_size
-        shape = (grid**2, tokenizer.bits // 8) if is_cached else (side, side, 3)
-        return automatic.measure_step(objective, (batch_size, *shape), device, in_bf16)
+        return objective, (grid**2, tokenizer.bits // 8) if is_cached else (side, side, 3)
 
     fine_tunes = command.init_from is not None
     flips = f"up to {command.loss.perturb_rate:.0%} of the input bits are flipped against overfitting"
     others = [flips] if "perturb_rate" not in given else []
-    lr = automatic.FINE_TUNING_LR if fine_tunes else automatic.SCRATCH_LR
-    return choose_schedule(config, images, given, seconds, measure, lr, fine_tunes, others)
+    lr = FINE_TUNING_LR if fine_tunes else SCRATCH_LR
+    return schedule_defaults(config, images, given, seconds, command.where.device, build, lr, fine_tunes, others)
 
 
 def _recipe_defaults(arguments: list[str]) -> Train | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, choose_schedule, output_of, restore, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, output_of, restore, schedule_defaults, stored_settings
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
@@ -100,9 +100,10 @@ def _defaults(arguments: list[str]) -> TrainAutoencoder | None:
             raise UserError("--time goes with the demo autoencoder: set --epochs for other sizes or weights.")
         return None
     from bitdance.weights import weights_file
+    from bitdance.weights.network_config import describe_autoencoder
     from bitdance.weights.resolve import find_weights
 
-    network = weights_file.load_autoencoder(find_weights(DEMO, "autoencoder")).config
+    network = describe_autoencoder(weights_file.read(find_weights(DEMO, "autoencoder"))).config
     run, _, loss = autoencoder_recipe("small", MISSING)
     defaults = TrainAutoencoder(run, network, loss, init_from=DEMO)
     command = _parse(arguments, defaults)
@@ -122,21 +123,17 @@ def _choose_schedule(command: TrainAutoencoder, given: set[str], seconds: float 
     """Returns the settings of the schedule for the images and the time."""
     from bitdance.data.images import open_images
     from bitdance.models.autoencoder import Autoencoder
-    from bitdance.runtime.devices import choose_device, computes_bf16
-    from bitdance.training import automatic
+    from bitdance.training.automatic import AUTOENCODER_LR
     from bitdance.training.losses import AutoencoderLoss
 
     config = command.run
-    device = choose_device(command.where.device)
-    in_bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_bf16(device))
 
-    def measure(batch_size: int) -> float:
+    def build() -> tuple[AutoencoderLoss, tuple[int, ...]]:
         loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")
-        objective = AutoencoderLoss(Autoencoder(command.network), loss)
-        return automatic.measure_step(objective, (batch_size, config.image_size, config.image_size, 3), device, in_bf16)
+        return AutoencoderLoss(Autoencoder(command.network), loss), (config.image_size, config.image_size, 3)
 
-    images, lr = open_images(config.data_path), automatic.AUTOENCODER_LR
-    return choose_schedule(config, images, given, seconds, measure, lr, fine_tunes=True, others=())
+    images = open_images(config.data_path)
+    return schedule_defaults(config, images, given, seconds, command.where.device, build, AUTOENCODER_LR)
 
 
 def _recipe_defaults(arguments: list[str]) -> TrainAutoencoder | None:

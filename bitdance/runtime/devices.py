@@ -55,6 +55,17 @@ def computes_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Returns whether a device computes matrix products in bf16; `auto` means if that is faster than float32.
+
+    Raises:
+        UserError: the precision is unknown.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision={precision!r} is unknown: use auto, fp32 or bf16.")
+    return precision == "bf16" or (precision == "auto" and computes_bf16(device))
+
+
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Disables TensorFloat-32, which rounds float32 to 10 bits in convolutions and matrix products of GPUs."""

@@ -34,7 +34,7 @@ from bitdance.models.packed_linear import packed_linears
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.devices import choose_device, computes_bf16, exact_float32
+from bitdance.runtime.devices import choose_device, exact_float32, uses_bf16
 from bitdance.runtime.errors import UserError, first_line, is_out_of_memory, printable
 from bitdance.sampling.sampler import (
     CompiledFunctions,
@@ -658,10 +658,7 @@ def _sampling_defaults(contents: WeightsFile) -> SamplingDefaults:
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Returns the dtype of matrix products without gradients; `auto` is bfloat16 on hardware that has it."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"precision={precision!r} is unknown: use auto, fp32 or bf16.")
-    is_bf16 = precision == "bf16" or (precision == "auto" and computes_bf16(device))
-    return torch.bfloat16 if is_bf16 else torch.float32
+    return torch.bfloat16 if uses_bf16(precision, device) else torch.float32
 
 
 def split_batches(num_images: int, batch_size: int) -> Iterator[range]:

@@ -22,7 +22,8 @@ from bitdance.config import Split
 from bitdance.data.bad_images import BadImages
 from bitdance.data.crops import center_crop, horizontal_flip, random_crop, to_array
 from bitdance.data.decoding import one_image
-from bitdance.data.images import ImageDataset, open_images
+from bitdance.data.image_dataset import ImageDataset
+from bitdance.data.images import open_images
 from bitdance.data.prefetch import read_ahead
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models import philox

@@ -29,7 +29,7 @@ from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.devices import computes_bf16
+from bitdance.runtime.devices import uses_bf16
 from bitdance.runtime.errors import Interrupted, UserError, one_line
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import format_duration, progress_bar
@@ -335,8 +335,7 @@ class Trainer:
     @property
     def in_bf16(self) -> bool:
         """Whether matrix products are computed in bf16."""
-        precision = self.config.precision
-        return precision == "bf16" or (precision == "auto" and computes_bf16(self.world.device))
+        return uses_bf16(self.config.precision, self.world.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the autocast context of a forward pass."""
