@@ -10,16 +10,9 @@ import tyro
 
 from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
-from bitdance.cli.sample import (
-    GRID,
-    MAX_IMAGES,
-    all_options,
-    prepare_folder,
-    sampling_progress,
-    write_folder,
-)
+from bitdance.cli.sample import GRID, MAX_IMAGES, all_options, prepare_folder, sampling_progress, write_folder
 from bitdance.config import Preset
-from bitdance.runtime.errors import UserError, check_fields, check_seed, one_line
+from bitdance.runtime.errors import UserError, check_fields, check_seed, counted, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,8 +139,8 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
     tokens = kept.nonzero().flatten().tolist()
     texts = [image_settings(pipeline.name, how, what.seed, entry, kept_tokens=tokens) for entry in entries]
     write_folder(folder, images, grid, {**all_options(command), "images": entries}, texts, earlier)
-    count_text = f"{what.candidates} completion{'s' * (what.candidates > 1)}"
-    print(one_line(f"{count_text} of {what.image} as {pipeline.classes.label(label)}: {folder / GRID}"))
+    done = f"{counted(what.candidates, 'completion')} of {what.image} as {pipeline.classes.label(label)}"
+    print(one_line(f"{done}: {folder / GRID}"))
 
 
 def _read_mask(path: pathlib.Path, image_size: int, grid: int) -> np.ndarray:

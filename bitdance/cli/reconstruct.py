@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.options import DataOptions, DeviceOptions
 from bitdance.cli.parsing import parse
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.errors import UserError, check_fields, counted
 
 if TYPE_CHECKING:
     from bitdance.metrics.features import FeatureExtractor
@@ -88,7 +88,6 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     import numpy as np
     import torch
 
-    from bitdance.data.class_folders import counted
     from bitdance.data.crops import normalize
     from bitdance.data.decoding import is_image
     from bitdance.data.image_dataset import evenly_spaced, print_summary

@@ -16,7 +16,7 @@ from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
 from bitdance.config import CfgSchedule, Preset, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
-from bitdance.runtime.errors import UserError, check_fields, check_seed, one_line
+from bitdance.runtime.errors import UserError, check_fields, check_seed, counted, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,8 +198,7 @@ def _print_memory(command: Sample) -> None:
     memory = estimate_memory(sizes, autoencoder, config, how.batch_size, chunk, dtype)
     grows = not chunk_size and chunk == how.batch_size  # the chunk with the batch
     fitting = {gb: find_batch_size(memory, how.batch_size, 0 if grows else chunk, 0.95e9 * gb) for gb in MEMORIES}
-    count = min(chunk, how.batch_size)
-    decoder = f"{format_size(memory.decoder)} for {count} image{'s' * (count != 1)} at once"
+    decoder = f"{format_size(memory.decoder)} for {counted(min(chunk, how.batch_size), 'image')} at once"
     print(f"batch of {how.batch_size} images, {dtype} on {device}".replace("torch.", ""))
     print(f"  weights     {format_size(memory.weights)}")
     print(f"  cache       {format_size(memory.cache)}")
@@ -247,7 +246,6 @@ def _check(command: Sample) -> None:
 
 
 def _sample(command: Sample, pipeline: Pipeline) -> None:
-    from bitdance.data.class_folders import counted
     from bitdance.sampling.image_grid import image_grid, rows_without_names
     from bitdance.sampling.writers import image_settings, list_entries
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bitdance.data.class_names import imagenet
 from bitdance.data.decoding import HEIF_ADVICE, is_heif, is_image
-from bitdance.runtime.errors import UserError, printable
+from bitdance.runtime.errors import UserError, counted, printable
 
 LABELS_FILE = "labels.json"
 """In a folder of image files: their labels, in the order of the file names."""
@@ -151,11 +151,6 @@ def name_of(path: pathlib.Path) -> str:
 def is_hidden(name: str) -> bool:
     """Whether a part of the name starts with a dot or is a folder that macOS adds to zip files."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns "1 image" or "2 images"; the plural of "class" is "classes"."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def _but_heif(members: Iterable[str]) -> str:

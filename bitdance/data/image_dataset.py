@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bitdance.data.class_folders import class_level, counted, is_published, name_of
+from bitdance.data.class_folders import class_level, is_published, name_of
 from bitdance.data.class_names import imagenet
-from bitdance.runtime.errors import one_line, printable
+from bitdance.runtime.errors import counted, one_line, printable
 
 FORMATS = (
     "a folder, a zip or an uncompressed tar of class folders (<class>/<image>.jpg), ILSVRC2012_img_train.tar, a folder "

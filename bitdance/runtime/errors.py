@@ -1,4 +1,4 @@
-"""Exceptions that are meant for a person to read."""
+"""Exceptions that are meant for a person to read, and parts of their messages."""
 
 from __future__ import annotations
 
@@ -97,3 +97,8 @@ def printable(text: str) -> str:
     """Returns a name or value from a file as at most 100 visible characters, for a message."""
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 image" or "2 images"; the plural of "class" is "classes"."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")

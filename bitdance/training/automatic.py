@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, counted
 from bitdance.runtime.progress import format_duration
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import Optimizer
@@ -79,6 +79,11 @@ def choose_batch_size(count: int) -> int:
     return max(1, min(BATCH_SIZE, 2 ** int(math.log2(max(1, count // 4)))))
 
 
+def choose_ema(steps: int) -> float:
+    """Returns a decay of the EMA of which a run of so many steps leaves nothing of the first weights."""
+    return min(0.9999, max(0.5, 1 - 10 / steps))
+
+
 class StepTime(NamedTuple):
     """How long a step takes, and how long the run may: seconds."""
 
@@ -125,7 +130,7 @@ def choose_schedule(
         "min_lr": lr / 100,
         "warmup_steps": warmup,
         "decay_start": max(1, warmup),
-        "ema": min(0.9999, max(0.5, 1 - 10 / steps)),
+        "ema": choose_ema(steps),
         "random_crop": False,
         "save_every": 0,
         "save_minutes": 5.0,
@@ -141,7 +146,7 @@ def choose_schedule(
     if "lr" in chosen:
         why = "lower than from scratch, to keep what the weights know" if fine_tunes else "usual for a small model"
         reasons.append(f"learning rate {lr:g}: {why}")
-    shape = [f"warm-up of {warmup} step{'s' * (warmup != 1)}"] * ("warmup_steps" in chosen)
+    shape = [f"warm-up of {counted(warmup, 'step')}"] * ("warmup_steps" in chosen)
     shape += [f"decay of the learning rate to {chosen['min_lr']:g}"] * (chosen.keys() >= {"min_lr", "decay_start"})
     reasons += [", then ".join(shape)] * bool(shape)
     if "ema" in chosen:

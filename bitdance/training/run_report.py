@@ -14,7 +14,7 @@ from typing import Any
 from bitdance.data.image_dataset import evenly_spaced
 from bitdance.runtime.atomic_files import atomic_write, read_json
 from bitdance.runtime.run_folder import SETTINGS
-from bitdance.training.evaluation import LOGGED, format_evaluation
+from bitdance.training.evaluation import LOGGED
 from bitdance.training.logging import read_log
 from bitdance.training.status import resume_command, status_rows, use_command
 
@@ -119,7 +119,6 @@ def format_report(folder: pathlib.Path, facts: Mapping[str, Any]) -> str:
         _details(f"{len(classes)} classes", _text(", ".join(classes[:CLASSES]))) if classes else "",
         "<h2>Network</h2>",
         _table(facts_of_network.items()),
-        *_evaluation(facts),
         *_notes(lines),
         "<h2>Commands</h2>",
         *_commands(folder, facts, run, train),
@@ -197,13 +196,6 @@ def _previews(folder: pathlib.Path) -> list[str]:
         for step in chosen
     ]
     return ["<h2>Previews</h2>", f'<div class="charts">{"".join(pictures)}</div>'] if pictures else []
-
-
-def _evaluation(facts: Mapping[str, Any]) -> list[str]:
-    found = facts["evaluation"]
-    if found is None:
-        return []
-    return ["<h2>Last evaluation</h2>", f"<p>{_text(format_evaluation(found))} at step {found['step']:,}</p>"]
 
 
 def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:

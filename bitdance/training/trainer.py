@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from bitdance import __version__
 from bitdance.config import SamplingDefaults
-from bitdance.data.class_folders import counted
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.image_dataset import evenly_spaced
 from bitdance.data.token_cache import TokenDataset
@@ -30,13 +29,14 @@ from bitdance.models.quantizer import unpack
 from bitdance.models.tokens import grid_from_tokens
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import uses_bf16
-from bitdance.runtime.errors import Interrupted, UserError, one_line
+from bitdance.runtime.errors import Interrupted, UserError, counted, one_line
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import format_duration, progress_bar
 from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid, rows_without_names
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.writers import write_png
+from bitdance.training.automatic import choose_ema
 from bitdance.training.checkpointing import Checkpointer, read_newest
 from bitdance.training.evaluation import Evaluation, Validation, format_evaluation, reconstruct
 from bitdance.training.flops import step_flops
@@ -295,7 +295,7 @@ class Trainer:
                 f"stays below its peak. Set it to {max(1, steps // 20)}, or let the run be longer."
             )
         kept = config.ema**self.last_step if config.ema > 0 else 0.0
-        better = max(0.5, 1 - 10 / self.last_step)
+        better = choose_ema(self.last_step)
         if kept > MAX_KEPT and config.ema > better:
             problems.append(
                 f"ema={config.ema} keeps {kept:.0%} of the first weights after {self.last_step} steps, so those that "
