@@ -2,7 +2,7 @@
 #     docker build -t bitdance .
 #     docker build -t bitdance:cuda --build-arg INDEX=https://download.pytorch.org/whl/cu128 .
 #     docker run --rm -v "$PWD:/work" bitdance sample          # with a GPU: docker run --gpus all ...
-# Nobody has built this image yet.
+# Untested: this image has not been built yet.
 FROM python:3.12-slim
 ARG INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0

@@ -215,8 +215,8 @@ def _check_weights() -> Iterator[Finding]:
 
 def _check_extras() -> Iterator[Finding]:
     for module, (extra, purpose) in EXTRAS.items():
+        name = module.replace("_", "-")
         if importlib.util.find_spec(module):
-            name = module.replace("_", "-")
             yield Finding("ok", name, f"{importlib.metadata.version(name)}, {purpose}")
         else:
-            yield Finding("note", module, f"not installed; {purpose}: pip install 'bitdance[{extra}]'")
+            yield Finding("note", name, f"not installed; {purpose}: pip install 'bitdance[{extra}]'")

@@ -37,8 +37,8 @@ COMMANDS = {
 EXAMPLES = """
 bitdance sample   # ten images of each class of the demo model, in samples/
 bitdance sample "golden retriever" 388 --model BitDance-B-16X
-bitdance train --data-path pictures.zip --autoencoder demo --image-size 32 --output runs/model
-bitdance info runs/model
+bitdance train --data-path pictures --output runs/mine --time 10m
+bitdance info runs/mine
 """
 
 # Errors of the system that a user can fix: a path, permissions, space.

@@ -73,7 +73,7 @@ class How:
 
     Attributes:
         preset: exact: solver and number of steps as published, the default of a released model; fast: fewer steps of a
-            better solver. Options that are given count more.
+            better solver. Options that are given take precedence.
         cfg_scale: guidance scale, 1 for none; by default the published one of a released model, or that in the file,
             else 3.
         cfg_schedule: linear grows from 1 with the steps; constant.

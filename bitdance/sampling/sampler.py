@@ -110,7 +110,7 @@ def complete_config(defaults: SamplingDefaults, preset: Preset | None = None, **
     Args:
         defaults: of the model.
         preset: `exact` or `fast`, see `bitdance.config.PRESETS`.
-        given: fields of `SamplingConfig`, which count more than the preset; None where none is given.
+        given: fields of `SamplingConfig`, which override the preset; None where none is given.
 
     Raises:
         UserError: the preset is unknown, or a setting is out of range.
