@@ -125,7 +125,7 @@ def test_a_sampling_stops_when_nobody_waits_and_the_next_one_waits_for_it(pipe):
 
     other = threading.Thread(target=lambda: done.extend(generation.watch(pipe, 1, call)))
     other.start()
-    assert not second.is_set()
+    assert generation._turn.locked() and not second.is_set()
     watched.close()  # returns once the sampling has ended
     other.join(60)
     assert second.is_set() and done[0][:2] == (4, 4)

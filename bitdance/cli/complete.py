@@ -134,7 +134,7 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
         )
     part = hide_tokens(pipeline.decode(bits, "np"), kept, config.patch)
     sheet = np.stack([original, *part, *images])
-    grid = image_grid(sheet, min(len(sheet), 10), scale=max(1, 96 // pipeline.image_size))
+    grid = image_grid(sheet, min(len(sheet), 10), scale=None)
     how = pipeline.sampling_config(command.how.cfg_scale, command.how.num_steps, preset=command.how.preset)
     tokens = kept.nonzero().flatten().tolist()
     texts = [image_settings(pipeline.name, how, what.seed, entry, kept_tokens=tokens) for entry in entries]

@@ -108,7 +108,7 @@ def _compare(command: Nearest, device: torch.device) -> None:
     write_json(command.output / "nearest.json", metrics)
     picture = command.output / "nearest.png"
     pairs = np.concatenate([queries[order], found])
-    write_png(picture, image_grid(pairs, len(order), ("generated", "nearest"), scale=max(1, 96 // side)))
+    write_png(picture, image_grid(pairs, len(order), ("generated", "nearest"), scale=None))
     text = "minimum {minimum:.1f}, median {median:.1f}"
     line = f"distance to the nearest training image in grey levels: generated images {text.format(**metrics)}"
     if held_out is not None:

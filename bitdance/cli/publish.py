@@ -70,7 +70,7 @@ def _metrics_of_run(folder: pathlib.Path) -> dict[str, float]:
 
     if not (folder / SETTINGS).is_file():
         return {}
-    facts: dict[str, Any] = describe_run(folder)
+    facts: dict[str, Any] = describe_run(folder, verify=False)
     evaluation = facts["evaluation"] or {}
     found = {"training steps": facts["step"], "validation loss": facts["val_loss"]}
     found |= {title: evaluation.get(name) for name, title in LOGGED.items()}

@@ -167,7 +167,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     write_json(results.output / "reconstruction.json", metrics)
     picture = results.output / "reconstruction.png"
     both, labels = np.concatenate([above, below]), ("original", "decoded")
-    write_png(picture, image_grid(both, len(pairs), labels, scale=max(1, 96 // height)))
+    write_png(picture, image_grid(both, len(pairs), labels, scale=None))
     distance = f", rFID {metrics['rfid']:.3f}" if "rfid" in metrics else ""
     if "frechet_distance" in metrics:
         distance = f", Frechet distance {metrics['frechet_distance']:.3f} ({metrics['feature_extractor']})"

@@ -270,7 +270,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
         )
     settings = all_options(command) | dataclasses.asdict(config) | {"chunk_size": chunk_size, "per_class": per_class}
     labels = [entry["name"] for entry in entries[::per_class]]
-    grid = image_grid(images, per_class, labels, scale=max(1, 96 // images.shape[1]))
+    grid = image_grid(images, per_class, labels, scale=None)
     texts = [image_settings(pipeline.name, config, what.seed, entry) for entry in entries]
     write_folder(folder, images, grid, {**settings, "images": entries}, texts, earlier)
     classes = len(set(chosen))

@@ -14,6 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 GAP = 2
 """Pixels between images."""
 
+MIN_HEIGHT = 96
+"""Height of an image in pixels up to which `scale=None` enlarges it."""
+
 MAX_LABEL = 60
 """Characters of a label."""
 
@@ -21,16 +24,19 @@ FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "A
 """Fonts of systems, tried in this order for labels that Pillow's own font cannot draw."""
 
 
-def image_grid(images: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
+def image_grid(
+    images: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int | None = 1
+) -> Image.Image:
     """Arranges images in rows.
 
     Args:
         images: (B, H, W, 3) uint8.
         columns: images per row.
         labels: one per row, written to its left.
-        scale: integer factor by which images are enlarged, without interpolation.
+        scale: integer factor by which images are enlarged, without interpolation; None for about `MIN_HEIGHT`.
     """
     count, height, width, _ = images.shape
+    scale = max(1, MIN_HEIGHT // height) if scale is None else scale
     height, width = height * scale, width * scale
     rows = -(-count // columns)
     fonts = list(_load_fonts(max(11, min(20, height // 3)))) if labels else []

@@ -43,7 +43,7 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, f
     labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
     names = [pipeline.classes.label(label) for label in labels]
     images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
-    write_png(folder / PICTURE, image_grid(images, SHOWN_EACH, names, scale=max(1, 96 // pipeline.image_size)))
+    write_png(folder / PICTURE, image_grid(images, SHOWN_EACH, names, scale=None))
     with atomic_write(folder / CARD) as temporary:
         temporary.write_text(_card(pipeline, metrics or {}), encoding="utf-8")
 
