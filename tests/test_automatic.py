@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from bitdance.cli.main import main
+from bitdance.data.class_names import imagenet
 from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
@@ -205,6 +206,18 @@ def test_only_what_must_change_is_replaced(tmp_path, p):
     same = BitDance(other.config)
     assert initialize_model(same, path) == f"starts from {path}"
     assert all(torch.equal(value, theirs[name]) for name, value in same.state_dict().items())
+
+
+def test_classes_of_a_released_model_are_known_by_their_names(tmp_path):
+    """Though their files have none: of 1000 classes without names they are ImageNet's."""
+    other, path = saved(tmp_path, 1, num_classes=1000)
+    names = ("Golden_retriever", "n01440764", "crane", "207")  # there are two cranes, and numbers are no names
+    model = BitDance(dataclasses.replace(other.config, num_classes=4, class_names=names))
+    assert "2 of 4 classes are new" in initialize_model(model, path)
+    assert torch.equal(model.cls_embedding.weight, other.cls_embedding.weight[[207, 0, -1, -1, -1]])
+    model = BitDance(dataclasses.replace(other.config, class_names=imagenet().wordnet_ids))
+    assert initialize_model(model, path) == f"starts from {path}"
+    assert torch.equal(model.cls_embedding.weight, other.cls_embedding.weight)
 
 
 @pytest.mark.parametrize("p", [1, 4])

@@ -92,6 +92,11 @@ class ClassNames:
             raise UserError(f"there is no class {_shorten(query)}: {advice}")
         return classes[0]
 
+    def find_name(self, name: str) -> int | None:
+        """Returns the class of a name, as in `find`, or of a WordNet id; None if there is none, or more than one."""
+        classes = self._index.get(_key(name), [])
+        return classes[0] if len(classes) == 1 else None
+
     def find_all(self, queries: Sequence[str | int]) -> list[int]:
         """Looks up several classes, in the given order, with repetitions.
 
@@ -157,6 +162,13 @@ def imagenet() -> ClassNames:
     rows = [line.split("\t") for line in file.read_text("utf-8").splitlines()]
     wordnet_ids, names, definitions = zip(*rows, strict=True)
     return ClassNames(tuple(tuple(row.split(", ")) for row in names), wordnet_ids, definitions)
+
+
+def names_of(labels: Sequence[str], count: int) -> ClassNames:
+    """Returns the names of a model of `count` classes: its labels, else ImageNet's for 1000 classes, else numbers."""
+    if labels:
+        return ClassNames.from_labels(labels)
+    return imagenet() if count == 1000 else numbered(count)
 
 
 def are_imagenet(labels: Sequence[str]) -> bool:

@@ -26,7 +26,7 @@ from bitdance.config import (
     SamplingDefaults,
     Weights,
 )
-from bitdance.data.class_names import ClassNames, imagenet, numbered
+from bitdance.data.class_names import ClassNames, names_of
 from bitdance.data.crops import center_crop, normalize, to_array
 from bitdance.data.decoding import to_rgb
 from bitdance.models.autoencoder import Autoencoder
@@ -122,10 +122,7 @@ class Pipeline:
     @functools.cached_property
     def classes(self) -> ClassNames:
         """Names of the classes: the model's own, ImageNet's for 1000 classes without names, else numbers."""
-        config = self.model.config
-        if config.class_names:
-            return ClassNames.from_labels(config.class_names)
-        return imagenet() if config.num_classes == 1000 else numbered(config.num_classes)
+        return names_of(self.model.config.class_names, self.model.config.num_classes)
 
     def __call__(
         self,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitdance.config import ModelSizes
+from bitdance.data.class_names import names_of
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
@@ -24,8 +25,8 @@ FREE_SIZES = ("num_classes", "time_shift")
 def initialize_model(network: BitDance, name: str | os.PathLike[str]) -> str:
     """Copies the weights of another model, by default its EMA, and says what was replaced.
 
-    The embedding of a class is that of the class of the same name there (upper and lower case are the same), else that
-    of the null class. Positions are interpolated for another grid.
+    The embedding of a class is that of the class of this name or WordNet id there, see `names_of`, else that of the
+    null class. Positions are interpolated for another grid.
 
     Args:
         network: the model to initialize.
@@ -39,16 +40,16 @@ def initialize_model(network: BitDance, name: str | os.PathLike[str]) -> str:
     mine, theirs = network.config, other.config
     names = [field.name for field in dataclasses.fields(ModelSizes) if field.name not in FREE_SIZES] + ["bits"]
     if different := [size for size in names if getattr(mine, size) != getattr(theirs, size)]:
-        found = ", ".join(f"{size} {getattr(theirs, size)}, not {getattr(mine, size)}" for size in different)
-        raise UserError(f"{contents.path} has other sizes than this model ({found}): `init_from` needs the same.")
+        sizes = ", ".join(f"{size} {getattr(theirs, size)}, not {getattr(mine, size)}" for size in different)
+        raise UserError(f"{contents.path} has other sizes than this model ({sizes}): `init_from` needs the same.")
     state, replaced = other.state_dict(), []
     if mine.class_names != theirs.class_names or mine.num_classes != theirs.num_classes:
-        table, known = state["cls_embedding.weight"], [label.casefold() for label in theirs.class_names]
-        labels = [label.casefold() for label in mine.class_names]
-        rows = [known.index(label) if label in known else theirs.num_classes for label in labels]
-        state["cls_embedding.weight"] = table[[*rows, theirs.num_classes]]
-        new = rows.count(theirs.num_classes)
-        replaced.append(f"{new} of {mine.num_classes} classes are new and start from the null class")
+        known, null = names_of(theirs.class_names, theirs.num_classes), theirs.num_classes
+        found = map(known.find_name, mine.class_names)
+        rows = [null if row is None else row for row in found]
+        state["cls_embedding.weight"] = state["cls_embedding.weight"][[*rows, null]]
+        if new := rows.count(null):
+            replaced.append(f"{new} of {mine.num_classes} classes are new and start from the null class")
     if mine.grid != theirs.grid:
         state["pos_for_diff.weight"] = _resize_positions(state["pos_for_diff.weight"], mine.grid, mine.patch)
         replaced.append(f"positions are interpolated from {theirs.grid} x {theirs.grid} to {mine.grid} x {mine.grid}")
