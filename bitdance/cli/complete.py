@@ -10,7 +10,7 @@ import tyro
 
 from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import Positional, parse
-from bitdance.cli.sample import GRID, MAX_IMAGES, all_options, prepare_folder, sampling_progress, write_folder
+from bitdance.cli.sample import MAX_IMAGES, all_options, sampling_progress
 from bitdance.config import Preset
 from bitdance.runtime.errors import UserError, check_fields, check_seed, counted, one_line
 
@@ -104,11 +104,12 @@ def main(arguments: list[str]) -> None:
 def _complete(command: Complete, pipeline: Pipeline) -> None:
     import numpy as np
 
-    from bitdance.data.class_folders import is_published
+    from bitdance.data.class_folders import GRID, is_published
     from bitdance.data.crops import center_crop, to_array
     from bitdance.data.decoding import read_image
     from bitdance.sampling.image_grid import image_grid
     from bitdance.sampling.pipeline import kept_tokens
+    from bitdance.sampling.sample_folder import prepare_folder, write_folder
     from bitdance.sampling.unfinished import hide_tokens
     from bitdance.sampling.writers import image_settings, list_entries
 

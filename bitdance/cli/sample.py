@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import re
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,16 +17,12 @@ from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError, check_fields, check_seed, counted, one_line
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
     from torch import Tensor
 
     from bitdance.runtime.process_group import World
     from bitdance.sampling.pipeline import Pipeline
     from bitdance.sampling.sampler import StepCallback
 
-GRID = "grid.png"
-RECORD = "samples.json"
 MAX_CLASSES = 20
 """Classes sampled by default from a model with many."""
 
@@ -219,7 +213,7 @@ def _check(command: Sample) -> None:
     check_seed(what.seed)
     check_seed(what.seed + results.seeds - 1)
     if results.output.suffix in (".png", ".jpg", ".npz") and not results.output.is_dir():
-        raise UserError(f"output={results.output} is the name of a file: name a folder for {GRID} and the images.")
+        raise UserError(f"output={results.output} is the name of a file: name a folder for grid.png and the images.")
     if what.num_images is None:
         for name, is_given in (
             ("npz", results.npz),
@@ -246,7 +240,9 @@ def _check(command: Sample) -> None:
 
 
 def _sample(command: Sample, pipeline: Pipeline) -> None:
+    from bitdance.data.class_folders import GRID
     from bitdance.sampling.image_grid import image_grid, rows_without_names
+    from bitdance.sampling.sample_folder import prepare_folder, write_folder
     from bitdance.sampling.writers import image_settings, list_entries
 
     what, how, names = command.what, command.how, pipeline.classes
@@ -299,67 +295,6 @@ def sampling_progress(total: int) -> Iterator[StepCallback]:
 
     with progress_bar(total, "sampling", "token steps") as bar:
         yield count
-
-
-def prepare_folder(folder: pathlib.Path, entries: list[dict[str, Any]]) -> set[str]:
-    """Makes a folder for images and returns the files of an earlier call in it.
-
-    Raises:
-        UserError: the folder cannot be made, or has a file of one of these names that is not of an earlier call.
-    """
-    from bitdance.runtime.atomic_files import make_folder
-
-    make_folder(folder)
-    earlier = _list_images(folder)
-    for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
-        if name not in earlier and (folder / name).exists():
-            raise UserError(f"{folder / name} is not of an earlier sampling: move it, or choose another `output`.")
-    return earlier
-
-
-def write_folder(
-    folder: pathlib.Path,
-    images: np.ndarray,
-    grid: Image.Image,
-    record: dict[str, Any],
-    texts: list[dict[str, Any]],
-    earlier: set[str],
-) -> None:
-    """Writes the record, the images that it lists, with their settings as texts, and the grid.
-
-    They are put in place of those of an earlier call.
-    """
-    from bitdance.runtime.atomic_files import write_json
-    from bitdance.sampling.writers import write_png
-
-    entries = record["images"]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:  # until all of it is written
-        new = pathlib.Path(name)
-        write_json(new / RECORD, record)
-        for entry, image, text in zip(entries, images, texts, strict=True):
-            write_png(new / entry["file"], image, text)
-        write_png(new / GRID, grid)
-        _remove(folder, earlier)
-        for file in (RECORD, *(entry["file"] for entry in entries), GRID):  # the record first, which lists the others
-            (new / file).rename(folder / file)
-
-
-def _list_images(folder: pathlib.Path) -> set[str]:
-    """Returns the files of an earlier call by its record: the images, the grid and the record, or none."""
-    from bitdance.runtime.atomic_files import read_json
-
-    try:
-        files = [image["file"] for image in read_json(folder / RECORD, "delete it")["images"]]
-    except (UserError, KeyError, TypeError):
-        return set()
-    return {GRID, RECORD, *(str(name) for name in files if re.fullmatch(r"\d{4,}-[^/\\]*\.png", str(name)))}
-
-
-def _remove(folder: pathlib.Path, files: set[str]) -> None:
-    """Removes files, and last the record that lists them."""
-    for name in (*sorted(files - {RECORD}), *([GRID, RECORD] if files else ())):
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()
 
 
 def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:

@@ -16,11 +16,13 @@ from bitdance.runtime.errors import UserError, counted, printable
 LABELS_FILE = "labels.json"
 """In a folder of image files: their labels, in the order of the file names."""
 
+RECORD, GRID = "samples.json", "grid.png"
+"""In a folder of samples: the record of the images, and all of them as one."""
+
 TRAIN, HELD_OUT = "train", ("val", "valid", "validation", "test")
 """Names, in any case, of the folders of training images and of held-out images beside them."""
 
-_RECORD, _GRID = "samples.json", "grid.png"  # of `bitdance sample`
-_COMPANIONS = frozenset({LABELS_FILE, _RECORD, "thumbs.db", "desktop.ini"})
+_COMPANIONS = frozenset({LABELS_FILE, RECORD, "thumbs.db", "desktop.ini"})
 _PUBLISHED = re.compile(r"n\d{8}_|ILSVRC2012_")  # how the names of ImageNet's files begin
 _EXPECTED = "images are expected in one folder per class, as in {}/<class>/<image>.jpg"
 _SHOWN, _MAX_DEPTH = 3, 64
@@ -55,7 +57,7 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
     Raises:
         UserError: there are no images, a class folder is without images, or it is unclear which folders are classes.
     """
-    companions = {*_COMPANIONS, _GRID} if _RECORD in members else _COMPANIONS
+    companions = {*_COMPANIONS, GRID} if RECORD in members else _COMPANIONS
     members = [name for name in members if not is_hidden(name) and os.path.basename(name).lower() not in companions]
     images = [name for name in members if is_image(name)]
     if not images:

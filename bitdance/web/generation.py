@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitdance.config import PRESETS, Preset
+from bitdance.data.class_folders import GRID, RECORD
 from bitdance.data.class_names import ClassNames
 from bitdance.data.crops import center_crop, to_array
 from bitdance.data.decoding import decode_image
@@ -282,9 +283,9 @@ def make_archive(
         for image, entry, record in zip(images, entries, records, strict=True):
             with archive.open(entry["file"], "w") as file:
                 save_png(file, image, record)
-        with archive.open("grid.png", "w") as file:
+        with archive.open(GRID, "w") as file:
             save_png(file, grid)
-        archive.writestr("samples.json", json.dumps(records, indent=1))
+        archive.writestr(RECORD, json.dumps(records, indent=1))
     return buffer.getvalue()
 
 
