@@ -112,7 +112,7 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
     assert f"evaluation            FID {lines[-1]['eval_fid']:.4g}, IS " in (out := capsys.readouterr().out), out
     page = (run / "report.html").read_text()
     assert page.count("<svg ") == 7, "loss, FID, IS, precision and recall, learning rate, gradient norm, images/s"
-    assert f"<p>{format_evaluation(facts['evaluation'])} at step 6</p>" in page
+    assert f"<td>{format_evaluation(facts['evaluation'])} at step 6" in page
 
 
 def test_evaluation_does_not_change_the_training(place, tmp_path):

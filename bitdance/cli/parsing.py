@@ -19,7 +19,16 @@ from tyro.conf import Positional
 
 from bitdance.runtime.errors import UserError, did_you_mean
 
-__all__ = ["MISSING", "Positional", "memory_advice", "parse", "with_flags"]
+__all__ = [
+    "MISSING",
+    "Positional",
+    "given_fields",
+    "given_values",
+    "memory_advice",
+    "name_flags",
+    "parse",
+    "with_flags",
+]
 
 T = TypeVar("T")
 
