@@ -73,6 +73,9 @@ def test_what_is_given_is_kept_and_no_reason_speaks_of_it():
     run, reasons = automatic.choose_schedule(config, 100, changes, None, 5e-4, fine_tunes=True)
     assert {name: getattr(run, name) for name in changes} == changes
     assert run.min_lr == 2e-6 and run.decay_start == 7
+    both = {**changes, "min_lr": 0.0, "decay_start": 3}
+    run, few = automatic.choose_schedule(dataclasses.replace(config, **both), 100, both, None, 5e-4, fine_tunes=True)
+    assert (run.min_lr, run.decay_start) == (0.0, 3) and not any("decay" in reason for reason in few)
     text = "\n".join(reasons)
     assert "decay of the learning rate to 2e-06" in text
     assert not any(word in text for word in ("learning rate 0", "warm-up", "EMA", "crops")), text

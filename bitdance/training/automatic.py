@@ -147,7 +147,8 @@ def choose_schedule(
         why = "lower than from scratch, to keep what the weights know" if fine_tunes else "usual for a small model"
         reasons.append(f"learning rate {lr:g}: {why}")
     shape = [f"warm-up of {counted(warmup, 'step')}"] * ("warmup_steps" in chosen)
-    shape += [f"decay of the learning rate to {chosen['min_lr']:g}"] * (chosen.keys() >= {"min_lr", "decay_start"})
+    if chosen.keys() >= {"min_lr", "decay_start"}:
+        shape.append(f"decay of the learning rate to {chosen['min_lr']:g}")
     reasons += [", then ".join(shape)] * bool(shape)
     if "ema" in chosen:
         last = f"the last {round(1 / (1 - chosen['ema']))} steps"
