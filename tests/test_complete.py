@@ -139,6 +139,7 @@ def test_the_command_writes_completions_and_their_settings(command, tmp_path):
         (["--class", "1", "--keep-rows", "4"], "--keep-rows 4 is invalid: it must be an integer from 0 to 3"),
         (["--class", "1", "--keep-rows", "0"], "nothing is to be kept: change --keep-rows or --mask"),
         (["--class", "1", "--candidates", "0"], "--candidates 0 is invalid"),
+        (["--class", "1", "--output", "x.png"], "--output x.png is the name of a file"),
         (["--class", "1", "--mask", "{}/black.png"], "nothing is to be sampled"),
         (["--class", "1", "--mask", "{}/model.safetensors"], "model.safetensors"),
         (["--class", "1", "--mask", "{}/mask.png", "--keep-rows", "2"], "leave one of them out"),

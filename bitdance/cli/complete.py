@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from bitdance.cli.options import ModelOptions, PrecisionOptions
+from bitdance.cli.options import ModelOptions, PrecisionOptions, check_output
 from bitdance.cli.parsing import Positional, parse
 from bitdance.cli.sample import MAX_IMAGES, all_options, sampling_progress
 from bitdance.config import Preset
@@ -95,6 +95,7 @@ def main(arguments: list[str]) -> None:
     check_fields(command.what, "candidates", lambda value: 1 <= value <= MAX_IMAGES, f"be from 1 to {MAX_IMAGES}")
     check_fields(command.how, "batch_size", lambda value: 1 <= value <= MAX_IMAGES, f"be from 1 to {MAX_IMAGES}")
     check_seed(command.what.seed)
+    check_output(command.results.output)
     from bitdance.runtime.process_group import init_distributed
 
     with init_distributed(command.where.device, command.where.threads, only_one=True) as world:

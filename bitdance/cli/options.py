@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from bitdance.config import Precision, Split, Weights
-from bitdance.runtime.errors import check_fields
+from bitdance.runtime.errors import UserError, check_fields
 
 TRAIN_HEADINGS = {
     "data_path": "Data",
@@ -17,6 +17,12 @@ TRAIN_HEADINGS = {
     "val_path": "Validation and evaluation during training",
 }
 """Titles within the options of `TrainConfig`, by the first field of each."""
+
+
+def check_output(folder: pathlib.Path) -> None:
+    """Raises a `UserError` if a folder for images is named like a file."""
+    if folder.suffix in (".png", ".jpg", ".npz") and not folder.is_dir():
+        raise UserError(f"output={folder} is the name of a file: name a folder for grid.png and the images.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdance.cli.evaluate import evaluate_job, report
-from bitdance.cli.options import ModelOptions, PrecisionOptions
+from bitdance.cli.options import ModelOptions, PrecisionOptions, check_output
 from bitdance.cli.parsing import Positional, parse
 from bitdance.config import CfgSchedule, Preset, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
@@ -212,8 +212,7 @@ def _check(command: Sample) -> None:
     check_fields(command.how, "chunk_size", lambda value: value >= 0, "be at least 0")
     check_seed(what.seed)
     check_seed(what.seed + results.seeds - 1)
-    if results.output.suffix in (".png", ".jpg", ".npz") and not results.output.is_dir():
-        raise UserError(f"output={results.output} is the name of a file: name a folder for grid.png and the images.")
+    check_output(results.output)
     if what.num_images is None:
         for name, is_given in (
             ("npz", results.npz),

@@ -391,9 +391,9 @@ class Pipeline:
         """Encodes images to bits.
 
         Args:
-            images: a PIL image or a list of them, scaled and cropped to `image_size`; or uint8 pixels as an array or a
-                tensor, (H, W, 3) or (B, H, W, 3), whose sides are multiples of the
-                autoencoder's `cell_size`.
+            images: a PIL image or a list of them, scaled and cropped to `image_size`, without regard to EXIF data
+                (`PIL.ImageOps.exif_transpose`); or uint8 pixels as an array or a tensor, (H, W, 3) or (B, H, W, 3),
+                whose sides are multiples of the autoencoder's `cell_size`.
 
         Returns:
             (B, C, h, w) +-1, float32, on the pipeline's device.

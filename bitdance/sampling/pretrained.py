@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from bitdance.config import BitDanceConfig
 from bitdance.runtime.atomic_files import atomic_write, make_folder
 from bitdance.runtime.errors import UserError
@@ -34,10 +36,12 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, f
     make_folder(folder)
     model, autoencoder = pipeline.model, pipeline.autoencoder
     metadata = {CFG_SCALE: f"{pipeline.defaults.cfg_scale:g}"}
-    if pipeline.files:  # the networks of the pipeline may be in a lower precision
+    if pipeline.files:
         contents, source = (weights_file.read(path) for path in pipeline.files)
-        model, autoencoder = weights_file.load_model(contents, pipeline.weights), weights_file.load_autoencoder(source)
         metadata[TOKENIZER_DIGEST] = weights_file.tokenizer_digest(source)
+        if pipeline.dtype != torch.float32:  # the files have more digits
+            model = weights_file.load_model(contents, pipeline.weights)
+            autoencoder = weights_file.load_autoencoder(source)
     weights_file.save(folder / "autoencoder.safetensors", autoencoder)
     weights_file.save(folder / "model.safetensors", model, metadata=metadata)
     labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
