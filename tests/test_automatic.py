@@ -17,6 +17,7 @@ from bitdance.data.class_names import imagenet
 from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.errors import UserError
+from bitdance.sampling.pipeline import load_pipeline
 from bitdance.training import automatic
 from bitdance.training.initialization import initialize_model
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
@@ -100,8 +101,15 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     assert "6 steps of 2 images (1 epochs), 10 s a step: the least that is of use" in out
     assert "learning rate 0" not in out and "input bits" not in out
     assert "2 of 3 classes are new and start from the null class." in err
+    scale = load_pipeline("demo", device="cpu").defaults.cfg_scale
+    assert load_pipeline(run, device="cpu").defaults.cfg_scale == scale, "that of the model to start from"
     stored = json.loads((run / "settings.json").read_text())
-    assert stored["train"]["lr"] == 2e-4 and stored["train"]["epochs"] == 1 and stored["train"]["ema"] == 0.5
+    assert (
+        stored["train"]["eval_cfg_scale"] == scale
+        and stored["train"]["lr"] == 2e-4
+        and stored["train"]["epochs"] == 1
+        and stored["train"]["ema"] == 0.5
+    )
     assert stored["model"]["class_names"] == ["Horse", "class-1", "class-2"]
     with Image.open(run / "samples.png") as image:
         assert image.width > 13 * 64 and image.height > 3 * 64

@@ -9,7 +9,7 @@ from typing import Any
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
 from bitdance.cli.run_defaults import allowed_seconds, output_of, restore, schedule_defaults, stored_settings
-from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes
+from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, SamplingDefaults
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
@@ -91,6 +91,7 @@ def _defaults(arguments: list[str]) -> Train | None:
     if stored := stored_settings(output, "model", given["time"], _restore):
         return stored
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", "perturb_rate", *_SIZES))
+    from bitdance.sampling.pipeline import sampling_defaults
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_model
     from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights
@@ -99,9 +100,10 @@ def _defaults(arguments: list[str]) -> Train | None:
     if starts is None and fields.isdisjoint(_SIZES) and given["autoencoder"] in (None, DEMO):
         starts = DEMO
     path = find_weights(starts or DEMO)
-    config = describe_model(weights_file.read(path)).config
+    contents = weights_file.read(path)
+    config, sampling = describe_model(contents).config, sampling_defaults(contents) if starts else SamplingDefaults()
     autoencoder = given["autoencoder"] or (DEMO if starts in (None, DEMO) else str(find_autoencoder_of(path)))
-    run = TrainConfig(MISSING, image_size=_image_size(config, autoencoder))
+    run = TrainConfig(MISSING, image_size=_image_size(config, autoencoder), eval_cfg_scale=sampling.cfg_scale)
     sizes = ModelSizes.of(config, num_classes=None)
     defaults = Train(autoencoder, run, sizes, LossConfig(perturb_rate=0.1), init_from=starts)
     command = _parse(arguments, defaults)

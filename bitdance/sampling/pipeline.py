@@ -627,7 +627,7 @@ def load_pipeline(
     model = weights_file.load_model(contents, weights, dtype)
     decoder = weights_file.load_autoencoder(source, dtype)
     name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
-    pipeline = Pipeline(model.to(device), decoder.to(device), name, _sampling_defaults(contents))
+    pipeline = Pipeline(model.to(device), decoder.to(device), name, sampling_defaults(contents))
     pipeline.files, pipeline.weights = (contents.path, source.path), weights
     trained_with = contents.metadata.get(TOKENIZER_DIGEST)
     if trained_with and trained_with != weights_file.tokenizer_digest(source):
@@ -641,8 +641,12 @@ def load_pipeline(
     return pipeline
 
 
-def _sampling_defaults(contents: WeightsFile) -> SamplingDefaults:
-    """Returns the published settings of a released file, or else the defaults with the file's own guidance scale."""
+def sampling_defaults(contents: WeightsFile) -> SamplingDefaults:
+    """Returns the published settings of a released file, or else the defaults with the file's own guidance scale.
+
+    Raises:
+        UserError: the guidance scale is no number.
+    """
     released = {release.file.lower(): release for release in RELEASED_MODELS.values()}.get(contents.path.name.lower())
     if released:
         return released.sampling

@@ -157,7 +157,7 @@ class TrainConfig:
         eval_inception: file of the Inception network; by default the downloaded one.
         eval_features: another feature extractor in its place, as `features` of `bitdance evaluate`, such as
             efficientnet-lite0; the distance is logged as eval_frechet_distance then.
-        eval_cfg_scale: guidance scale of the samples.
+        eval_cfg_scale: guidance scale of the samples, and of previews; stored with the weights as their default.
         eval_num_steps: solver steps of the samples.
     """
 
@@ -235,9 +235,10 @@ class TrainConfig:
 
 SCHEDULE_FIELDS = (
     *("batch_size", "epochs", "lr", "min_lr", "warmup_steps", "decay_start", "ema", "random_crop"),
-    *("save_every", "save_minutes", "preview_every", "log_every"),
+    *("save_every", "save_minutes", "preview_every", "log_every", "eval_cfg_scale"),
 )
-"""Fields of `TrainConfig` that can follow from images and time, see `bitdance.training.automatic`."""
+"""Fields of `TrainConfig` that can follow from images and time, see `bitdance.training.automatic`, or from the model to
+start from."""
 
 InitPart = Literal["all", "decoder"]
 """The part of another autoencoder that a training starts from."""

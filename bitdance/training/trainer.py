@@ -49,7 +49,7 @@ from bitdance.training.run_report import COMPARISON, write_report
 from bitdance.training.status import describe_run, use_command
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
-from bitdance.weights.layout import TOKENIZER_DIGEST, WeightsFile
+from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST, WeightsFile
 from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
@@ -59,7 +59,7 @@ COMPARED_CLASSES, COMPARED_IMAGES = 10, 6
 COMPILED_DEVICES = ("cuda",)
 """Types of devices on which `compile` has an effect."""
 
-PREVIEW_SAMPLING = SamplingDefaults(cfg_scale=2.0, num_steps=25, chunk_size=1)
+PREVIEW_SAMPLING = SamplingDefaults(num_steps=20, chunk_size=1, solver="dpmpp-2m-sde")
 """Fewer steps than for samples, and images decoded one by one: a preview should need less memory than a step."""
 
 
@@ -146,7 +146,8 @@ class Trainer:
             objective.autoencoder.to(world.device)
             if world.device.type == "cpu":
                 objective.autoencoder.prepare_for_cpu()
-            self.pipeline = Pipeline(objective.network, objective.autoencoder, defaults=PREVIEW_SAMPLING)
+            defaults = dataclasses.replace(PREVIEW_SAMPLING, cfg_scale=config.eval_cfg_scale)
+            self.pipeline = Pipeline(objective.network, objective.autoencoder, defaults=defaults)
         self.total_steps = config.epochs * loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         steps = (loader.steps_per_epoch, self.total_steps, self.last_step)
@@ -499,9 +500,11 @@ class Trainer:
             weights_file.save(self.config.output / name, self.network, state, metadata=self._provenance())
 
     def _provenance(self) -> dict[str, str]:
-        """Returns metadata of a file of weights: the step, and the autoencoder that made a model's tokens."""
-        autoencoder = self.data.autoencoder
-        return {"step": str(self.step)} | ({TOKENIZER_DIGEST: autoencoder} if autoencoder else {})
+        """Returns metadata of a file of weights: the step, and of a model its autoencoder and guidance scale."""
+        found = {"step": str(self.step)}
+        if self.data.autoencoder:
+            found |= {TOKENIZER_DIGEST: self.data.autoencoder, CFG_SCALE: f"{self.config.eval_cfg_scale:g}"}
+        return found
 
     def _compare(self, is_new: bool) -> None:
         """Writes training images beside samples, in the first process, if there are new weights or no picture yet."""
