@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from bitdance.config import BitDanceConfig
-from bitdance.runtime.atomic_files import atomic_write, make_folder
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.atomic_files import atomic_write, make_folder, rename
+from bitdance.runtime.errors import UserError, printable
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.writers import write_png
 from bitdance.weights import hub, weights_file
 from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST
 
 CARD, PICTURE = "README.md", "samples.png"
+NEW = ".bitdance-new-"
+"""Beginning of the name of the folder in which new files are written, which a killed process leaves."""
+
 MARK = "library_name: bitdance"
 """In the card of a folder of ours, which may be replaced."""
 
@@ -27,7 +32,7 @@ SHOWN_CLASSES, SHOWN_EACH = 10, 8
 
 def save_pretrained(pipeline: Any, folder: pathlib.Path, figures: Mapping[str, float] | None = None) -> None:
     """Writes a model, its autoencoder, some samples and a card; see `Pipeline.save_pretrained`."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir()):
         card = folder / CARD
         if not card.is_file() or MARK not in card.read_text(errors="replace"):
             raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")
@@ -38,14 +43,20 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, figures: Mapping[str, f
         contents, source = (weights_file.read(path) for path in pipeline.files)
         model, autoencoder = weights_file.load_model(contents, pipeline.weights), weights_file.load_autoencoder(source)
         metadata[TOKENIZER_DIGEST] = weights_file.tokenizer_digest(source)
-    weights_file.save(folder / "autoencoder.safetensors", autoencoder)
-    weights_file.save(folder / "model.safetensors", model, metadata=metadata)
+    for path in folder.glob(f"{NEW}*"):
+        shutil.rmtree(path, ignore_errors=True)
     labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
     names = [pipeline.classes.label(label) for label in labels]
     images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
-    write_png(folder / PICTURE, image_grid(images, SHOWN_EACH, names, scale=max(1, 96 // pipeline.image_size)))
-    with atomic_write(folder / CARD) as temporary:
-        temporary.write_text(_card(pipeline, figures or {}), encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=NEW) as name:  # until all of it is written
+        new = pathlib.Path(name)
+        with atomic_write(new / CARD) as temporary:
+            temporary.write_text(_card(pipeline, figures or {}), encoding="utf-8")
+        weights_file.save(new / "autoencoder.safetensors", autoencoder)
+        weights_file.save(new / "model.safetensors", model, metadata=metadata)
+        write_png(new / PICTURE, image_grid(images, SHOWN_EACH, names, scale=max(1, 96 // pipeline.image_size)))
+        for file in (CARD, "autoencoder.safetensors", "model.safetensors", PICTURE):  # first the mark of the folder
+            rename(new / file, folder / file)
 
 
 def push_to_hub(pipeline: Any, name: str, private: bool = False, figures: Mapping[str, float] | None = None) -> str:
@@ -74,7 +85,7 @@ def _card(pipeline: Any, figures: Mapping[str, float]) -> str:
         "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
         **{name: f"{value:.4g}" for name, value in figures.items()},
     }
-    classes = ", ".join(pipeline.classes.label(label) for label in range(min(20, len(pipeline.classes))))
+    classes = ", ".join(_markdown(pipeline.classes.label(label)) for label in range(min(20, len(pipeline.classes))))
     more = ", ..." if len(pipeline.classes) > 20 else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
@@ -102,6 +113,11 @@ pipe = bitdance.load_pipeline("this repository, or its folder")
 pipe([{pipeline.classes.label(0)!r}], seed=0)[0].save("image.png")
 ```
 """
+
+
+def _markdown(name: str) -> str:
+    """Returns a class name, whatever it is, as Markdown that shows it."""
+    return re.sub(r"([\\`*_\[\]<>&!|~#])", r"\\\1", printable(name))
 
 
 def _count(network: object) -> float:
