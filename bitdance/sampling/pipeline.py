@@ -365,7 +365,7 @@ class Pipeline:
         """
         from bitdance.sampling.pretrained import save_pretrained
 
-        save_pretrained(self, pathlib.Path(folder).expanduser(), figures)
+        save_pretrained(self, pathlib.Path(os.path.expanduser(folder)), figures)
 
     def push_to_hub(self, name: str, private: bool = False, figures: Mapping[str, float] | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub and returns its address.
@@ -649,7 +649,9 @@ def _sampling_defaults(contents: WeightsFile) -> SamplingDefaults:
         return released.sampling
     scale = contents.metadata.get(CFG_SCALE, str(SamplingDefaults.cfg_scale))
     try:
-        return SamplingDefaults(float(scale))
+        defaults = SamplingDefaults(float(scale))
+        complete_config(defaults)
+        return defaults
     except ValueError:
         raise UserError(f"{contents.path} gives the guidance scale {printable(scale)!r}: convert it again.") from None
 
