@@ -19,9 +19,10 @@ from huggingface_hub import constants
 import bitdance
 from bitdance.cli.main import main
 from bitdance.data.class_names import ClassNames
+from bitdance.runtime.atomic_files import NEW
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.pipeline import Pipeline, load_pipeline
-from bitdance.sampling.pretrained import NEW, _card
+from bitdance.sampling.pretrained import _card
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 

@@ -26,6 +26,7 @@ from bitdance.metrics.nearest_neighbours import find_nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
+from bitdance.runtime.atomic_files import NEW
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.memory_tracker import MemoryTracker
 from bitdance.runtime.progress import ProgressLines
@@ -143,6 +144,7 @@ def test_an_earlier_call_leaves_nothing_and_foreign_files_stay(model, tmp_path):
     folder = sample(model, tmp_path / "out", "--per-class", 2)
     (folder / "holiday.png").write_bytes(b"mine")
     (folder / "0007-cat.png").write_bytes(b"mine too")
+    (folder / f"{NEW}of-a-killed-process").mkdir()
     sample(model, folder, "dog", "--per-class", 1)
     assert sorted(path.name for path in folder.iterdir()) == [
         "0000-dog.png", "0007-cat.png", "grid.png", "holiday.png", "samples.json",

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -331,12 +330,11 @@ def write_folder(
 
     They are put in place of those of an earlier call.
     """
-    from bitdance.runtime.atomic_files import write_json
+    from bitdance.runtime.atomic_files import new_files, write_json
     from bitdance.sampling.writers import write_png
 
     entries = record["images"]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:  # until all of it is written
-        new = pathlib.Path(name)
+    with new_files(folder) as new:
         write_json(new / RECORD, record)
         for entry, image, text in zip(entries, images, texts, strict=True):
             write_png(new / entry["file"], image, text)

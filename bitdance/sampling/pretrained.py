@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from bitdance.config import BitDanceConfig
-from bitdance.runtime.atomic_files import atomic_write, make_folder, rename
+from bitdance.runtime.atomic_files import NEW, atomic_write, make_folder, new_files, rename
 from bitdance.runtime.errors import UserError, printable
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.writers import write_png
@@ -21,9 +20,6 @@ from bitdance.weights import hub, weights_file
 from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST
 
 CARD, PICTURE = "README.md", "samples.png"
-NEW = ".bitdance-new-"
-"""Beginning of the name of the folder in which new files are written, which a killed process leaves."""
-
 MARK = "library_name: bitdance"
 """In the card of a folder of ours, which may be replaced."""
 
@@ -43,13 +39,10 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, figures: Mapping[str, f
         contents, source = (weights_file.read(path) for path in pipeline.files)
         model, autoencoder = weights_file.load_model(contents, pipeline.weights), weights_file.load_autoencoder(source)
         metadata[TOKENIZER_DIGEST] = weights_file.tokenizer_digest(source)
-    for path in folder.glob(f"{NEW}*"):
-        shutil.rmtree(path, ignore_errors=True)
     labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
     names = [pipeline.classes.label(label) for label in labels]
     images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=NEW) as name:  # until all of it is written
-        new = pathlib.Path(name)
+    with new_files(folder) as new:
         with atomic_write(new / CARD) as temporary:
             temporary.write_text(_card(pipeline, figures or {}), encoding="utf-8")
         weights_file.save(new / "autoencoder.safetensors", autoencoder)
