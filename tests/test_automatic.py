@@ -141,6 +141,7 @@ def test_the_time_of_a_step_is_measured():
         (["--time", "soon"], "--time soon is invalid: give a number and a unit"),
         (["--time", ""], "--time '' is invalid: give a number and a unit"),
         (["--time", "-5m"], "--time -5m is invalid: give a number and a unit"),
+        (["--max-steps", "9" * 400], "is invalid: it must be at most 1000000000000."),
         (["--batch_size", "13"], "holds 12 images, fewer than one batch of --batch-size 13: lower it or add images."),
         (["--init-from", "nothing"], "there is no model 'nothing'"),
         (["--init-from", "demo", "--epochs", "1", "--dim", "64"], "has other sizes than this model (dim 192, not 64)"),
@@ -164,6 +165,20 @@ def test_the_output_folder_is_checked_before_anything_is_measured(pictures, tmp_
         with pytest.raises(SystemExit) as stopped:
             main(["train", "--data-path", str(pictures), "--output", str(tmp_path / name)])
         assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("model", "dim", None), ("model", "n_layer", ["a"]), ("loss", "time_mean", None), ("loss", "time_schedule", [])],
+)
+def test_stored_settings_of_other_types_are_damage(pictures, tmp_path, capsys, section, field, value):
+    stored = {"run": {"autoencoder": "demo"}, "train": {"epochs": 3, "lr": 1}, "model": {"dim": 64}, "loss": {}}
+    (tmp_path / "checkpoint-0000001.safetensors").touch()
+    (tmp_path / "settings.json").write_text(json.dumps({**stored, section: {field: value}}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data-path", str(pictures), "--output", str(tmp_path), "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "settings.json is damaged: restore it, or delete" in capsys.readouterr().err
 
 
 def test_the_demo_autoencoder_is_fine_tuned(pictures, tmp_path, capsys):

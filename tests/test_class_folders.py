@@ -6,6 +6,7 @@ import io
 import pathlib
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -193,3 +194,25 @@ def test_more_unreadable_pictures_than_a_tenth_end_a_run(tmp_path):
     assert BadImages(None, found).limit == 15 and BadImages(3, found).limit == 3 and BadImages(None).limit == 100
     found.upright = False  # as ImageNet
     assert BadImages(None, found).limit == 100
+
+
+def test_folders_that_links_or_depth_make_endless(tmp_path):
+    folders = [tmp_path / "linked" / name for name in "abcdefgh"]
+    for folder in folders:
+        save(folder / "1.png")
+        for other in folders:
+            if other != folder:
+                (folder / f"to-{other.name}").symlink_to(other)  # eight folders, more than 10,000 ways
+    with pytest.raises(UserError, match="lead to one folder more than 100 times"):
+        open_images(tmp_path / "linked")
+    save(pathlib.Path(tmp_path / "deep", *"x" * 400, "1.png"))
+    with pytest.raises(UserError, match="more than 64 folders deep"):
+        open_images(tmp_path / "deep")
+
+
+def test_a_zip_of_backslashes_is_refused_since_all_would_be_one_class(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in ("cat\\1.png", "dog\\2.png"):
+            archive.write(save(tmp_path / "1.png"), name)
+    with pytest.raises(UserError, match="make it again with another program"):
+        open_images(tmp_path / "pictures.zip")

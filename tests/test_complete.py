@@ -72,13 +72,18 @@ def test_what_cannot_be_completed_is_refused():
         ({"keep_rows": 4}, "keep_rows=4 is invalid"),
         ({"keep_tokens": 6}, "a multiple of 4, since the model samples 4 tokens at once"),
         ({"mask": np.ones((4, 4))}, "bool of shape"),
+        ({"mask": "mask.png"}, "bool of shape"),
+        ({"mask": np.array([["a"] * 4] * 4)}, "bool of shape"),
         ({"mask": np.ones((2, 2), bool)}, r"bool of shape \(4, 4\)"),
         ({"keep_rows": 2, "candidates": 0}, "candidates=0"),
+        ({"keep_rows": 2, "candidates": True}, "candidates=True"),
     ):
         with pytest.raises(UserError, match=words):
             pipe.complete(image, 0, **settings)
     with pytest.raises(UserError, match="3 classes for 1 images"):
         pipe.complete(image, [0, 1, 2], keep_rows=2)
+    with pytest.raises(ValueError, match=r"must be -1 or \+1"):
+        pipe.complete(torch.full((1, 8, 4, 4), torch.nan), 0, keep_rows=2)
     with pytest.raises(ValueError, match="4 x 4 tokens"):
         pipe.complete(np.zeros((32, 32, 3), np.uint8), 0, keep_rows=2)
 

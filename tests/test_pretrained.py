@@ -18,8 +18,11 @@ from huggingface_hub import constants
 
 import bitdance
 from bitdance.cli.main import main
+from bitdance.data.class_names import ClassNames
+from bitdance.runtime.atomic_files import NEW
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.pipeline import Pipeline, load_pipeline
+from bitdance.sampling.pretrained import _card
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 
@@ -151,6 +154,25 @@ def test_a_folder_holds_exact_networks_samples_and_a_card(pipeline, tmp_path):
     (tmp_path / "other" / "README.md").write_text("mine")
     with pytest.raises(UserError, match="holds other files: name a new folder"):
         pipeline.save_pretrained(tmp_path / "other")
+
+
+def test_a_card_shows_class_names_as_they_are(pipeline, tmp_path):
+    pipeline.classes = ClassNames.from_labels(["<script>", "a\nb", "![x](y)", "\ud800", "hen_1"])
+    text = _card(pipeline, {})
+    assert r"Classes: \<script\>, 'a\\nb', \!\[x\](y), '\\ud800', hen\_1." in text and text.isascii()
+
+
+def test_a_folder_is_whole_or_can_be_written_again(pipeline, tmp_path, monkeypatch):
+    def fail(*arguments, **others):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="full"):
+        patch.setattr("bitdance.sampling.pretrained.write_png", fail)
+        pipeline.save_pretrained(tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())
+    (tmp_path / "mine" / f"{NEW}of-a-killed-process").mkdir()
+    pipeline.save_pretrained(tmp_path / "mine")
+    assert len(list((tmp_path / "mine").iterdir())) == 4
 
 
 def test_a_model_goes_to_the_hub_and_back(pipeline, hub, tmp_path, monkeypatch):

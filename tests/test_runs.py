@@ -569,6 +569,7 @@ def test_a_report_of_hostile_names(place, tmp_path, capsys):
             if name not in ("kind", "last_step", "steps_per_epoch", "batch_size"):
                 section[name] = evil
     settings["model"]["class_names"] = [evil, 3, None]
+    settings["train"]["epochs"] = 9 * 10**4299  # Python does not print the double of it
     (folder / "settings.json").write_text(json.dumps(settings | {evil: {evil: evil}, "other": 3}))
     with open(folder / "log.jsonl", "a") as log:
         log.write(json.dumps({"step": 1, "time": 1e99, "note": {evil: [evil]}, evil: 1.0}) + "\ntorn {\n")

@@ -21,10 +21,12 @@ import bitdance
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
 from bitdance.config import RELEASED_MODELS
+from bitdance.data.class_names import ClassNames
 from bitdance.metrics.nearest_neighbours import find_nearest
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import unpack
+from bitdance.runtime.atomic_files import NEW
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.memory_tracker import MemoryTracker
 from bitdance.runtime.progress import ProgressLines
@@ -34,7 +36,7 @@ from bitdance.sampling.labels import make_labels
 from bitdance.sampling.memory import estimate_memory
 from bitdance.sampling.pipeline import Pipeline, load_pipeline, split_batches
 from bitdance.sampling.sampler import CompiledFunctions, SamplingConfig
-from bitdance.sampling.writers import write_npz
+from bitdance.sampling.writers import list_entries, write_npz
 from bitdance.training.setup import train_autoencoder
 from bitdance.training.train_config import AutoencoderLossConfig, TrainConfig
 from bitdance.weights import safetensors_files, weights_file
@@ -142,6 +144,7 @@ def test_an_earlier_call_leaves_nothing_and_foreign_files_stay(model, tmp_path):
     folder = sample(model, tmp_path / "out", "--per-class", 2)
     (folder / "holiday.png").write_bytes(b"mine")
     (folder / "0007-cat.png").write_bytes(b"mine too")
+    (folder / f"{NEW}of-a-killed-process").mkdir()
     sample(model, folder, "dog", "--per-class", 1)
     assert sorted(path.name for path in folder.iterdir()) == [
         "0000-dog.png", "0007-cat.png", "grid.png", "holiday.png", "samples.json",
@@ -483,6 +486,9 @@ def test_settings_come_from_the_call_the_preset_the_file_and_the_published_ones(
     main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "again.safetensors")])
     own = load_pipeline(tmp_path / "again.safetensors", autoencoder=model.parent / "autoencoder.safetensors")
     assert own.sampling_config().cfg_scale == 4.5
+    weights_file.save(tmp_path / "own.safetensors", own.model, metadata={"cfg_scale": "nan"})
+    with pytest.raises(UserError, match=r"own\.safetensors gives the guidance scale 'nan': convert it again"):
+        load_pipeline(tmp_path / "own.safetensors", autoencoder=model.parent / "autoencoder.safetensors")
     for source, scale, words in (
         (model, "-1", "--cfg-scale -1.0 is invalid"),
         (model.parent / "autoencoder.safetensors", "3", "--cfg-scale is stored with a model"),
@@ -1053,3 +1059,8 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
     bits = pipeline.encode([Image.fromarray(grey), deep])
     assert torch.equal(bits[0], bits[1])
     assert np.array_equal(pipeline.decode(bits.cpu().numpy(), "np"), pipeline.decode(bits, "np"))
+
+
+def test_names_of_files_are_short_whatever_the_alphabet():
+    (entry,) = list_entries(ClassNames.from_labels(["\U00020000" * 60]), [0])
+    assert len(entry["file"].encode()) < 200  # with what is added while it is written at most 255

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
 
     with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
         pipeline = command.model.load(world.device, command.where.precision)
-        metrics = _metrics_of_run(pathlib.Path(command.model.model).expanduser())
+        metrics = _metrics_of_run(pathlib.Path(os.path.expanduser(command.model.model)))
         if target.name is not None:
             print(f"published {pipeline.push_to_hub(target.name, target.private, metrics)}")
         elif target.output is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +28,7 @@ LENGTH = ("epochs", "max_steps")
 
 def output_of(given: str | None) -> pathlib.Path:
     """Returns the run folder of a command line with this `--output`."""
-    return pathlib.Path(given or TrainConfig(pathlib.Path()).output).expanduser()
+    return pathlib.Path(os.path.expanduser(given or TrainConfig(pathlib.Path()).output))
 
 
 def stored_settings(
@@ -63,9 +64,29 @@ def restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] = 
     """Returns the stored values of those fields of a dataclass that must be equal, and `also` others.
 
     Fields that this release does not know are reported later.
+
+    Raises:
+        ValueError: a value is not one of the field's type.
     """
+    hints = typing.get_type_hints(cls)
     kept = {field.name for field in dataclasses.fields(cls) if field.metadata != FREE or field.name in also}
-    return {name: section[name] for name in kept & set(section)}
+    found = {name: section[name] for name in kept & set(section)}
+    for name, value in found.items():
+        if not _has_type(value, hints[name]):
+            raise ValueError(name)
+    return found
+
+
+def _has_type(value: object, hint: Any) -> bool:
+    """Returns whether a value of JSON can be one of a field with this type."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list) and all(_has_type(item, parts[0]) for item in value)
+    if parts:
+        return any(_has_type(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | None) -> float | None:

@@ -25,7 +25,10 @@ TRAIN, HELD_OUT = "train", ("val", "valid", "validation", "test")
 _COMPANIONS = frozenset({LABELS_FILE, RECORD, "thumbs.db", "desktop.ini"})
 _PUBLISHED = re.compile(r"n\d{8}_|ILSVRC2012_")  # how the names of ImageNet's files begin
 _EXPECTED = "images are expected in one folder per class, as in {}/<class>/<image>.jpg"
-_SHOWN, _MAX_DEPTH = 3, 64
+_SHOWN = 3
+
+MAX_DEPTH = 64
+"""Folders within one another."""
 
 
 class FoundImages(NamedTuple):
@@ -62,8 +65,8 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
     images = [name for name in members if is_image(name)]
     if not images:
         raise UserError(f"no images in {path}{_but_heif(members)}: {_EXPECTED.format(path)}, as JPEG, PNG or the like.")
-    if any(name.count("/") > _MAX_DEPTH for name in images):
-        raise UserError(f"{path} holds images more than {_MAX_DEPTH} folders deep: {_EXPECTED.format(path)}.")
+    if any(name.count("/") > MAX_DEPTH for name in images):
+        raise UserError(f"{path} holds images more than {MAX_DEPTH} folders deep: {_EXPECTED.format(path)}.")
     prefix, held_out, beside = "", "", list[str]()
     while inside := [name for name in images if "/" in name[len(prefix) :]]:
         beside += sorted(set(images).difference(inside)) if len(inside) < len(images) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import threading
@@ -10,25 +11,36 @@ from typing import Any
 
 from PIL import Image
 
-from bitdance.data.class_folders import find_images, is_hidden
+from bitdance.data.class_folders import MAX_DEPTH, find_images, is_hidden
 from bitdance.data.decoding import MAX_FILE_BYTES, check_zip, decode_image, read_image, reason
 from bitdance.data.image_dataset import NamedImages
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, printable
+
+MAX_LINKS = 100
+"""Times that links may lead to a folder: a few links to one another make millions of paths."""
 
 
 class FolderImages(NamedImages):
     """Images in a folder of class folders, see `find_images`; links to a folder above are not followed.
 
     Raises:
-        UserError: as `find_images`.
+        UserError: as `find_images`; folders are too deep, or too many links lead to one.
         OSError: a folder cannot be listed.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         members: list[str] = []
+        links: collections.Counter[str] = collections.Counter()
         for folder, below, names in os.walk(path, onerror=_raise, followlinks=True):
             below[:] = [name for name in below if not is_hidden(name) and not _is_loop(path, folder, name)]
             relative = pathlib.Path(folder).relative_to(path)
+            if len(relative.parts) > MAX_DEPTH:
+                raise UserError(f"{path} is more than {MAX_DEPTH} folders deep: move the images up, or remove folders.")
+            for link in filter(os.path.islink, (os.path.join(folder, name) for name in below)):
+                links[target := os.path.realpath(link)] += 1
+                if links[target] > MAX_LINKS:
+                    what = f"links in {path} lead to one folder more than {MAX_LINKS} times"
+                    raise UserError(f"{what}, as in {printable(str(relative))}: remove some.")
             members += [(relative / name).as_posix() for name in names]
             members += [f"{(relative / name).as_posix()}/" for name in below]
         found = find_images(path, members)
@@ -68,6 +80,8 @@ class ZipImages(NamedImages):
             archive = self._open()[0]
             check_zip(archive)
             members = archive.namelist()
+            if all("/" not in name for name in members) and any("\\" in name for name in members):  # of old Windows
+                raise UserError(f"{path} separates folders by \\ and not by /: make it again with another program.")
         except UserError:
             raise
         except Exception as error:  # besides BadZipFile: struct.error, UnicodeDecodeError, NotImplementedError ...

@@ -32,7 +32,7 @@ def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageDa
         UserError: the path does not exist, has another format, holds no images or is damaged, or pyarrow is needed for
             it and not installed.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     if split not in SPLITS:
         raise UserError(f"split must be 'train' or 'test', not {split!r}.")
     try:

@@ -110,7 +110,7 @@ class TokenDataset:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path = pathlib.Path(path).expanduser()
+        self.path = path = pathlib.Path(os.path.expanduser(path))
         if not (path / MANIFEST).is_file():
             fault = "is not finished" if is_token_cache(path) else f"holds no token cache (no {MANIFEST})"
             raise UserError(f"{path} {fault}: {AGAIN}.")

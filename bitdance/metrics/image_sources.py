@@ -79,7 +79,7 @@ def open_source(
     Raises:
         UserError: nothing is there, or it holds no images.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     if path.name.endswith(".job") and path.is_dir():
         raise UserError(f"{path} is an unfinished sampling job: finish it with the command that started it.")
     if path.is_file() and path.suffix.lower() in (".npz", ".npy"):

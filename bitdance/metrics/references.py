@@ -91,7 +91,7 @@ def find_reference(
     """
     if config.reference == NO_REFERENCE:
         return None
-    path = pathlib.Path(config.reference).expanduser() if config.reference else _published_reference(side)
+    path = pathlib.Path(os.path.expanduser(config.reference)) if config.reference else _published_reference(side)
     is_npz = path.is_file() and path.suffix.lower() == ".npz"
     if is_npz and (stored := read_feature_set(path)) is not None:
         return {stored.about.get("extractor", INCEPTION): stored}

@@ -11,8 +11,10 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -25,6 +27,9 @@ os.umask(_UMASK)
 
 MAX_JSON = 2**26
 """Largest size of a file of JSON that is read, in bytes: labels of several million images."""
+
+NEW = ".bitdance-new-"
+"""Beginning of the name of a folder of `new_files`."""
 
 _ADVICE = {errno.EROFS: "choose another place", errno.EISDIR: "delete it"}
 
@@ -62,6 +67,18 @@ def remove_leftovers(folder: pathlib.Path) -> None:
     for path in folder.glob(".*tmp*"):
         if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}", path.name):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a hidden folder inside `folder` for files that are renamed into it when all of them are written.
+
+    It is removed when the context ends, and those that killed processes have left at its beginning.
+    """
+    for left in folder.glob(f"{NEW}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=NEW) as name:
+        yield pathlib.Path(name)
 
 
 def make_folder(path: pathlib.Path) -> None:

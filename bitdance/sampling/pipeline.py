@@ -222,7 +222,7 @@ class Pipeline:
 
         Raises:
             UserError: not exactly one of `keep_rows`, `keep_tokens` and `mask` is given, or it does not fit the model.
-            ValueError: images of another kind or size than the model's.
+            ValueError: images of another kind or size than the model's, or bits that are not +-1.
         """
         config = self.model.config
         is_bits = isinstance(images, Tensor) and images.is_floating_point()
@@ -230,10 +230,13 @@ class Pipeline:
         if bits.shape[1:] != (config.bits, config.grid, config.grid):
             size = f"{config.bits} bits for each of {config.grid} x {config.grid} tokens"
             raise ValueError(f"the model has {size}, the images give {tuple(bits.shape[1:])}: use images of its size.")
+        if is_bits:
+            _check_signs(bits)
         labels = self._find_labels(classes)
         if len(labels) not in (1, len(bits)):
             raise UserError(f"{len(labels)} classes for {len(bits)} images: give one class, or one for each image.")
-        if not isinstance(candidates, int) or candidates < 1:
+        candidates = _as_number(candidates)
+        if type(candidates) is not int or candidates < 1:
             raise UserError(f"candidates={candidates} is invalid: it must be an integer of at least 1.")
         tokens = tokens_from_grid(bits.to(self.device).float(), config.patch)  # (B, N, C)
         kept = kept_tokens(config, keep_rows, keep_tokens, mask).to(self.device)  # (N,)
@@ -364,7 +367,7 @@ class Pipeline:
         """
         from bitdance.sampling.pretrained import save_pretrained
 
-        save_pretrained(self, pathlib.Path(folder).expanduser(), metrics)
+        save_pretrained(self, pathlib.Path(os.path.expanduser(folder)), metrics)
 
     def push_to_hub(self, name: str, private: bool = False, metrics: Mapping[str, float] | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub and returns its address.
@@ -442,8 +445,7 @@ class Pipeline:
             raise ValueError(
                 f"bits must have shape (B, {self.autoencoder.config.bits}, h, w), not {tuple(bits.shape)}."
             )
-        if bits.dtype == torch.bool or not bool((bits.abs() == 1).all()):
-            raise ValueError("bits must be -1 or +1: take the sign of what you have.")
+        _check_signs(bits)
         return self._convert(self._decode(bits).cpu().numpy(), output)
 
     def decode_tokens(self, tokens: Tensor, chunk_size: int = 0, report: Callable[[str], object] = print) -> Tensor:
@@ -557,8 +559,9 @@ def kept_tokens(
     if sum(value is not None for value in (keep_rows, keep_tokens, mask)) != 1:
         raise UserError("say what to keep: give either `keep_rows`, `keep_tokens` or `mask`.")
     if mask is not None:
-        mask = torch.as_tensor(mask)
-        if mask.dtype != torch.bool or mask.shape != (grid, grid):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what is no array, or one of strings
+            mask = torch.as_tensor(mask)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (grid, grid):
             raise UserError(f"the mask must be bool of shape ({grid}, {grid}), one value for each token.")
         return tokens_from_grid(mask[None, None], config.patch)[0, :, 0]
     name, value, most, unit = "keep_rows", keep_rows, grid, config.patch
@@ -585,6 +588,11 @@ def check_bits(model: BitDanceConfig, autoencoder: AutoencoderConfig) -> None:
 def _as_number(value: Any) -> Any:
     """Returns a number of NumPy as one of Python, and anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_signs(bits: Tensor) -> None:
+    if bits.dtype == torch.bool or not bool((bits.abs() == 1).all()):
+        raise ValueError("bits must be -1 or +1: take the sign of what you have.")
 
 
 def _check_output(output: str) -> None:
@@ -652,7 +660,9 @@ def sampling_defaults(contents: WeightsFile) -> SamplingDefaults:
         return released.sampling
     scale = contents.metadata.get(CFG_SCALE, str(SamplingDefaults.cfg_scale))
     try:
-        return SamplingDefaults(float(scale))
+        defaults = SamplingDefaults(float(scale))
+        complete_config(defaults)
+        return defaults
     except ValueError:
         raise UserError(f"{contents.path} gives the guidance scale {printable(scale)!r}: convert it again.") from None
 

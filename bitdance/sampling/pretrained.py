@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from bitdance.config import BitDanceConfig
-from bitdance.runtime.atomic_files import atomic_write, make_folder
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.atomic_files import NEW, atomic_write, make_folder, new_files, rename
+from bitdance.runtime.errors import UserError, printable
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.writers import write_png
 from bitdance.weights import hub, weights_file
@@ -29,7 +30,7 @@ SHOWN_CLASSES, SHOWN_EACH = 10, 8
 
 def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None) -> None:
     """Writes a model, its autoencoder, some samples and a card; see `Pipeline.save_pretrained`."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir()):
         card = folder / CARD
         if not card.is_file() or MARK not in card.read_text(errors="replace"):
             raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")
@@ -42,14 +43,17 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, f
         if pipeline.dtype != torch.float32:  # the files have more digits
             model = weights_file.load_model(contents, pipeline.weights)
             autoencoder = weights_file.load_autoencoder(source)
-    weights_file.save(folder / "autoencoder.safetensors", autoencoder)
-    weights_file.save(folder / "model.safetensors", model, metadata=metadata)
     labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
     names = [pipeline.classes.label(label) for label in labels]
     images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
-    write_png(folder / PICTURE, image_grid(images, SHOWN_EACH, names, scale=None))
-    with atomic_write(folder / CARD) as temporary:
-        temporary.write_text(_card(pipeline, metrics or {}), encoding="utf-8")
+    with new_files(folder) as new:
+        with atomic_write(new / CARD) as temporary:
+            temporary.write_text(_card(pipeline, metrics or {}), encoding="utf-8")
+        weights_file.save(new / "autoencoder.safetensors", autoencoder)
+        weights_file.save(new / "model.safetensors", model, metadata=metadata)
+        write_png(new / PICTURE, image_grid(images, SHOWN_EACH, names, scale=None))
+        for file in (CARD, "autoencoder.safetensors", "model.safetensors", PICTURE):  # first the mark of the folder
+            rename(new / file, folder / file)
 
 
 def push_to_hub(pipeline: Any, name: str, private: bool = False, metrics: Mapping[str, float] | None = None) -> str:
@@ -78,7 +82,7 @@ def _card(pipeline: Any, metrics: Mapping[str, float]) -> str:
         "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
         **{name: f"{value:.4g}" for name, value in metrics.items()},
     }
-    classes = ", ".join(pipeline.classes.label(label) for label in range(min(20, len(pipeline.classes))))
+    classes = ", ".join(_markdown(pipeline.classes.label(label)) for label in range(min(20, len(pipeline.classes))))
     more = ", ..." if len(pipeline.classes) > 20 else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
@@ -106,6 +110,11 @@ pipe = bitdance.load_pipeline("this repository, or its folder")
 pipe([{pipeline.classes.label(0)!r}], seed=0)[0].save("image.png")
 ```
 """
+
+
+def _markdown(name: str) -> str:
+    """Returns a class name, whatever it is, as Markdown that shows it."""
+    return re.sub(r"([\\`*_\[\]<>&!|~#])", r"\\\1", printable(name))
 
 
 def _count(network: object) -> float:

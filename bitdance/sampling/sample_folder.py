@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
-import tempfile
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from bitdance.data.class_folders import GRID, RECORD
-from bitdance.runtime.atomic_files import make_folder, read_json, write_json
+from bitdance.runtime.atomic_files import make_folder, new_files, read_json, write_json
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.writers import write_png
 
@@ -44,8 +43,7 @@ def write_folder(
     They are put in place of those of an earlier call.
     """
     entries = record["images"]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:  # until all of it is written
-        new = pathlib.Path(name)
+    with new_files(folder) as new:
         write_json(new / RECORD, record)
         for entry, image, text in zip(entries, images, texts, strict=True):
             write_png(new / entry["file"], image, text)

@@ -211,8 +211,8 @@ def _commands(
     commands = {"as it was started last": run.get("command")}
     if facts["state"] == "stopped":
         commands["to resume"] = resume
-    elif facts["state"] == "finished" and isinstance(train.get("epochs"), int):
-        commands["to extend"] = f"{resume} --epochs {2 * train['epochs']}"
+    elif facts["state"] == "finished" and isinstance(epochs := train.get("epochs"), int) and 0 < epochs < 2**62:
+        commands["to extend"] = f"{resume} --epochs {2 * epochs}"
     data_path = str(train.get("data_path"))
     commands["to use the weights"] = use_command(folder, facts["kind"], train)
     if facts["kind"] == "autoencoder":

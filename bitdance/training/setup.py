@@ -213,7 +213,7 @@ def _read_views(images: ImageDataset, size: int, limit: int) -> Tensor:
 def _recorded_name(autoencoder: str | os.PathLike[str]) -> str:
     """Returns what the settings record: a path as an absolute one, so that the model can be sampled from anywhere."""
     text = os.fspath(autoencoder)
-    path = pathlib.Path(text).expanduser()
+    path = pathlib.Path(os.path.expanduser(text))
     return os.path.abspath(path) if not is_demo(text) and path.exists() else text
 
 

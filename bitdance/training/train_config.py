@@ -15,6 +15,9 @@ from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.run_folder import EXTEND, FREE
 from bitdance.weights.hub import EVALUATION_FOLDER
 
+MAX_STEPS = 10**12
+"""Largest number of steps or epochs; Python cannot compute with much larger ones as floating-point numbers."""
+
 PerceptualNetwork = Literal["efficientnet-lite0", "lpips"]
 """The classifier behind a perceptual loss."""
 
@@ -222,6 +225,8 @@ class TrainConfig:
             "preview_every val_every max_skipped max_bad_images eval_every eval_cfg_scale"
         )
         check_fields(self, others, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
+        lengths = "epochs max_steps warmup_steps decay_start"
+        check_fields(self, lengths, lambda value: value <= MAX_STEPS, f"be at most {MAX_STEPS}")
         check_fields(self, "beta1 beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1")
         check_fields(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")
         check_fields(self, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
