@@ -14,7 +14,7 @@ Sample images with the demo model, a released model, the folder of a training ru
 
     >>> bits = pipe.encode(images)
     >>> tuple(bits.shape)
-    (3, 64, 4, 4)
+    (3, 16, 8, 8)
     >>> pipe.decode(bits)[0].size
     (32, 32)
 

@@ -144,7 +144,7 @@ def test_the_time_of_a_step_is_measured():
         (["--max-steps", "9" * 400], "is invalid: it must be at most 1000000000000."),
         (["--batch_size", "13"], "holds 12 images, fewer than one batch of --batch-size 13: lower it or add images."),
         (["--init-from", "nothing"], "there is no model 'nothing'"),
-        (["--init-from", "demo", "--epochs", "1", "--dim", "64"], "has other sizes than this model (dim 192, not 64)"),
+        (["--init-from", "demo", "--epochs", "1", "--dim", "64"], "has other sizes than this model (dim 128, not 64)"),
     ],
 )
 def test_what_does_not_go_together(pictures, tmp_path, capsys, more, sentence):

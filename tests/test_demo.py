@@ -1,4 +1,4 @@
-"""The demo model that is part of the package."""
+"""The demo models that are part of the package."""
 
 import json
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from bitdance.cli.main import main
 from bitdance.models.philox import normal
 from bitdance.models.transformer import BitDance
+from bitdance.sampling.pipeline import load_pipeline
 from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
@@ -19,9 +20,12 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SAMPLING = SamplingConfig(num_steps=5, cfg_scale=3.0)
 
 
-@pytest.fixture(scope="module")
-def model() -> BitDance:
-    return weights_file.load_model("demo")
+PARALLEL_NUMS = {"demo-1x": 1, "demo-4x": 4, "demo-16x": 16}
+
+
+@pytest.fixture(scope="module", params=PARALLEL_NUMS)
+def model(request) -> BitDance:
+    return weights_file.load_model(request.param)
 
 
 def sample(model: BitDance, batch_size: int) -> Tensor:
@@ -33,13 +37,18 @@ def sample(model: BitDance, batch_size: int) -> Tensor:
     return torch.cat(batches)
 
 
-def test_files(model):
-    paths = [find_weights("demo", part) for part in ("model", "autoencoder")]
-    assert sum(path.stat().st_size for path in paths) <= 12_000_000
-    assert model.config.class_names == CLASSES
-    assert model.config.grid * weights_file.load_autoencoder("demo").config.down_size == 32
-    contents = [weights_file.read(path) for path in paths]
-    assert contents[0].metadata["tokenizer_digest"] == weights_file.tokenizer_digest(contents[1])
+def test_files():
+    autoencoder, paths = find_weights("demo", "autoencoder"), [find_weights(name) for name in PARALLEL_NUMS]
+    assert find_weights("demo") in paths
+    assert sum(path.stat().st_size for path in (autoencoder, *paths)) <= 12_000_000
+    digest = weights_file.tokenizer_digest(weights_file.read(autoencoder))
+    for path, (name, p) in zip(paths, PARALLEL_NUMS.items(), strict=True):
+        assert find_weights(name, "autoencoder") == autoencoder
+        assert weights_file.read(path).metadata["tokenizer_digest"] == digest
+        pipeline = load_pipeline(name, device="cpu")
+        config = pipeline.model.config
+        assert config.class_names == CLASSES and config.parallel_num == p and pipeline.image_size == 32
+        assert pipeline.defaults.cfg_scale > 1
 
 
 def test_it_distinguishes_classes(model):

@@ -710,7 +710,7 @@ def test_dry_run_of_sampling_needs_no_weights(tmp_path, capsys, monkeypatch):
         assert facts["largest_batches"]["80"] > size
     with pytest.raises(SystemExit):
         main(["sample", "--model", "BitDance-B-1X", "--autoencoder", "demo", "--dry-run"])
-    assert "the model has 32 bits per token and the autoencoder 64" in capsys.readouterr().err
+    assert "the model has 32 bits per token and the autoencoder 16" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -1049,7 +1049,7 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
             pipeline.encode(images)
     with pytest.raises(UserError, match="output='gif' is unknown"):
         pipeline.decode(torch.ones(1, 64, 4, 4), "gif")
-    with pytest.raises(ValueError, match=r"bits must have shape \(B, 64, h, w\), not \(1, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"bits must have shape \(B, 16, h, w\), not \(1, 5, 5\)"):
         pipeline.decode(torch.zeros(1, 5, 5))
     for value in (float("nan"), 0.0, 2.0):
         with pytest.raises(ValueError, match=r"bits must be -1 or \+1"):

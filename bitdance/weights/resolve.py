@@ -17,7 +17,7 @@ from bitdance.weights import hub
 DEMO = "demo"
 
 DEMO_AUTOENCODER = "demo_autoencoder.safetensors"
-_DEMOS = {DEMO: "model"}
+_DEMOS = {DEMO: "4x", **{f"{DEMO}-{name}": name for name in ("1x", "4x", "16x")}}
 """The models of the package by their names; all have one autoencoder."""
 
 Part = Literal["model", "autoencoder"]
@@ -28,9 +28,10 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     """Finds a file of weights; a released file that is missing is downloaded.
 
     Args:
-        name: `demo`; a released model such as `B-16X` or `BitDance-B-16X`, in any case; `autoencoder`, the released
-            one; the folder of a training run, whose finished weights, or else newest checkpoint, are meant; a folder
-            with one file of weights; a file; or a repository on the hub, `user/name`.
+        name: `demo`, or `demo-1x`, `demo-4x` and `demo-16x`; a released model such as `B-16X` or `BitDance-B-16X`, in
+            any case; `autoencoder`, the released one; the folder of a training run, whose finished weights, or else
+            newest checkpoint, are meant; a folder with one file of weights; a file; or a repository on the hub,
+            `user/name`.
         part: the network to find for `demo`, or in a folder with both.
         download: whether a missing released file is downloaded; otherwise it is an error.
 
