@@ -94,15 +94,16 @@ def _defaults(arguments: list[str]) -> Train | None:
     from bitdance.sampling.pipeline import sampling_defaults
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_model
-    from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights
+    from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights, is_demo
 
     starts = given["init-from"]
-    if starts is None and fields.isdisjoint(_SIZES) and given["autoencoder"] in (None, DEMO):
+    if starts is None and fields.isdisjoint(_SIZES) and (given["autoencoder"] or DEMO) == DEMO:
         starts = DEMO
     path = find_weights(starts or DEMO)
     contents = weights_file.read(path)
     config, sampling = describe_model(contents).config, sampling_defaults(contents) if starts else SamplingDefaults()
-    autoencoder = given["autoencoder"] or (DEMO if starts in (None, DEMO) else str(find_autoencoder_of(path)))
+    own = DEMO if starts is None or is_demo(starts) else str(find_autoencoder_of(path))
+    autoencoder = given["autoencoder"] or own
     run = TrainConfig(MISSING, image_size=_image_size(config, autoencoder), eval_cfg_scale=sampling.cfg_scale)
     sizes = ModelSizes.of(config, num_classes=None)
     defaults = Train(autoencoder, run, sizes, LossConfig(perturb_rate=0.1), init_from=starts)

@@ -17,7 +17,7 @@ from bitdance.weights import hub
 DEMO = "demo"
 
 DEMO_AUTOENCODER = "demo_autoencoder.safetensors"
-_DEMOS = {DEMO: "4x", **{f"{DEMO}-{name}": name for name in ("1x", "4x", "16x")}}
+DEMO_MODELS = {DEMO: "4x", **{f"{DEMO}-{name}": name for name in ("1x", "4x", "16x")}}
 """The models of the package by their names; all have one autoencoder."""
 
 Part = Literal["model", "autoencoder"]
@@ -42,7 +42,7 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
         raise UserError(f"{part}={name!r} is no name: give a string or a path.")
     text = os.fspath(name)
     if is_demo(text):
-        return _asset(f"demo_{_DEMOS[text]}.safetensors" if part == "model" else DEMO_AUTOENCODER)
+        return _asset(f"demo_{DEMO_MODELS[text]}.safetensors" if part == "model" else DEMO_AUTOENCODER)
     path = pathlib.Path(os.path.expanduser(text))  # that of pathlib raises where there is no home
     if path.is_dir():
         return _find_in_run(path, part)
@@ -61,13 +61,13 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
-    hint = did_you_mean(text, (*_DEMOS, "autoencoder", *RELEASED_MODELS))
+    hint = did_you_mean(text, (*DEMO_MODELS, "autoencoder", *RELEASED_MODELS))
     raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {DEMO}, or {known}.")
 
 
 def is_demo(name: str) -> bool:
     """Returns whether a name means a model of the package."""
-    return name in _DEMOS
+    return name in DEMO_MODELS
 
 
 def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:

@@ -20,7 +20,7 @@ done
 for p in ${PARALLEL_NUMS:-1 4 16}; do
     model=$folder/model-${p}x.safetensors
     [ -e "$model" ] || continue
-    for scale in ${SCALES:-1 2 3 4}; do
+    for scale in ${SCALES:-1 3 12 24}; do
         run bitdance sample --model "$model" --autoencoder "$folder/autoencoder.safetensors" --num-images "$samples" \
             --cfg-scale "$scale" --output "$folder/samples" --evaluate "${metrics[@]}"
     done

@@ -26,7 +26,7 @@ from bitdance.sampling.sampler import SamplerFunctions, sample_noise, sample_tok
 from bitdance.sampling.unfinished import decode_unfinished
 from bitdance.sampling.writers import write_png
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SCALES = (1.0, 3.0, 6.0, 12.0, 24.0)
 FRAMES_PER_SECOND = 6
 
 

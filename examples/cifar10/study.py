@@ -27,6 +27,7 @@ from classifier import extractor
 
 import bitdance
 from bitdance.cli.main import call
+from bitdance.config import SamplingDefaults
 from bitdance.metrics.feature_set import Collector, extract_features
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
@@ -36,13 +37,17 @@ from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.pipeline import Pipeline, split_batches
-from bitdance.sampling.sampler import SamplingConfig
+from bitdance.sampling.sampler import SamplingConfig, complete_config
 
 COLUMNS = (
     ["model", "parallel_num", "seed", "images"]
     + [field.name for field in dataclasses.fields(SamplingConfig)]
     + ["frechet_distance", "accuracy", "precision", "recall", "seconds_per_image"]
 )
+SCALES = {
+    "linear": (1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 12.0, 16.0, 24.0, 32.0),
+    "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+}
 SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
 BATCH = 250
 MARGIN = 0.03
@@ -50,24 +55,27 @@ T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Quantiles of Student's t at 95 %, by degrees of freedom."""
 
 
+def fast(scale: float, **changes: Any) -> SamplingConfig:
+    """Returns the settings around which all but the solver varies: those of the preset `fast`."""
+    return complete_config(SamplingDefaults(cfg_scale=scale), "fast", **changes)
+
+
 def settings(scale: float) -> Iterator[SamplingConfig]:
-    """Yields the settings of the study, one axis at a time, around 50 steps and a guidance scale."""
-    base = SamplingConfig(50, scale)
+    """Yields the settings of the study, one axis at a time, around a guidance scale."""
+    for schedule, scales in SCALES.items():
+        for value in scales:
+            yield fast(value, cfg_schedule=schedule)
     for solver, steps in itertools.product(SOLVERS, (5, 10, 15, 20, 30, 50, 100)):
-        yield dataclasses.replace(base, solver=solver, num_steps=steps)
-    for scale_, schedule in itertools.product((1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), ("linear", "constant")):
-        yield dataclasses.replace(base, cfg_scale=scale_, cfg_schedule=schedule)
-    for scale_, solver in itertools.product((1.0, 2.0, 4.0, 6.0), ("euler", "heun")):  # another law with guidance
-        yield dataclasses.replace(base, cfg_scale=scale_, solver=solver)
+        yield fast(scale, solver=solver, num_steps=steps)
+    for value, solver in itertools.product((1.0, 4.0), ("euler", "heun")):  # another law with guidance
+        yield fast(value, solver=solver, num_steps=50)
     for interval in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.5, 1.0)):
-        yield dataclasses.replace(base, cfg_interval=interval)
-    yield dataclasses.replace(base, share_first=True)
-    for solver in SOLVERS[:2]:
-        small = dataclasses.replace(base, solver=solver, num_steps=15)
-        for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
-            yield dataclasses.replace(small, end_time=end, grid_power=power)
-        for first, last in ((15, 15), (25, 5), (5, 25), (40, 10)):
-            yield dataclasses.replace(small, num_steps=first, final_num_steps=last)
+        yield fast(scale, cfg_interval=interval)
+    yield fast(scale, share_first=True)
+    for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
+        yield fast(scale, num_steps=10, end_time=end, grid_power=power)
+    for first, last in ((10, 10), (16, 4), (4, 16)):
+        yield fast(scale, num_steps=first, final_num_steps=last)
 
 
 def step_settings(scale: float) -> Iterator[SamplingConfig]:
@@ -114,14 +122,14 @@ def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[st
     }
 
 
-def run(options: argparse.Namespace, name: str, path: pathlib.Path) -> None:
+def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path) -> None:
     """Measures what is missing of a model."""
     network, world = extractor(), World(0, 1, torch.device("cpu"))
     source = open_source(options.reference, 32)
     reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     rows = read_rows(path)
     done = [{column: row[column] for column in key_of("", 0, 0, SamplingConfig(1, 1.0))} for row in rows]
-    configs = dict.fromkeys((step_settings if options.equivalence else settings)(options.cfg_scale))
+    configs = dict.fromkeys((step_settings if options.equivalence else settings)(scale))
     wanted = itertools.product(range(options.seeds), configs)
     missing = [item for item in wanted if key_of(name, item[0], options.images, item[1]) not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +149,9 @@ def run(options: argparse.Namespace, name: str, path: pathlib.Path) -> None:
     print(f"wrote {path}")
 
 
-def select(rows: list[dict[str, str]], x: str, **fixed: Any) -> dict[str, dict[str, list[float]]]:
-    """Returns the values of the metrics over the values of a column, for the rows with these settings."""
-    base = {name: str(value) for name, value in dataclasses.asdict(SamplingConfig(50, 3.0)).items()}
-    base |= {name: str(value) for name, value in fixed.items()}
+def select(rows: list[dict[str, str]], x: str, config: SamplingConfig) -> dict[str, dict[str, list[float]]]:
+    """Returns the values of the metrics over the values of a column, for the rows that else have these settings."""
+    base = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     base.pop(x)
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
@@ -161,9 +168,9 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
-    lines = [(0, solver, select(rows, "num_steps", solver=solver, cfg_scale=scale)) for solver in SOLVERS]
-    for schedule in ("linear", "constant"):
-        lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", cfg_schedule=schedule)))
+    lines = [(0, solver, select(rows, "num_steps", fast(scale, solver=solver))) for solver in SOLVERS]
+    for schedule in SCALES:
+        lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", fast(scale, cfg_schedule=schedule))))
     for column, label, values in lines:
         points = sorted((float(x), metrics) for x, metrics in values.items())
         for row, name in enumerate(("frechet_distance", "accuracy")):
@@ -171,7 +178,7 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
             axes[row, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
     for row, title in enumerate(("Fréchet distance", "accuracy")):
         axes[row, 0].set(xlabel="solver steps", ylabel=title, xscale="log")
-        axes[row, 1].set(xlabel="guidance scale", ylabel=title)
+        axes[row, 1].set(xlabel="guidance scale", ylabel=title, xscale="log")
     axes[0, 0].legend()
     axes[0, 1].legend()
     with atomic_write(path) as temporary:
@@ -184,9 +191,9 @@ def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
 
     The seeds are pairs: the same seed has the same labels and first noise.
     """
-    exact = select(rows, "num_steps", solver=SOLVERS[0], cfg_scale=scale).get("100", {}).get("frechet_distance", [])
+    exact = select(rows, "num_steps", fast(scale, solver=SOLVERS[0])).get("100", {}).get("frechet_distance", [])
     for solver in SOLVERS[:2]:
-        values = select(rows, "num_steps", solver=solver, cfg_scale=scale)
+        values = select(rows, "num_steps", fast(scale, solver=solver))
         for steps, metrics in sorted(values.items(), key=lambda item: int(item[0])):
             pairs = list(zip(metrics["frechet_distance"], exact, strict=False))
             if (solver, steps) == (SOLVERS[0], "100") or not 2 <= len(pairs) <= len(T95):
@@ -206,9 +213,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--models", nargs="+", default=["demo"], help="names, files or folders of runs")
     parser.add_argument("--reference", type=pathlib.Path, help="held-out images")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/study"), help="folder")
-    parser.add_argument("--images", type=int, default=2000, help="samples of each setting")
+    parser.add_argument("--images", type=int, default=1000, help="samples of each setting")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other noise")
-    parser.add_argument("--cfg-scale", type=float, default=3.0, help="of the settings that do not vary it")
+    parser.add_argument("--cfg-scale", type=float, help="of the settings that do not vary it; by default the model's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--equivalence", action="store_true", help="compare numbers of steps with the published one")
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
@@ -216,17 +223,18 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(options.threads)
     for name in options.models:
         path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
+        scale = options.cfg_scale or bitdance.load_pipeline(name).defaults.cfg_scale
         if not options.figures:
             if options.reference is None:
                 raise UserError("--reference is missing: give the held-out images.")
-            run(options, name, path)
+            run(options, name, scale, path)
         rows = read_rows(path)
         if not rows:
             raise UserError(f"{path} has no results yet: run without --figures first.")
         if options.equivalence:
-            print_equivalence(rows, options.cfg_scale)
+            print_equivalence(rows, scale)
         else:
-            draw(rows, path.with_suffix(".png"), options.cfg_scale)
+            draw(rows, path.with_suffix(".png"), scale)
 
 
 if __name__ == "__main__":
