@@ -146,7 +146,7 @@ def test_errors_of_a_sampling_reach_the_page(pipe):
         ({"seed": None}, "the seed must be"),
         ({"seed": 1.5}, "the seed must be"),
         ({"num_steps": 201}, "the number of solver steps must be an integer from 1 to 200"),
-        ({"cfg_scale": float("nan")}, "the guidance scale must be a number from 0 to 20"),
+        ({"cfg_scale": float("nan")}, "the guidance scale must be a number from 0 to 50"),
         ({"cfg_scale": True}, "the guidance scale must be"),
         ({"preset": "slow"}, "the preset must be"),
         ({"preset": ["fast"]}, "the preset must be"),

@@ -31,7 +31,7 @@ from bitdance.sampling.sampler import SamplingConfig, StepCallback
 from bitdance.sampling.unfinished import decode_unfinished, hide_tokens
 from bitdance.sampling.writers import image_settings, list_entries, save_png
 
-MAX_CLASSES, MAX_EACH, MAX_STEPS, MAX_SCALE = 10, 10, 200, 20
+MAX_CLASSES, MAX_EACH, MAX_STEPS, MAX_SCALE = 10, 10, 200, 50
 """Largest number of classes, of images of each, of solver steps, and guidance scale."""
 
 MAX_PIXELS = 64 * 256**2
