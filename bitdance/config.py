@@ -245,9 +245,9 @@ class SamplingDefaults:
     """
 
     cfg_scale: float = 3.0
-    num_steps: int = 50
+    num_steps: int = 20
     chunk_size: int = 0
-    solver: SolverName = "euler-maruyama"
+    solver: SolverName = "dpmpp-2m-sde"
 
 
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -303,7 +303,11 @@ _PUBLISHED: dict[str, Any] = {  # family, sizes, guidance, decoder chunk, and th
 }  # fmt: skip
 RELEASED_MODELS = {
     name: ReleasedModel(
-        f"BitDance_{name.replace('-', '_')}.pt", family, config, SamplingDefaults(cfg_scale, 100, chunk), *rest
+        f"BitDance_{name.replace('-', '_')}.pt",
+        family,
+        config,
+        SamplingDefaults(cfg_scale, 100, chunk, "euler-maruyama"),
+        *rest,
     )
     for name, (family, config, cfg_scale, chunk, *rest) in _PUBLISHED.items()
 }

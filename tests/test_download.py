@@ -459,7 +459,7 @@ def test_nothing_is_fetched_for_other_files_or_offline(server, monkeypatch):
 def test_names_resolve_alike(tmp_path, monkeypatch, capsys):
     """In every command; a name that is nearly one of ours gets a hint, and `info` downloads nothing."""
     monkeypatch.chdir(tmp_path)
-    assert resolve.find_weights("demo").name == "demo_4x.safetensors"
+    assert resolve.find_weights("demo").name == "demo_1x.safetensors"
     with pytest.raises(UserError, match=r"there is no model 'Demo': did you mean demo\? name a file"):
         resolve.find_weights("Demo")
     with pytest.raises(UserError, match="model=3 is no name: give a string or a path"):

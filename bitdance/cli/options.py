@@ -54,7 +54,7 @@ class ModelOptions:
     """Which model to sample.
 
     Attributes:
-        model: demo (demo-4x), demo-1x or demo-16x, a released model such as BitDance-B-16X, the folder of a training
+        model: demo (demo-1x), demo-4x or demo-16x, a released model such as BitDance-B-16X, the folder of a training
             run, or a file of weights.
         autoencoder: likewise; by default the one inside the model's file, beside it, or of its training run.
         weights: ema or model (raw); by default the EMA if there is one.

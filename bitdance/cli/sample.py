@@ -71,7 +71,7 @@ class How:
         cfg_scale: guidance scale, 1 for none; by default the published one of a released model, or that in the file,
             else 3.
         cfg_schedule: linear grows from 1 with the steps; constant.
-        num_steps: solver steps of the diffusion head for each token; by default 100 for a released model, else 50.
+        num_steps: solver steps of the diffusion head for each token; by default 100 for a released model, else 20.
         final_num_steps: solver steps at the last token, changing linearly from `num_steps` at the first; by default the
             same for all.
         solver: euler-maruyama as published; dpmpp-2m-sde, of the same equation in fewer steps; euler and heun (second

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.config import Split
+from bitdance.config import SamplingDefaults, Split
 from bitdance.data.crops import normalize
 from bitdance.data.image_dataset import ImageDataset, NamedImages
 from bitdance.data.token_cache import TokenDataset, is_token_cache
@@ -210,7 +210,8 @@ class Evaluation:
         else:
             classes = np.unique(labels)
             chosen = classes[make_labels("balanced", number, len(classes), seed=0)]
-            sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale)
+            solver = SamplingDefaults().solver
+            sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale, solver=solver)
             self._source = PipelineSource(network, sampling, chosen, in_bf16)
         features = () if config.eval_features is None else (config.eval_features,)
         wanted = EvaluationConfig(config.eval_reference, inception_weights=config.eval_inception, features=features)

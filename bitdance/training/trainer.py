@@ -59,8 +59,8 @@ COMPARED_CLASSES, COMPARED_IMAGES = 10, 6
 COMPILED_DEVICES = ("cuda",)
 """Types of devices on which `compile` has an effect."""
 
-PREVIEW_SAMPLING = SamplingDefaults(num_steps=20, chunk_size=1, solver="dpmpp-2m-sde")
-"""Fewer steps than for samples, and images decoded one by one: a preview should need less memory than a step."""
+PREVIEW_SAMPLING = SamplingDefaults(chunk_size=1)
+"""Images are decoded one by one: a preview should need less memory than a step."""
 
 
 @dataclasses.dataclass(frozen=True)

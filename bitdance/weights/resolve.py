@@ -17,7 +17,7 @@ from bitdance.weights import hub
 DEMO = "demo"
 
 DEMO_AUTOENCODER = "demo_autoencoder.safetensors"
-DEMO_MODELS = {DEMO: "4x", **{f"{DEMO}-{name}": name for name in ("1x", "4x", "16x")}}
+DEMO_MODELS = {DEMO: "1x", **{f"{DEMO}-{name}": name for name in ("1x", "4x", "16x")}}
 """The models of the package by their names; all have one autoencoder."""
 
 Part = Literal["model", "autoencoder"]
