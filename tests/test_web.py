@@ -206,16 +206,16 @@ def test_models_are_offered_by_name_and_never_by_path(tmp_path, capsys, monkeypa
         return Pipeline(small.model(), small.autoencoder())
 
     models = OfferedModels(["a/mine", str(tmp_path / "b/mine"), "a/mine"], load)
-    assert models.names == ["mine", "mine (2)", "demo", "BitDance-B-4X"]
+    assert models.names == ["mine", "mine (2)", "demo-1x", "demo-4x", "demo-16x", "BitDance-B-4X"]
     assert models.get("mine (2)") is models.get("mine (2)")
-    models.get("demo")
+    models.get("demo-1x")
     models.get("mine (2)")
-    assert loaded == ["a/mine", str(tmp_path / "b/mine"), "demo", str(tmp_path / "b/mine")], "the last one stays loaded"
-    for name in ("a/mine", str(tmp_path / "a/mine"), "../mine", None, ["demo"]):
+    assert loaded == ["a/mine", str(tmp_path / "b/mine"), "demo-1x", str(tmp_path / "b/mine")], "the last one stays loaded"
+    for name in ("a/mine", str(tmp_path / "a/mine"), "../mine", None, ["demo-1x"]):
         with pytest.raises(UserError, match="there is no such model"):
             models.get(name)
-    with pytest.raises(UserError, match=r"^the model demo cannot be loaded: the terminal of the server says why\.$"):
-        models.get("demo")
+    with pytest.raises(UserError, match=r"^the model demo-1x cannot be loaded: the terminal of the server says why\.$"):
+        models.get("demo-1x")
     assert f"{tmp_path} is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no model 'c'"):
         OfferedModels(["c"], load)

@@ -11,7 +11,7 @@ from bitdance.config import RELEASED_MODELS
 from bitdance.runtime.errors import UserError, one_line
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.weights import hub
-from bitdance.weights.resolve import DEMO_MODELS, find_weights
+from bitdance.weights.resolve import DEMO, DEMO_MODELS, find_weights
 
 
 class OfferedModels:
@@ -31,7 +31,8 @@ class OfferedModels:
             find_weights(source)
             self._add(pathlib.Path(source).absolute().name, source)
         for name in DEMO_MODELS:
-            self._add(name, name)
+            if name != DEMO:  # which is one of the others
+                self._add(name, name)
         if hub.find(hub.FOLDER / hub.AUTOENCODER_FILE):
             for name, release in RELEASED_MODELS.items():
                 if hub.find(hub.FOLDER / release.file):
