@@ -17,7 +17,7 @@ from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SAMPLING = SamplingConfig(num_steps=5, cfg_scale=3.0)
+SAMPLING = SamplingConfig(num_steps=5, cfg_scale=24.0)
 
 
 PARALLEL_NUMS = {"demo-1x": 1, "demo-4x": 4, "demo-16x": 16}
@@ -54,8 +54,8 @@ def test_files():
 def test_it_distinguishes_classes(model):
     """The loss of its samples is lower with their classes than with others."""
     tokens, labels = sample(model, 10), torch.arange(10)
-    steps = model.config.ar_steps
-    x_0 = normal(1, torch.arange(10 * steps), model.config.bits, stream=99, step=0)[0][:, None]
+    steps, p = model.config.ar_steps, model.config.parallel_num
+    x_0 = normal(1, torch.arange(10 * steps), p * model.config.bits, stream=99, step=0)[0].unflatten(1, (p, -1))
     t = torch.linspace(0.05, 0.9, steps).repeat(10)
     with torch.no_grad():
         right, wrong = (model.loss(tokens, classes, t, x_0) for classes in (labels, (labels + 5) % 10))
