@@ -27,8 +27,8 @@ FINE_TUNING_LR, SCRATCH_LR = 5e-4, 1e-3
 """Learning rates of a model that starts from trained weights, and of a small one that does not."""
 AUTOENCODER_LR = 3e-4
 """That of an autoencoder that starts from trained weights."""
-TRIALS = 3
-"""Steps that are timed, of which the fastest counts."""
+MIN_TRIALS, TRIAL_SECONDS = 3, 2.0
+"""Steps that are timed, at least so many and for so long; the fastest counts, since other programs slow some down."""
 
 
 def parse_time(text: str) -> float:
@@ -62,8 +62,9 @@ def measure_step(
     inputs = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
     indices = torch.arange(len(inputs), device=device)
     seconds = []
-    for step in range(TRIALS + 1):  # the first one also allocates
-        start = perf_counter()
+    begin = perf_counter()
+    while len(seconds) <= MIN_TRIALS or perf_counter() - begin < TRIAL_SECONDS:
+        start, step = perf_counter(), len(seconds)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
             loss, _ = objective(inputs, torch.zeros_like(indices), indices, step)
         loss.backward()
@@ -71,7 +72,7 @@ def measure_step(
         optimizer.zero_grad()
         loss.item()  # waits for a GPU
         seconds.append(perf_counter() - start)
-    return min(seconds[1:])
+    return min(seconds[1:])  # the first one also allocates
 
 
 def choose_batch_size(count: int) -> int:
