@@ -28,6 +28,11 @@ from bitdance.weights.resolve import find_weights
 RUN = TrainConfig(pathlib.Path("x"))
 
 
+@pytest.fixture(autouse=True)
+def short_trials(monkeypatch):
+    monkeypatch.setattr(automatic, "TRIAL_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), ("2d", 172_800)])
 def test_times(text, seconds):
     assert automatic.parse_time(text) == seconds
