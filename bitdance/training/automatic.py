@@ -61,7 +61,7 @@ def measure_step(
     optimizer = Optimizer(dict(objective.named_parameters()), TrainConfig(pathlib.Path()))
     inputs = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
     indices = torch.arange(len(inputs), device=device)
-    seconds = []
+    seconds: list[float] = []
     begin = perf_counter()
     while len(seconds) <= MIN_TRIALS or perf_counter() - begin < TRIAL_SECONDS:
         start, step = perf_counter(), len(seconds)
