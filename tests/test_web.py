@@ -210,7 +210,9 @@ def test_models_are_offered_by_name_and_never_by_path(tmp_path, capsys, monkeypa
     assert models.get("mine (2)") is models.get("mine (2)")
     models.get("demo-1x")
     models.get("mine (2)")
-    assert loaded == ["a/mine", str(tmp_path / "b/mine"), "demo-1x", str(tmp_path / "b/mine")], "the last one stays loaded"
+    assert loaded == ["a/mine", str(tmp_path / "b/mine"), "demo-1x", str(tmp_path / "b/mine")], (
+        "the last one stays loaded"
+    )
     for name in ("a/mine", str(tmp_path / "a/mine"), "../mine", None, ["demo-1x"]):
         with pytest.raises(UserError, match="there is no such model"):
             models.get(name)
