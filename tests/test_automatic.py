@@ -105,7 +105,7 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     assert "settings that were not given:" in out
     assert "6 steps of 2 images (1 epochs), 10 s a step: the least that is of use" in out
     assert "learning rate 0" not in out and "input bits" not in out
-    assert "2 of 3 classes are new and start from the null class." in err
+    assert "starts from demo; 2 of 3 classes are new and start from the embedding of no class." in err
     scale = load_pipeline("demo", device="cpu").defaults.cfg_scale
     assert load_pipeline(run, device="cpu").defaults.cfg_scale == scale, "that of the model to start from"
     stored = json.loads((run / "settings.json").read_text())
@@ -227,7 +227,7 @@ def test_only_what_must_change_is_replaced(tmp_path, p):
     names = ("new", "Class 1", "other")
     model = BitDance(dataclasses.replace(other.config, num_classes=3, class_names=names))
     sentence = initialize_model(model, path)
-    assert sentence.endswith("; 2 of 3 classes are new and start from the null class")
+    assert sentence.endswith("; 2 of 3 classes are new and start from the embedding of no class")
     table, mine = other.cls_embedding.weight, model.cls_embedding.weight
     assert torch.equal(mine, table[[-1, 1, -1, -1]])
     theirs = other.state_dict()

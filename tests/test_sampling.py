@@ -1061,5 +1061,6 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
 
 
 def test_names_of_files_are_short_whatever_the_alphabet():
+    assert list_entries(ClassNames.from_labels(["Birds & Bees"]), [0])[0]["file"] == "0000-birds-bees.png"
     (entry,) = list_entries(ClassNames.from_labels(["\U00020000" * 60]), [0])
     assert len(entry["file"].encode()) < 200  # with what is added while it is written at most 255

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
             print(f"published {pipeline.push_to_hub(target.name, target.private, metrics)}")
         elif target.output is not None:
             pipeline.save_pretrained(target.output, metrics)
-            print(f"wrote {target.output}")
+            print(f"wrote {target.output}, for every --model and bitdance.load_pipeline")
 
 
 def _metrics_of_run(folder: pathlib.Path) -> dict[str, float]:

@@ -32,9 +32,9 @@ class Train:
 
     Any number of processes under torchrun; an interrupted run is resumed by the same command.
 
-    Without --recipe, what is not given follows from the images and from --time, --epochs or --max-steps: small pictures
-    are learnt by the demo model, which is changed as little as its new classes need, and the choices are printed. The
-    defaults below are those of the original, for ImageNet.
+    Without --recipe, what is not given follows from the images and from --time, --epochs or --max-steps: the demo model
+    is adapted to the images, its autoencoder stays as it is, and the choices are printed; --data-path and --output are
+    enough. The defaults below, and what is required, are those with --recipe, as in the original for ImageNet.
 
     Attributes:
         autoencoder: the autoencoder that makes the tokens and is not trained: demo, autoencoder (the released one), the

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
@@ -76,7 +77,8 @@ def image_settings(
 
 def list_entries(names: ClassNames, labels: list[int]) -> list[dict[str, Any]]:
     """Returns the entry of each image in a record: its file, class and number, of which its noise is a function."""
-    texts = ("".join(c if c.isalnum() else "-" for c in names.label(label).lower())[:60] for label in labels)
+    texts = ("".join(c if c.isalnum() else "-" for c in names.label(label).lower()) for label in labels)
+    texts = (re.sub("-+", "-", text)[:60] for text in texts)
     words = [text.encode()[:180].decode(errors="ignore") for text in texts]  # names of files have at most 255 bytes
     return [
         {"file": f"{number:04d}-{word}.png", "class": label, "name": names.label(label), "number": number}

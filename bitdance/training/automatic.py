@@ -141,7 +141,7 @@ def choose_schedule(
     chosen = {name: value for name, value in chosen.items() if name not in given}
     scratch = "from scratch, since sizes or an autoencoder were given: needs thousands of images and hours"
     reasons = [
-        "starts from trained weights, which few images suffice to change" if fine_tunes else scratch,
+        "starts from trained weights, which learn from few images" if fine_tunes else scratch,
         f"{steps} {length} ({steps / per_epoch:.3g} epochs), {limit}",
     ]
     if "lr" in chosen:

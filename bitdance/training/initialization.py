@@ -49,12 +49,12 @@ def initialize_model(network: BitDance, name: str | os.PathLike[str]) -> str:
         rows = [null if row is None else row for row in found]
         state["cls_embedding.weight"] = state["cls_embedding.weight"][[*rows, null]]
         if new := rows.count(null):
-            replaced.append(f"{new} of {mine.num_classes} classes are new and start from the null class")
+            replaced.append(f"{new} of {mine.num_classes} classes are new and start from the embedding of no class")
     if mine.grid != theirs.grid:
         state["pos_for_diff.weight"] = _resize_positions(state["pos_for_diff.weight"], mine.grid, mine.patch)
         replaced.append(f"positions are interpolated from {theirs.grid} x {theirs.grid} to {mine.grid} x {mine.grid}")
     network.load_state_dict(state)
-    return f"starts from {contents.path}" + "".join(f"; {part}" for part in replaced)
+    return f"starts from {os.fspath(name)}" + "".join(f"; {part}" for part in replaced)
 
 
 def _resize_positions(table: Tensor, grid: int, patch: int) -> Tensor:

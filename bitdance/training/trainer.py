@@ -550,6 +550,8 @@ class Trainer:
         rows: list[np.ndarray] = []
         for label, sampled in zip(present, np.split(samples, len(present)), strict=True):
             members = np.flatnonzero(images.labels == label)
+            readable = np.setdiff1d(members, self.loader.bad_images.indices())
+            members = readable if len(readable) else members
             chosen = members[evenly_spaced(len(members), COMPARED_IMAGES)]
             views = [self._view(pipeline, int(index)) for index in chosen]
             views += [np.full_like(views[0], 255)] * (COMPARED_IMAGES + 1 - len(views))  # and a gap
