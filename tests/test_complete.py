@@ -45,7 +45,7 @@ def test_rows_masks_and_candidates_keep_what_they_say():
     pipe = make(4)
     bits = sample_bits(pipe, [0, 2])
     seen: list[torch.Tensor] = []
-    settings = {"num_steps": 3, "callback": lambda i, n, tokens: seen.append(tokens)}
+    settings = {"num_steps": 3, "solver": "euler-maruyama", "callback": lambda i, n, tokens: seen.append(tokens)}
     images = pipe.complete(bits, 1, keep_rows=2, candidates=3, batch_size=4, **settings)
     assert len(images) == 6
     full = torch.cat([tokens for tokens in seen if tokens.shape[1] == 16])

@@ -91,7 +91,7 @@ def test_the_files_of_a_call(model, tmp_path, capsys):
     assert (record["seed"], record["cfg_scale"], record["num_steps"]) == (0, 3.0, 4)
     text = json.loads(Image.open(folder / "0004-sea-lion.png").text["bitdance"])
     known = {"class": 2, "name": "sea lion", "number": 4, "seed": 0, "cfg_scale": 3.0, "num_steps": 4}
-    assert text.items() >= {**known, "solver": "euler-maruyama", "version": bitdance.__version__}.items()
+    assert text.items() >= {**known, "solver": "dpmpp-2m-sde", "version": bitdance.__version__}.items()
     assert text["model"] == "model-model", "without its path"
     with Image.open(folder / "grid.png") as grid:
         side = 96 + 2  # small pictures are enlarged to 96 pixels
@@ -809,7 +809,7 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):
     common = ["--cfg-scale", 2, "--seed", 5]
     words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path / "a", "--num-images", 7, "--npz",
-             "--batch-size", 3, "--num-steps", 3, "--precision", "fp32", *common]  # fmt: skip
+             "--batch-size", 3, "--num-steps", 3, "--solver", "euler-maruyama", "--precision", "fp32", *common]  # fmt: skip
     main(list(map(str, words)))
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == facts["sampled"] == 7
@@ -1047,12 +1047,12 @@ def test_the_pipeline_refuses_wrong_types_and_reads_16_bit_images():
         with pytest.raises(ValueError, match="images must be PIL images"):
             pipeline.encode(images)
     with pytest.raises(UserError, match="output='gif' is unknown"):
-        pipeline.decode(torch.ones(1, 64, 4, 4), "gif")
+        pipeline.decode(torch.ones(1, 16, 8, 8), "gif")
     with pytest.raises(ValueError, match=r"bits must have shape \(B, 16, h, w\), not \(1, 5, 5\)"):
         pipeline.decode(torch.zeros(1, 5, 5))
     for value in (float("nan"), 0.0, 2.0):
         with pytest.raises(ValueError, match=r"bits must be -1 or \+1"):
-            pipeline.decode(torch.full((1, 64, 4, 4), value))
+            pipeline.decode(torch.full((1, 16, 8, 8), value))
     grey = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     bits = pipeline.encode([Image.fromarray(grey), deep])

@@ -95,7 +95,9 @@ def test_metrics_are_those_of_the_ema_weights_and_info_shows_them(place, tmp_pat
     pipeline = Pipeline(model, weights_file.load_autoencoder(place / "autoencoder.safetensors"))
     labels = make_labels("balanced", IMAGES, 3, seed=0)
     images = [
-        pipeline.generate(range(i, min(i + 4, IMAGES)), labels[i : i + 4].tolist(), SamplingConfig(3, 2.0)).pixels
+        pipeline.generate(
+            range(i, min(i + 4, IMAGES)), labels[i : i + 4].tolist(), SamplingConfig(3, 2.0, solver="dpmpp-2m-sde")
+        ).pixels
         for i in (0, 4, 8)
     ]
     source = open_source(save(tmp_path / "samples.npz", np.concatenate(images), labels))
