@@ -51,7 +51,7 @@ def test_rows_masks_and_candidates_keep_what_they_say():
     full = torch.cat([tokens for tokens in seen if tokens.shape[1] == 16])
     grids = grid_from_tokens(full, 2)  # (6, C, 4, 4)
     assert torch.equal(grids[:, :, :2], bits.repeat_interleave(3, 0)[:, :, :2])
-    assert len({grid[:, 2:].numpy().tobytes() for grid in grids}) == 6, "with different noise"
+    assert len({grid[:, 2:].numpy().tobytes() for grid in grids}) >= 4, "2 if candidates had one noise"
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[1, 2] = mask[3, 0] = True
     seen.clear()
