@@ -809,7 +809,8 @@ def test_a_job_in_bf16(model, tmp_path, capsys):
 def test_the_command_makes_the_same_job_as_the_launcher(model, tmp_path, capsys):
     common = ["--cfg-scale", 2, "--seed", 5]
     words = ["sample", "--model", model, "--device", "cpu", "--output", tmp_path / "a", "--num-images", 7, "--npz",
-             "--batch-size", 3, "--num-steps", 3, "--solver", "euler-maruyama", "--precision", "fp32", *common]  # fmt: skip
+             "--batch-size", 3, "--num-steps", 3, "--precision", "fp32",
+             "--solver", "euler-maruyama", *common]  # fmt: skip
     main(list(map(str, words)))
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == facts["sampled"] == 7
