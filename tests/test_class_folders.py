@@ -183,7 +183,7 @@ def test_a_run_uses_held_out_pictures_and_skips_unreadable_ones(tmp_path, capsys
     run = small.train_config(folder, tmp_path / "run", max_steps=2)
     train_model(run, ModelSizes(**small.SIZES), LossConfig(), tmp_path / "autoencoder.safetensors", "cpu")
     out, err = capsys.readouterr()
-    assert "from 9 images (1 unreadable): 2 steps" in out
+    assert "from 8 images (1 unreadable): 2 steps" in out
     assert f"{folder / 'train'}: 9 images of 3 classes (class-0, class-1, class-2), val/ held out\n" in err
     assert any("val_loss" in line for line in small.read_log(tmp_path / "run")) == fits
     assert f"{folder / 'val'}: 6 images" in err if fits else "no held-out images are used: " in err

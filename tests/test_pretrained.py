@@ -146,6 +146,7 @@ def test_a_folder_holds_exact_networks_samples_and_a_card(pipeline, tmp_path):
     )
     card = (tmp_path / "mine" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: bitdance\n") and "| FID | 12.35 |" in card and "samples.png" in card
+    assert 'load_pipeline(".")' in card
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
         "README.md", "autoencoder.safetensors", "model.safetensors", "samples.png"]  # fmt: skip
     pipeline.save_pretrained(tmp_path / "mine")  # its own folder is replaced
@@ -158,7 +159,7 @@ def test_a_folder_holds_exact_networks_samples_and_a_card(pipeline, tmp_path):
 
 def test_a_card_shows_class_names_as_they_are(pipeline, tmp_path):
     pipeline.classes = ClassNames.from_labels(["<script>", "a\nb", "![x](y)", "\ud800", "hen_1"])
-    text = _card(pipeline, {})
+    text = _card(pipeline, {}, ".")
     assert r"Classes: \<script\>, 'a\\nb', \!\[x\](y), '\\ud800', hen\_1." in text and text.isascii()
 
 
@@ -230,7 +231,7 @@ def test_the_command(tmp_path, capsys, hub):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| training steps | 9 |" in card and "| validation loss | 1.25 |" in card and "| FID | 20.5 |" in card
     main(["publish", "u/n", *options])
-    assert hub.files["README.md"].decode() == card and hub.created["visibility"] == "public"
+    assert hub.files["README.md"].decode() == card.replace('"."', '"u/n"') and hub.created["visibility"] == "public"
     assert f"published {hub.url}/u/n" in capsys.readouterr().out
     for arguments in (options, ["u/n", "--output", "x", *options]):
         with pytest.raises(SystemExit):

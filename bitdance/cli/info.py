@@ -154,7 +154,8 @@ def _rows(network: dict[str, Any]) -> list[tuple[str, str, str]]:
         note = f"; {', '.join(others)} is there too" if others else ", the only ones"
         rows.append(("weights", f"{network['weights']}{note}", ""))
     rows.append(("parameters", f"{network['parameters'] / 1e6:.2f} million, {', '.join(network['dtypes'])}", ""))
-    rows.append(("released model", network["released_as"] or "none of these sizes", ""))
+    if network["released_as"]:
+        rows.append(("released model", network["released_as"], ""))
     for name, field in network["config"].items():
         rows.append((name, _text(field["value"]), SOURCES[field["source"]]))
     return rows

@@ -117,7 +117,7 @@ def given_values(arguments: list[str], names: Sequence[str]) -> dict[str, str | 
     None for those that are not given; errors are left to `parse`.
     """
     found: dict[str, str | None] = dict.fromkeys(names)
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         option, has_value, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")  # as tyro does
         if option.startswith("--") and name in found:

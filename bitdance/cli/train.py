@@ -34,11 +34,11 @@ class Train:
 
     Without --recipe, what is not given follows from the images and from --time, --epochs or --max-steps: the demo model
     is adapted to the images, its autoencoder stays as it is, and the choices are printed; --data-path and --output are
-    enough. The defaults below, and what is required, are those with --recipe, as in the original for ImageNet.
+    enough. The other defaults below are those with --recipe, as in the original for ImageNet.
 
     Attributes:
         autoencoder: the autoencoder that makes the tokens and is not trained: demo, autoencoder (the released one), the
-            folder of its training run, or a file.
+            folder of its training run, or a file. Required with --recipe.
         init_from: start with the weights of this model: demo, a released one, the folder of a run, or a file. Its sizes
             are the defaults; the embeddings of new classes start from that of no class.
         time: how long the training may take, such as 20m or 2h; sets the number of epochs. (default: 10m)
@@ -78,15 +78,17 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def _parse(arguments: list[str], defaults: Train | None) -> Train:
+def _parse(arguments: list[str], defaults: Train) -> Train:
     return parse(Train, arguments, "bitdance train", EXAMPLES, defaults, headings=TRAIN_HEADINGS)
 
 
-def _defaults(arguments: list[str]) -> Train | None:
+def _defaults(arguments: list[str]) -> Train:
     """Returns the defaults of a run that goes on, or those that follow from model, images and time."""
     given = given_values(arguments, ("init-from", "autoencoder", "time", "data-path", "output"))
+    from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights, is_demo
+
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
-        return None
+        return Train(DEMO, TrainConfig(MISSING))
     output = output_of(given["output"])
     if stored := stored_settings(output, "model", given["time"], _restore):
         return stored
@@ -94,7 +96,6 @@ def _defaults(arguments: list[str]) -> Train | None:
     from bitdance.sampling.pipeline import sampling_defaults
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_model
-    from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights, is_demo
 
     starts = given["init-from"]
     if starts is None and fields.isdisjoint(_SIZES) and (given["autoencoder"] or DEMO) == DEMO:

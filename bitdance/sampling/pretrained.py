@@ -28,13 +28,14 @@ MARK = "library_name: bitdance"
 SHOWN_CLASSES, SHOWN_EACH = 10, 8
 
 
-def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None) -> None:
-    """Writes a model, its autoencoder, some samples and a card; see `Pipeline.save_pretrained`."""
+def save_pretrained(
+    pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None, name: str = "."
+) -> None:
+    """Writes a model, its autoencoder, some samples and a card that loads `name`; see `Pipeline.save_pretrained`."""
     if folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir()):
         card = folder / CARD
         if not card.is_file() or MARK not in card.read_text(errors="replace"):
             raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")
-    make_folder(folder)
     model, autoencoder = pipeline.model, pipeline.autoencoder
     metadata = {CFG_SCALE: f"{pipeline.defaults.cfg_scale:g}"}
     if pipeline.files:
@@ -46,9 +47,10 @@ def save_pretrained(pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, f
     labels = list(range(min(SHOWN_CLASSES, len(pipeline.classes))))
     names = [pipeline.classes.label(label) for label in labels]
     images = pipeline([label for label in labels for _ in range(SHOWN_EACH)], output="np")
+    make_folder(folder)
     with new_files(folder) as new:
         with atomic_write(new / CARD) as temporary:
-            temporary.write_text(_card(pipeline, metrics or {}), encoding="utf-8")
+            temporary.write_text(_card(pipeline, metrics or {}, name), encoding="utf-8")
         weights_file.save(new / "autoencoder.safetensors", autoencoder)
         weights_file.save(new / "model.safetensors", model, metadata=metadata)
         write_png(new / PICTURE, image_grid(images, SHOWN_EACH, names, scale=None))
@@ -64,15 +66,15 @@ def push_to_hub(pipeline: Any, name: str, private: bool = False, metrics: Mappin
         raise UserError(f"{name!r} is no name on the hub: give the user or organization, a slash, and a name.")
     api = HfApi(library_name="bitdance")
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(pipeline, pathlib.Path(folder), metrics)
+        save_pretrained(pipeline, pathlib.Path(folder), metrics, name)
         with hub.one_sentence(f"{api.endpoint}/{name}", f"cannot upload to {name}"):
             api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=name, commit_message="Upload a BitDance model")
     return f"{api.endpoint}/{name}"
 
 
-def _card(pipeline: Any, metrics: Mapping[str, float]) -> str:
-    """Returns the text of the model card, Markdown."""
+def _card(pipeline: Any, metrics: Mapping[str, float], name: str) -> str:
+    """Returns the text of the model card, Markdown; `name` is what its example loads."""
     config, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
     rows = {
         "images": f"{pipeline.image_size} x {pipeline.image_size} px, {config.num_classes} classes",
@@ -106,7 +108,7 @@ Classes: {classes}{more}.
 ```python
 import bitdance
 
-pipe = bitdance.load_pipeline("this repository, or its folder")
+pipe = bitdance.load_pipeline("{name}")
 pipe([{pipeline.classes.label(0)!r}], seed=0)[0].save("image.png")
 ```
 """

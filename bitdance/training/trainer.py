@@ -516,7 +516,7 @@ class Trainer:
         """Writes the report and says what was trained, for how long, and where everything is."""
         folder, skipped = self.config.output, int(self.guard.skipped)
         facts = describe_run(folder, verify=False)
-        images = counted(self.data.images, "image") + (f" ({unreadable} unreadable)" if unreadable else "")
+        images = counted(self.data.images - unreadable, "image") + f" ({unreadable} unreadable)" * bool(unreadable)
         what = f"an autoencoder of {images}"
         if isinstance(self.network, BitDance):
             what = f"a model of {counted(self.network.config.num_classes, 'class')} from {images}"
@@ -574,6 +574,7 @@ class Trainer:
         """Writes samples of fixed classes and noise, or the first images above their reconstructions."""
         if not self.world.is_main:
             return
+        labels = None
         with self._ema_weights(), self.autocast(), torch.no_grad():
             if isinstance(self.network, Autoencoder):
                 originals = self.loader.load(0).inputs[:PREVIEW_IMAGES]
@@ -581,9 +582,12 @@ class Trainer:
                 images, columns = torch.cat([originals, decoded]).numpy(), len(originals)
             else:
                 assert self.pipeline is not None
-                classes = np.arange(PREVIEW_IMAGES) * len(self.loader.images.classes) // PREVIEW_IMAGES
-                images, columns = self.pipeline(classes.tolist(), output="np"), PREVIEW_IMAGES // 2
-        write_png(self.config.output / f"preview-{self.step:07d}.png", image_grid(images, columns=columns, scale=2))
+                classes = evenly_spaced(len(self.loader.images.classes), PREVIEW_IMAGES // 2)
+                columns = PREVIEW_IMAGES // len(classes)
+                images = self.pipeline(classes.repeat(columns).tolist(), output="np")
+                labels = [self.pipeline.classes.label(label) for label in classes.tolist()]
+        sheet = image_grid(images, columns=columns, labels=labels, scale=2)
+        write_png(self.config.output / f"preview-{self.step:07d}.png", sheet)
 
 
 def _count_parameters(network: nn.Module) -> int:
