@@ -26,6 +26,7 @@ from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 
 RUN = TrainConfig(pathlib.Path("x"))
+RATE = automatic.LearningRate("muon", 4e-3, "of a test")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_a_schedule_suits_its_run(count, seconds, step):
     size = automatic.choose_batch_size(count)
     assert 1 <= size <= min(64, count) and (count < 4 or count // size >= 4)
     config, time = dataclasses.replace(RUN, batch_size=size), automatic.StepTime(step, seconds)
-    run, reasons = automatic.choose_schedule(config, count, (), time, 5e-4, fine_tunes=True)
+    run, reasons = automatic.choose_schedule(config, count, (), time, RATE, fine_tunes=True)
     steps = run.epochs * (count // size)
     assert steps * step <= max(seconds, step * max(automatic.MIN_STEPS, count // size))
     assert run.epochs <= automatic.MAX_EPOCHS
@@ -66,7 +67,7 @@ def test_a_schedule_suits_its_run(count, seconds, step):
 )
 def test_a_number_of_steps_is_kept_and_the_rest_follows(given, epochs, steps):
     config = dataclasses.replace(RUN, batch_size=10, **given)
-    run, (_, length, *_) = automatic.choose_schedule(config, 99, given, None, 5e-4, fine_tunes=True)
+    run, (_, length, *_) = automatic.choose_schedule(config, 99, given, None, RATE, fine_tunes=True)
     assert (run.epochs, run.max_steps) == (epochs, given.get("max_steps"))
     assert length == f"{steps} steps of 10 images ({steps / 9:.3g} epochs), as given"
     assert run.ema == pytest.approx(max(0.5, 1 - 10 / steps)) and run.warmup_steps == steps // 20
@@ -76,15 +77,22 @@ def test_what_is_given_is_kept_and_no_reason_speaks_of_it():
     """And what depends on it follows."""
     changes = {"lr": 2e-4, "ema": 0.9, "warmup_steps": 7, "random_crop": True, "epochs": 50}
     config = dataclasses.replace(RUN, batch_size=10, **changes)
-    run, reasons = automatic.choose_schedule(config, 100, changes, None, 5e-4, fine_tunes=True)
+    run, reasons = automatic.choose_schedule(config, 100, changes, None, RATE, fine_tunes=True)
     assert {name: getattr(run, name) for name in changes} == changes
     assert run.min_lr == 2e-6 and run.decay_start == 7
     both = {**changes, "min_lr": 0.0, "decay_start": 3}
-    run, few = automatic.choose_schedule(dataclasses.replace(config, **both), 100, both, None, 5e-4, fine_tunes=True)
+    run, few = automatic.choose_schedule(dataclasses.replace(config, **both), 100, both, None, RATE, fine_tunes=True)
     assert (run.min_lr, run.decay_start) == (0.0, 3) and not any("decay" in reason for reason in few)
     text = "\n".join(reasons)
     assert "decay of the learning rate to 2e-06" in text
     assert not any(word in text for word in ("learning rate 0", "warm-up", "EMA", "crops")), text
+
+
+def test_learning_rates():
+    choose = automatic.choose_learning_rate
+    assert choose(None, 128, True)[:2] == ("muon" if hasattr(torch.optim, "Muon") else "adamw", RATE.lr)
+    assert choose("adamw", 128, False)[:2] == ("adamw", 2e-3)
+    assert choose(None, 768, True)[:2] == ("adamw", 1e-4) and choose("muon", 768, False)[:2] == ("muon", 3e-4)
 
 
 @pytest.fixture

@@ -210,6 +210,15 @@ def test_folders_that_links_or_depth_make_endless(tmp_path):
         open_images(tmp_path / "deep")
 
 
+def test_a_zip_of_names_that_begin_with_a_dot_and_a_slash(tmp_path):
+    pixels = (small.pictures(tmp_path / "pictures") / "class-0" / "0.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in ("./a/0.png", "./b/0.png"):
+            archive.writestr(name, pixels)
+    images = open_images(tmp_path / "pictures.zip")
+    assert images.classes == ("a", "b") and images.read(1).size == images.read(0).size
+
+
 def test_a_zip_of_backslashes_is_refused_since_all_would_be_one_class(tmp_path):
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         for name in ("cat\\1.png", "dog\\2.png"):

@@ -19,6 +19,7 @@ from bitdance.weights.resolve import list_checkpoints
 if TYPE_CHECKING:
     from bitdance.data.image_dataset import ImageDataset
     from bitdance.data.token_cache import TokenDataset
+    from bitdance.training.automatic import LearningRate
     from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def schedule_defaults(
     seconds: float | None,
     device: str | None,
     build: Callable[[], tuple[BitDanceLoss | AutoencoderLoss, tuple[int, ...]]],
-    lr: float,
+    rate: LearningRate,
     fine_tunes: bool = True,
     others: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def schedule_defaults(
         seconds: result of `allowed_seconds`.
         device: that trains.
         build: makes what is timed if the time counts: the loss with its network, and the shape of an image.
-        lr, fine_tunes: as of `bitdance.training.automatic.choose_schedule`.
+        rate, fine_tunes: as of `bitdance.training.automatic.choose_schedule`.
         others: sentences on other choices.
     """
     from bitdance.data.image_dataset import print_summary
@@ -144,9 +145,9 @@ def schedule_defaults(
     if seconds is not None:
         (objective, shape), chosen = build(), choose_device(device)
         shape = (config.batch_size, *shape)
-        step = automatic.measure_step(objective, shape, chosen, uses_bf16(config.precision, chosen))
+        step = automatic.measure_step(objective, shape, chosen, uses_bf16(config.precision, chosen), rate.optimizer)
         time = automatic.StepTime(step, seconds)
-    run, reasons = automatic.choose_schedule(config, len(images), given, time, lr, fine_tunes)
+    run, reasons = automatic.choose_schedule(config, len(images), given, time, rate, fine_tunes)
     if os.environ.get("RANK", "0") == "0":
         print_summary(images)
         print("settings that were not given:")

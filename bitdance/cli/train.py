@@ -134,7 +134,7 @@ def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> 
     from bitdance.data.token_cache import is_token_cache
     from bitdance.models.autoencoder import Autoencoder
     from bitdance.models.transformer import BitDance
-    from bitdance.training.automatic import FINE_TUNING_LR, SCRATCH_LR
+    from bitdance.training.automatic import choose_learning_rate
     from bitdance.training.loader import open_data
     from bitdance.training.losses import BitDanceLoss
     from bitdance.weights import weights_file
@@ -157,8 +157,9 @@ def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> 
     fine_tunes = command.init_from is not None
     flips = f"up to {command.loss.perturb_rate:.0%} of the input bits are flipped against overfitting"
     others = [flips] if "perturb_rate" not in given else []
-    lr = FINE_TUNING_LR if fine_tunes else SCRATCH_LR
-    return schedule_defaults(config, images, given, seconds, command.where.device, build, lr, fine_tunes, others)
+    optimizer = config.optimizer if "optimizer" in given else None
+    rate = choose_learning_rate(optimizer, command.sizes.dim, fine_tunes)
+    return schedule_defaults(config, images, given, seconds, command.where.device, build, rate, fine_tunes, others)
 
 
 def _recipe_defaults(arguments: list[str]) -> Train | None:

@@ -123,7 +123,7 @@ def _choose_schedule(command: TrainAutoencoder, given: set[str], seconds: float 
     """Returns the settings of the schedule for the images and the time."""
     from bitdance.data.images import open_images
     from bitdance.models.autoencoder import Autoencoder
-    from bitdance.training.automatic import AUTOENCODER_LR
+    from bitdance.training.automatic import AUTOENCODER_RATE
     from bitdance.training.losses import AutoencoderLoss
 
     config = command.run
@@ -133,7 +133,7 @@ def _choose_schedule(command: TrainAutoencoder, given: set[str], seconds: float 
         return AutoencoderLoss(Autoencoder(command.network), loss), (config.image_size, config.image_size, 3)
 
     images = open_images(config.data_path)
-    return schedule_defaults(config, images, given, seconds, command.where.device, build, AUTOENCODER_LR)
+    return schedule_defaults(config, images, given, seconds, command.where.device, build, AUTOENCODER_RATE)
 
 
 def _recipe_defaults(arguments: list[str]) -> TrainAutoencoder | None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pathlib
 import re
+import statistics
 from collections.abc import Collection, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -16,19 +17,17 @@ from bitdance.runtime.errors import UserError, counted
 from bitdance.runtime.progress import format_duration
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.optimizer import Optimizer
-from bitdance.training.train_config import TrainConfig
+from bitdance.training.train_config import OptimizerName, TrainConfig
 
 DEFAULT_SECONDS = 600.0
 MAX_EPOCHS = 400
 """Passes over a few images after which a model mostly repeats them."""
 MIN_STEPS = 100
 BATCH_SIZE = 64
-FINE_TUNING_LR, SCRATCH_LR = 5e-4, 1e-3
-"""Learning rates of a model that starts from trained weights, and of a small one that does not."""
-AUTOENCODER_LR = 3e-4
-"""That of an autoencoder that starts from trained weights."""
-MIN_TRIALS, TRIAL_SECONDS = 3, 2.0
-"""Steps that are timed, at least so many and for so long; the fastest counts, since other programs slow some down."""
+SMALL_DIM = 256
+"""Width up to which a model has the rates that were found for the demo models."""
+MIN_TRIALS, TRIAL_SECONDS = 3, 3.0
+"""Steps that are timed, at least so many and for so long; the median counts."""
 
 
 def parse_time(text: str) -> float:
@@ -45,7 +44,11 @@ def parse_time(text: str) -> float:
 
 
 def measure_step(
-    objective: AutoencoderLoss | BitDanceLoss, shape: Sequence[int], device: torch.device, in_bf16: bool
+    objective: AutoencoderLoss | BitDanceLoss,
+    shape: Sequence[int],
+    device: torch.device,
+    in_bf16: bool,
+    optimizer_name: OptimizerName = "adamw",
 ) -> float:
     """Returns the seconds of a training step.
 
@@ -54,11 +57,13 @@ def measure_step(
         shape: of a batch of images (B, H, W, 3) or of packed bits (B, N, C / 8).
         device: that trains.
         in_bf16: whether under bf16 autocast.
+        optimizer_name: field `optimizer` of the run.
     """
     objective.to(device)
     if isinstance(objective, BitDanceLoss):
         objective.autoencoder.to(device)
-    optimizer = Optimizer(dict(objective.named_parameters()), TrainConfig(pathlib.Path()))
+    network = objective.network
+    optimizer = Optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path(), optimizer=optimizer_name))
     inputs = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
     indices = torch.arange(len(inputs), device=device)
     seconds: list[float] = []
@@ -72,7 +77,7 @@ def measure_step(
         optimizer.zero_grad()
         loss.item()  # waits for a GPU
         seconds.append(perf_counter() - start)
-    return min(seconds[1:])  # the first one also allocates
+    return statistics.median(seconds[1:])  # the first one also allocates
 
 
 def choose_batch_size(count: int) -> int:
@@ -85,6 +90,34 @@ def choose_ema(steps: int) -> float:
     return min(0.9999, max(0.5, 1 - 10 / steps))
 
 
+class LearningRate(NamedTuple):
+    """A learning rate, its optimizer, and why."""
+
+    optimizer: OptimizerName
+    lr: float
+    reason: str
+
+
+AUTOENCODER_RATE = LearningRate("adamw", 3e-4, "lower than from scratch, to keep what the weights know")
+"""That of an autoencoder that starts from trained weights."""
+
+
+def choose_learning_rate(optimizer: OptimizerName | None, dim: int, fine_tunes: bool) -> LearningRate:
+    """Returns the learning rate of a model.
+
+    Args:
+        optimizer: the one that is given; without it small models have Muon, if PyTorch has it.
+        dim: width of the model.
+        fine_tunes: whether it starts from trained weights.
+    """
+    if dim <= SMALL_DIM:
+        name = optimizer or ("muon" if hasattr(torch.optim, "Muon") else "adamw")
+        return LearningRate(name, 4e-3 if name == "muon" else 2e-3, "high, so that a small model learns in minutes")
+    if fine_tunes:
+        return LearningRate(optimizer or "adamw", 1e-4, "a third of the published one, to keep what the weights know")
+    return LearningRate(optimizer or "adamw", 3e-4, "the published one")
+
+
 class StepTime(NamedTuple):
     """How long a step takes, and how long the run may: seconds."""
 
@@ -93,7 +126,7 @@ class StepTime(NamedTuple):
 
 
 def choose_schedule(
-    run: TrainConfig, count: int, given: Collection[str], time: StepTime | None, lr: float, fine_tunes: bool
+    run: TrainConfig, count: int, given: Collection[str], time: StepTime | None, rate: LearningRate, fine_tunes: bool
 ) -> tuple[TrainConfig, list[str]]:
     """Completes the settings of a run by a schedule that fits the images and the number of steps.
 
@@ -102,7 +135,7 @@ def choose_schedule(
         count: number of images.
         given: fields of `run` that are kept.
         time: from which the number of steps follows; None if `epochs` or `max_steps` is given.
-        lr: learning rate for such a network, unless it is given.
+        rate: for such a network, unless it is given.
         fine_tunes: whether it starts from trained weights.
 
     Returns:
@@ -123,10 +156,11 @@ def choose_schedule(
         epochs = run.epochs if "epochs" in given else math.ceil((run.max_steps or 1) / per_epoch)
         limit = "as given"
     steps = min(epochs * per_epoch, run.max_steps or epochs * per_epoch)
-    lr = run.lr if "lr" in given else lr
+    lr = run.lr if "lr" in given else rate.lr
     warmup = run.warmup_steps if "warmup_steps" in given else max(1, min(200, steps // 20))
     chosen: dict[str, Any] = {
         "epochs": epochs,
+        "optimizer": rate.optimizer,
         "lr": lr,
         "min_lr": lr / 100,
         "warmup_steps": warmup,
@@ -145,8 +179,8 @@ def choose_schedule(
         f"{steps} {length} ({steps / per_epoch:.3g} epochs), {limit}",
     ]
     if "lr" in chosen:
-        why = "lower than from scratch, to keep what the weights know" if fine_tunes else "usual for a small model"
-        reasons.append(f"learning rate {lr:g}: {why}")
+        name = "Muon" if rate.optimizer == "muon" else "AdamW"
+        reasons.append(f"learning rate {lr:g} with {name}: {rate.reason}")
     shape = [f"warm-up of {counted(warmup, 'step')}"] * ("warmup_steps" in chosen)
     if chosen.keys() >= {"min_lr", "decay_start"}:
         shape.append(f"decay of the learning rate to {chosen['min_lr']:g}")

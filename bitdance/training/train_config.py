@@ -18,6 +18,8 @@ from bitdance.weights.hub import EVALUATION_FOLDER
 MAX_STEPS = 10**12
 """Largest number of steps or epochs; Python cannot compute with much larger ones as floating-point numbers."""
 
+OptimizerName = Literal["adamw", "muon"]
+
 PerceptualNetwork = Literal["efficientnet-lite0", "lpips"]
 """The classifier behind a perceptual loss."""
 
@@ -177,7 +179,7 @@ class TrainConfig:
     max_steps: int | None = _free(None)
     batch_size: int = 256
     seed: int = 0
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     lr: float = 3e-4
     min_lr: float = 1e-5
     warmup_steps: int = 20_000
@@ -239,7 +241,7 @@ class TrainConfig:
 
 
 SCHEDULE_FIELDS = (
-    *("batch_size", "epochs", "lr", "min_lr", "warmup_steps", "decay_start", "ema", "random_crop"),
+    *("batch_size", "epochs", "optimizer", "lr", "min_lr", "warmup_steps", "decay_start", "ema", "random_crop"),
     *("save_every", "save_minutes", "preview_every", "log_every", "eval_cfg_scale"),
 )
 """Fields of `TrainConfig` that can follow from images and time, see `bitdance.training.automatic`, or from the model to
