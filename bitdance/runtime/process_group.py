@@ -196,7 +196,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
     note = threading.Timer(NOTE_AFTER, print, [waits], {"file": sys.stderr, "flush": True})
     note.start()
     try:
-        with _user_errors(*cannot_join):
+        with _distributed_errors(*cannot_join):
             store = _open_store(hosts_store)
             monitor = PeerMonitor(_open_store(False), rank, size, hosts_store)
             _await_all(store, rank, size, local_size)
@@ -205,7 +205,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
     monitor.start()
     failure = ""
     try:
-        with _user_errors(*cannot_join):
+        with _distributed_errors(*cannot_join):
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=store,
@@ -284,7 +284,7 @@ def _await_all(store: dist.Store, rank: int, size: int, local_size: int) -> None
 
 
 @contextlib.contextmanager
-def _user_errors(problem: str, advice: str) -> Iterator[None]:
+def _distributed_errors(problem: str, advice: str) -> Iterator[None]:
     """Raises errors of torch.distributed as a `UserError` with this problem and advice."""
     try:
         yield
@@ -293,7 +293,7 @@ def _user_errors(problem: str, advice: str) -> Iterator[None]:
 
 
 def _peer_errors(rank: int) -> contextlib.AbstractContextManager[None]:
-    return _user_errors(
+    return _distributed_errors(
         f"process {rank} lost the connection to another process",
         "see the messages of the others, then run the same command again",
     )

@@ -67,7 +67,7 @@ def push_to_hub(pipeline: Any, name: str, private: bool = False, metrics: Mappin
     api = HfApi(library_name="bitdance")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(pipeline, pathlib.Path(folder), metrics, name)
-        with hub.one_sentence(f"{api.endpoint}/{name}", f"cannot upload to {name}"):
+        with hub.client_errors(f"{api.endpoint}/{name}", f"cannot upload to {name}"):
             api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=name, commit_message="Upload a BitDance model")
     return f"{api.endpoint}/{name}"

@@ -50,22 +50,22 @@ def build(models: OfferedModels) -> gr.Blocks:
                     status, button = "done", gr.DownloadButton(value=str(path), interactive=True)
                 yield frame.grid, status, button
 
-    @_with_sentences
+    @_show_errors
     def sample(classes: Any, each: Any, name: Any, *settings: Any) -> Iterator[tuple[Any, str, Any]]:
         yield from frames(generation.sample(models.get(name), classes, each, Settings(*settings)))
 
-    @_with_sentences
+    @_show_errors
     def complete(
         data: Any, label: Any, rows: Any, each: Any, name: Any, *settings: Any
     ) -> Iterator[tuple[Any, str, Any]]:
         pipeline = models.get(name)
         yield from frames(generation.complete(pipeline, data, label, rows, each, Settings(*settings)))
 
-    @_with_sentences
+    @_show_errors
     def show(data: Any, name: Any) -> Iterator[Any]:
         yield list(generation.read_picture(models.get(name), data)) if data else [None] * 3
 
-    @_with_sentences
+    @_show_errors
     def choose_model(name: Any) -> Iterator[list[Any]]:
         pipeline = models.get(name)
         config, choices = pipeline.model.config, generation.class_choices(pipeline.classes)
@@ -163,7 +163,7 @@ def _half(grid: int, patch: int) -> int:
     return grid // patch // 2 * patch
 
 
-def _with_sentences(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def _show_errors(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """Has the page show an error that the user can mend as a sentence; other errors are printed on the terminal."""
     import gradio as gr
 

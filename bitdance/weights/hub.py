@@ -108,7 +108,7 @@ def fetch_repository(name: str) -> pathlib.Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
-        with one_sentence(f"{constants.ENDPOINT}/{name}", f"there is no file or folder {name}, nor a download of it"):
+        with client_errors(f"{constants.ENDPOINT}/{name}", f"there is no file or folder {name}, nor a download of it"):
             files = HfApi(library_name="bitdance").list_repo_files(name)
             ours = [file for file in files if file in ("model.safetensors", "autoencoder.safetensors")]
             models = [file for file in files if file.endswith(".pt") and file != AUTOENCODER_FILE]
@@ -190,13 +190,13 @@ def _look_up(name: str, target: pathlib.Path) -> _Remote:
     if plain := PLAIN_FILES.get(name):
         url = plain.url
         # The headers of a GET: the address that a server redirects to may be signed for that method only.
-        with one_sentence(url, _problem(target)), urllib.request.urlopen(url, timeout=timeout) as response:
+        with client_errors(url, _problem(target)), urllib.request.urlopen(url, timeout=timeout) as response:
             size = int(response.headers.get("Content-Length", 0))
             if not size or response.headers.get_content_type() == "text/html":
                 raise OSError(_NO_FILE)
         return _Remote(url, target, size, plain.sha256)
     url = hf_hub_url(REPOSITORY, HUB_FILES[name])
-    with one_sentence(url, _problem(target)):
+    with client_errors(url, _problem(target)):
         # Without a network this fails at once, whereas hf_hub_download would retry for 23 seconds.
         try:
             metadata = get_hf_file_metadata(url, timeout=timeout)
@@ -251,7 +251,7 @@ def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
                 return present
             shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
             make_folder(staging)
-            with one_sentence(remote.url, _problem(target)):
+            with client_errors(remote.url, _problem(target)):
                 if remote.revision:
                     # force_download: neither a copy from the client's cache, nor retries of its own look-up
                     hf_hub_download(REPOSITORY, name, revision=remote.revision, local_dir=staging, force_download=True)
@@ -288,7 +288,7 @@ def _problem(target: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def one_sentence(url: str, problem: str) -> Iterator[None]:
+def client_errors(url: str, problem: str) -> Iterator[None]:
     """Turns any error of a client into a `UserError`: the HTTP libraries behind huggingface_hub differ by version."""
     try:
         yield
