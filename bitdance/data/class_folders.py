@@ -155,7 +155,7 @@ def name_of(path: pathlib.Path) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a part of the name starts with a dot, and is more than that, or is a folder of macOS in zip files."""
-    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/"))
+    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _but_heif(members: Iterable[str]) -> str:
