@@ -2,10 +2,12 @@
 
     python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x --output runs/study
     python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 10000 --seeds 5
+    python examples/cifar10/study.py --law                                  # laws of SDE and ODE under guidance
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
 A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. Lines that are there
-are not measured again, so an interrupted study continues. Needs the example's classifier, see classifier.py.
+are not measured again, so an interrupted study continues. Needs the example's classifier, see classifier.py, except
+with --law.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from classifier import extractor
+from torch import Tensor
 
 import bitdance
 from bitdance.cli.main import call
@@ -37,7 +40,7 @@ from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.pipeline import Pipeline, split_batches
-from bitdance.sampling.sampler import SamplingConfig, complete_config
+from bitdance.sampling.sampler import SamplerFunctions, SamplingConfig, complete_config, head_sampler, sample_noise
 
 COLUMNS = (
     ["model", "parallel_num", "seed", "images"]
@@ -50,6 +53,7 @@ SCALES = {
 }
 SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
 BATCH = 250
+LAW_SAMPLES = 10_000
 MARGIN = 0.03
 T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Quantiles of Student's t at 95 %, by degrees of freedom."""
@@ -102,6 +106,35 @@ def measure(
         **{name: metrics[name] for name in ("accuracy", "precision", "recall")},
         "seconds_per_image": seconds / images,
     }
+
+
+@torch.no_grad()
+def bit_probabilities(pipeline: Pipeline, config: SamplingConfig, seed: int) -> Tensor:
+    """Returns the probability of each bit of the first token of the first class to be 1: (C,), of LAW_SAMPLES."""
+    model = pipeline.model
+    cond = model.prefill(torch.tensor([0, model.null_class]), model.new_cache(2))[:, :1]  # (2, 1, D)
+    sample = head_sampler(model, config, SamplerFunctions(model))
+    ones = torch.zeros(model.config.bits)
+    for ids in split_batches(LAW_SAMPLES, BATCH):
+        noise = sample_noise(model, seed, torch.arange(ids.start, ids.stop), config.num_draws)(0, False)[:, :, :1]
+        guidance = torch.full((), config.cfg_scale)
+        x = sample(cond.repeat_interleave(len(ids), dim=0), noise, guidance, config.num_steps)  # (B, 1, C)
+        ones += (x[:, 0] > 0).sum(0)
+    return ones / LAW_SAMPLES
+
+
+def compare_laws(name: str, path: pathlib.Path) -> None:
+    """Writes by how much the bits of solvers differ from those of the published one with other noise, at most: 100 steps each."""
+    pipeline = bitdance.load_pipeline(name)
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cfg_scale", *SOLVERS])
+        for scale in (1.0, 2.0, 4.0, 8.0, 16.0):
+            expected = bit_probabilities(pipeline, SamplingConfig(100, scale), seed=1)
+            configs = [SamplingConfig(100, scale, solver=solver) for solver in SOLVERS]
+            found = [bit_probabilities(pipeline, config, seed=0) for config in configs]
+            writer.writerow([scale, *(f"{float((bits - expected).abs().max()):.4f}" for bits in found)])
+    print(f"wrote {path}")
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
@@ -218,10 +251,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cfg-scale", type=float, help="of the settings that do not vary it; by default the model's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--equivalence", action="store_true", help="compare numbers of steps with the published one")
+    parser.add_argument("--law", action="store_true", help="compare the bits of a token between the solvers")
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     for name in options.models:
+        if options.law:
+            compare_laws(name, options.output / f"law-{pathlib.Path(name).stem}.csv")
+            continue
         path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
         scale = options.cfg_scale or bitdance.load_pipeline(name).defaults.cfg_scale
         if not options.figures:
