@@ -124,7 +124,7 @@ def bit_probabilities(pipeline: Pipeline, config: SamplingConfig, seed: int) -> 
 
 
 def compare_laws(name: str, path: pathlib.Path) -> None:
-    """Writes by how much the bits of solvers differ from those of the published one with other noise, at most: 100 steps each."""
+    """Writes by how much bits of the solvers, with 100 steps, differ at most from the published one."""
     pipeline = bitdance.load_pipeline(name)
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
