@@ -69,16 +69,15 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
         raise UserError(f"{path} holds images more than {MAX_DEPTH} folders deep: {_EXPECTED.format(path)}.")
     prefix, held_out, beside = "", "", list[str]()
     while inside := [name for name in images if "/" in name[len(prefix) :]]:
-        beside += sorted(set(images).difference(inside)) if len(inside) < len(images) else []
-        tops = {name[len(prefix) :].split("/", 1)[0] for name in inside}
-        splits = {top.lower(): top for top in tops}
-        others = [splits[name] for name in HELD_OUT if name in splits]
-        if others and TRAIN in splits and len(tops) == 1 + len(others):
-            held_out, tops = prefix + others[0], {splits[TRAIN]}
-            apart = tuple(f"{prefix}{other}/" for other in others)
-            members = [member for member in members if not member.startswith(apart)]
-            inside = [name for name in inside if not name.startswith(apart)]
+        if len(inside) < len(images):
+            beside += sorted(set(images).difference(inside))
         images = inside
+        tops = {name[len(prefix) :].split("/", 1)[0] for name in images}
+        if others := _held_out_folders(tops):
+            held_out = prefix + others[0]
+            tops.difference_update(others)
+            apart = tuple(f"{prefix}{other}/" for other in others)
+            images, members = ([name for name in group if not name.startswith(apart)] for group in (images, members))
         (top, *more) = tops
         is_class = all(name.count("/", len(prefix)) == 1 for name in images) and top.lower() != TRAIN
         if more or is_class or top in imagenet().wordnet_ids:
@@ -93,8 +92,17 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
     level = class_level(path, names)
     if level is not None:
         _refuse_empty(path, [member[len(prefix) :] for member in members if member.startswith(prefix)], names, level)
-    notes = [f"{held_out.rpartition('/')[2]}/ held out"] * bool(held_out) + _describe_ignored(members, beside)
+    notes = _describe_ignored(members, beside)
+    if held_out:
+        notes.insert(0, f"{held_out.rpartition('/')[2]}/ held out")
     return FoundImages(prefix, names, "; ".join(notes), held_out)
+
+
+def _held_out_folders(folders: Collection[str]) -> list[str]:
+    """Returns those of held-out images, the first one first, if all others are one of training images; else nothing."""
+    splits = {folder.lower(): folder for folder in folders}
+    held_out = [splits[name] for name in HELD_OUT if name in splits]
+    return held_out if TRAIN in splits and len(folders) == 1 + len(held_out) else []
 
 
 def class_level(path: pathlib.Path, names: Collection[str]) -> int | None:
