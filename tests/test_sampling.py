@@ -701,12 +701,16 @@ def test_dry_run_of_sampling_needs_no_weights(tmp_path, capsys, monkeypatch):
     """The sizes of released models are known; 18.1, 29.4 and 29.3 GB are their caches at the published batch sizes."""
     monkeypatch.chdir(tmp_path)
     for name, size, cache in (("B-1X", 384, 18.1), ("L-1X", 352, 29.4), ("H-1X", 224, 29.3)):
-        arguments = ["--model", f"BitDance-{name}", "--batch-size", size, "--precision", "bf16", "--num-steps", 2]
-        main(["sample", *map(str, arguments), "--dry-run"])
+        settings = ["--batch-size", size, "--num-images", 1000, "--precision", "bf16", "--num-steps", 2]
+        main(["sample", "--model", f"BitDance-{name}", *map(str, settings), "--dry-run"])
         facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (facts["images"], facts["batch_size"]) == (1000, size)
         assert facts["cache"] / 1e9 == pytest.approx(cache, abs=0.05)
         assert facts["peak"] == facts["weights"] + facts["cache"] + facts["tokens"]
         assert facts["largest_batches"]["80"] > size
+    main(["sample", "285", "volcano", "--model", "BitDance-B-1X", "--per-class", "4", "--num-steps", "2", "--dry-run"])
+    text = capsys.readouterr().out
+    assert text.startswith("8 images, 8 at once") and json.loads(text.splitlines()[-1])["cache"] < facts["cache"] / 20
     with pytest.raises(SystemExit):
         main(["sample", "--model", "BitDance-B-1X", "--autoencoder", "demo", "--dry-run"])
     assert "the model has 32 bits per token and the autoencoder 16" in capsys.readouterr().err
