@@ -479,8 +479,12 @@ def test_settings_come_from_the_call_the_preset_the_file_and_the_published_ones(
     assert pipe.sampling_config(preset="fast", num_steps=7, solver=None) == dataclasses.replace(fast, num_steps=7)
     pipe.defaults = RELEASED_MODELS["B-16X"].sampling
     assert pipe.sampling_config() == pipe.sampling_config(preset="exact") == SamplingConfig(100, 6.1)
-    with pytest.raises(UserError, match="preset='slow' is unknown: use exact or fast"):
-        pipe("cat", preset="slow")
+    for preset in ("slow", []):
+        with pytest.raises(UserError, match=rf"preset={re.escape(repr(preset))} is unknown: use exact or fast"):
+            pipe("cat", preset=preset)
+    for interval in (3, "ab", (0, 0.5, 1)):
+        with pytest.raises(UserError, match="it must be two times from 0 to 1, in order"):
+            pipe("cat", cfg_interval=interval)
     main(["convert", str(model), str(tmp_path / "own.safetensors"), "--cfg-scale", "4.5"])
     main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "again.safetensors")])
     own = load_pipeline(tmp_path / "again.safetensors", autoencoder=model.parent / "autoencoder.safetensors")
