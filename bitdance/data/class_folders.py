@@ -188,13 +188,17 @@ def _refuse_empty(path: pathlib.Path, members: Iterable[str], names: Iterable[st
 def _describe_ignored(members: Iterable[str], beside: list[str]) -> list[str]:
     others = [name for name in members if name and not name.endswith("/") and not is_image(name)]
     heif = sum(map(is_heif, others))
-    kinds = [f"{heif} HEIC"] * (heif > 0)
+    kinds = []
+    if heif:
+        kinds.append(f"{heif} HEIC")
     if number := len(others) - heif:
         kinds.append("1 not an image" if number == 1 else f"{number} not images")
     if beside:
         listed = ", ".join(map(printable, beside[:_SHOWN])) + ", ..." * (len(beside) > _SHOWN)
         kinds.append(f"{counted(len(beside), 'picture')} beside the class folders: {listed}")
+    if not kinds:
+        return []
     if kinds == [f"{heif} HEIC"]:
         return [f"{counted(heif, 'HEIC file')} ignored: {HEIF_ADVICE}"]
     ignored = f"{counted(len(others) + len(beside), 'file')} ignored ({', '.join(kinds)})"
-    return [ignored] * bool(kinds) + [f"HEIC: {HEIF_ADVICE}"] * (heif > 0)
+    return [ignored, f"HEIC: {HEIF_ADVICE}"] if heif else [ignored]
