@@ -944,14 +944,14 @@ def test_reconstruct_takes_one_image_of_any_size_and_skips_bad_ones(model, tmp_p
     fixed = ["--autoencoder", str(model.with_name("autoencoder.safetensors")), "--output", str(tmp_path / "out")]
     Image.new("RGB", (30, 21), "red").save(tmp_path / "x.jpg")
     main(["reconstruct", "--data-path", str(tmp_path / "x.jpg"), *fixed])
-    assert "1 image, cropped from 30 x 21 to 28 x 20 pixels: PSNR" in capsys.readouterr().out
+    assert "1 image at 28 x 20 pixels (cropped from 30 x 21): PSNR" in capsys.readouterr().out
     main(["reconstruct", "--data-path", str(data / "class-1"), *fixed])
-    assert "4 images, cropped from 19 x 19 to 16 x 16 pixels" in capsys.readouterr().out
+    assert "4 images at 16 x 16 pixels (the first one has 19 x 19): PSNR" in capsys.readouterr().out
     (data / "class-0" / "0.png").write_bytes(b"damaged")
     main(["reconstruct", "--data-path", str(data), *fixed, "--shown", "1"])
     output = capsys.readouterr()
     assert (
-        "11 images (1 unreadable skipped), cropped from 19 x 19 to 16 x 16 pixels" in output.out
+        "11 images (1 unreadable skipped) at 16 x 16 pixels (the first one has 19 x 19)" in output.out
         and "class-0/0.png" in output.err
     )
     with pytest.raises(SystemExit):
