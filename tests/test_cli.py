@@ -180,7 +180,7 @@ def test_threads_wait_passively_after_a_short_time(monkeypatch):
         (["sample", "--num-steps"], "--num-steps needs a value; see bitdance sample --help."),
         (["sample", "--solver", "foo"], "foo is invalid: choose one of dpmpp-2m-sde, euler, euler-maruyama, heun."),
         (["sample", "--end-time", "0.99"], "--end-time 0.99 is invalid: it must be a number from 0.05 to 0.95."),
-        (["sample", "--cfg-interval", "0.5", "0.5"], "--cfg-interval 0.5 0.5 is invalid: it must be two times from 0"),
+        (["sample", "--cfg-interval", "0.5", "0.5"], "--cfg-interval (0.5, 0.5) is invalid: it must be two times"),
         (["train"], "--data-path is missing; see bitdance train --help."),
         (["train", "--output", "x"], "--data-path is missing; see bitdance train --help."),
         (["train", "--recipe", "B-1X"], "--autoencoder, --data-path are missing; see bitdance train --help."),

@@ -34,7 +34,7 @@ from bitdance.training.losses import BitDanceLoss
 from bitdance.training.optimizer import EMA
 from bitdance.training.run_report import format_report
 from bitdance.training.setup import train_model
-from bitdance.training.train_config import LossConfig
+from bitdance.training.train_config import LossConfig, TrainConfig
 from bitdance.training.trainer import Trainer
 from bitdance.weights import safetensors_files, weights_file
 
@@ -308,10 +308,10 @@ def test_tensorboard_and_wandb_log_the_same_metrics(place, tmp_path, monkeypatch
     ("setting", "module", "extra"),
     [({"tensorboard": True}, "torch.utils.tensorboard", "tensorboard"), ({"wandb": "x"}, "wandb", "wandb")],
 )
-def test_missing_packages_are_named(place, tmp_path, monkeypatch, setting, module, extra):
+def test_missing_packages_are_named_before_anything_is_opened(tmp_path, monkeypatch, setting, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"`{extra}` needs a package: pip install 'bitdance\[{extra}\]'"):
-        train(place, tmp_path, **setting)
+        TrainConfig(tmp_path / "nothing", **setting)
 
 
 def test_steps_do_not_wait_for_the_device(place, tmp_path, monkeypatch):

@@ -479,8 +479,12 @@ def test_settings_come_from_the_call_the_preset_the_file_and_the_published_ones(
     assert pipe.sampling_config(preset="fast", num_steps=7, solver=None) == dataclasses.replace(fast, num_steps=7)
     pipe.defaults = RELEASED_MODELS["B-16X"].sampling
     assert pipe.sampling_config() == pipe.sampling_config(preset="exact") == SamplingConfig(100, 6.1)
-    with pytest.raises(UserError, match="preset='slow' is unknown: use exact or fast"):
-        pipe("cat", preset="slow")
+    for preset in ("slow", []):
+        with pytest.raises(UserError, match=rf"preset={re.escape(repr(preset))} is unknown: use exact or fast"):
+            pipe("cat", preset=preset)
+    for interval in (3, "ab", (0, 0.5, 1)):
+        with pytest.raises(UserError, match="it must be two times from 0 to 1, in order"):
+            pipe("cat", cfg_interval=interval)
     main(["convert", str(model), str(tmp_path / "own.safetensors"), "--cfg-scale", "4.5"])
     main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "again.safetensors")])
     own = load_pipeline(tmp_path / "again.safetensors", autoencoder=model.parent / "autoencoder.safetensors")
@@ -701,12 +705,16 @@ def test_dry_run_of_sampling_needs_no_weights(tmp_path, capsys, monkeypatch):
     """The sizes of released models are known; 18.1, 29.4 and 29.3 GB are their caches at the published batch sizes."""
     monkeypatch.chdir(tmp_path)
     for name, size, cache in (("B-1X", 384, 18.1), ("L-1X", 352, 29.4), ("H-1X", 224, 29.3)):
-        arguments = ["--model", f"BitDance-{name}", "--batch-size", size, "--precision", "bf16", "--num-steps", 2]
-        main(["sample", *map(str, arguments), "--dry-run"])
+        settings = ["--batch-size", size, "--num-images", 1000, "--precision", "bf16", "--num-steps", 2]
+        main(["sample", "--model", f"BitDance-{name}", *map(str, settings), "--dry-run"])
         facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (facts["images"], facts["batch_size"]) == (1000, size)
         assert facts["cache"] / 1e9 == pytest.approx(cache, abs=0.05)
         assert facts["peak"] == facts["weights"] + facts["cache"] + facts["tokens"]
         assert facts["largest_batches"]["80"] > size
+    main(["sample", "285", "volcano", "--model", "BitDance-B-1X", "--per-class", "4", "--num-steps", "2", "--dry-run"])
+    text = capsys.readouterr().out
+    assert text.startswith("8 images, 8 at once") and json.loads(text.splitlines()[-1])["cache"] < facts["cache"] / 20
     with pytest.raises(SystemExit):
         main(["sample", "--model", "BitDance-B-1X", "--autoencoder", "demo", "--dry-run"])
     assert "the model has 32 bits per token and the autoencoder 16" in capsys.readouterr().err
@@ -936,14 +944,14 @@ def test_reconstruct_takes_one_image_of_any_size_and_skips_bad_ones(model, tmp_p
     fixed = ["--autoencoder", str(model.with_name("autoencoder.safetensors")), "--output", str(tmp_path / "out")]
     Image.new("RGB", (30, 21), "red").save(tmp_path / "x.jpg")
     main(["reconstruct", "--data-path", str(tmp_path / "x.jpg"), *fixed])
-    assert "1 image, cropped from 30 x 21 to 28 x 20 pixels: PSNR" in capsys.readouterr().out
+    assert "1 image at 28 x 20 pixels (cropped from 30 x 21): PSNR" in capsys.readouterr().out
     main(["reconstruct", "--data-path", str(data / "class-1"), *fixed])
-    assert "4 images, cropped from 19 x 19 to 16 x 16 pixels" in capsys.readouterr().out
+    assert "4 images at 16 x 16 pixels (the first one has 19 x 19): PSNR" in capsys.readouterr().out
     (data / "class-0" / "0.png").write_bytes(b"damaged")
     main(["reconstruct", "--data-path", str(data), *fixed, "--shown", "1"])
     output = capsys.readouterr()
     assert (
-        "11 images (1 unreadable skipped), cropped from 19 x 19 to 16 x 16 pixels" in output.out
+        "11 images (1 unreadable skipped) at 16 x 16 pixels (the first one has 19 x 19)" in output.out
         and "class-0/0.png" in output.err
     )
     with pytest.raises(SystemExit):

@@ -361,8 +361,10 @@ def test_validation_on_a_cache_compares_the_digest_of_the_autoencoder_file(data,
         train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
 
 
-def test_a_cache_of_another_autoencoder_or_size_is_refused(weights, shared, tmp_path):
+def test_a_cache_of_another_autoencoder_or_size_is_refused(data, weights, shared, tmp_path):
     weights_file.save(tmp_path / "other.safetensors", small.autoencoder(seed=9))
+    with pytest.raises(UserError, match=r"other settings \(the weights of the `autoencoder` differ\)"):
+        encode(data, tmp_path / "other.safetensors", shared)
     with pytest.raises(UserError, match="was made by another autoencoder"):
         train(shared, tmp_path / "other.safetensors", tmp_path / "run")
     with pytest.raises(UserError, match="was made from images of 16 px: set image_size=16"):

@@ -142,7 +142,8 @@ def format_file(facts: dict[str, Any]) -> str:
     second = max((len(value) for _, value, source in rows if source), default=0) + 2
     lines = [f"{facts['file']} ({facts['bytes'] / 1e6:.1f} MB)"]
     for title, block in blocks.items():
-        lines += ["", title] if title else []
+        if title:
+            lines += ["", title]
         lines += [f"  {name:<{first}}{value:<{second}}{source}".rstrip() for name, value, source in block]
     return "\n".join(lines)
 

@@ -141,7 +141,8 @@ def memory_advice() -> str:
     """Returns what can be done about a lack of memory, in flags of the command that was parsed."""
     lower = ("batch_size", "chunk_size", "feature_batch_size")
     advice = [f"a lower {_flags[name]}" for name in lower if name in _flags]
-    advice += [f"a higher {_flags['accumulate']}"] if "accumulate" in _flags else []
+    if "accumulate" in _flags:
+        advice.append(f"a higher {_flags['accumulate']}")
     return f"use {' or '.join(advice)}" if advice else "close other programs"
 
 

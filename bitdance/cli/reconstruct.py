@@ -114,7 +114,8 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
         autoencoder.config.grid(data.image_size)
     cell = autoencoder.config.cell_size
     height, width = (side // cell * cell for side in (stored_height, stored_width))
-    if data.image_size is None and not is_image(data.data_path.name):  # the images of a set may have several sizes
+    is_one = is_image(data.data_path.name)
+    if data.image_size is None and not is_one:  # the images of a set may have several sizes
         height = width = min(height, width)
         source.crop(height)
     if min(height, width) < WINDOW:
@@ -173,12 +174,14 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
         distance = f", Frechet distance {metrics['frechet_distance']:.3f} ({metrics['feature_extractor']})"
     if "accuracy" in metrics:
         distance += f", accuracy {metrics['accuracy']:.2%} (originals {metrics['accuracy_of_originals']:.2%})"
-    cropped = ""
-    if data.image_size is None and (height, width) != (stored_height, stored_width):
-        cropped = f", cropped from {stored_width} x {stored_height} to {width} x {height} pixels"
+    size = ""
+    if data.image_size is None:
+        size = f" at {width} x {height} pixels"
+        if (height, width) != (stored_height, stored_width):
+            size += f" ({'cropped from' if is_one else 'the first one has'} {stored_width} x {stored_height})"
     skipped = f" ({len(source.bad_images)} unreadable skipped)" if len(source.bad_images) else ""
     quality = f"PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{distance}"
-    print(f"{counted(count, 'image')}{skipped}{cropped}: {quality}: {picture}")
+    print(f"{counted(count, 'image')}{skipped}{size}: {quality}: {picture}")
 
 
 def _load_inception(how: How, world: World) -> FeatureExtractor | None:

@@ -19,12 +19,16 @@ from bitdance.runtime.errors import UserError, check_fields, check_seed, counted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bitdance.data.class_names import ClassNames
     from bitdance.runtime.process_group import World
     from bitdance.sampling.pipeline import Pipeline
     from bitdance.sampling.sampler import StepCallback
 
 MAX_CLASSES = 20
 """Classes sampled by default from a model with many."""
+
+PER_CLASS = 10
+"""Images of each class by default."""
 
 MAX_IMAGES = 1_000_000
 """At once, and in a folder."""
@@ -36,7 +40,7 @@ EXAMPLES = """
 bitdance sample
 bitdance sample "golden retriever" 388 volcano --model BitDance-B-16X --per-class 4 --output pictures
 bitdance sample --model runs/model --num-images 50000 --npz --output results
-bitdance sample --model BitDance-B-1X --batch-size 384 --dry-run
+bitdance sample --model BitDance-B-1X --num-images 50000 --batch-size 384 --dry-run
 bitdance sample --model runs/model --num-images 10000 --evaluate --reference data.zip --seeds 3
 """
 
@@ -117,7 +121,7 @@ class Results:
         evaluate: of a job, compute metrics (FID and others): features are extracted from the images as they are
             sampled, and the images themselves are kept only with --npz.
         seeds: evaluate so many seeds, starting at --seed, and report mean and standard deviation.
-        dry_run: print the memory that a batch needs, and the batch sizes that fit into common GPUs, and end.
+        dry_run: print the memory that these images need, and the batch sizes that fit into common GPUs, and end.
     """
 
     output: pathlib.Path = pathlib.Path("samples")
@@ -161,14 +165,15 @@ def main(arguments: list[str]) -> None:
 
 
 def _print_memory(command: Sample) -> None:
-    """Prints the memory of a batch as a table, and as JSON in the last line; a released model is not downloaded."""
+    """Prints the memory of the first batch as a table, and as JSON in the last line; without weights if released."""
     import json
 
     from bitdance.config import RELEASED_MODELS, AutoencoderConfig
+    from bitdance.data.class_names import names_of
     from bitdance.runtime.devices import choose_device
     from bitdance.runtime.progress import format_size
     from bitdance.sampling.memory import estimate_memory, find_batch_size
-    from bitdance.sampling.pipeline import check_bits, choose_dtype, limit_chunk
+    from bitdance.sampling.pipeline import check_bits, choose_dtype, limit_chunk, split_batches
     from bitdance.sampling.sampler import complete_config
     from bitdance.weights.hub import released_name
     from bitdance.weights.resolve import find_weights
@@ -187,20 +192,25 @@ def _print_memory(command: Sample) -> None:
     check_bits(sizes, autoencoder)
     config = complete_config(defaults, **how.sampling())
     chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
-    chunk = limit_chunk(chunk_size or how.batch_size, sizes.grid * autoencoder.down_size, device)
+    names = names_of(sizes.class_names, sizes.num_classes)
+    count = len(_choose_labels(command.what, names)) if command.what.num_images is None else command.what.num_images
+    size = len(next(split_batches(count, how.batch_size)))
+    chunk = limit_chunk(chunk_size or size, sizes.grid * autoencoder.down_size, device)
     dtype = choose_dtype(command.where.precision, device)
-    memory = estimate_memory(sizes, autoencoder, config, how.batch_size, chunk, dtype)
-    grows = not chunk_size and chunk == how.batch_size  # the chunk with the batch
-    fitting = {gb: find_batch_size(memory, how.batch_size, 0 if grows else chunk, 0.95e9 * gb) for gb in MEMORIES}
-    decoder = f"{format_size(memory.decoder)} for {counted(min(chunk, how.batch_size), 'image')} at once"
-    print(f"batch of {how.batch_size} images, {dtype} on {device}".replace("torch.", ""))
+    memory = estimate_memory(sizes, autoencoder, config, size, chunk, dtype)
+    grows = not chunk_size and chunk == size  # the chunk with the batch
+    fitting = {gb: find_batch_size(memory, size, 0 if grows else chunk, 0.95e9 * gb) for gb in MEMORIES}
+    decoder = f"{format_size(memory.decoder)} for {counted(min(chunk, size), 'image')} at once"
+    total = count * command.results.seeds
+    print(f"{counted(total, 'image')}, {size} at once, {dtype} on {device}".replace("torch.", ""))
     print(f"  weights     {format_size(memory.weights)}")
     print(f"  cache       {format_size(memory.cache)}")
     print(f"  tokens      {format_size(memory.tokens)}, noise and activations")
     print(f"  decoder     {decoder}, after the cache is freed")
     print(f"  total       {format_size(memory.peak)}, without about 0.5 GB of PyTorch and the driver")
     print("largest batches: " + ", ".join(f"{count} images in {gb} GB" for gb, count in fitting.items()))
-    print(json.dumps({**dataclasses.asdict(memory), "peak": memory.peak, "largest_batches": fitting}), flush=True)
+    facts = {"images": total, "batch_size": size, **dataclasses.asdict(memory), "peak": memory.peak}
+    print(json.dumps({**facts, "largest_batches": fitting}), flush=True)
 
 
 def _check(command: Sample) -> None:
@@ -238,6 +248,15 @@ def _check(command: Sample) -> None:
         raise UserError(f"seeds={results.seeds} goes with `evaluate`: add it.")
 
 
+def _choose_labels(what: What, names: ClassNames) -> list[int]:
+    """Returns the class of each image without `num_images`."""
+    chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
+    per_class = what.per_class or PER_CLASS
+    if len(chosen) * per_class > MAX_IMAGES:
+        raise UserError(f"per_class={per_class} makes {len(chosen) * per_class} images: use `num_images` for so many.")
+    return [label for label in chosen for _ in range(per_class)]
+
+
 def _sample(command: Sample, pipeline: Pipeline) -> None:
     from bitdance.data.class_folders import GRID
     from bitdance.sampling.image_grid import image_grid, rows_without_names
@@ -245,11 +264,8 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     from bitdance.sampling.writers import image_settings, list_entries
 
     what, how, names = command.what, command.how, pipeline.classes
-    folder, per_class = command.results.output, what.per_class or 10
-    chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
-    if len(chosen) * per_class > MAX_IMAGES:
-        raise UserError(f"per_class={per_class} makes {len(chosen) * per_class} images: use `num_images` for so many.")
-    entries = list_entries(names, [label for label in chosen for _ in range(per_class)])
+    folder, per_class = command.results.output, what.per_class or PER_CLASS
+    entries = list_entries(names, _choose_labels(what, names))
     config = pipeline.sampling_config(**how.sampling())
     chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
     earlier = prepare_folder(folder, entries)
@@ -268,7 +284,7 @@ def _sample(command: Sample, pipeline: Pipeline) -> None:
     grid = image_grid(images, per_class, labels, scale=None)
     texts = [image_settings(pipeline.name, config, what.seed, entry) for entry in entries]
     write_folder(folder, images, grid, {**settings, "images": entries}, texts, earlier)
-    classes = len(set(chosen))
+    classes = len({entry["class"] for entry in entries})
     print(one_line(f"{counted(len(entries), 'image')} of {counted(classes, 'class')}: {folder / GRID}"))
     if unnamed := rows_without_names(labels):
         print(one_line(f"no font has the names of some rows: {unnamed}"))

@@ -21,14 +21,14 @@ class BadImages:
 
     Args:
         limit: None for what suits the images.
-        images: the data set.
+        images: the data set, None of a token cache or a single file.
     """
 
-    def __init__(self, limit: int | None, images: object = None) -> None:
+    def __init__(self, limit: int | None, images: ImageDataset | None = None) -> None:
         self.before = 0
         if limit is None:
             limit = PUBLISHED_LIMIT
-            if isinstance(images, ImageDataset) and images.upright:
+            if images is not None and images.upright:
                 limit = max(OWN_LIMIT, len(images) // OWN_SHARE)
         self.limit = limit
         self._indices: set[int] = set()

@@ -69,16 +69,15 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
         raise UserError(f"{path} holds images more than {MAX_DEPTH} folders deep: {_EXPECTED.format(path)}.")
     prefix, held_out, beside = "", "", list[str]()
     while inside := [name for name in images if "/" in name[len(prefix) :]]:
-        beside += sorted(set(images).difference(inside)) if len(inside) < len(images) else []
-        tops = {name[len(prefix) :].split("/", 1)[0] for name in inside}
-        splits = {top.lower(): top for top in tops}
-        others = [splits[name] for name in HELD_OUT if name in splits]
-        if others and TRAIN in splits and len(tops) == 1 + len(others):
-            held_out, tops = prefix + others[0], {splits[TRAIN]}
-            apart = tuple(f"{prefix}{other}/" for other in others)
-            members = [member for member in members if not member.startswith(apart)]
-            inside = [name for name in inside if not name.startswith(apart)]
+        if len(inside) < len(images):
+            beside += sorted(set(images).difference(inside))
         images = inside
+        tops = {name[len(prefix) :].split("/", 1)[0] for name in images}
+        if others := _held_out_folders(tops):
+            held_out = prefix + others[0]
+            tops.difference_update(others)
+            apart = tuple(f"{prefix}{other}/" for other in others)
+            images, members = ([name for name in group if not name.startswith(apart)] for group in (images, members))
         (top, *more) = tops
         is_class = all(name.count("/", len(prefix)) == 1 for name in images) and top.lower() != TRAIN
         if more or is_class or top in imagenet().wordnet_ids:
@@ -93,8 +92,17 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
     level = class_level(path, names)
     if level is not None:
         _refuse_empty(path, [member[len(prefix) :] for member in members if member.startswith(prefix)], names, level)
-    notes = [f"{held_out.rpartition('/')[2]}/ held out"] * bool(held_out) + _describe_ignored(members, beside)
+    notes = _describe_ignored(members, beside)
+    if held_out:
+        notes.insert(0, f"{held_out.rpartition('/')[2]}/ held out")
     return FoundImages(prefix, names, "; ".join(notes), held_out)
+
+
+def _held_out_folders(folders: Collection[str]) -> list[str]:
+    """Returns those of held-out images, the first one first, if all others are one of training images; else nothing."""
+    splits = {folder.lower(): folder for folder in folders}
+    held_out = [splits[name] for name in HELD_OUT if name in splits]
+    return held_out if TRAIN in splits and len(folders) == 1 + len(held_out) else []
 
 
 def class_level(path: pathlib.Path, names: Collection[str]) -> int | None:
@@ -180,13 +188,17 @@ def _refuse_empty(path: pathlib.Path, members: Iterable[str], names: Iterable[st
 def _describe_ignored(members: Iterable[str], beside: list[str]) -> list[str]:
     others = [name for name in members if name and not name.endswith("/") and not is_image(name)]
     heif = sum(map(is_heif, others))
-    kinds = [f"{heif} HEIC"] * (heif > 0)
+    kinds = []
+    if heif:
+        kinds.append(f"{heif} HEIC")
     if number := len(others) - heif:
         kinds.append("1 not an image" if number == 1 else f"{number} not images")
     if beside:
         listed = ", ".join(map(printable, beside[:_SHOWN])) + ", ..." * (len(beside) > _SHOWN)
         kinds.append(f"{counted(len(beside), 'picture')} beside the class folders: {listed}")
+    if not kinds:
+        return []
     if kinds == [f"{heif} HEIC"]:
         return [f"{counted(heif, 'HEIC file')} ignored: {HEIF_ADVICE}"]
     ignored = f"{counted(len(others) + len(beside), 'file')} ignored ({', '.join(kinds)})"
-    return [ignored] * bool(kinds) + [f"HEIC: {HEIF_ADVICE}"] * (heif > 0)
+    return [ignored, f"HEIC: {HEIF_ADVICE}"] if heif else [ignored]

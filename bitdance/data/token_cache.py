@@ -60,7 +60,7 @@ class TokenCacheInfo:
         classes: class names in the order of the labels.
     """
 
-    autoencoder: str
+    autoencoder: str = dataclasses.field(metadata={"difference": "the weights of the `autoencoder` differ"})
     precision: str
     image_size: int
     grid: int

@@ -147,7 +147,9 @@ def _cache_key(source: ImageSource, config: EvaluationConfig) -> str:
     """Files are identified by their paths, sizes and times of modification."""
     path = source.path.resolve()
     files = [path] if path.is_file() else sorted(filter(pathlib.Path.is_file, path.rglob("*")))
-    key = (source.shape, config.reference_split, config.reference_limit, *["upright"] * source.upright)
+    key: tuple[object, ...] = (source.shape, config.reference_split, config.reference_limit)
+    if source.upright:
+        key += ("upright",)
     digest = hashlib.sha256(repr(key).encode())
     for file in files:
         stat = file.stat()

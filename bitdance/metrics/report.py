@@ -88,11 +88,13 @@ def check_extractor(name: str, digest: str, reference: FeatureSet) -> None:
     Raises:
         UserError: it has another one.
     """
-    own, other = digest or name, reference.about.get("extractor_digest") or reference.about.get("extractor")
+    about = reference.about
+    own, other = digest or name, about.get("extractor_digest") or about.get("extractor")
     if other is not None and own != other:
+        shown = about.get("extractor_digest", "")[:12] or other
         raise UserError(
-            f"the reference {reference.about['source']} has features of another extractor ({other}) than the samples "
-            f"({own}): extract them again."
+            f"the reference {about['source']} has features of another extractor ({shown}) than the samples "
+            f"({digest[:12] or name}): extract them again."
         )
 
 

@@ -52,7 +52,7 @@ def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], ru
     Args:
         config: a dataclass instance.
         names: field names, separated by spaces.
-        is_valid: tells whether a value is allowed.
+        is_valid: tells whether a value is allowed; it may raise for one of another type.
         rule: what the value must do, such as "be at least 1".
 
     Raises:
@@ -60,7 +60,11 @@ def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], ru
     """
     for name in names.split():
         value = getattr(config, name)
-        if value is not None and not is_valid(value):
+        try:
+            allowed = value is None or is_valid(value)
+        except (TypeError, ValueError):
+            allowed = False
+        if not allowed:
             raise UserError(f"{name}={value} is invalid: it must {rule}.")
 
 

@@ -94,7 +94,9 @@ class ProgressLines:
             parts.append(f"took {format_duration(seconds)}")
         elif rate > 0:
             parts.append(f"{format_duration((self._total - self.n) / rate)} left")
-        print(", ".join(parts + [self._postfix] * bool(self._postfix)), file=sys.stderr, flush=True)
+        if self._postfix:
+            parts.append(self._postfix)
+        print(", ".join(parts), file=sys.stderr, flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -238,8 +238,9 @@ def _refuse_others(folder: pathlib.Path, sections: Iterable[str]) -> None:
 def format_differences(differences: list[str]) -> str:
     """Joins the first differences that `compare` returned, and the number of the others."""
     differences = list(dict.fromkeys(differences))  # sections may share a field
-    others = len(differences) - MAX_DIFFERENCES
-    return "; ".join(differences[:MAX_DIFFERENCES] + [f"and {others} more"] * (others > 0))
+    if (others := len(differences) - MAX_DIFFERENCES) > 0:
+        differences[MAX_DIFFERENCES:] = [f"and {others} more"]
+    return "; ".join(differences)
 
 
 def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = False) -> list[str]:

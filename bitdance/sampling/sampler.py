@@ -87,9 +87,12 @@ class SamplingConfig:
             lambda value: isinstance(value, int | float) and 0.1 <= value <= 10,
             "be a number from 0.1 to 10",
         )
-        first, last = self.cfg_interval
-        if not 0 <= first < last <= 1:
-            raise UserError(f"cfg_interval={first} {last} is invalid: it must be two times from 0 to 1, in order.")
+        check_fields(
+            self,
+            "cfg_interval",
+            lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+            "be two times from 0 to 1, in order",
+        )
         flow.make_solver(self.solver, 1)  # raises for an unknown solver
         flow.guidance_scale(self.cfg_scale, 0, 1, self.cfg_schedule)
 
@@ -115,7 +118,7 @@ def complete_config(defaults: SamplingDefaults, preset: Preset | None = None, **
     Raises:
         UserError: the preset is unknown, or a setting is out of range.
     """
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):  # a list may be asked for what has no hash
         raise UserError(f"preset={preset!r} is unknown: use {' or '.join(PRESETS)}.")
     settings = {name: getattr(defaults, name) for name in ("cfg_scale", "num_steps", "solver")}
     settings |= PRESETS[preset] if preset else {}

@@ -181,12 +181,16 @@ def choose_schedule(
     if "lr" in chosen:
         name = "Muon" if rate.optimizer == "muon" else "AdamW"
         reasons.append(f"learning rate {lr:g} with {name}: {rate.reason}")
-    shape = [f"warm-up of {counted(warmup, 'step')}"] * ("warmup_steps" in chosen)
+    shape = []
+    if "warmup_steps" in chosen:
+        shape.append(f"warm-up of {counted(warmup, 'step')}")
     if chosen.keys() >= {"min_lr", "decay_start"}:
         shape.append(f"decay of the learning rate to {chosen['min_lr']:g}")
-    reasons += [", then ".join(shape)] * bool(shape)
+    if shape:
+        reasons.append(", then ".join(shape))
     if "ema" in chosen:
         last = f"the last {round(1 / (1 - chosen['ema']))} steps"
         reasons.append(f"EMA {chosen['ema']:.4g}: averages over {last}, so that nothing of the start is left")
-    reasons += ["centre crops, half of them mirrored"] * ("random_crop" in chosen)
+    if "random_crop" in chosen:
+        reasons.append("centre crops, half of them mirrored")
     return dataclasses.replace(run, **chosen), reasons

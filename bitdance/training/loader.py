@@ -109,7 +109,7 @@ class Loader:
         self._cache: dict[int, np.ndarray] = {}
         self._cached_bytes = 0
         self._lock = threading.Lock()
-        self.bad_images = BadImages(config.max_bad_images, images)
+        self.bad_images = BadImages(config.max_bad_images, images if isinstance(images, ImageDataset) else None)
 
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the order of the images in an epoch, (N,), and five uniform numbers per image, (N, 5)."""

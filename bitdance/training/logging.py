@@ -127,7 +127,7 @@ class RunLog:
         settings: of the run, for Weights & Biases.
 
     Raises:
-        UserError: a package is missing, or a file cannot be written.
+        UserError: a file cannot be written.
     """
 
     def __init__(
@@ -189,18 +189,14 @@ def _is_valid(key: str, value: object) -> bool:
 
 
 def _open_tensorboard(folder: pathlib.Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("`tensorboard` needs a package: pip install 'bitdance[tensorboard]'.") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _open_wandb(folder: pathlib.Path, project: str, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("`wandb` needs a package: pip install 'bitdance[wandb]'.") from None
+    import wandb
+
     name = folder / "wandb-id.txt"  # a resumed run continues the same run there
     if not name.exists():
         with atomic_write(name) as temporary:

@@ -36,7 +36,8 @@ class VGG16(nn.Module):
         layers: list[nn.Module] = []
         channels = 3
         for i, group in enumerate(VGG_CHANNELS):
-            layers += [nn.MaxPool2d(2)] if i else []
+            if i:
+                layers.append(nn.MaxPool2d(2))
             for width in group:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width

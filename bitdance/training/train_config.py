@@ -6,6 +6,7 @@ Field metadata says which settings may change when a run is resumed, see `bitdan
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import pathlib
 from typing import Any, Literal
@@ -238,6 +239,12 @@ class TrainConfig:
                 "`eval_every` needs images to compare with: name them with `eval_reference` (a data set, ADM's "
                 "reference batch or a stored reference; none for the Inception Score alone) or `val_path`."
             )
+        for name, package in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+            if getattr(self, name):
+                try:
+                    importlib.import_module(package)
+                except ImportError:
+                    raise UserError(f"`{name}` needs a package: pip install 'bitdance[{name}]'.") from None
 
 
 SCHEDULE_FIELDS = (

@@ -516,7 +516,9 @@ class Trainer:
         """Writes the report and says what was trained, for how long, and where everything is."""
         folder, skipped = self.config.output, int(self.guard.skipped)
         facts = describe_run(folder, verify=False)
-        images = counted(self.data.images - unreadable, "image") + f" ({unreadable} unreadable)" * bool(unreadable)
+        images = counted(self.data.images - unreadable, "image")
+        if unreadable:
+            images += f" ({unreadable} unreadable)"
         what = f"an autoencoder of {images}"
         if isinstance(self.network, BitDance):
             what = f"a model of {counted(self.network.config.num_classes, 'class')} from {images}"

@@ -169,10 +169,12 @@ def complete(
     _check_pixels(pipeline, candidates)
     label, original = _find_class(pipeline, label), _decode(pipeline, data)
     bits = pipeline.encode(original)
-    kept = hide_tokens(pipeline.decode(bits, "np"), kept_tokens(config, keep_rows), config.patch)[0]
+    kept = kept_tokens(config, keep_rows)
+    part = hide_tokens(pipeline.decode(bits, "np"), kept, config.patch)[0]
     call = functools.partial(pipeline.complete, bits, label, keep_rows=keep_rows, candidates=candidates)
     columns = min(5, 2 + candidates)
-    return _frames(pipeline, call, [label] * candidates, settings, columns, None, (original, kept), keep_rows=keep_rows)
+    before, tokens = (original, part), kept.nonzero().flatten().tolist()
+    return _frames(pipeline, call, [label] * candidates, settings, columns, None, before, kept_tokens=tokens)
 
 
 def draw_bits(bits: Tensor) -> np.ndarray:
@@ -257,9 +259,9 @@ def _frames(
     columns: int,
     row_labels: list[str] | None = None,
     before: Sequence[np.ndarray] = (),
-    **kept: int,
+    **others: Any,
 ) -> Generator[Frame, None, None]:
-    """Yields grids of a sampling; `before` are images that are shown first, `kept` is noted with the settings."""
+    """Yields grids of a sampling; `before` are images that are shown first, `others` are noted with the settings."""
     config = settings.config(pipeline)
     given = dataclasses.asdict(config) | {"seed": settings.seed, "output": "np", "chunk_size": None}
     scale = max(1, 128 // pipeline.image_size)
@@ -269,7 +271,7 @@ def _frames(
             archive = None
             if step == steps:
                 entries = list_entries(pipeline.classes, labels)
-                records = [image_settings(pipeline.name, config, settings.seed, entry, **kept) for entry in entries]
+                records = [image_settings(pipeline.name, config, settings.seed, entry, **others) for entry in entries]
                 archive = make_archive(images, entries, records, grid)
             yield Frame(grid, step, steps, archive)
 

@@ -221,7 +221,7 @@ def _compare(path: pathlib.Path, remote: _Remote, verify: bool) -> str:
     """Compares a file with the published one; returns what was compared, or raises a `UserError`."""
     sha256 = remote.sha256 if verify else ""
     if path.stat().st_size != remote.size or (sha256 and not file_digest(path).startswith(sha256)):
-        expected = f"{remote.size} bytes" + f" with SHA-256 {sha256}" * bool(sha256)
+        expected = f"{remote.size} bytes" + (f" with SHA-256 {sha256}" if sha256 else "")
         raise UserError(f"the downloaded {remote.target.name} is damaged: expected {expected}; run the command again.")
     return "SHA-256 as published" if sha256 else "size as on the server"
 

@@ -100,7 +100,7 @@ def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:
     for path in (folder / f"{part}.safetensors", *newest, folder / f"{other}.safetensors", *alone):
         if path.is_file():
             return path
-    raise UserError(f"{folder} holds no weights{' yet' * (not files)}: name another folder, or a file.")
+    raise UserError(f"{folder} holds no weights{'' if files else ' yet'}: name another folder, or a file.")
 
 
 def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
