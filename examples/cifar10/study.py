@@ -210,8 +210,13 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
             means = [statistics.fmean(metrics[name]) for _, metrics in points]
             axes[row, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
     for row, title in enumerate(("Fréchet distance", "accuracy")):
-        axes[row, 0].set(xlabel="solver steps", ylabel=title, xscale="log")
-        axes[row, 1].set(xlabel="guidance scale", ylabel=title, xscale="log")
+        for column, label in enumerate(("solver steps", "guidance scale")):
+            axis = axes[row, column]
+            axis.set(xlabel=label, ylabel=title, xscale="log")
+            axis.set_ylim(0)  # else differences that are noise look large
+            axis.set_xticks((5, 10, 20, 50, 100) if column == 0 else (1, 2, 4, 8, 16, 32), minor=False)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
     axes[0, 0].legend()
     axes[0, 1].legend()
     with atomic_write(path) as temporary:
