@@ -242,16 +242,18 @@ class SamplingDefaults:
         num_steps: steps of the head's solver.
         chunk_size: images decoded at once; 0 for the whole batch.
         solver: of the head.
+        share_first: see `bitdance.sampling.sampler.SamplingConfig`.
     """
 
     cfg_scale: float = 3.0
     num_steps: int = 20
     chunk_size: int = 0
     solver: SolverName = "dpmpp-2m-sde"
+    share_first: bool = True
 
 
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "exact": {"num_steps": 100, "solver": "euler-maruyama"},
+    "exact": {"num_steps": 100, "solver": "euler-maruyama", "share_first": False},
     "fast": {"num_steps": 20, "solver": "dpmpp-2m-sde"},
 }
 """Settings under one name: as published, and fewer steps of a second-order solver."""
@@ -306,7 +308,7 @@ RELEASED_MODELS = {
         f"BitDance_{name.replace('-', '_')}.pt",
         family,
         config,
-        SamplingDefaults(cfg_scale, 100, chunk, "euler-maruyama"),
+        SamplingDefaults(cfg_scale, 100, chunk, "euler-maruyama", share_first=False),
         *rest,
     )
     for name, (family, config, cfg_scale, chunk, *rest) in _PUBLISHED.items()

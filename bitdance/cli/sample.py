@@ -83,7 +83,8 @@ class How:
         end_time: time at which the solver's last step ends, at most 0.95.
         grid_power: times of the solver are those of an even grid to this power; above 1 denser near the noise.
         cfg_interval: solver times between which there is guidance, as in: 0.1 0.8.
-        share_first: share the first tokens with the unconditional rows, which the published samples do not.
+        share_first: share the first tokens with the unconditional rows; not the default of a released model, since the
+            published samples do not.
         batch_size: images at once.
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
         compile: compile the sampler for each batch size: no, default, or reduce-overhead (with CUDA graphs); auto is
@@ -99,7 +100,7 @@ class How:
     end_time: float = 0.95
     grid_power: float = 1.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    share_first: bool = False
+    share_first: bool | None = None
     batch_size: int = 100
     chunk_size: int | None = None
     compile: Literal["auto", "no", "default", "reduce-overhead"] = "auto"

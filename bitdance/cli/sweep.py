@@ -88,13 +88,12 @@ def main(arguments: list[str]) -> None:
 def _sweep(command: Sweep, world: World) -> None:
     from bitdance.metrics.references import FeatureExtractors, find_reference
     from bitdance.sampling.job import JobConfig, SamplingJob, print_result
-    from bitdance.sampling.sampler import SamplingConfig
 
     how = command.how
     pipeline = command.model.load(world.device, command.where.precision)
     pipeline.compile()
     combinations = [
-        SamplingConfig(steps, scale, how.cfg_schedule, solver=solver)
+        pipeline.sampling_config(scale, steps, cfg_schedule=how.cfg_schedule, solver=solver)
         for solver, steps, scale in itertools.product(how.solver, how.num_steps, how.cfg_scale)
     ]
     chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size

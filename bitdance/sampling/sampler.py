@@ -43,7 +43,8 @@ class SamplingConfig:
         num_steps: S, steps of the head's solver, without the last prediction.
         cfg_scale: guidance scale; 1 or less disables guidance.
         cfg_schedule: `linear` grows from 1 with the autoregressive step; `constant`.
-        share_first: whether conditional and unconditional rows share their first tokens; the published samples do not.
+        share_first: whether conditional and unconditional rows share their first tokens, if the guidance scale there is
+            1; the published samples do not.
         solver: see `flow.make_solver`; `euler-maruyama` is the published one.
         final_num_steps: S at the last autoregressive step, between which and `num_steps` S is interpolated linearly;
             None for the same S at all.
@@ -120,7 +121,7 @@ def complete_config(defaults: SamplingDefaults, preset: Preset | None = None, **
     """
     if preset is not None and preset not in list(PRESETS):  # a list may be asked for what has no hash
         raise UserError(f"preset={preset!r} is unknown: use {' or '.join(PRESETS)}.")
-    settings = {name: getattr(defaults, name) for name in ("cfg_scale", "num_steps", "solver")}
+    settings = {name: getattr(defaults, name) for name in ("cfg_scale", "num_steps", "solver", "share_first")}
     settings |= PRESETS[preset] if preset else {}
     return SamplingConfig(**(settings | {name: value for name, value in given.items() if value is not None}))
 

@@ -30,7 +30,7 @@ from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
-from bitdance.sampling.sampler import SamplingConfig
+from bitdance.sampling.sampler import SamplingConfig, complete_config
 from bitdance.training.loader import Loader, open_data
 from bitdance.training.logging import Metrics, finite
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
@@ -210,9 +210,8 @@ class Evaluation:
         else:
             classes = np.unique(labels)
             chosen = classes[make_labels("balanced", number, len(classes), seed=0)]
-            solver = SamplingDefaults().solver
-            sampling = SamplingConfig(config.eval_num_steps, config.eval_cfg_scale, solver=solver)
-            self._source = PipelineSource(network, sampling, chosen, in_bf16)
+            defaults = SamplingDefaults(config.eval_cfg_scale, config.eval_num_steps)
+            self._source = PipelineSource(network, complete_config(defaults), chosen, in_bf16)
         features = () if config.eval_features is None else (config.eval_features,)
         wanted = EvaluationConfig(config.eval_reference, inception_weights=config.eval_inception, features=features)
         if config.eval_reference is None:

@@ -60,8 +60,8 @@ T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 
 
 def fast(scale: float, **changes: Any) -> SamplingConfig:
-    """Returns the settings around which all but the solver varies: those of the preset `fast`."""
-    return complete_config(SamplingDefaults(cfg_scale=scale), "fast", **changes)
+    """Returns the settings around which one varies: those of the preset `fast`, with the first token as published."""
+    return complete_config(SamplingDefaults(cfg_scale=scale, share_first=False), "fast", **changes)
 
 
 def settings(scale: float) -> Iterator[SamplingConfig]:
