@@ -142,7 +142,7 @@ def everything(folder: pathlib.Path) -> dict[pathlib.Path, int]:
 def test_it_prints_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
     before = everything(place)
     text, facts = dry_run(capsys, place, tmp_path / "run", "--epochs", 5, "--keep-epochs", 2, "--keep-checkpoints", 3,
-                          "--parallel-num", 1)  # fmt: skip
+                          "--parallel-num", 1, "--optimizer", "adamw")  # fmt: skip
     assert everything(place) == before and not list(tmp_path.iterdir())
     for words in ("weights", "gradients", "optimizer", "ema", "frozen", "activations", "checkpoint",
                   "TFLOPs per step", "images/s"):  # fmt: skip
@@ -167,7 +167,7 @@ def test_it_prints_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
 
 
 def test_without_ema(place, tmp_path, capsys, untimed):
-    _, facts = dry_run(capsys, place, tmp_path / "run", "--ema", -1)
+    _, facts = dry_run(capsys, place, tmp_path / "run", "--ema", -1, "--optimizer", "adamw")
     assert facts["memory"]["ema"] == 0 and facts["checkpoint_bytes"] == 12 * facts["parameters"]
 
 

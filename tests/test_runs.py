@@ -415,7 +415,8 @@ def test_previews_show_fixed_classes_and_noise(place, tmp_path):
     first, second = ((tmp_path / f"preview-000000{step}.png").read_bytes() for step in (1, 2))
     assert first == second  # the weights did not change
     with Image.open(tmp_path / "preview-0000001.png") as preview:
-        assert preview.size == (8 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2)
+        assert preview.height == 3 * (2 * 16 + 2) + 2  # a row for each class, with its name at the left
+        assert preview.width > 5 * (2 * 16 + 2) + 2 + 20
 
 
 # ------------------------------------------------------------ status
