@@ -90,7 +90,7 @@ def test_what_is_given_is_kept_and_no_reason_speaks_of_it():
 
 def test_learning_rates():
     choose = automatic.choose_learning_rate
-    assert choose(None, 128, True)[:2] == ("muon" if hasattr(torch.optim, "Muon") else "adamw", RATE.lr)
+    assert choose(None, 128, True)[:2] == (("muon", 4e-3) if hasattr(torch.optim, "Muon") else ("adamw", 2e-3))
     assert choose("adamw", 128, False)[:2] == ("adamw", 2e-3)
     assert choose(None, 768, True)[:2] == ("adamw", 1e-4) and choose("muon", 768, False)[:2] == ("muon", 3e-4)
 
