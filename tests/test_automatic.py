@@ -107,6 +107,7 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(automatic, "measure_step", lambda *arguments: 10.0)
     run = tmp_path / "run"
     command = ["train", "--data-path", str(pictures), "--output", str(run), "--time", "1s", "--device", "cpu"]
+    command += ["--preview-every", "100"]
     main([*command, "--lr=2e-4", "--perturb_rate", "0.2"])
     out, err = capsys.readouterr()
     assert err.count(f"bitdance: {pictures}: 12 images of 3 classes (Horse, class-1, class-2)\n") == 1
