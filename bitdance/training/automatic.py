@@ -25,9 +25,9 @@ MAX_EPOCHS = 400
 MIN_STEPS = 100
 BATCH_SIZE = 64
 SMALL_DIM = 256
-"""Width up to which a model has the rates that were found for the demo models."""
+"""Largest width of models that get the optimizer and learning rates found for the demo models."""
 MIN_TRIALS, TRIAL_SECONDS = 3, 3.0
-"""Steps that are timed, at least so many and for so long; the median counts."""
+"""Minimum number and total duration of the timed steps, of which the median counts."""
 
 
 def parse_time(text: str) -> float:
@@ -91,7 +91,7 @@ def choose_ema(steps: int) -> float:
 
 
 class LearningRate(NamedTuple):
-    """A learning rate, its optimizer, and why."""
+    """A learning rate, the optimizer it is meant for, and the reason that is printed."""
 
     optimizer: OptimizerName
     lr: float
@@ -99,14 +99,14 @@ class LearningRate(NamedTuple):
 
 
 AUTOENCODER_RATE = LearningRate("adamw", 3e-4, "lower than from scratch, to keep what the weights know")
-"""That of an autoencoder that starts from trained weights."""
+"""For an autoencoder that starts from trained weights."""
 
 
 def choose_learning_rate(optimizer: OptimizerName | None, dim: int, fine_tunes: bool) -> LearningRate:
-    """Returns the learning rate of a model.
+    """Returns the optimizer and the learning rate of a model.
 
     Args:
-        optimizer: the one that is given; without it small models have Muon, if PyTorch has it.
+        optimizer: the one that is given; None for Muon in small models, if PyTorch has it, and AdamW in others.
         dim: width of the model.
         fine_tunes: whether it starts from trained weights.
     """
@@ -114,8 +114,8 @@ def choose_learning_rate(optimizer: OptimizerName | None, dim: int, fine_tunes: 
         name = optimizer or ("muon" if hasattr(torch.optim, "Muon") else "adamw")
         return LearningRate(name, 4e-3 if name == "muon" else 2e-3, "high, so that a small model learns in minutes")
     if fine_tunes:
-        return LearningRate(optimizer or "adamw", 1e-4, "a third of the published one, to keep what the weights know")
-    return LearningRate(optimizer or "adamw", 3e-4, "the published one")
+        return LearningRate(optimizer or "adamw", 1e-4, "lower than from scratch, to keep what the weights know")
+    return LearningRate(optimizer or "adamw", 3e-4, "the original's default")
 
 
 class StepTime(NamedTuple):
@@ -135,7 +135,7 @@ def choose_schedule(
         count: number of images.
         given: fields of `run` that are kept.
         time: from which the number of steps follows; None if `epochs` or `max_steps` is given.
-        rate: for such a network, unless it is given.
+        rate: optimizer and learning rate, unless they are given.
         fine_tunes: whether it starts from trained weights.
 
     Returns:
@@ -156,11 +156,12 @@ def choose_schedule(
         epochs = run.epochs if "epochs" in given else math.ceil((run.max_steps or 1) / per_epoch)
         limit = "as given"
     steps = min(epochs * per_epoch, run.max_steps or epochs * per_epoch)
+    optimizer = run.optimizer if "optimizer" in given else rate.optimizer
     lr = run.lr if "lr" in given else rate.lr
     warmup = run.warmup_steps if "warmup_steps" in given else max(1, min(200, steps // 20))
     chosen: dict[str, Any] = {
         "epochs": epochs,
-        "optimizer": rate.optimizer,
+        "optimizer": optimizer,
         "lr": lr,
         "min_lr": lr / 100,
         "warmup_steps": warmup,
@@ -178,9 +179,11 @@ def choose_schedule(
         "starts from trained weights, which learn from few images" if fine_tunes else scratch,
         f"{steps} {length} ({steps / per_epoch:.3g} epochs), {limit}",
     ]
+    name = "Muon" if optimizer == "muon" else "AdamW"
     if "lr" in chosen:
-        name = "Muon" if rate.optimizer == "muon" else "AdamW"
         reasons.append(f"learning rate {lr:g} with {name}: {rate.reason}")
+    elif "optimizer" in chosen:
+        reasons.append(f"optimizer {name}")
     shape = []
     if "warmup_steps" in chosen:
         shape.append(f"warm-up of {counted(warmup, 'step')}")
