@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from bitdance.sampling.sampler import StepCallback
 
 MAX_CLASSES = 20
-"""Classes sampled by default from a model with many."""
+"""Default number of classes of a model with more."""
 
 PER_CLASS = 10
-"""Images of each class by default."""
+"""Default number of images of each class."""
 
 MAX_IMAGES = 1_000_000
 """At once, and in a folder."""
@@ -83,8 +83,8 @@ class How:
         end_time: time at which the solver's last step ends, at most 0.95.
         grid_power: times of the solver are those of an even grid to this power; above 1 denser near the noise.
         cfg_interval: solver times between which there is guidance, as in: 0.1 0.8.
-        share_first: share the first tokens with the unconditional rows; not the default of a released model, since the
-            published samples do not.
+        share_first: give the unconditional rows the first tokens of the conditional ones; the default of all but the
+            released models.
         batch_size: images at once.
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
         compile: compile the sampler for each batch size: no, default, or reduce-overhead (with CUDA graphs); auto is
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _print_memory(command: Sample) -> None:
-    """Prints the memory of the first batch as a table, and as JSON in the last line; without weights if released."""
+    """Prints the memory of the first batch as a table, and as JSON in the last line; needs no released weights."""
     import json
 
     from bitdance.config import RELEASED_MODELS, AutoencoderConfig
@@ -209,7 +209,7 @@ def _print_memory(command: Sample) -> None:
     print(f"  tokens      {format_size(memory.tokens)}, noise and activations")
     print(f"  decoder     {decoder}, after the cache is freed")
     print(f"  total       {format_size(memory.peak)}, without about 0.5 GB of PyTorch and the driver")
-    print("largest batches: " + ", ".join(f"{count} images in {gb} GB" for gb, count in fitting.items()))
+    print("largest batches: " + ", ".join(f"{most} images in {gb} GB" for gb, most in fitting.items()))
     facts = {"images": total, "batch_size": size, **dataclasses.asdict(memory), "peak": memory.peak}
     print(json.dumps({**facts, "largest_batches": fitting}), flush=True)
 
@@ -250,7 +250,7 @@ def _check(command: Sample) -> None:
 
 
 def _choose_labels(what: What, names: ClassNames) -> list[int]:
-    """Returns the class of each image without `num_images`."""
+    """Returns the class of each image of a call without `num_images`."""
     chosen = names.find_all(what.classes) if what.classes else list(range(min(len(names), MAX_CLASSES)))
     per_class = what.per_class or PER_CLASS
     if len(chosen) * per_class > MAX_IMAGES:

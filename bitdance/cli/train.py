@@ -13,6 +13,7 @@ from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, Samplin
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
+from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights, is_demo
 
 EXAMPLES = """
 bitdance train --data-path pictures --output runs/mine
@@ -85,8 +86,6 @@ def _parse(arguments: list[str], defaults: Train) -> Train:
 def _defaults(arguments: list[str]) -> Train:
     """Returns the defaults of a run that goes on, or those that follow from model, images and time."""
     given = given_values(arguments, ("init-from", "autoencoder", "time", "data-path", "output"))
-    from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights, is_demo
-
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return Train(DEMO, TrainConfig(MISSING))
     output = output_of(given["output"])
@@ -123,7 +122,6 @@ def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
     """Returns the image size of a model with an autoencoder."""
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_autoencoder
-    from bitdance.weights.resolve import find_weights
 
     contents = weights_file.read(find_weights(autoencoder, "autoencoder"))
     return model.grid * describe_autoencoder(contents).config.down_size
@@ -139,7 +137,6 @@ def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> 
     from bitdance.training.losses import BitDanceLoss
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_autoencoder
-    from bitdance.weights.resolve import find_weights
 
     config = command.run
     contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))

@@ -20,8 +20,8 @@ class BadImages:
     """The unreadable images of a process, shared by its threads: at most `limit`, with those skipped `before`.
 
     Args:
-        limit: None for what suits the images.
-        images: the data set, None of a token cache or a single file.
+        limit: number of images; None for a default that depends on the images.
+        images: the data set; None for a token cache or a single file.
     """
 
     def __init__(self, limit: int | None, images: ImageDataset | None = None) -> None:

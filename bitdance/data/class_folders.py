@@ -99,7 +99,7 @@ def find_images(path: pathlib.Path, members: Collection[str]) -> FoundImages:
 
 
 def _held_out_folders(folders: Collection[str]) -> list[str]:
-    """Returns those of held-out images, the first one first, if all others are one of training images; else nothing."""
+    """Returns the folders of held-out images, in the order of `HELD_OUT`; none unless the only other one is `TRAIN`."""
     splits = {folder.lower(): folder for folder in folders}
     held_out = [splits[name] for name in HELD_OUT if name in splits]
     return held_out if TRAIN in splits and len(folders) == 1 + len(held_out) else []
@@ -162,7 +162,7 @@ def name_of(path: pathlib.Path) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of the name starts with a dot, and is more than that, or is a folder of macOS in zip files."""
+    """Whether a part of the name starts with a dot (but is not `.`) or is the folder that macOS adds to zip files."""
     return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 

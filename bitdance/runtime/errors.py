@@ -52,7 +52,7 @@ def check_fields(config: object, names: str, is_valid: Callable[[Any], bool], ru
     Args:
         config: a dataclass instance.
         names: field names, separated by spaces.
-        is_valid: tells whether a value is allowed; it may raise for one of another type.
+        is_valid: tells whether a value is allowed; a `TypeError` or `ValueError`, as of another type, means no.
         rule: what the value must do, such as "be at least 1".
 
     Raises:

@@ -31,7 +31,7 @@ SHOWN_CLASSES, SHOWN_EACH = 10, 8
 def save_pretrained(
     pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None, name: str = "."
 ) -> None:
-    """Writes a model, its autoencoder, some samples and a card that loads `name`; see `Pipeline.save_pretrained`."""
+    """Writes a model, its autoencoder, some samples and a card; see `Pipeline.save_pretrained`."""
     if folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir()):
         card = folder / CARD
         if not card.is_file() or MARK not in card.read_text(errors="replace"):

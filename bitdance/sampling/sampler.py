@@ -43,8 +43,8 @@ class SamplingConfig:
         num_steps: S, steps of the head's solver, without the last prediction.
         cfg_scale: guidance scale; 1 or less disables guidance.
         cfg_schedule: `linear` grows from 1 with the autoregressive step; `constant`.
-        share_first: whether conditional and unconditional rows share their first tokens, if the guidance scale there is
-            1; the published samples do not.
+        share_first: whether the unconditional rows take the tokens of the conditional ones also in steps whose guidance
+            scale is 1 (the first one of the linear schedule); the published samples do not.
         solver: see `flow.make_solver`; `euler-maruyama` is the published one.
         final_num_steps: S at the last autoregressive step, between which and `num_steps` S is interpolated linearly;
             None for the same S at all.
@@ -119,7 +119,7 @@ def complete_config(defaults: SamplingDefaults, preset: Preset | None = None, **
     Raises:
         UserError: the preset is unknown, or a setting is out of range.
     """
-    if preset is not None and preset not in list(PRESETS):  # a list may be asked for what has no hash
+    if preset is not None and preset not in list(PRESETS):  # `in` of a dict raises for a value without a hash
         raise UserError(f"preset={preset!r} is unknown: use {' or '.join(PRESETS)}.")
     settings = {name: getattr(defaults, name) for name in ("cfg_scale", "num_steps", "solver", "share_first")}
     settings |= PRESETS[preset] if preset else {}
