@@ -83,9 +83,15 @@ def test_what_is_given_is_kept_and_no_reason_speaks_of_it():
     both = {**changes, "min_lr": 0.0, "decay_start": 3}
     run, few = automatic.choose_schedule(dataclasses.replace(config, **both), 100, both, None, RATE, fine_tunes=True)
     assert (run.min_lr, run.decay_start) == (0.0, 3) and not any("decay" in reason for reason in few)
+    assert run.optimizer == "muon" and "optimizer Muon" in reasons
     text = "\n".join(reasons)
     assert "decay of the learning rate to 2e-06" in text
     assert not any(word in text for word in ("learning rate 0", "warm-up", "EMA", "crops")), text
+
+
+def test_a_given_optimizer_is_kept():
+    run, reasons = automatic.choose_schedule(RUN, 1000, {"optimizer", "epochs"}, None, RATE, fine_tunes=True)
+    assert run.optimizer == "adamw" and "learning rate 0.004 with AdamW: of a test" in reasons
 
 
 def test_learning_rates():

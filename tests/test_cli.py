@@ -350,8 +350,7 @@ def test_what_to_do_about_memory_is_in_flags_of_the_command(run, monkeypatch):
     # In this order: bitdance.training.setup imports init_distributed by name.
     for name in ("bitdance.training.setup.train_model", "bitdance.runtime.process_group.init_distributed"):
         monkeypatch.setattr(name, fail)
-    for name in ("bitdance.weights.resolve.find_weights", "bitdance.cli.train.find_weights"):
-        monkeypatch.setattr(name, fail)
+    monkeypatch.setattr("bitdance.weights.resolve.find_weights", fail)
     for arguments, advice in (
         (
             ["train", "--data-path", "x", "--autoencoder", "y", "--epochs", "1"],

@@ -13,7 +13,7 @@ from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, Samplin
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
-from bitdance.weights.resolve import DEMO, find_autoencoder_of, find_weights, is_demo
+from bitdance.weights.resolve import DEMO, is_demo
 
 EXAMPLES = """
 bitdance train --data-path pictures --output runs/mine
@@ -95,6 +95,7 @@ def _defaults(arguments: list[str]) -> Train:
     from bitdance.sampling.pipeline import sampling_defaults
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_model
+    from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
     starts = given["init-from"]
     if starts is None and fields.isdisjoint(_SIZES) and (given["autoencoder"] or DEMO) == DEMO:
@@ -122,6 +123,7 @@ def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
     """Returns the image size of a model with an autoencoder."""
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_autoencoder
+    from bitdance.weights.resolve import find_weights
 
     contents = weights_file.read(find_weights(autoencoder, "autoencoder"))
     return model.grid * describe_autoencoder(contents).config.down_size
@@ -137,6 +139,7 @@ def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> 
     from bitdance.training.losses import BitDanceLoss
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_autoencoder
+    from bitdance.weights.resolve import find_weights
 
     config = command.run
     contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))

@@ -114,9 +114,7 @@ def choose_learning_rate(optimizer: OptimizerName | None, dim: int, fine_tunes: 
         name = optimizer or ("muon" if hasattr(torch.optim, "Muon") else "adamw")
         return LearningRate(name, 4e-3 if name == "muon" else 2e-3, "high, so that a small model learns in minutes")
     if fine_tunes:
-        return LearningRate(
-            optimizer or "adamw", 1e-4, "a third of the original's default, to keep what the weights know"
-        )
+        return LearningRate(optimizer or "adamw", 1e-4, "lower than from scratch, to keep what the weights know")
     return LearningRate(optimizer or "adamw", 3e-4, "the original's default")
 
 

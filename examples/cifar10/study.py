@@ -1,13 +1,13 @@
 """Measures what the settings of sampling cost and give: Fréchet distance, accuracy and seconds, as CSV and figures.
 
     python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x --output runs/study
-    python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 10000 --seeds 5
-    python examples/cifar10/study.py --law                                  # laws of SDE and ODE under guidance
+    python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 5
+    python examples/cifar10/study.py --bits                                 # compares bit probabilities of the solvers
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
 A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. Lines that are there
 are not measured again, so an interrupted study continues. Needs the example's classifier, see classifier.py, except
-with --law.
+with --bits.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ SCALES = {
 }
 SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
 BATCH = 250
-LAW_SAMPLES = 10_000
+BIT_SAMPLES = 10_000
+"""Samples from which the probabilities of bits are estimated."""
 MARGIN = 0.03
 T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Quantiles of Student's t at 95 %, by degrees of freedom."""
@@ -71,7 +72,8 @@ def settings(scale: float) -> Iterator[SamplingConfig]:
             yield fast(value, cfg_schedule=schedule)
     for solver, steps in itertools.product(SOLVERS, (5, 10, 15, 20, 30, 50, 100)):
         yield fast(scale, solver=solver, num_steps=steps)
-    for value, solver in itertools.product((1.0, 4.0), ("euler", "heun")):  # another law with guidance
+    # With guidance the ODEs converge to another distribution.
+    for value, solver in itertools.product((1.0, 4.0), ("euler", "heun")):
         yield fast(value, solver=solver, num_steps=50)
     for interval in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.5, 1.0)):
         yield fast(scale, cfg_interval=interval)
@@ -110,21 +112,24 @@ def measure(
 
 @torch.no_grad()
 def bit_probabilities(pipeline: Pipeline, config: SamplingConfig, seed: int) -> Tensor:
-    """Returns the probability of each bit of the first token of the first class to be 1: (C,), of LAW_SAMPLES."""
+    """Returns the probability that each bit of the first token of the first class is 1, (C,), from BIT_SAMPLES."""
     model = pipeline.model
     cond = model.prefill(torch.tensor([0, model.null_class]), model.new_cache(2))[:, :1]  # (2, 1, D)
     sample = head_sampler(model, config, SamplerFunctions(model))
     ones = torch.zeros(model.config.bits)
-    for ids in split_batches(LAW_SAMPLES, BATCH):
+    for ids in split_batches(BIT_SAMPLES, BATCH):
         noise = sample_noise(model, seed, torch.arange(ids.start, ids.stop), config.num_draws)(0, False)[:, :, :1]
         guidance = torch.full((), config.cfg_scale)
         x = sample(cond.repeat_interleave(len(ids), dim=0), noise, guidance, config.num_steps)  # (B, 1, C)
         ones += (x[:, 0] > 0).sum(0)
-    return ones / LAW_SAMPLES
+    return ones / BIT_SAMPLES
 
 
-def compare_laws(name: str, path: pathlib.Path) -> None:
-    """Writes by how much bits of the solvers, with 100 steps, differ at most from the published one."""
+def compare_bits(name: str, path: pathlib.Path) -> None:
+    """Writes the largest difference between the bit probabilities of each solver and the published one, at 100 steps.
+
+    The published solver is compared with itself with other noise, which shows the error of the estimate.
+    """
     pipeline = bitdance.load_pipeline(name)
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
@@ -149,7 +154,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[str, str]:
-    """Returns the columns that tell a line from the others, as text."""
+    """Returns the columns that identify a line, as text."""
     return {"model": name, "seed": str(seed), "images": str(images)} | {
         field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)
     }
@@ -175,15 +180,15 @@ def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path
         writer = csv.DictWriter(file, COLUMNS)
         for seed, config in missing:
             row = measure(pipeline, config, seed, options.images, network, reference)
-            p = {"parallel_num": pipeline.model.config.parallel_num}
-            writer.writerow(key_of(name, seed, options.images, config) | p | row)
+            row["parallel_num"] = pipeline.model.config.parallel_num
+            writer.writerow(key_of(name, seed, options.images, config) | row)
             file.flush()
             bar.update(1)
     print(f"wrote {path}")
 
 
 def select(rows: list[dict[str, str]], x: str, config: SamplingConfig) -> dict[str, dict[str, list[float]]]:
-    """Returns the values of the metrics over the values of a column, for the rows that else have these settings."""
+    """Returns the values of the metrics over the values of a column, for the rows with otherwise these settings."""
     base = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     base.pop(x)
     found: dict[str, dict[str, list[float]]] = {}
@@ -213,7 +218,7 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
         for column, label in enumerate(("solver steps", "guidance scale")):
             axis = axes[row, column]
             axis.set(xlabel=label, ylabel=title, xscale="log")
-            axis.set_ylim(0)  # else differences that are noise look large
+            axis.set_ylim(0)  # otherwise differences within the noise look large
             axis.set_xticks((5, 10, 20, 50, 100) if column == 0 else (1, 2, 4, 8, 16, 32), minor=False)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
@@ -256,13 +261,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cfg-scale", type=float, help="of the settings that do not vary it; by default the model's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--equivalence", action="store_true", help="compare numbers of steps with the published one")
-    parser.add_argument("--law", action="store_true", help="compare the bits of a token between the solvers")
+    parser.add_argument("--bits", action="store_true", help="compare the probabilities of bits between the solvers")
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     for name in options.models:
-        if options.law:
-            compare_laws(name, options.output / f"law-{pathlib.Path(name).stem}.csv")
+        if options.bits:
+            compare_bits(name, options.output / f"bits-{pathlib.Path(name).stem}.csv")
             continue
         path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
         scale = options.cfg_scale or bitdance.load_pipeline(name).defaults.cfg_scale
