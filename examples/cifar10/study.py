@@ -53,7 +53,7 @@ SCALES = {
 }
 SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
 BATCH = 250
-BIT_SAMPLES = 10_000
+BIT_SAMPLES = 5_000
 """Samples from which the probabilities of bits are estimated."""
 MARGIN = 0.03
 T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
