@@ -232,6 +232,8 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
 def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
     """Prints whether fewer solver steps are equivalent to 100: the 90 % interval of the ratio lies within 3 % of 1.
 
+    They are not worse if only its upper end has to be below 1.03.
+
     The seeds are pairs: the same seed has the same labels and first noise.
     """
     exact = select(rows, "num_steps", fast(scale, solver=SOLVERS[0])).get("100", {}).get("frechet_distance", [])
@@ -244,7 +246,9 @@ def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
             ratios = [a / b for a, b in pairs]
             mean = statistics.fmean(ratios)
             half = T95[len(pairs) - 1] * statistics.stdev(ratios) / len(pairs) ** 0.5
-            verdict = "equivalent" if abs(mean - 1) + half < MARGIN else "not shown"
+            verdict = "not worse" if mean + half < 1 + MARGIN else "not shown"
+            if abs(mean - 1) + half < MARGIN:
+                verdict = "equivalent"
             print(f"{solver}, {steps} steps: {mean:.3f} +- {half:.3f} of the distance at 100 steps: {verdict}")
 
 
