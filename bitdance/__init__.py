@@ -25,6 +25,7 @@ Sample images with the demo model, a released model, the folder of a training ru
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        if "torch" not in sys.modules:
+            from bitdance.runtime.cpu_tuning import tune_cpu
+
+            tune_cpu()
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'bitdance' has no attribute {name!r}")
 

@@ -162,6 +162,11 @@ def test_threads_wait_passively_after_a_short_time(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     call(lambda arguments: None, [])
     assert os.environ["GOMP_SPINCOUNT"] == str(SPIN_COUNT)
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    code = (
+        "import bitdance, os, sys; bitdance.load_pipeline; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    )
+    assert small.run("-c", code).stdout == f"True {SPIN_COUNT}\n", "in Python, too"
 
 
 # ---------------------------------------------------------------- arguments that do not parse

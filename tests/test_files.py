@@ -161,6 +161,7 @@ def test_labels_have_no_boxes_of_missing_characters(monkeypatch):
     for label, text in (
         ("na\u00efve", "naive"),
         ("\u72ac", "row 3"),
+        ("Sch\u00f6ne Schiffe \u8239", "row 3"),
         ("\x1b[31m", "[31m"),
         ("x" * 70_000, "x" * 57 + "..."),
     ):

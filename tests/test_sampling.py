@@ -466,6 +466,9 @@ def test_names_work_wherever_a_file_does(model, tmp_path, monkeypatch):
     assert bitdance.load_model(run).config == bitdance.load_model(model).config
     with pytest.raises(UserError, match="holds no weights"):
         load_pipeline(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"there is no model .*mien': did you mean .*mine\? name a file or the folder"):
+        load_pipeline(tmp_path / "runs" / "mien", device="cpu")
     with pytest.raises(UserError, match="there is no model 'nothing'"):
         bitdance.load_model("nothing")
     with pytest.raises(UserError, match="there is no autoencoder 'nothing'"):

@@ -87,7 +87,10 @@ def read_image(path: pathlib.Path, upright: bool = False) -> Image.Image:
         UserError: the file cannot be read or decoded.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(f"cannot read the image {path}: it is a folder; name an image in it.")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise UserError(f"cannot read the image {path}: it is not a regular file; remove it.")
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

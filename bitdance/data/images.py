@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from bitdance.config import Split
 from bitdance.data.cifar10 import GZIP, MAX_MEMBERS, METADATA_FILES, SPLITS, CifarImages
+from bitdance.data.decoding import is_image
 from bitdance.data.folders import FolderImages, ZipImages
 from bitdance.data.image_dataset import FORMATS, ImageDataset
 from bitdance.data.parquet import ParquetImages, find_parquet
@@ -66,5 +67,7 @@ def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageDataset] | N
     if not names:
         is_named_zip = path.suffix.lower() == ".zip"
         fault = "not a zip, despite its name" if is_named_zip else "damaged or not in a format that is read"
+        if is_image(path.name):
+            fault = "a single file, not a set of images"
         raise UserError(f"{path} is {fault}; give {FORMATS}.")
     return None if any(name.rpartition("/")[2] in METADATA_FILES for name in names) else TarImages

@@ -66,7 +66,7 @@ def rows_without_names(labels: Sequence[str]) -> str:
 def _fit_label(label: str, row: int, fonts: Sequence[ImageFont.FreeTypeFont]) -> tuple[str, ImageFont.FreeTypeFont]:
     """Returns a label and a font that has it; without a font the label has no accents, or is the number of its row."""
     label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
-    plain = "".join(c for c in unicodedata.normalize("NFKD", label) if _can_draw(fonts[0], c)).strip()
+    plain = "".join(c for c in unicodedata.normalize("NFKD", label) if c.isprintable() and not unicodedata.combining(c))
     for text in (label, plain):
         for font in fonts:
             if text and _can_draw(font, text):

@@ -56,6 +56,9 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
         return _download(key)
     if found := hub.find(path):
         return found
+    if path.parent.name and path.parent.is_dir():  # not the hub's: a mistyped folder should not be searched there
+        hint = did_you_mean(text, map(str, path.parent.iterdir()))
+        raise UserError(f"there is no {part} {text!r}: {hint}name a file or the folder of a run.")
     if hub.is_repository(text) and download and path.suffix not in SUFFIXES:
         return _find_in_run(hub.fetch_repository(text), part)
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
