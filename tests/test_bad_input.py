@@ -205,7 +205,7 @@ def test_files_of_another_kind(files, tmp_path, fails):
     assert "there is no autoencoder 'nowhere.pt'" in fails(
         "sample", "--model", model, "--autoencoder", "nowhere.pt", *output
     )
-    assert "holds no weights yet" in fails("sample", "--model", files / "pictures", *output)
+    assert "holds no weights: name another folder" in fails("sample", "--model", files / "pictures", *output)
     assert "too long" in fails("sample", "--model", "x" * 300, *output)
     assert "holds no model" in fails("convert", autoencoder, tmp_path / "out.safetensors", "--part", "model")
     (tmp_path / "text.pt").write_text("hello")

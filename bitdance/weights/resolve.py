@@ -103,7 +103,9 @@ def _find_in_run(folder: pathlib.Path, part: Part) -> pathlib.Path:
     for path in (folder / f"{part}.safetensors", *newest, folder / f"{other}.safetensors", *alone):
         if path.is_file():
             return path
-    raise UserError(f"{folder} holds no weights{'' if files else ' yet'}: name another folder, or a file.")
+    inside = sorted(str(path) for path in folder.iterdir() if list_checkpoints(path))
+    hint = f"did you mean {inside[0]}? " if inside else ""
+    raise UserError(f"{folder} holds no weights: {hint}name another folder, or a file.")
 
 
 def list_checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
