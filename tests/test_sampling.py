@@ -467,8 +467,12 @@ def test_names_work_wherever_a_file_does(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds no weights: did you mean .*\? name another folder"):
         load_pipeline(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"there is no model .*mien': did you mean .*mine\? name a file or the folder"):
+    with pytest.raises(UserError, match=r"there is no model .*mien': did you mean mine\? name a file, the folder"):
         load_pipeline(tmp_path / "runs" / "mien", device="cpu")
+    with pytest.raises(
+        UserError, match=r"runs/BitDance_B_1X.pt does not exist: download it with `bitdance download B-1X"
+    ):
+        load_pipeline(tmp_path / "runs" / "BitDance_B_1X.pt", device="cpu")
     with pytest.raises(UserError, match="there is no model 'nothing'"):
         bitdance.load_model("nothing")
     with pytest.raises(UserError, match="there is no autoencoder 'nothing'"):

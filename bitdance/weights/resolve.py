@@ -56,15 +56,15 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
         return _download(key)
     if found := hub.find(path):
         return found
-    if path.parent.name and path.parent.is_dir():  # not the hub's: a mistyped folder should not be searched there
-        hint = did_you_mean(text, map(str, path.parent.iterdir()))
-        raise UserError(f"there is no {part} {text!r}: {hint}name a file or the folder of a run.")
-    if hub.is_repository(text) and download and path.suffix not in SUFFIXES:
+    is_local = path.parent.name != "" and path.parent.is_dir()  # a mistyped folder is not looked up on the hub
+    if hub.is_repository(text) and download and path.suffix not in SUFFIXES and not is_local:
         return _find_in_run(hub.fetch_repository(text), part)
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
     known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
     hint = did_you_mean(text, (*DEMO_MODELS, "autoencoder", *RELEASED_MODELS))
+    if is_local:
+        hint = did_you_mean(path.name, (other.name for other in path.parent.glob("*")))
     raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {DEMO}, or {known}.")
 
 
