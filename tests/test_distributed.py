@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,6 +205,17 @@ def test_the_store_stays_until_the_slowest_process_has_left(job):
     running = job(3).start(receive_late)
     for rank in range(3):
         assert running.end(rank) == (0, "")
+
+
+def report_a_freed_group(world: World) -> None:
+    weakref.finalize(dist.group.WORLD, print, "freed").atexit = False
+
+
+def test_the_process_group_outlives_the_job(job):
+    """Freed by DistributedDataParallel, it would now and then wait forever for a thread that waits for the GIL."""
+    running = job(2).start(report_a_freed_group)
+    for rank in range(2):
+        assert running.end(rank) == (0, "") and running.output(rank, "out") == "joined\n"
 
 
 def work(world: World) -> None:

@@ -34,6 +34,10 @@ JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 NOTE_AFTER = 10.0
 """Seconds until it prints that it waits."""
 
+_destroyed: list[dist.ProcessGroup | None] = []
+"""Process groups, which outlive `DistributedDataParallel`: it would free them while it holds the GIL, and their
+destructor waits for a thread that may need the GIL."""
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -222,6 +226,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
     finally:
         monitor.leave(failure)
         if not failure:  # with NCCL it could wait for processes that have ended
+            _destroyed.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
