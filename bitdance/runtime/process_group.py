@@ -35,8 +35,8 @@ NOTE_AFTER = 10.0
 """Seconds until it prints that it waits."""
 
 _destroyed: list[dist.ProcessGroup | None] = []
-"""Process groups, which outlive `DistributedDataParallel`: it would free them while it holds the GIL, and their
-destructor waits for a thread that may need the GIL."""
+"""The process group, so that it outlives `DistributedDataParallel`, which would free it while holding the GIL: the
+destructor waits for a thread of gloo that may need the GIL."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,7 @@ def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 
     (images, labels), held_out = load_images(data), load_images(val)
     network = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps, pct_start=0.2)
     start = time.monotonic()
