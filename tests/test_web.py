@@ -26,6 +26,7 @@ from PIL import Image
 
 from bitdance import __version__
 from bitdance.cli.main import main
+from bitdance.data.decoding import reads_heif
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.pipeline import Pipeline
@@ -171,6 +172,7 @@ def test_other_inputs_out_of_range_are_refused(pipe, monkeypatch):
             generation.sample(pipe, classes, each, SETTINGS)
     for data, label, rows, count, words in (
         (None, 0, 2, 1, "upload a picture first"),
+        (b"", 0, 2, 1, "cannot read the image that was uploaded: it is in no known image format"),
         (b"no image", 0, 2, 1, "cannot read the image that was uploaded: it is in no known image format"),
         (photograph(), None, 2, 1, "choose a class of the list"),
         (photograph(), 0, 3, 1, "the number of rows to keep must be an integer from 0 to 2"),
@@ -360,11 +362,18 @@ def test_the_page_in_a_browser(server, tmp_path):
         page.click("#sample")
         page.get_by_text("The seed must be an integer from 0 to 4294967295.").wait_for()
         page.get_by_label("Seed").fill("7")
+        assert not page.locator("#sample-status").get_by_text("Error").is_visible(), "it is shown as a message"
         page.get_by_role("tab", name="Complete").click()
         (tmp_path / "photo.png").write_bytes(photograph())
         page.set_input_files("input[type=file]", tmp_path / "photo.png")
         page.locator("img:visible").nth(2).wait_for()  # original, reconstruction and bits
         assert wait("complete").size == (5 * 130 + 2, 2 * 130 + 2)
+        (tmp_path / "empty.png").touch()
+        (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+        for name, words in (("empty.png", "it is in no known"), ("phone.heic", "" if reads_heif() else "it is a HEIC")):
+            page.get_by_role("button", name="Clear").first.click()
+            page.set_input_files("input[type=file]", tmp_path / name)
+            page.get_by_text(f"Cannot read the image that was uploaded: {words}").last.wait_for()
         browser.close()
     elsewhere = [url for url in requests if not url.startswith((server, "data:", "blob:"))]
     assert requests and set(elsewhere) <= set(forbidden), "what old releases of gradio load from elsewhere is not asked"

@@ -292,7 +292,7 @@ def make_archive(
 
 
 def _decode(pipeline: Pipeline, data: bytes | None) -> np.ndarray:
-    if not data:
+    if data is None:
         raise UserError("upload a picture first.")
     return to_array(center_crop(decode_image(data, "that was uploaded", upright=True), pipeline.image_size))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from bitdance.config import PRESETS
+from bitdance.data.decoding import HEIF_EXTENSIONS
 from bitdance.runtime.errors import UserError, is_out_of_memory, one_line
 from bitdance.web import generation
 from bitdance.web.generation import MAX_CLASSES, MAX_EACH, MAX_SCALE, MAX_STEPS, Frame, Settings
@@ -24,6 +25,10 @@ PRESET_LABELS = {"fast": "fast: second-order solver", "exact": "exact: solver as
 
 SHOWN_CLASSES = 3
 """Classes that are chosen at first."""
+
+STYLE = ":is(#sample-status, #complete-status) :is(.error, .clear-status) { display: none; }"
+"""Without the mark of an error beside the status: gradio also shows it for many samplings that were stopped, and errors
+are shown as messages."""
 
 GUIDANCE = "1 is none; larger values give images more typical of their class, with less variety."
 
@@ -63,7 +68,7 @@ def build(models: OfferedModels) -> gr.Blocks:
 
     @_show_errors
     def show(data: Any, name: Any) -> Iterator[Any]:
-        yield list(generation.read_picture(models.get(name), data)) if data else [None] * 3
+        yield list(generation.read_picture(models.get(name), data)) if data is not None else [None] * 3
 
     @_show_errors
     def choose_model(name: Any) -> Iterator[list[Any]]:
@@ -98,7 +103,9 @@ def build(models: OfferedModels) -> gr.Blocks:
                     each = gr.Slider(1, MAX_EACH, 4, step=1, label="Images of each class")
                     sampled = _Results("Sample")
                 with gr.Tab("Complete a picture"):
-                    file = gr.File(label="Picture", type="binary", file_types=["image"], height=120)
+                    file = gr.File(
+                        label="Picture", type="binary", file_types=["image", *sorted(HEIF_EXTENSIONS)], height=120
+                    )
                     with gr.Row():
                         shown = []
                         for title in ("As the model sees it", "Decoded from its bits", "Bits of its tokens"):

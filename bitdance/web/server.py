@@ -57,7 +57,7 @@ def serve(models: OfferedModels, host: str, port: int) -> None:
         from gradio.themes import Default
         from starlette.middleware import Middleware
 
-        from bitdance.web.page import build
+        from bitdance.web.page import STYLE, build
 
         page = build(models)
         name_in_url = f"[{host}]" if ":" in host else host
@@ -75,6 +75,7 @@ def serve(models: OfferedModels, host: str, port: int) -> None:
                 mcp_server=False,
                 pwa=False,
                 footer_links=[],
+                css=STYLE,
                 theme=Default(font="system-ui", font_mono="monospace"),
                 app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
             )
