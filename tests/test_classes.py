@@ -102,6 +102,9 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     assert "did you mean great grey owl" in message(imagenet(), "owl").replace("gray", "grey")  # whole words first
     names = ClassNames.from_labels(["long-named red apple of the north", "appla", "pineapple"])
     assert message(names, "apple").startswith("there is no class 'apple': did you mean long-named red apple")
+    names = ClassNames.from_labels(["birds", "dogs (mine)"])
+    assert message(names, "dog") == "there is no class 'dog': did you mean dogs (mine) (1)?"
+    assert message(names, "cat") == "there is no class 'cat': give one of birds (0), dogs (mine) (1)."
     names = ClassNames.from_labels(["snapple", "appla"])  # a part of a word is not the word
     assert "did you mean snapple (0)" in message(names, "napple")
 
@@ -158,7 +161,7 @@ def test_numbered() -> None:
     names = numbered(10)
     assert len(names) == 10 and names.label(3) == "class 3"
     assert names.find("class 3") == names.find("Class_3") == names.find("3") == 3
-    assert message(names, "golden retriever").endswith("give a name or an id, 0 to 9.")
+    assert message(names, "golden retriever").endswith("class 8 (8), class 9 (9).")
     with pytest.raises(UserError):
         numbered(0)
     assert imagenet() is imagenet() and names == numbered(10) and hash(names) == hash(numbered(10))

@@ -427,7 +427,8 @@ def test_an_extractor_of_the_user_with_and_without_inception(tmp_path, capsys, m
     assert capsys.readouterr().err.count("Inception is left out: run `bitdance download inception`") == 1
     with pytest.raises(SystemExit):
         run(tmp_path, *arguments, "--inception-weights", "missing.pth")
-    assert "no Inception weights in missing.pth" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "no Inception weights in missing.pth" in text and "--features to efficientnet-lite0" in text
     (tmp_path / "models/evaluation").mkdir(parents=True)
     (tmp_path / "models/evaluation" / inception.FILE_NAMES[0]).touch()
     monkeypatch.setattr(references, "load_inception", lambda path, device: SMALL)

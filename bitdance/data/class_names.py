@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 from bitdance.runtime.errors import UserError
 
+MAX_LISTED = 10
+"""Classes of which the message about an unknown name lists all."""
+
 
 def _key(name: str) -> str:
     """Normalizes a name: case, spaces, underscores, dashes, quotes and the Unicode form make no difference."""
@@ -72,7 +75,8 @@ class ClassNames:
         a name too. Digits are always an id, even if a label is a number.
 
         Raises:
-            UserError: no class matches, or more than one; the message lists similar names, or all matching classes.
+            UserError: no class matches, or more than one; the message lists similar names, all of a few, or
+                all matching classes.
         """
         if isinstance(query, str) and re.fullmatch(r"-?[0-9]{1,20}", query.strip()):
             query = int(query.strip())  # which strips more than int() does
@@ -87,8 +91,12 @@ class ClassNames:
             listed = "; ".join(self._distinguish(i, key) for i in classes)
             raise UserError(f"{_shorten(query)} means {len(classes)} classes, give the id of one: {listed}.")
         if not classes:
-            near = ", ".join(self._nearest(key))
-            advice = f"did you mean {near}?" if near else f"give a name or an id, 0 to {len(self) - 1}."
+            if near := self._nearest(key):
+                advice = f"did you mean {', '.join(near)}?"
+            elif len(self) <= MAX_LISTED:
+                advice = f"give one of {', '.join(f'{self.label(i)} ({i})' for i in range(len(self)))}."
+            else:
+                advice = f"give a name or an id, 0 to {len(self) - 1}."
             raise UserError(f"there is no class {_shorten(query)}: {advice}")
         return classes[0]
 
@@ -140,12 +148,15 @@ class ClassNames:
         return f"{index} ({others})" if others else str(index)
 
     def _nearest(self, key: str) -> list[str]:
-        """Returns up to three "name (id)": names that contain the query's words, then names with a similar spelling."""
+        """Returns up to three "name (id)": names with the query's words, then with the start of
+        such words, then names with a similar spelling."""
         from difflib import get_close_matches
 
         names = {_key(name): name for names in self.names for name in names}
         with_words = [other for other in names if f" {key} " in f" {other} "]
-        near = get_close_matches(key[:100], with_words, 10, 0) + get_close_matches(key[:100], names, 10)
+        with_starts = [other for other in names if f" {key}" in f" {other}"]
+        near = [name for some in (with_words, with_starts) for name in get_close_matches(key[:100], some, 10, 0)]
+        near += get_close_matches(key[:100], names, 10)
         found: dict[int, str] = {}
         for other in near:
             for i in self._index[other]:

@@ -255,7 +255,8 @@ def find_inception_weights(path: pathlib.Path | None = None, folder: pathlib.Pat
             return file
     raise UserError(
         f"there are no Inception weights in {path or folder}: run `bitdance download inception`, or set "
-        "`inception_weights` (in training `eval_inception`)."
+        "`inception_weights` to the file or `features` to efficientnet-lite0 (in training `eval_inception`, "
+        "`eval_features`)."
     )
 
 
