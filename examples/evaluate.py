@@ -20,6 +20,8 @@ from bitdance.metrics.report import compute_metrics
 from bitdance.runtime.process_group import World
 
 COUNT = 200
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 pipe = bitdance.load_pipeline("demo")
 extractor = load_efficientnet_lite(pipe.device)
 source = open_source(pathlib.Path(sys.argv[1]), pipe.image_size)

@@ -14,6 +14,8 @@ from bitdance.config import ModelSizes
 from bitdance.training.setup import train_model
 from bitdance.training.train_config import LossConfig, TrainConfig
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 pictures, folder = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 sizes = ModelSizes.of(bitdance.load_model("demo").config, num_classes=None)  # as many classes as there are folders
 config = TrainConfig(

@@ -13,6 +13,8 @@ from bitdance.config import AutoencoderConfig, ModelSizes
 from bitdance.training.setup import train_autoencoder, train_model
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 pictures, folder = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 common = {"image_size": 32, "epochs": 2, "batch_size": 8, "warmup_steps": 5, "decay_start": 5, "ema": 0.9}
 
