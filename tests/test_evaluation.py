@@ -506,6 +506,19 @@ def test_sweep(tmp_path, capsys, monkeypatch):
     assert {json.loads(line)["sampled"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")} == {0}
 
 
+def test_a_sweep_without_settings_is_around_those_of_the_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)  # where no Inception weights have been downloaded
+    path = small.save_pair(tmp_path)
+    real = save(tmp_path / "real.npz", pixels(20, 16, seed=9))
+    (tmp_path / "extractor.py").write_text(OWN)
+    how = f"--num-images 4 --reference {real} --features extractor.py:network --device cpu --threads 1 --cache cache"
+    main(f"sweep --model {path} --output out {how}".split())
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert list(record["samples"]) == [f"cfg {scale}, 20 steps, dpmpp-2m-sde" for scale in (1.5, 2.25, 3, 4.5)]
+    assert "lowest mine:fid: cfg " in capsys.readouterr().out
+
+
 def test_reconstruct_gives_the_rfid(tmp_path, monkeypatch, capsys):
     small.save_pair(tmp_path)
     monkeypatch.setattr("bitdance.cli.reconstruct._load_inception", lambda command, world: SMALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import parse
 from bitdance.config import CfgSchedule, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
-from bitdance.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from bitdance.runtime.process_group import World
@@ -22,15 +22,18 @@ bitdance sweep --model runs/model --cfg-scale 1 2 3 4 --num-images 5000 --refere
 bitdance sweep --model BitDance-B-16X --num-steps 25 50 100 --solver euler-maruyama heun --cfg-scale 6.1
 """
 
+SCALE_FACTORS = (0.5, 0.75, 1.0, 1.5)
+"""Guidance scales where none are given, relative to the default of the model."""
+
 
 @dataclasses.dataclass(frozen=True)
 class How:
     """How to sample: each combination of the first three, with the same labels and noise.
 
     Attributes:
-        cfg_scale: guidance scales.
-        num_steps: solver steps of the diffusion head.
-        solver: any of euler-maruyama, dpmpp-2m-sde, euler and heun.
+        cfg_scale: guidance scales; by default 0.5, 0.75, 1 and 1.5 times that of `bitdance sample`.
+        num_steps: solver steps of the diffusion head; by default those of `bitdance sample`.
+        solver: any of euler-maruyama, dpmpp-2m-sde, euler and heun; by default that of `bitdance sample`.
         cfg_schedule: linear or constant.
         num_images: samples per combination. Metrics of few images only compare combinations of equal counts.
         seed: the same for all.
@@ -38,9 +41,9 @@ class How:
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
     """
 
-    cfg_scale: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
-    num_steps: tuple[int, ...] = (50,)
-    solver: tuple[SolverName, ...] = ("euler-maruyama",)
+    cfg_scale: tuple[float, ...] = ()
+    num_steps: tuple[int, ...] = ()
+    solver: tuple[SolverName, ...] = ()
     cfg_schedule: CfgSchedule = "linear"
     num_images: int = 1000
     seed: int = 0
@@ -76,9 +79,6 @@ class Sweep:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Sweep, arguments, "bitdance sweep", EXAMPLES)
-    for name in ("cfg_scale", "num_steps", "solver"):
-        if not getattr(command.how, name):
-            raise UserError(f"`{name}` is empty: give at least one value.")
     from bitdance.runtime.process_group import init_distributed
 
     with init_distributed(command.where.device, command.where.threads) as world:
@@ -92,11 +92,14 @@ def _sweep(command: Sweep, world: World) -> None:
     how = command.how
     pipeline = command.model.load(world.device, command.where.precision)
     pipeline.compile()
+    defaults = pipeline.defaults
+    solvers, steps = how.solver or (defaults.solver,), how.num_steps or (defaults.num_steps,)
+    scales = how.cfg_scale or [factor * defaults.cfg_scale for factor in SCALE_FACTORS]
     combinations = [
-        pipeline.sampling_config(scale, steps, cfg_schedule=how.cfg_schedule, solver=solver)
-        for solver, steps, scale in itertools.product(how.solver, how.num_steps, how.cfg_scale)
+        pipeline.sampling_config(scale, count, cfg_schedule=how.cfg_schedule, solver=solver)
+        for solver, count, scale in itertools.product(solvers, steps, scales)
     ]
-    chunk_size = pipeline.defaults.chunk_size if how.chunk_size is None else how.chunk_size
+    chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
     job_config = JobConfig(how.num_images, how.batch_size, how.seed, chunk_size=chunk_size)
     extractors = FeatureExtractors(command.evaluation, world)
     reference = find_reference(command.evaluation, pipeline.image_size, extractors, world)
@@ -111,6 +114,8 @@ def _sweep(command: Sweep, world: World) -> None:
     if not rows:
         return
     report(rows, reference, command.evaluation, command.results.output / "sweep.json")
-    if all("fid" in row["metrics"] for row in rows.values()):
-        best = min(rows, key=lambda title: rows[title]["metrics"]["fid"])
-        print(f"lowest FID: {best}")
+    metrics = {title: row["metrics"] for title, row in rows.items()}
+    names = dict.fromkeys(name for row in metrics.values() for name in row)
+    for name in [name for name in names if name == "fid" or name.endswith(":fid")]:
+        best = min(metrics, key=lambda title: metrics[title].get(name, math.inf))
+        print(f"lowest {'FID' if name == 'fid' else name}: {best}")
