@@ -605,7 +605,7 @@ def test_webp_has_half_the_pixels():
     """Its decoder needs twice the memory of the others."""
     file = io.BytesIO()
     Image.new("RGB", (6000, 6000)).save(file, "WEBP", quality=0, method=0)
-    with pytest.raises(UserError, match="too many pixels to decode"):
+    with pytest.raises(UserError, match=r"too many pixels to decode .*WebP 32 million"):
         decode_image(file.getvalue(), "x")
 
 

@@ -130,7 +130,10 @@ def decode_image(data: bytes, where: str, upright: bool = False) -> Image.Image:
             _take_turn(pixels)
             return _turn_upright(image, to_rgb(image, on_white=True)) if upright else to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"the image {where} has too many pixels to decode; remove it or scale it down.") from error
+        most = f"at most {MAX_PIXELS // 10**6} million, WebP {MAX_PIXELS // 2 // 10**6} million"
+        raise UserError(
+            f"the image {where} has too many pixels to decode ({most}); remove it or scale it down."
+        ) from error
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
         why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UserError(f"cannot read the image {where}: {why}; repair or remove it.") from error
