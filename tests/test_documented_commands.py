@@ -52,8 +52,8 @@ def test_it_parses(place, command, monkeypatch, tmp_path, capsys):
 
     monkeypatch.chdir(tmp_path)  # where none of the files is
     monkeypatch.setattr(tyro, "cli", parse_only)
-    defaults = train.Train("demo", TrainConfig(parsing.MISSING))
-    monkeypatch.setattr(train, "_defaults", lambda arguments: defaults)  # which would read images
+    defaults = train.Train("demo", TrainConfig(parsing.MISSING))  # others would be read from files and images
+    monkeypatch.setattr(train, "_parse_without_recipe", lambda arguments: train._parse(arguments, defaults))
     words = shlex.split(command, comments=True)
     words = words[1 : next((i for i, word in enumerate(words) if word in (";", "&&", "|", ">", "&")), None)]
     try:

@@ -110,7 +110,7 @@ def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | No
     return seconds
 
 
-def schedule_defaults(
+def complete_schedule(
     config: TrainConfig,
     images: ImageDataset | TokenDataset,
     given: Collection[str],
@@ -120,11 +120,11 @@ def schedule_defaults(
     rate: LearningRate,
     fine_tunes: bool = True,
     others: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Returns the `SCHEDULE_FIELDS` for the images and the time, and prints them.
+) -> TrainConfig:
+    """Completes the settings of a run by a schedule for the images and the time, and prints what was chosen.
 
     Args:
-        config: with those that are given.
+        config: as parsed.
         images: of the training.
         given: fields that are kept.
         seconds: result of `allowed_seconds`.
@@ -152,4 +152,4 @@ def schedule_defaults(
         print_summary(images)
         print("settings that were not given:")
         print("\n".join(f"  {reason}" for reason in [*reasons, *others]), flush=True)
-    return {name: getattr(run, name) for name in SCHEDULE_FIELDS}
+    return run

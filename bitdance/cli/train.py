@@ -8,7 +8,7 @@ from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, output_of, restore, schedule_defaults, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, output_of, restore, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, SamplingDefaults
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
@@ -62,8 +62,7 @@ class Train:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     name_flags(Train)
-    defaults = _recipe_defaults(arguments) or _defaults(arguments)
-    command = _parse(arguments, defaults)
+    command = _parse_with_recipe(arguments) or _parse_without_recipe(arguments)
     from bitdance.training.setup import train_model
 
     train_model(
@@ -83,18 +82,36 @@ def _parse(arguments: list[str], defaults: Train) -> Train:
     return parse(Train, arguments, "bitdance train", EXAMPLES, defaults, headings=TRAIN_HEADINGS)
 
 
-def _defaults(arguments: list[str]) -> Train:
-    """Returns the defaults of a run that goes on, or those that follow from model, images and time."""
+def _parse_with_recipe(arguments: list[str]) -> Train | None:
+    """Parses a command line with `--recipe`, whose settings are the defaults; None without."""
+    if (name := given_values(arguments, ["recipe"])["recipe"]) is None:
+        return None
+    released = released_name(name)
+    if released is None:
+        hint = did_you_mean(name, RELEASED_MODELS)
+        raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes one of {', '.join(RELEASED_MODELS)}.")
+    run, sizes, loss = recipe(RELEASED_MODELS[released], MISSING)
+    return _parse(arguments, Train(MISSING, run, sizes, loss, recipe=name))
+
+
+def _parse_without_recipe(arguments: list[str]) -> Train:
+    """Parses a command line whose defaults are those of a run that goes on, or follow from model, images and time."""
     given = given_values(arguments, ("init-from", "autoencoder", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
-        return Train(DEMO, TrainConfig(MISSING))
+        return _parse(arguments, Train(DEMO, TrainConfig(MISSING)))
     output = output_of(given["output"])
     if stored := stored_settings(output, "model", given["time"], _restore):
-        return stored
+        return _parse(arguments, stored)
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", "perturb_rate", *_SIZES))
+    from bitdance.data.token_cache import is_token_cache
+    from bitdance.models.autoencoder import Autoencoder
+    from bitdance.models.transformer import BitDance
     from bitdance.sampling.pipeline import sampling_defaults
+    from bitdance.training.automatic import choose_learning_rate
+    from bitdance.training.loader import open_data
+    from bitdance.training.losses import BitDanceLoss
     from bitdance.weights import weights_file
-    from bitdance.weights.network_config import describe_model
+    from bitdance.weights.network_config import describe_autoencoder, describe_model
     from bitdance.weights.resolve import find_autoencoder_of, find_weights
 
     starts = given["init-from"]
@@ -102,49 +119,17 @@ def _defaults(arguments: list[str]) -> Train:
         starts = DEMO
     path = find_weights(starts or DEMO)
     contents = weights_file.read(path)
-    config, sampling = describe_model(contents).config, sampling_defaults(contents) if starts else SamplingDefaults()
+    model, sampling = describe_model(contents).config, sampling_defaults(contents) if starts else SamplingDefaults()
     own = DEMO if starts is None or is_demo(starts) else str(find_autoencoder_of(path))
     autoencoder = given["autoencoder"] or own
-    run = TrainConfig(MISSING, image_size=_image_size(config, autoencoder), eval_cfg_scale=sampling.cfg_scale)
-    sizes = ModelSizes.of(config, num_classes=None)
-    defaults = Train(autoencoder, run, sizes, LossConfig(perturb_rate=0.1), init_from=starts)
-    command = _parse(arguments, defaults)
+    encoder = weights_file.read(find_weights(autoencoder, "autoencoder"))
+    tokenizer = describe_autoencoder(encoder).config
+    run = TrainConfig(MISSING, image_size=model.grid * tokenizer.down_size, eval_cfg_scale=sampling.cfg_scale)
+    sizes, loss = ModelSizes.of(model, num_classes=None), LossConfig(perturb_rate=0.1)
+    command = _parse(arguments, Train(autoencoder, run, sizes, loss, init_from=starts))
     seconds = allowed_seconds(output, fields, command.time)
-    schedule = _choose_schedule(command, fields, seconds)
-    return dataclasses.replace(defaults, run=dataclasses.replace(run, **schedule))
-
-
-def _restore(run: TrainConfig, stored: dict[str, Any]) -> Train:
-    sizes, loss = (restore(cls, stored[name]) for cls, name in ((ModelSizes, "model"), (LossConfig, "loss")))
-    return Train(stored["run"]["autoencoder"], run, ModelSizes(**sizes), LossConfig(**loss))
-
-
-def _image_size(model: BitDanceConfig, autoencoder: str) -> int:
-    """Returns the image size of a model with an autoencoder."""
-    from bitdance.weights import weights_file
-    from bitdance.weights.network_config import describe_autoencoder
-    from bitdance.weights.resolve import find_weights
-
-    contents = weights_file.read(find_weights(autoencoder, "autoencoder"))
-    return model.grid * describe_autoencoder(contents).config.down_size
-
-
-def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> dict[str, Any]:
-    """Returns the settings of the schedule for the images and the time."""
-    from bitdance.data.token_cache import is_token_cache
-    from bitdance.models.autoencoder import Autoencoder
-    from bitdance.models.transformer import BitDance
-    from bitdance.training.automatic import choose_learning_rate
-    from bitdance.training.loader import open_data
-    from bitdance.training.losses import BitDanceLoss
-    from bitdance.weights import weights_file
-    from bitdance.weights.network_config import describe_autoencoder
-    from bitdance.weights.resolve import find_weights
-
     config = command.run
-    contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
-    tokenizer = describe_autoencoder(contents).config
-    images = open_data(config.data_path, weights_file.tokenizer_digest(contents), config.image_size)
+    images = open_data(config.data_path, weights_file.tokenizer_digest(encoder), config.image_size)
 
     def build() -> tuple[BitDanceLoss, tuple[int, ...]]:
         classes = command.sizes.num_classes or len(images.classes)
@@ -156,19 +141,12 @@ def _choose_schedule(command: Train, given: set[str], seconds: float | None) -> 
 
     fine_tunes = command.init_from is not None
     flips = f"up to {command.loss.perturb_rate:.0%} of the input bits are flipped against overfitting"
-    others = [flips] if "perturb_rate" not in given else []
-    optimizer = config.optimizer if "optimizer" in given else None
-    rate = choose_learning_rate(optimizer, command.sizes.dim, fine_tunes)
-    return schedule_defaults(config, images, given, seconds, command.where.device, build, rate, fine_tunes, others)
+    others = [flips] if "perturb_rate" not in fields else []
+    rate = choose_learning_rate(config.optimizer if "optimizer" in fields else None, command.sizes.dim, fine_tunes)
+    config = complete_schedule(config, images, fields, seconds, command.where.device, build, rate, fine_tunes, others)
+    return dataclasses.replace(command, run=config)
 
 
-def _recipe_defaults(arguments: list[str]) -> Train | None:
-    """Returns the defaults of `--recipe`, which is parsed before everything else; None if it is not given."""
-    if (name := given_values(arguments, ["recipe"])["recipe"]) is None:
-        return None
-    released = released_name(name)
-    if released is None:
-        hint = did_you_mean(name, RELEASED_MODELS)
-        raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes one of {', '.join(RELEASED_MODELS)}.")
-    run, sizes, loss = recipe(RELEASED_MODELS[released], MISSING)
-    return Train(MISSING, run, sizes, loss, recipe=name)
+def _restore(run: TrainConfig, stored: dict[str, Any]) -> Train:
+    sizes, loss = (restore(cls, stored[name]) for cls, name in ((ModelSizes, "model"), (LossConfig, "loss")))
+    return Train(stored["run"]["autoencoder"], run, ModelSizes(**sizes), LossConfig(**loss))

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, output_of, restore, schedule_defaults, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, output_of, restore, stored_settings
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
@@ -62,8 +62,7 @@ class TrainAutoencoder:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     name_flags(TrainAutoencoder)
-    defaults = _recipe_defaults(arguments) or _defaults(arguments)
-    command = _parse(arguments, defaults)
+    command = _parse_with_recipe(arguments) or _parse_without_recipe(arguments)
     from bitdance.training.setup import train_autoencoder
 
     train_autoencoder(
@@ -79,37 +78,57 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def _parse(arguments: list[str], defaults: TrainAutoencoder | None) -> TrainAutoencoder:
+def _parse(arguments: list[str], defaults: TrainAutoencoder | None = None) -> TrainAutoencoder:
     name = "bitdance train-autoencoder"
     return parse(TrainAutoencoder, arguments, name, EXAMPLES, defaults, headings=TRAIN_HEADINGS)
 
 
-def _defaults(arguments: list[str]) -> TrainAutoencoder | None:
-    """Returns the defaults of a run that goes on, or those to fine-tune the demo autoencoder; None of other runs."""
+def _parse_with_recipe(arguments: list[str]) -> TrainAutoencoder | None:
+    """Parses a command line with `--recipe`, whose settings are the defaults; None without."""
+    if (name := given_values(arguments, ["recipe"])["recipe"]) is None:
+        return None
+    if name not in AUTOENCODER_RECIPES:
+        hint = did_you_mean(name, AUTOENCODER_RECIPES)
+        raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes {' or '.join(AUTOENCODER_RECIPES)}.")
+    return _parse(arguments, TrainAutoencoder(*autoencoder_recipe(name, MISSING), recipe=name))
+
+
+def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
+    """Parses a command line with the defaults of a run that goes on, or those to fine-tune the demo autoencoder."""
     given = given_values(arguments, ("init-from", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
-        return None
+        return _parse(arguments)
     output = output_of(given["output"])
     if stored := stored_settings(output, "autoencoder", given["time"], _restore):
-        return stored
+        return _parse(arguments, stored)
     sizes = [field.name for field in dataclasses.fields(AutoencoderConfig)]
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", *sizes))
     names_other = given["init-from"] is None and given_fields(arguments, ("init_part", "decoder_only"))
     if names_other or not is_demo(given["init-from"] or DEMO) or not fields.isdisjoint(sizes):
         if given["time"] is not None:
             raise UserError("--time goes with the demo autoencoder: set --epochs for other sizes or weights.")
-        return None
+        return _parse(arguments)
+    from bitdance.data.images import open_images
+    from bitdance.models.autoencoder import Autoencoder
+    from bitdance.training.automatic import AUTOENCODER_RATE
+    from bitdance.training.losses import AutoencoderLoss
     from bitdance.weights import weights_file
     from bitdance.weights.network_config import describe_autoencoder
     from bitdance.weights.resolve import find_weights
 
     network = describe_autoencoder(weights_file.read(find_weights(DEMO, "autoencoder"))).config
     run, _, loss = autoencoder_recipe("small", MISSING)
-    defaults = TrainAutoencoder(run, network, loss, init_from=DEMO)
-    command = _parse(arguments, defaults)
+    command = _parse(arguments, TrainAutoencoder(run, network, loss, init_from=DEMO))
     seconds = allowed_seconds(output, fields, command.time)
-    schedule = _choose_schedule(command, fields, seconds)
-    return dataclasses.replace(defaults, run=dataclasses.replace(run, **schedule))
+    config = command.run
+
+    def build() -> tuple[AutoencoderLoss, tuple[int, ...]]:
+        loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")
+        return AutoencoderLoss(Autoencoder(command.network), loss), (config.image_size, config.image_size, 3)
+
+    images, device = open_images(config.data_path), command.where.device
+    run = complete_schedule(config, images, fields, seconds, device, build, AUTOENCODER_RATE)
+    return dataclasses.replace(command, run=run)
 
 
 def _restore(run: TrainConfig, stored: dict[str, Any]) -> TrainAutoencoder:
@@ -117,30 +136,3 @@ def _restore(run: TrainConfig, stored: dict[str, Any]) -> TrainAutoencoder:
     lists = {name: tuple(value) for name, value in network.items() if isinstance(value, list)}
     loss = AutoencoderLossConfig(**restore(AutoencoderLossConfig, stored["loss"]))
     return TrainAutoencoder(run, AutoencoderConfig(**(network | lists)), loss)
-
-
-def _choose_schedule(command: TrainAutoencoder, given: set[str], seconds: float | None) -> dict[str, Any]:
-    """Returns the settings of the schedule for the images and the time."""
-    from bitdance.data.images import open_images
-    from bitdance.models.autoencoder import Autoencoder
-    from bitdance.training.automatic import AUTOENCODER_RATE
-    from bitdance.training.losses import AutoencoderLoss
-
-    config = command.run
-
-    def build() -> tuple[AutoencoderLoss, tuple[int, ...]]:
-        loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")
-        return AutoencoderLoss(Autoencoder(command.network), loss), (config.image_size, config.image_size, 3)
-
-    images = open_images(config.data_path)
-    return schedule_defaults(config, images, given, seconds, command.where.device, build, AUTOENCODER_RATE)
-
-
-def _recipe_defaults(arguments: list[str]) -> TrainAutoencoder | None:
-    """Returns the defaults of `--recipe`; None if it is not given."""
-    if (name := given_values(arguments, ["recipe"])["recipe"]) is None:
-        return None
-    if name not in AUTOENCODER_RECIPES:
-        hint = did_you_mean(name, AUTOENCODER_RECIPES)
-        raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes {' or '.join(AUTOENCODER_RECIPES)}.")
-    return TrainAutoencoder(*autoencoder_recipe(name, MISSING), recipe=name)
