@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from bitdance.metrics.feature_set import FeatureSet
     from bitdance.metrics.image_sources import ImageSource
     from bitdance.runtime.process_group import World
-    from bitdance.sampling.job import JobResult
-
+    from bitdance.sampling.job import SamplingJob
 
 EXAMPLES = """
 bitdance evaluate results/BitDance_B_16X-*.npz
@@ -139,15 +138,23 @@ def _open(path: pathlib.Path, command: Evaluate) -> ImageSource | FeatureSet:
     return open_source(path, command.what.image_size, command.what.split, command.what.limit)
 
 
-def evaluate_job(
-    result: JobResult, reference: dict[str, FeatureSet] | None, config: EvaluationConfig
-) -> dict[str, Any]:
-    """Evaluates the features that a sampling job stored; see `evaluate_features`."""
+def run_jobs(
+    jobs: dict[str, SamplingJob], reference: dict[str, FeatureSet] | None, config: EvaluationConfig, world: World
+) -> dict[str, dict[str, Any]]:
+    """Runs sampling jobs and returns the evaluations of those that store features, in the first process."""
     from bitdance.metrics.feature_set import read_feature_set
     from bitdance.metrics.report import evaluate_features
+    from bitdance.sampling.job import print_result
 
-    stored = [read_feature_set(path) for kind, path in result.results.items() if kind.startswith("features.")]
-    return evaluate_features([features for features in stored if features is not None], reference, config)
+    evaluations = {}
+    for title, job in jobs.items():
+        result = job.run(world)
+        if world.is_main:
+            print_result(job, result, world)
+            found = [read_feature_set(path) for kind, path in result.results.items() if kind.startswith("features.")]
+            if sets := [features for features in found if features is not None]:
+                evaluations[title] = evaluate_features(sets, reference, config)
+    return evaluations
 
 
 def report(

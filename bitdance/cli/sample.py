@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitdance.cli.evaluate import evaluate_job, report
+from bitdance.cli.evaluate import report, run_jobs
 from bitdance.cli.options import ModelOptions, PrecisionOptions, check_output
 from bitdance.cli.parsing import Positional, parse
 from bitdance.config import CfgSchedule, Preset, SolverName
@@ -316,7 +316,7 @@ def sampling_progress(total: int) -> Iterator[StepCallback]:
 def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
     """Runs one job per seed, and evaluates them."""
     from bitdance.metrics.references import FeatureExtractors, find_reference
-    from bitdance.sampling.job import JobConfig, SamplingJob, print_result
+    from bitdance.sampling.job import JobConfig, SamplingJob
 
     what, results = command.what, command.results
     assert what.num_images is not None
@@ -326,9 +326,8 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
     if results.evaluate:  # before the work is done, since the reference or the extractors may be missing
         reference = find_reference(command.evaluation, pipeline.image_size, extractors, world)
     chunk_size = pipeline.defaults.chunk_size if command.how.chunk_size is None else command.how.chunk_size
-    rows: dict[str, dict[str, Any]] = {}
-    for seed in range(what.seed, what.seed + results.seeds):
-        job = SamplingJob(
+    jobs = {
+        f"seed {seed}": SamplingJob(
             pipeline,
             results.output,
             pipeline.sampling_config(**command.how.sampling()),
@@ -336,14 +335,11 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
             (*kinds, *(("bits",) if results.save_bits else ())),
             extractors() if results.evaluate else (),
         )
-        result = job.run(world)
-        if world.is_main:
-            print_result(job, result, world)
-            if results.evaluate:
-                rows[f"seed {seed}"] = evaluate_job(result, reference, command.evaluation)
-    if rows:
+        for seed in range(what.seed, what.seed + results.seeds)
+    }
+    if rows := run_jobs(jobs, reference, command.evaluation, world):
         last = what.seed + results.seeds - 1
         seeds = f"-seeds-{what.seed}-to-{last}-" if results.seeds > 1 else f"-seed-{last}-"
-        path = job.settings_file.with_suffix(".metrics.json")
+        path = jobs[f"seed {last}"].settings_file.with_suffix(".metrics.json")
         path = path.with_name(path.name.replace(f"-seed-{last}-", seeds))
         report(rows, reference, command.evaluation, path, mean_std=True)

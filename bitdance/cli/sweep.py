@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bitdance.cli.evaluate import evaluate_job, report
+from bitdance.cli.evaluate import report, run_jobs
 from bitdance.cli.options import ModelOptions, PrecisionOptions
 from bitdance.cli.parsing import parse
 from bitdance.config import CfgSchedule, SolverName
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
 
 def _sweep(command: Sweep, world: World) -> None:
     from bitdance.metrics.references import FeatureExtractors, find_reference
-    from bitdance.sampling.job import JobConfig, SamplingJob, print_result
+    from bitdance.sampling.job import JobConfig, SamplingJob
 
     how = command.how
     pipeline = command.model.load(world.device, command.where.precision)
@@ -103,14 +103,13 @@ def _sweep(command: Sweep, world: World) -> None:
     job_config = JobConfig(how.num_images, how.batch_size, how.seed, chunk_size=chunk_size)
     extractors = FeatureExtractors(command.evaluation, world)
     reference = find_reference(command.evaluation, pipeline.image_size, extractors, world)
-    rows: dict[str, dict[str, Any]] = {}
-    for sampling in combinations:
-        job = SamplingJob(pipeline, command.results.output, sampling, job_config, (), extractors())
-        result = job.run(world)
-        if world.is_main:
-            print_result(job, result, world)
-            title = f"cfg {sampling.cfg_scale:g}, {sampling.num_steps} steps, {sampling.solver}"
-            rows[title] = evaluate_job(result, reference, command.evaluation)
+    jobs = {
+        f"cfg {sampling.cfg_scale:g}, {sampling.num_steps} steps, {sampling.solver}": SamplingJob(
+            pipeline, command.results.output, sampling, job_config, (), extractors()
+        )
+        for sampling in combinations
+    }
+    rows = run_jobs(jobs, reference, command.evaluation, world)
     if not rows:
         return
     report(rows, reference, command.evaluation, command.results.output / "sweep.json")
