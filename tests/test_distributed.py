@@ -234,34 +234,7 @@ def test_a_job_that_is_suspended_continues(job):
         assert running.end(rank) == (0, "")
 
 
-REAL_END = """
-import json, os, pathlib, sys
-import test_distributed as tests
-port, folder, body = int(sys.argv[1]), pathlib.Path(sys.argv[2]), getattr(tests, sys.argv[3])
-rank = 0 if (child := os.fork()) else 1
-tests.run(tests.environment(rank, 2, port, False), folder, body)
-if child:
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-def run_interpreters(folder: pathlib.Path, body: str) -> int:
-    """Runs two processes with the end of an interpreter, which the other tests do not reach."""
-    return subprocess.run(
-        [sys.executable, "-c", REAL_END, str(small.free_port()), str(folder), body],
-        env=small.environment() | {"PYTHONPATH": f"{small.ROOT}:{small.ROOT / 'tests'}"},
-        timeout=100,
-    ).returncode
-
-
-def test_interpreters_end_without_a_word(tmp_path):
-    """The threads of the monitor do not disturb the end of an interpreter."""
-    assert run_interpreters(tmp_path, "leave_in_order") == 0
-    for rank in range(2):
-        assert [(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] == ["joined\n", ""]
-
-
-def fail_with_hanging_clean_up(error: Exception) -> None:
+def fail_with_hanging_clean_up(error: BaseException) -> None:
     """As with NCCL, whose clean-up waits for the processes that are gone."""
     dist.destroy_process_group = atexit.register(lambda *_: time.sleep(1000))
     raise error
@@ -272,26 +245,50 @@ def fail_by_the_user(world: World) -> None:
 
 
 def fail_by_an_interrupt(world: World) -> None:
-    dist.destroy_process_group = atexit.register(lambda *_: time.sleep(1000))
-    raise KeyboardInterrupt
+    fail_with_hanging_clean_up(KeyboardInterrupt())
 
 
 def fail_by_the_program(world: World) -> None:
     fail_with_hanging_clean_up(RuntimeError("CUDA error: an illegal memory access"))
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "line"),
-    [
-        ("fail_by_the_user", 2, "bitdance: the disk is full: free some space."),
-        ("fail_by_an_interrupt", 130, "bitdance: interrupted."),
-        ("fail_by_the_program", 1, "RuntimeError: CUDA error: an illegal memory access"),
-    ],
-)
-def test_a_failed_process_does_not_wait_for_the_clean_up(tmp_path, body, status, line):
-    assert run_interpreters(tmp_path, body) == status
-    for rank in range(2):
-        assert (tmp_path / f"err{rank}").read_text().splitlines()[-1] == line
+# Forks pairs of processes, which end as an interpreter does: those of the other tests skip that.
+REAL_ENDS = """
+import json, os, pathlib, sys
+import test_distributed as tests
+folder, statuses, children = pathlib.Path(sys.argv[1]), {}, {}
+for port, body in zip(sys.argv[2::2], sys.argv[3::2]):
+    for rank in (0, 1):
+        if not (child := os.fork()):
+            tests.run(tests.environment(rank, 2, port, False), folder / body, getattr(tests, body))
+            sys.exit()
+        children[child] = body
+for child, body in children.items():
+    statuses.setdefault(body, []).append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
+"""
+
+
+def test_interpreters_end_without_a_word_and_never_wait_for_the_clean_up(tmp_path):
+    """Neither the threads of the monitor nor the clean-up of a process that failed disturb the end."""
+    cases = {
+        leave_in_order: (0, []),
+        fail_by_the_user: (2, ["bitdance: the disk is full: free some space."]),
+        fail_by_an_interrupt: (130, ["bitdance: interrupted."]),
+        fail_by_the_program: (1, ["RuntimeError: CUDA error: an illegal memory access"]),
+    }
+    for body in cases:
+        (tmp_path / body.__name__).mkdir()
+    arguments = [word for body in cases for word in (str(small.free_port()), body.__name__)]
+    environment = small.environment() | {"PYTHONPATH": f"{small.ROOT}:{small.ROOT / 'tests'}"}
+    command = [sys.executable, "-c", REAL_ENDS, str(tmp_path), *arguments]
+    statuses = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=100).stdout)
+    for body, (status, last) in cases.items():
+        assert statuses[body.__name__] == [status, status], body.__name__
+        for rank in range(2):
+            out, err = ((tmp_path / body.__name__ / f"{name}{rank}").read_text() for name in ("out", "err"))
+            assert out == "joined\n" and err.splitlines()[-1:] == last
+    assert (tmp_path / "leave_in_order" / "err0").read_text() == ""
 
 
 def fail_before_a_collective(world: World) -> None:
