@@ -1,4 +1,7 @@
-"""The four launchers: each flag of the original parses and sets the right field, and the scripts run."""
+"""The four launchers: each flag of the original parses and sets the right field, and those of sampling run.
+
+tests/test_published.py trains with the other two.
+"""
 
 from __future__ import annotations
 
@@ -260,14 +263,13 @@ def test_the_published_training_commands(configured, name):
     )  # fmt: skip
 
 
-# ------------------------------------------------------------ the scripts themselves
+# ------------------------------------------------------------ the scripts of sampling
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> pathlib.Path:
-    """A folder with images of 64 px, an autoencoder with tokens of 16 px, and models with P = 1 and P = 4."""
+    """A folder with an autoencoder with tokens of 16 px, and models with P = 1 and P = 4."""
     folder = tmp_path_factory.mktemp("launchers")
-    small.pictures(folder / "images", classes=2, each=4, side=64)
     network = small.autoencoder(config=AutoencoderConfig(widths=(32,) * 5, blocks=1, bits=8))
     weights_file.save(folder / "ae.safetensors", network)
     for p in (1, 4):
@@ -326,28 +328,3 @@ def test_another_model_of_the_same_name_makes_another_result(files, tmp_path):
     original_cli.sample_parallel(arguments)
     first, second = (np.load(path)["arr_0"] for path in sorted((tmp_path / "out").glob("*.npz")))
     assert not np.array_equal(first, second)
-
-
-def train_arguments(files: pathlib.Path, folder: pathlib.Path) -> list[object]:
-    return ["--model", "BitDance-Tiny", "--image-size", 64, "--latent-dim", 8, "--down-size", 16, "--num-classes", 2,
-            "--cls-token-num", 4, "--trained-vae", files / "ae.safetensors", "--data-path", files / "images",
-            "--results-dir", folder, "--global-batch-size", 4, "--epochs", 2, "--max-steps", 3, "--warmup-steps", 2,
-            "--ema", 0.9, "--perturb-rate", 0.1, "--mixed-precision", "none", "--log-every", 1, "--num-workers", 1,
-            "--keep-freq", 1]  # fmt: skip
-
-
-@pytest.mark.parametrize(("script", "p"), [("train.py", 1), ("train_parallel.py", 4)])
-def test_training_scripts_write_a_run_folder(files, tmp_path, script, p):
-    """In this process; tests/test_published.py runs such a script under torchrun."""
-    arguments = train_arguments(files, tmp_path / "run") + (["--parallel-num", 4] if p == 4 else [])
-    small.LAUNCHERS[script](list(map(str, arguments)))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and lines[0]["lr"] == 0 and lines[1]["lr"] == 1.5e-4
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint-0000003.safetensors", "epoch_1.safetensors", "log.jsonl", "model.safetensors",
-        "preview-0000003.png", "report.html", "samples.png", "settings.json",
-    ]  # fmt: skip
-    network = weights_file.load_model(tmp_path / "run" / "model.safetensors")
-    config = network.config
-    assert (config.dim, config.n_layer, config.parallel_num, config.grid, config.bits) == (128, 3, p, 4, 8)
-    assert config.class_names == ("class-0", "class-1")
