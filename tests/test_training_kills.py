@@ -250,6 +250,7 @@ def test_slurm_script_for_one_machine(place, tmp_path):
     assert newest_step(output) == step + 3
 
 
+@pytest.mark.slow
 def test_slurm_script_for_several_machines(place, tmp_path):
     _, script = small.slurm_scripts()
     published = script[script.index("train_parallel.py") : script.index("' &\nrun=$!")]
