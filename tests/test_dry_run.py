@@ -20,7 +20,7 @@ from bitdance.cli.main import call, main
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.training import estimate
+from bitdance.training import automatic, estimate
 from bitdance.training.discriminator import PatchDiscriminator
 from bitdance.training.flops import step_flops
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
@@ -116,6 +116,7 @@ def place(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def few_repetitions(monkeypatch):
     monkeypatch.setattr(estimate, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(automatic, "TRIAL_SECONDS", 0.0)
 
 
 @pytest.fixture
