@@ -202,6 +202,7 @@ def results(name: str) -> str:
     return f"results_bitdance_{name.lower().replace('-', '_')}"
 
 
+@pytest.mark.usefixtures("quick_previews")
 @pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X"])
 def test_training_commands_run_with_a_small_model(tmp_path, monkeypatch, name):
     """In this process, with a tiny model and small images, for which the commands of L-1X and H-1X are that of B-1X."""
