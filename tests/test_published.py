@@ -203,9 +203,9 @@ def results(name: str) -> str:
 
 
 @pytest.mark.usefixtures("quick_previews")
-@pytest.mark.parametrize("name", ["B-1X", "B-4X", "B-16X"])
+@pytest.mark.parametrize("name", [*NAMES[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[3:])])
 def test_training_commands_run_with_a_small_model(tmp_path, monkeypatch, name):
-    """In this process, with a tiny model and small images, for which the commands of L-1X and H-1X are that of B-1X."""
+    """In this process, with a tiny model and small images, where L-1X and H-1X are B-1X with another `perturb_rate`."""
     make_photographs(tmp_path / "train")
     (tmp_path / MODELS).mkdir(parents=True)
     torch_files.save_released(tmp_path / MODELS / "ae_d16c32.pt", small.autoencoder(config=TINY))
