@@ -22,7 +22,7 @@ from bitdance.data.class_names import ClassNames
 from bitdance.runtime.atomic_files import NEW
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.pipeline import Pipeline, load_pipeline
-from bitdance.sampling.pretrained import _card
+from bitdance.sampling.pretrained import MARK, _card
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 
@@ -151,10 +151,17 @@ def test_a_folder_holds_exact_networks_samples_and_a_card(pipeline, tmp_path):
         "README.md", "autoencoder.safetensors", "model.safetensors", "samples.png"]  # fmt: skip
     pipeline.save_pretrained(tmp_path / "mine")  # its own folder is replaced
     assert "FID" not in (tmp_path / "mine" / "README.md").read_text()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "README.md").write_text("mine")
+
+
+@pytest.mark.parametrize("card", ["mine", "x" * 2**20 + MARK, MARK])
+def test_a_folder_of_others_is_left_as_it_is(pipeline, tmp_path, card):
+    (tmp_path / "other" / "model.safetensors").mkdir(parents=True)
+    (tmp_path / "other" / "README.md").write_text(card)
+    if card != MARK:
+        (tmp_path / "other" / "model.safetensors").rmdir()
     with pytest.raises(UserError, match="holds other files: name a new folder"):
         pipeline.save_pretrained(tmp_path / "other")
+    assert (tmp_path / "other" / "README.md").read_text() == card
 
 
 def test_a_card_shows_class_names_as_they_are(pipeline, tmp_path):

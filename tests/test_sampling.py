@@ -186,6 +186,17 @@ def test_files_of_others_are_not_overwritten(model, tmp_path, capsys, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_folder_in_place_of_a_file_is_found_before_sampling(model, tmp_path, capsys, monkeypatch):
+    before = sorted(path.name for path in sample(model, tmp_path / "out", "dog", "--per-class", 1).iterdir())
+    (tmp_path / "out" / "grid.png").unlink()
+    (tmp_path / "out" / "grid.png").mkdir()
+    monkeypatch.setattr(Pipeline, "__call__", lambda *_, **__: pytest.fail("found only after sampling"))
+    with pytest.raises(SystemExit):
+        sample(model, tmp_path / "out", "dog")
+    assert "grid.png is not of an earlier sampling" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
 def test_a_record_cannot_name_other_files_for_removal(model, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "samples.json").write_text(json.dumps({"images": [{"file": "mine.txt"}]}))

@@ -126,6 +126,7 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
     kept = kept_tokens(config, keep_rows, mask=mask)
     if not bool(kept.any()) or bool(kept.all()):
         raise UserError(f"nothing is to be {'sampled' if bool(kept.any()) else 'kept'}: change `keep_rows` or `mask`.")
+    how = pipeline.sampling_config(command.how.cfg_scale, command.how.num_steps, preset=command.how.preset)
     entries = list_entries(pipeline.classes, [label] * what.candidates)
     earlier = prepare_folder(folder, entries)
     settings = dataclasses.asdict(command.how) | {"seed": what.seed, "output": "np"}
@@ -137,7 +138,6 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
     part = hide_tokens(pipeline.decode(bits, "np"), kept, config.patch)
     sheet = np.stack([original, *part, *images])
     grid = image_grid(sheet, min(len(sheet), 10), scale=None)
-    how = pipeline.sampling_config(command.how.cfg_scale, command.how.num_steps, preset=command.how.preset)
     tokens = kept.nonzero().flatten().tolist()
     texts = [image_settings(pipeline.name, how, what.seed, entry, kept_tokens=tokens) for entry in entries]
     write_folder(folder, images, grid, {**all_options(command), "images": entries}, texts, earlier)

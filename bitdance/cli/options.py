@@ -21,7 +21,7 @@ TRAIN_HEADINGS = {
 
 def check_output(folder: pathlib.Path) -> None:
     """Raises a `UserError` if a folder for images is named like a file."""
-    if folder.suffix in (".png", ".jpg", ".npz") and not folder.is_dir():
+    if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".npz") and not folder.is_dir():
         raise UserError(f"output={folder} is the name of a file: name a folder for grid.png and the images.")
 
 

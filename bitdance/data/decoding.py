@@ -95,7 +95,9 @@ def read_image(path: pathlib.Path, upright: bool = False) -> Image.Image:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error.strerror or error}; check its permissions.") from error
+        raise UserError(
+            f"cannot read the image {path}: {error.strerror or error}; check the path and its permissions."
+        ) from error
     return decode_image(data, str(path), upright)
 
 

@@ -44,7 +44,9 @@ def open_images(path: str | os.PathLike[str], split: Split = "train") -> ImageDa
             raise UserError(f"{path} has no split {split!r}, unlike CIFAR-10: give the path of those images.")
         return dataset(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions.") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; check the path and its permissions."
+        ) from error
 
 
 def _recognize(path: pathlib.Path) -> Callable[[pathlib.Path], ImageDataset] | None:

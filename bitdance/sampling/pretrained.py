@@ -25,6 +25,9 @@ CARD, PICTURE = "README.md", "samples.png"
 MARK = "library_name: bitdance"
 """In the card of a folder of ours, which may be replaced."""
 
+FILES = (CARD, "autoencoder.safetensors", "model.safetensors", PICTURE)
+"""In the order in which they are put into the folder: the mark first."""
+
 SHOWN_CLASSES, SHOWN_EACH = 10, 8
 
 
@@ -32,10 +35,9 @@ def save_pretrained(
     pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None, name: str = "."
 ) -> None:
     """Writes a model, its autoencoder, some samples and a card that loads `name`; see `Pipeline.save_pretrained`."""
-    if folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir()):
-        card = folder / CARD
-        if not card.is_file() or MARK not in card.read_text(errors="replace"):
-            raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")
+    is_used = folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir())
+    if is_used and (not _is_ours(folder / CARD) or any((folder / file).is_dir() for file in FILES)):
+        raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")
     model, autoencoder = pipeline.model, pipeline.autoencoder
     metadata = {CFG_SCALE: f"{pipeline.defaults.cfg_scale:g}"}
     if pipeline.files:
@@ -54,8 +56,16 @@ def save_pretrained(
         weights_file.save(new / "autoencoder.safetensors", autoencoder)
         weights_file.save(new / "model.safetensors", model, metadata=metadata)
         write_png(new / PICTURE, image_grid(images, SHOWN_EACH, names, scale=None))
-        for file in (CARD, "autoencoder.safetensors", "model.safetensors", PICTURE):  # first the mark of the folder
+        for file in FILES:
             rename(new / file, folder / file)
+
+
+def _is_ours(card: pathlib.Path) -> bool:
+    """Returns whether the mark is at the beginning of a file, which may have any size."""
+    if not card.is_file():
+        return False
+    with open(card, "rb") as file:
+        return MARK.encode() in file.read(2**16)
 
 
 def push_to_hub(pipeline: Any, name: str, private: bool = False, metrics: Mapping[str, float] | None = None) -> str:

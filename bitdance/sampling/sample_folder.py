@@ -25,7 +25,7 @@ def prepare_folder(folder: pathlib.Path, entries: list[dict[str, Any]]) -> set[s
     make_folder(folder)
     earlier = _list_images(folder)
     for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
-        if name not in earlier and (folder / name).exists():
+        if (folder / name).is_dir() or (name not in earlier and (folder / name).exists()):
             raise UserError(f"{folder / name} is not of an earlier sampling: move it, or choose another `output`.")
     return earlier
 
