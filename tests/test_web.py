@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -314,6 +315,19 @@ def server(tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output.strip(), errors) == (0, "", "") and not os.listdir(temporary)
+
+
+@pytest.mark.slow
+def test_the_server_ends_while_it_samples(server):
+    """The fixture checks how."""
+    functions = json.load(urllib.request.urlopen(f"{server}config"))["dependencies"]
+    index = next(function["id"] for function in functions if function["api_name"] == "sample")
+    data = [[0, 1, 2], 10, "demo-1x", 0, "exact", 3, 200]  # takes long
+    call = json.dumps({"data": data, "fn_index": index, "session_hash": "a"}).encode()
+    request = urllib.request.Request(f"{server}gradio_api/queue/join", call, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+    time.sleep(3)
 
 
 def find_chromium(playwright) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import sys
 
 from bitdance.cli.options import PrecisionOptions
 from bitdance.cli.parsing import parse
@@ -56,3 +58,5 @@ def main(arguments: list[str]) -> None:
     with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
         load = functools.partial(load_pipeline, device=world.device, dtype=command.where.precision)
         serve(OfferedModels(page.model, load), page.host, page.port)
+    sys.stdout.flush()
+    os._exit(0)  # a thread that is sampling would abort the process at the end of the interpreter

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
+import secrets
+import shutil
 import signal
 import socket
 import tempfile
@@ -43,45 +46,60 @@ def serve(models: OfferedModels, host: str, port: int) -> None:
         host: address to listen at.
         port: its port.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="bitdance-web-") as name:  # uploads, pictures and downloads
-        folder = os.path.realpath(name)
-        for variable in [variable for variable in os.environ if variable.startswith("GRADIO_")]:
-            del os.environ[variable]  # such as paths to serve; options of the command alone count
-        os.environ |= {
-            "GRADIO_ANALYTICS_ENABLED": "False",
-            "GRADIO_RUN_HISTORY": "False",
-            "GRADIO_TEMP_DIR": folder,
-        }
-        from gradio.themes import Default
-        from starlette.middleware import Middleware
+    for variable in [variable for variable in os.environ if variable.startswith("GRADIO_")]:
+        del os.environ[variable]  # such as paths to serve; options of the command alone count
+    folder = os.path.join(os.path.realpath(tempfile.gettempdir()), f"bitdance-web-{secrets.token_hex(8)}")
+    served = os.path.join(folder, "served")  # uploads, pictures and downloads
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": served}
+    from gradio.themes import Default
+    from starlette.middleware import Middleware
 
-        from bitdance.web.page import STYLE, build
+    from bitdance.web.page import STYLE, build
 
+    ended = _catch_signals()
+    os.mkdir(folder, 0o700)  # only now, since a signal during the imports ends the process at once
+    tempfile.tempdir = folder  # also of threads that still run at the end
+    try:
         page = build(models)
         name_in_url = f"[{host}]" if ":" in host else host
-        try:
-            page.launch(
-                server_name=name_in_url,
-                server_port=port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                allowed_paths=[],
-                max_file_size=MAX_UPLOAD,
-                enable_monitoring=False,
-                ssr_mode=False,
-                mcp_server=False,
-                pwa=False,
-                footer_links=[],
-                css=STYLE,
-                theme=Default(font="system-ui", font_mono="monospace"),
-                app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
-            )
-            print(f"The page is at http://{name_in_url}:{page.server_port}/ (Ctrl-C ends it).", flush=True)
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print()
-        finally:
-            page.close(verbose=False)
+        page.launch(
+            server_name=name_in_url,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            allowed_paths=[],
+            max_file_size=MAX_UPLOAD,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            footer_links=[],
+            css=STYLE,
+            theme=Default(font="system-ui", font_mono="monospace"),
+            app_kwargs={"middleware": [Middleware(Guard, folder=served)]},
+        )
+        print(f"The page is at http://{name_in_url}:{page.server_port}/ (Ctrl-C ends it).", flush=True)
+        ended.get()
+        print(flush=True)
+        page.close(verbose=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _catch_signals() -> queue.SimpleQueue[int]:
+    """Returns a queue that receives the number of a first Ctrl-C or SIGTERM; a second one ends the process at once.
+
+    An exception that a handler raises can be lost, as in a destructor.
+    """
+    caught: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def catch(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        caught.put(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as Ctrl-C under nohup
+                signal.signal(number, catch)
+    return caught
