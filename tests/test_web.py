@@ -372,9 +372,12 @@ def test_the_page_in_a_browser(server, tmp_path):
             page.get_by_role("button", name="Download").first.click()
         saved, records = read_archive(pathlib.Path(download.value.path()).read_bytes())
         assert np.array_equal(saved, images) and records[5]["name"] == "dog"
-        page.get_by_label("Seed").fill("")
-        page.click("#sample")
-        page.get_by_text("The seed must be an integer from 0 to 4294967295.").wait_for()
+        for number, seed in enumerate(("", "-1", "4294967296")):
+            page.get_by_label("Seed").fill(seed)
+            page.click("#sample")
+            page.get_by_text("The seed must be an integer from 0 to 4294967295.").nth(number).wait_for()
+        for label in ("Solver steps", "Guidance scale"):
+            page.get_by_label(f"number input for {label}").fill("999")
         page.get_by_label("Seed").fill("7")
         assert not page.locator("#sample-status").get_by_text("Error").is_visible(), "it is shown as a message"
         page.get_by_role("tab", name="Complete").click()

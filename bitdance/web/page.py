@@ -89,7 +89,7 @@ def build(models: OfferedModels) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 model = gr.Dropdown(models.names, label="Model", value=models.names[0], filterable=False)
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+                seed = gr.Number(0, label="Seed", precision=0)  # `Settings` says what it must be
                 new_seed = gr.Button("New seed", size="sm")
                 preset = gr.Radio([(PRESET_LABELS[name], name) for name in PRESET_LABELS], value="fast", label="Preset")
                 steps = gr.Slider(1, MAX_STEPS, PRESETS["fast"]["num_steps"], step=1, label="Solver steps")
