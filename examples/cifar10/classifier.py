@@ -17,6 +17,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,10 +26,12 @@ from bitdance.data.crops import normalize, to_array
 from bitdance.data.images import open_images
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.runtime.atomic_files import atomic_write, file_digest
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.devices import MAX_THREADS
+from bitdance.runtime.errors import UserError, check_fields, counted
 
 WEIGHTS = pathlib.Path("runs/cifar10/classifier.safetensors")
-SIZE = 256
+TRAINER = "examples/cifar10/classifier.py"
+SIZE, CLASSES, BATCH = 256, 10, 256
 
 
 def conv(c_in: int, c_out: int) -> nn.Sequential:
@@ -60,7 +63,7 @@ class Classifier(nn.Module):
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
         )
-        self.fc = nn.Linear(SIZE, 10)
+        self.fc = nn.Linear(SIZE, CLASSES)
 
     def forward(self, x: Tensor) -> Features:
         pool = self.layers(x)
@@ -70,11 +73,20 @@ class Classifier(nn.Module):
 def extractor() -> FeatureExtractor:
     """Returns the trained classifier as a feature extractor, which also reports accuracy."""
     if not WEIGHTS.exists():
-        raise UserError(f"there is no {WEIGHTS}: train it with examples/cifar10/classifier.py.")
+        raise UserError(f"there is no {WEIGHTS}: train it with {TRAINER}.")
     network = Classifier().eval().requires_grad_(False)
-    network.load_state_dict(load_file(WEIGHTS))
+    try:
+        network.load_state_dict(load_file(WEIGHTS))
+    except (SafetensorError, RuntimeError):
+        raise UserError(f"{WEIGHTS} is damaged or of another network: train it again with {TRAINER}.") from None
     digest = file_digest(WEIGHTS)
     return FeatureExtractor("cifar10-classifier", SIZE, lambda x: network(normalize(x)), classifies=True, digest=digest)
+
+
+def set_threads(options: argparse.Namespace) -> None:
+    """Has PyTorch use the CPU threads that an option gives."""
+    check_fields(options, "threads", lambda value: 1 <= value <= MAX_THREADS, f"be from 1 to {MAX_THREADS}")
+    torch.set_num_threads(options.threads)
 
 
 def load_images(path: pathlib.Path) -> tuple[Tensor, Tensor]:
@@ -83,6 +95,8 @@ def load_images(path: pathlib.Path) -> tuple[Tensor, Tensor]:
     views = [to_array(images.read(i)) for i in range(len(images))]
     if {view.shape for view in views} != {(32, 32, 3)}:
         raise UserError(f"{path} has images of other sizes than 32 x 32 pixels: these examples are for CIFAR-10.")
+    if len(images.classes) > CLASSES:
+        raise UserError(f"{path} has more than {CLASSES} classes: these examples are for CIFAR-10.")
     pixels = np.stack(views)
     return torch.from_numpy(pixels), torch.from_numpy(images.labels)
 
@@ -106,11 +120,13 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4) -> None:
+def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = BATCH, lr: float = 0.4) -> None:
     """Trains the classifier with SGD and a one-cycle schedule, and writes its weights."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     (images, labels), held_out = load_images(data), load_images(val)
+    if len(images) < batch_size:
+        raise UserError(f"{data} has {counted(len(images), 'image')}, and a batch {batch_size}: name more images.")
     network = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     batch_size = min(batch_size, len(images))
@@ -145,7 +161,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    check_fields(options, "epochs", lambda value: value >= 1, "be at least 1")
+    set_threads(options)
     train(options.data_path, options.val_path, options.epochs)
 
 

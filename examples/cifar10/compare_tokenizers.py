@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 import torch
-from classifier import load_images
+from classifier import load_images, set_threads
 from torch import Tensor
 from transform_coding import measure, transform_code
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tokenizers.png"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    set_threads(options)
     original, labels = load_images(options.val_path)
     shown = np.linspace(0, len(original) - 1, SHOWN).astype(int)
     rows, names = [original[shown]], ["original"]

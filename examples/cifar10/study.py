@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from classifier import extractor
+from classifier import extractor, set_threads
 from torch import Tensor
 
 import bitdance
@@ -36,7 +36,7 @@ from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.report import compute_metrics
 from bitdance.runtime.atomic_files import atomic_write
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.pipeline import Pipeline, split_batches
@@ -268,7 +268,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bits", action="store_true", help="compare the probabilities of bits between the solvers")
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    set_threads(options)
+    check_fields(options, "images seeds", lambda value: value >= 1, "be at least 1")
     for name in options.models:
         if options.bits:
             compare_bits(name, options.output / f"bits-{pathlib.Path(name).stem}.csv")

@@ -22,6 +22,7 @@ from bitdance.cli.main import call
 from bitdance.metrics.frechet_distance import frechet_distance
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.metrics.statistics import StatisticsAccumulator
+from bitdance.runtime.errors import UserError
 
 MAX_BITS = 8
 
@@ -106,7 +107,13 @@ def transform_code(
 
     Yields:
         For each number of bits: it, the decoded images, and the bits of the components that have any, descending.
+
+    Raises:
+        UserError: a number of bits is not a multiple of the number of blocks, or too large.
     """
+    blocks, most = 32**2 // side**2, MAX_BITS * 3 * 32**2
+    if any(not 1 <= bits <= most or bits % blocks for bits in all_bits):
+        raise UserError(f"--bits must be multiples of {blocks}, the number of blocks, from {blocks} to {most}.")
     per_block = [bits * side**2 // 32**2 for bits in all_bits]
     x = to_blocks(train, side)
     mean = x.mean(0)
@@ -130,8 +137,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
     parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
     options = parser.parse_args(arguments)
-    if any(bits < 1 or bits % (32**2 // options.block**2) for bits in options.bits):
-        parser.error(f"--bits must be positive multiples of {32**2 // options.block**2}, the number of blocks.")
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
     for bits, decoded, depths in transform_code(train, original, sorted(options.bits), options.block):
         row = ", ".join(f"{name} {value:.4f}" for name, value in measure(original, decoded, labels).items())

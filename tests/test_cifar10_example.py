@@ -1,0 +1,48 @@
+"""What the programs of examples/cifar10 refuse."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+
+import pytest
+import small
+import torch
+from safetensors.torch import save_file
+
+from bitdance.cli.main import call
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("classifier", "--data-path {few} --val-path {few} --epochs 0", "epochs=0 is invalid"),
+        ("classifier", "--data-path {few} --val-path {few} --threads -1", "threads=-1 is invalid"),
+        ("classifier", "--data-path {few} --val-path {few}", "few has 12 images, and a batch 256"),
+        ("classifier", "--data-path {many} --val-path {few}", "many has more than 10 classes"),
+        ("compare_tokenizers", "--val-path {few} demo --threads 0", "threads=0 is invalid"),
+        ("compare_tokenizers", "--val-path {few} --data-path {few} demo --bits 0", "--bits must be multiples of 1"),
+        ("compare_tokenizers", "--val-path {few} demo", "classifier.safetensors is damaged or of another network"),
+        (
+            "transform_coding",
+            "--val-path {few} --data-path {few} --bits 24577",
+            "the number of blocks, from 1 to 24576",
+        ),
+        ("study", "--reference {few} --images 0", "images=0 is invalid"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, capsys, program, arguments, words):
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    folders = {
+        "few": small.pictures(tmp_path / "few", each=4, side=32),
+        "many": small.pictures(tmp_path / "many", classes=11, each=1, side=32),
+    }
+    weights = pathlib.Path("runs/cifar10/classifier.safetensors")
+    weights.parent.mkdir(parents=True)
+    save_file({"other": torch.zeros(1)}, weights)
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as end:
+        call(importlib.import_module(program).main, arguments.format(**folders).split())
+    torch.set_num_threads(threads)
+    assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
