@@ -197,6 +197,14 @@ def test_a_folder_in_place_of_a_file_is_found_before_sampling(model, tmp_path, c
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
+def test_a_read_only_folder_is_found_before_sampling(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    monkeypatch.setattr(Pipeline, "__call__", lambda *_, **__: pytest.fail("found only after sampling"))
+    with pytest.raises(SystemExit):
+        sample(model, tmp_path, "dog")
+    assert f"{tmp_path} cannot be written to: change its permissions" in capsys.readouterr().err
+
+
 def test_a_record_cannot_name_other_files_for_removal(model, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "samples.json").write_text(json.dumps({"images": [{"file": "mine.txt"}]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import re
 from typing import Any
@@ -20,9 +21,12 @@ def prepare_folder(folder: pathlib.Path, entries: list[dict[str, Any]]) -> set[s
     """Makes a folder for images and returns the files of an earlier call in it.
 
     Raises:
-        UserError: the folder cannot be made, or has a file of one of these names that is not of an earlier call.
+        UserError: the folder cannot be made or written to, or has a file of one of these names that is not of an
+            earlier call.
     """
     make_folder(folder)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: change its permissions, or choose another `output`.")
     earlier = _list_images(folder)
     for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
         if (folder / name).is_dir() or (name not in earlier and (folder / name).exists()):
