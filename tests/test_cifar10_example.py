@@ -16,11 +16,10 @@ from bitdance.cli.main import call
 @pytest.mark.parametrize(
     ("program", "arguments", "words"),
     [
-        ("classifier", "--data-path {few} --val-path {few} --epochs 0", "epochs=0 is invalid"),
-        ("classifier", "--data-path {few} --val-path {few} --threads -1", "threads=-1 is invalid"),
-        ("classifier", "--data-path {few} --val-path {few}", "few has 12 images, and a batch 256"),
+        ("classifier", "--data-path {few} --val-path {few} --epochs 0", "0 is invalid: it must be at least 1"),
+        ("classifier", "--data-path {few} --val-path {few} --threads -1", "-1 is invalid: it must be from 1 to"),
         ("classifier", "--data-path {many} --val-path {few}", "many has more than 10 classes"),
-        ("compare_tokenizers", "--val-path {few} demo --threads 0", "threads=0 is invalid"),
+        ("compare_tokenizers", "--val-path {few} demo --threads 0", "0 is invalid: it must be from 1 to"),
         ("compare_tokenizers", "--val-path {few} --data-path {few} demo --bits 0", "--bits must be multiples of 1"),
         ("compare_tokenizers", "--val-path {few} demo", "classifier.safetensors is damaged or of another network"),
         (
@@ -28,7 +27,7 @@ from bitdance.cli.main import call
             "--val-path {few} --data-path {few} --bits 24577",
             "the number of blocks, from 1 to 24576",
         ),
-        ("study", "--reference {few} --images 0", "images=0 is invalid"),
+        ("study", "--reference {few} --images 0", "0 is invalid: it must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, capsys, program, arguments, words):

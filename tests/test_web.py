@@ -37,6 +37,7 @@ from bitdance.web import generation
 from bitdance.web.generation import Settings
 from bitdance.web.guard import MAX_CALL, Guard
 from bitdance.web.offered_models import OfferedModels
+from bitdance.web.server import LOOPBACK
 
 SETTINGS = Settings(seed=3, preset="fast", cfg_scale=2.0, num_steps=2)
 
@@ -226,7 +227,13 @@ def test_models_are_offered_by_name_and_never_by_path(tmp_path, capsys, monkeypa
         OfferedModels(["c"], load)
 
 
-def ask(path: str, body: bytes | None = None, headers: dict[str, str] | None = None, kind: str = "http") -> object:
+def ask(
+    path: str,
+    body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+    kind: str = "http",
+    hosts: tuple[str, ...] | None = None,
+) -> object:
     """The status of a request to a guarded application that answers all with 200, or the body that reached it."""
     sent: list[dict] = []
 
@@ -244,7 +251,7 @@ def ask(path: str, body: bytes | None = None, headers: dict[str, str] | None = N
     headers = {"content-length": str(len(body or b""))} if headers is None else headers
     scope = {"type": kind, "path": path, "method": "GET" if body is None else "POST"}
     scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(Guard(app, "/tmp/page")(scope, receive, send))
+    asyncio.run(Guard(app, "/tmp/page", hosts)(scope, receive, send))
     if sent[0].get("status") == 200:
         assert b"default-src 'self'" in dict(sent[0]["headers"])[b"content-security-policy"]
         return sent[1]["body"] if body is not None else 200
@@ -274,6 +281,14 @@ def test_the_guard_refuses_all_other_requests():
     assert ask(join, b"x" * (MAX_CALL + 1)) == ask(join, b"{}", {}) == 413
     assert ask("/gradio_api/upload", b"x", {"content-length": "30000000"}) == 413
     assert ask("/", kind="websocket") == "websocket.close"
+
+
+def test_the_guard_answers_to_the_names_of_this_machine():
+    for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
+        assert ask("/", headers={"host": host}, hosts=LOOPBACK) == 200
+    for host in ("example.org", "localhost.example.org:7860", "[::1", ""):
+        assert ask("/", headers={"host": host}, hosts=LOOPBACK) == 403
+    assert ask("/", headers={"host": "example.org"}) == 200
 
 
 def test_what_the_command_refuses(capsys, monkeypatch):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+import urllib.parse
+from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
 MAX_UPLOAD = 20 * 2**20
@@ -39,22 +40,27 @@ class Guard:
     Args:
         app: the application behind it.
         folder: the only folder whose files are served, absolute.
+        hosts: names of the server that a request may have, None for any. Otherwise the page of a foreign server could
+            let its own name point to this machine (DNS rebinding) and send requests.
     """
 
-    def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]], folder: str) -> None:
-        self._app, self._folder = app, folder.rstrip("/") + "/"
+    def __init__(
+        self, app: Callable[[Any, Receive, Send], Awaitable[None]], folder: str, hosts: Container[str] | None = None
+    ) -> None:
+        self._app, self._folder, self._hosts = app, folder.rstrip("/") + "/", hosts
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handles a request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http" or not self._is_known(scope["path"]):
+        headers = dict(scope["headers"])
+        if scope["type"] != "http" or not self._is_known(scope["path"]) or not self._is_host(headers.get(b"host", b"")):
             await _refuse(scope, send, 403)
             return
         is_upload = scope["path"] == f"{_API}/upload"
         if scope["method"] == "POST":
-            length = dict(scope["headers"]).get(b"content-length", b"")
+            length = headers.get(b"content-length", b"")
             most = MAX_UPLOAD + MAX_CALL if is_upload else MAX_CALL
             if not length.isdigit() or int(length) > most:
                 await _refuse(scope, send, 413)
@@ -72,6 +78,14 @@ class Guard:
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
+
+    def _is_host(self, header: bytes) -> bool:
+        if self._hosts is None:
+            return True
+        try:
+            return urllib.parse.urlsplit(f"//{header.decode('latin-1')}").hostname in self._hosts
+        except ValueError:
+            return False
 
     def _is_known(self, path: str) -> bool:
         if ".." in path.split("/") or "\\" in path or "\0" in path:

@@ -15,6 +15,9 @@ from bitdance.runtime.errors import UserError
 from bitdance.web.guard import MAX_UPLOAD, Guard
 from bitdance.web.offered_models import OfferedModels
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Addresses that only this machine reaches."""
+
 
 def check_gradio() -> None:
     """Raises a `UserError` if gradio is not installed."""
@@ -77,7 +80,7 @@ def serve(models: OfferedModels, host: str, port: int) -> None:
             footer_links=[],
             css=STYLE,
             theme=Default(font="system-ui", font_mono="monospace"),
-            app_kwargs={"middleware": [Middleware(Guard, folder=served)]},
+            app_kwargs={"middleware": [Middleware(Guard, folder=served, hosts=LOOPBACK if host in LOOPBACK else None)]},
         )
         print(f"The page is at http://{name_in_url}:{page.server_port}/ (Ctrl-C ends it).", flush=True)
         ended.get()

@@ -27,11 +27,11 @@ from bitdance.data.images import open_images
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.runtime.atomic_files import atomic_write, file_digest
 from bitdance.runtime.devices import MAX_THREADS
-from bitdance.runtime.errors import UserError, check_fields, counted
+from bitdance.runtime.errors import UserError, check_fields
 
 WEIGHTS = pathlib.Path("runs/cifar10/classifier.safetensors")
 TRAINER = "examples/cifar10/classifier.py"
-SIZE, CLASSES, BATCH = 256, 10, 256
+SIZE, CLASSES = 256, 10
 
 
 def conv(c_in: int, c_out: int) -> nn.Sequential:
@@ -120,13 +120,11 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = BATCH, lr: float = 0.4) -> None:
+def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4) -> None:
     """Trains the classifier with SGD and a one-cycle schedule, and writes its weights."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     (images, labels), held_out = load_images(data), load_images(val)
-    if len(images) < batch_size:
-        raise UserError(f"{data} has {counted(len(images), 'image')}, and a batch {batch_size}: name more images.")
     network = Classifier().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     batch_size = min(batch_size, len(images))
