@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 
 from bitdance.cli.options import PrecisionOptions
 from bitdance.cli.parsing import parse
@@ -59,4 +60,5 @@ def main(arguments: list[str]) -> None:
         if world.is_main:
             skipped = f", {result.bad_images} unreadable ones skipped" if result.bad_images else ""
             print(f"{result.images} images encoded{skipped}: {result.result}")
-            print(json.dumps({**dataclasses.asdict(result), "processes": world.size}, default=str))
+            if not sys.stdout.isatty():  # for programs
+                print(json.dumps({**dataclasses.asdict(result), "processes": world.size}, default=str))

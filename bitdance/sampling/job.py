@@ -455,10 +455,12 @@ def _read_arrays(path: pathlib.Path, shapes: dict[str, tuple[int, ...] | None]) 
 
 
 def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
-    """Prints a result as a sentence and as one line of JSON."""
+    """Prints a result as a sentence and, except on a terminal, as one line of JSON for programs."""
     files, rate = ", ".join(map(str, result.results.values())), result.sampled / max(result.seconds, 1e-9)
     done = f"{result.sampled} images sampled in {result.seconds:.1f} s ({rate:.2f} images/s)"
     print(f"{done if result.sampled else f'all {job.config.num_images} images were there already'}: {files}")
+    if sys.stdout.isatty():
+        return
     facts = {
         "result": next(iter(result.results.values())),
         **dataclasses.asdict(result),
