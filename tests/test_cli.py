@@ -455,6 +455,14 @@ def test_a_reader_that_ends_early_is_no_error():
         assert process.stderr.read() == b"" and process.wait() == 1
 
 
+def test_a_current_folder_that_was_removed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(SystemExit) as end:
+        call(lambda arguments: None, [])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("bitdance: the current folder does not exist")
+
+
 def test_a_very_long_message_is_shortened(run):
     status, text = run("info", "x" * 100 + "/" + "y" * 200 + "/" * 4000 + "z.pt")
     assert status == 2 and text.count("\n") == 1 and " ... " in text and len(text) < 1600

@@ -126,6 +126,7 @@ def _call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> N
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_launcher()
     try:
+        _check_current_folder()
         if isinstance(command, str):
             module, _, function = command.partition(":")
             command = getattr(importlib.import_module(module), function)
@@ -159,6 +160,16 @@ def _call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> N
         print(f"bitdance: {one_line(message)}", file=sys.stderr)
         _end_at_once(2)
         raise SystemExit(2) from None
+
+
+def _check_current_folder() -> None:
+    """Raises a `UserError` if the current folder has been removed: PyTorch could not be imported."""
+    from bitdance.runtime.errors import UserError
+
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder does not exist any more: change to another one.") from None
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
