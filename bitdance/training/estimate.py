@@ -301,11 +301,13 @@ def measure_time(trainer: Trainer, fitting: int) -> tuple[float, int] | None:
 
     size = world.broadcast(min(fitting, 2))
     seconds = timed(size, repeats=1)
-    size = world.broadcast(min(fitting, max(size, int(size * MAX_SECONDS / seconds))))
-    seconds = timed(size, repeats=max(3, min(20, int(REPEAT_SECONDS / seconds))))
+    is_slow = seconds > MAX_SECONDS  # one step is enough
+    if not is_slow:
+        size = world.broadcast(min(fitting, max(size, int(size * MAX_SECONDS / seconds))))
+        seconds = timed(size, repeats=max(3, min(20, int(REPEAT_SECONDS / seconds))))
     if others := len(trainer.loader.indices) - size:
         half = size // 2
-        per_image = (seconds - timed(half, repeats=2)) / (size - half) if half else seconds
+        per_image = (seconds - timed(half, repeats=1 if is_slow else 2)) / (size - half) if half else seconds
         seconds += per_image * others
     trainer.config = config
     return seconds, size
