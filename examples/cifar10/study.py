@@ -1,7 +1,7 @@
 """Measures what the settings of sampling cost and give: Fréchet distance, accuracy and seconds, as CSV and figures.
 
     python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x --output runs/study
-    python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 5
+    python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 8
     python examples/cifar10/study.py --bits                                 # compares bit probabilities of the solvers
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
