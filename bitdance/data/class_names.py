@@ -75,8 +75,7 @@ class ClassNames:
         a name too. Digits are always an id, even if a label is a number.
 
         Raises:
-            UserError: no class matches, or more than one; the message lists similar names, all of a few, or
-                all matching classes.
+            UserError: no class matches, or more than one; the message lists similar names or all matching classes.
         """
         if isinstance(query, str) and re.fullmatch(r"-?[0-9]{1,20}", query.strip()):
             query = int(query.strip())  # which strips more than int() does
@@ -148,8 +147,7 @@ class ClassNames:
         return f"{index} ({others})" if others else str(index)
 
     def _nearest(self, key: str) -> list[str]:
-        """Returns up to three "name (id)": names with the query's words, then with the start of
-        such words, then names with a similar spelling."""
+        """Returns up to three "name (id)" with the query as a word or its beginning, or with a similar spelling."""
         from difflib import get_close_matches
 
         names = {_key(name): name for names in self.names for name in names}
