@@ -63,9 +63,8 @@ def test_it_distinguishes_classes(model):
 
 
 def test_bits_do_not_depend_on_the_batch_size_except_for_rounding(model):
-    whole = sample(model, 10)
-    for batch_size in (1, 4):
-        assert (sample(model, batch_size) == whole).float().mean() >= 0.999
+    """The last of the batches of three has one image."""
+    assert (sample(model, 3) == sample(model, 10)).float().mean() >= 0.999
 
 
 def test_sample_writes_a_labelled_grid_of_all_classes(tmp_path, capsys):
