@@ -181,7 +181,7 @@ def test_the_output_folder_is_checked_before_anything_is_measured(pictures, tmp_
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "settings.json").write_text('{"run": {}, "train": {}, "loss": {}, "autoencoder": {}}')
     monkeypatch.setattr(automatic, "measure_step", lambda *arguments: pytest.fail("it was measured"))
-    for name, sentence in (("file", "file is a file; choose another place."), ("other", "another kind of run")):
+    for name, sentence in (("file", "file: it is a file; choose another place."), ("other", "another kind of run")):
         with pytest.raises(SystemExit) as stopped:
             main(["train", "--data-path", str(pictures), "--output", str(tmp_path / name)])
         assert stopped.value.code == 2 and sentence in capsys.readouterr().err

@@ -164,6 +164,13 @@ def test_a_folder_of_others_is_left_as_it_is(pipeline, tmp_path, card):
     assert (tmp_path / "other" / "README.md").read_text() == card
 
 
+def test_a_read_only_folder_is_found_before_sampling(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    monkeypatch.setattr(Pipeline, "__call__", lambda *_, **__: pytest.fail("found only after sampling"))
+    with pytest.raises(UserError, match="cannot be written; choose another place"):
+        pipeline.save_pretrained(tmp_path / "mine")
+
+
 def test_a_card_shows_class_names_as_they_are(pipeline, tmp_path):
     pipeline.classes = ClassNames.from_labels(["<script>", "a\nb", "![x](y)", "\ud800", "hen_1"])
     text = _card(pipeline, {}, ".")

@@ -202,7 +202,7 @@ def test_a_read_only_folder_is_found_before_sampling(model, tmp_path, capsys, mo
     monkeypatch.setattr(Pipeline, "__call__", lambda *_, **__: pytest.fail("found only after sampling"))
     with pytest.raises(SystemExit):
         sample(model, tmp_path, "dog")
-    assert f"{tmp_path} cannot be written to: change its permissions" in capsys.readouterr().err
+    assert f"{tmp_path} cannot be written; choose another place" in capsys.readouterr().err
 
 
 def test_a_record_cannot_name_other_files_for_removal(model, tmp_path):

@@ -131,13 +131,14 @@ def existing_parent(folder: pathlib.Path) -> pathlib.Path:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Raises a `UserError` if a run folder cannot be made or written, before work that would be lost."""
+    """Raises a `UserError` if a folder cannot be made or written, before work that would be lost."""
     parent = existing_parent(folder)
     problem = None if os.access(parent, os.W_OK) else f"{parent} cannot be written"
     if not parent.is_dir():
-        problem = f"{parent} is a file"
+        problem = "it is a file" if parent == folder else f"{parent} is a file"
     if problem:
-        raise UserError(f"cannot make the folder {folder}: {problem}; choose another place.")
+        action = "write to" if folder.is_dir() else "make"
+        raise UserError(f"cannot {action} the folder {folder}: {problem}; choose another place.")
 
 
 def is_active(folder: pathlib.Path) -> bool:

@@ -16,6 +16,7 @@ import torch
 from bitdance.config import BitDanceConfig
 from bitdance.runtime.atomic_files import NEW, atomic_write, make_folder, new_files, rename
 from bitdance.runtime.errors import UserError, printable
+from bitdance.runtime.run_folder import check_writable
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.writers import write_png
 from bitdance.weights import hub, weights_file
@@ -35,6 +36,7 @@ def save_pretrained(
     pipeline: Any, folder: pathlib.Path, metrics: Mapping[str, float] | None = None, name: str = "."
 ) -> None:
     """Writes a model, its autoencoder, some samples and a card that loads `name`; see `Pipeline.save_pretrained`."""
+    check_writable(folder)
     is_used = folder.is_dir() and not all(path.name.startswith(NEW) for path in folder.iterdir())
     if is_used and (not _is_ours(folder / CARD) or any((folder / file).is_dir() for file in FILES)):
         raise UserError(f"{folder} holds other files: name a new folder, or one that `save_pretrained` wrote.")

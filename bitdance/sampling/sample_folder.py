@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import re
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from bitdance.data.class_folders import GRID, RECORD
 from bitdance.runtime.atomic_files import make_folder, new_files, read_json, write_json
 from bitdance.runtime.errors import UserError
+from bitdance.runtime.run_folder import check_writable
 from bitdance.sampling.writers import write_png
 
 
@@ -24,9 +24,8 @@ def prepare_folder(folder: pathlib.Path, entries: list[dict[str, Any]]) -> set[s
         UserError: the folder cannot be made or written to, or has a file of one of these names that is not of an
             earlier call.
     """
+    check_writable(folder)
     make_folder(folder)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to: change its permissions, or choose another `output`.")
     earlier = _list_images(folder)
     for name in (RECORD, GRID, *(entry["file"] for entry in entries)):
         if (folder / name).is_dir() or (name not in earlier and (folder / name).exists()):
