@@ -22,6 +22,7 @@ from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.references import _cache_key
 from bitdance.runtime.errors import UserError
 from bitdance.training.setup import train_model
+from bitdance.training.status import describe_run
 from bitdance.training.train_config import LossConfig
 from bitdance.weights import weights_file
 
@@ -187,6 +188,9 @@ def test_a_run_uses_held_out_pictures_and_skips_unreadable_ones(tmp_path, capsys
     assert f"{folder / 'train'}: 9 images of 3 classes (class-0, class-1, class-2), val/ held out\n" in err
     assert any("val_loss" in line for line in small.read_log(tmp_path / "run")) == fits
     assert f"{folder / 'val'}: 6 images" in err if fits else "no held-out images are used: " in err
+    train_model(run, ModelSizes(**small.SIZES), LossConfig(), tmp_path / "autoencoder.safetensors", "cpu")
+    assert "from 8 images (1 unreadable): 2 steps" in capsys.readouterr().out, "without reading an image"
+    assert describe_run(tmp_path / "run")["unreadable_images"] == 1
 
 
 def test_more_unreadable_pictures_than_a_tenth_end_a_run(tmp_path):

@@ -71,8 +71,7 @@ def only_on_the_cpu(function):
     return call
 
 
-@pytest.mark.parametrize("solver", ["euler-maruyama", "heun"])
-@pytest.mark.parametrize("model", ["B-1X", "B-4X", "B-16X"])
+@pytest.mark.parametrize(("model", "solver"), [("B-1X", "heun"), ("B-4X", "euler-maruyama"), ("B-16X", "heun")])
 def test_sampling_and_decoding(monkeypatch, model, solver):
     network, autoencoder = networks(model)
     network.eval()

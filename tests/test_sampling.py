@@ -452,6 +452,9 @@ def test_settings_of_the_pipeline_are_checked(model):
     ):
         with pytest.raises(UserError, match=words):
             pipe(classes, **settings)
+    for known in (3, torch.zeros(2, 16, 8)):
+        with pytest.raises(ValueError, match=r"known must be a tensor of shape \(1, 16, 8\)"):
+            pipe("cat", known=known)
     assert repr(pipe) == "Pipeline('model-model', 16 px, 3 classes, float32 on cpu)"
     assert repr(pipe.classes) == "ClassNames(3: cat, dog, sea lion)"
     for name, settings, words in (

@@ -224,6 +224,7 @@ def start_on_slurm(script: str, folder: pathlib.Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_slurm_script_for_one_machine(place, tmp_path):
     """The batch script of the documentation, through torchrun: SIGUSR1 ends all processes, and the job is requeued."""
     script, _ = small.slurm_scripts()

@@ -160,6 +160,7 @@ class Pipeline:
 
         Raises:
             UserError: an unknown class, or a setting that is out of range.
+            ValueError: `known` has another shape.
         """
         seed, batch_size = _as_number(seed), _as_number(batch_size)
         cfg_scale, num_steps, chunk_size = map(_as_number, (cfg_scale, num_steps, chunk_size))
@@ -168,6 +169,9 @@ class Pipeline:
         _check_output(output)
         if callback is not None and not callable(callback):
             raise UserError(f"callback={callback!r} is no function: it is called after each autoregressive step.")
+        shape = (len(labels), self.model.config.num_tokens, self.model.config.bits)
+        if known is not None and (not isinstance(known, Tensor) or known.shape != shape):
+            raise ValueError(f"known must be a tensor of shape {shape}, tokens of +-1 and 0 for those to sample.")
         batches = [
             self.generate(
                 list(rows),

@@ -99,7 +99,6 @@ def format_report(folder: pathlib.Path, facts: Mapping[str, Any]) -> str:
     classes = list(map(str, classes)) if isinstance(classes, list) else []
     facts_of_data = {
         "images": train.get("data_path"), "number of images": data.get("images"),
-        "unreadable images": next((count for line in reversed(lines) if (count := line.get("bad_images"))), None),
         "classes": len(classes) or None,
         "size in pixels": train.get("image_size"), "held-out images": train.get("val_path"),
     }  # fmt: skip

@@ -63,6 +63,7 @@ def describe_run(folder: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         "val_loss": validated[-1] if validated else None,
         "evaluation": {name: evaluated[-1].get(name) for name in ("step", *LOGGED)} if evaluated else None,
         "skipped": last.get("skipped", 0),
+        "unreadable_images": max((line.get("bad_images") or 0 for line in lines), default=0),
         **{name: last.get(name) for name in ("images_per_second", "waiting", "tflops", "mfu")},
         "seconds_left": (last_step - step) * batch_size / rate if rate and state != "stopped" else None,
         "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
@@ -116,6 +117,8 @@ def status_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if facts["evaluation"] is not None:
         rows.append(("evaluation", f"{format_evaluation(facts['evaluation'])} at step {facts['evaluation']['step']}"))
     rows.append(("skipped steps", str(facts["skipped"])))
+    if facts["unreadable_images"]:
+        rows.append(("unreadable images", str(facts["unreadable_images"])))
     if facts["images_per_second"]:
         use = f", model-FLOP utilization {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting'] or 0:.0%}{use}"))

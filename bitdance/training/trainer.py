@@ -516,6 +516,7 @@ class Trainer:
         """Writes the report and says what was trained, for how long, and where everything is."""
         folder, skipped = self.config.output, int(self.guard.skipped)
         facts = describe_run(folder, verify=False)
+        unreadable = max(unreadable, facts["unreadable_images"])  # a run that only went on has not met all of them
         images = counted(self.data.images - unreadable, "image")
         if unreadable:
             images += f" ({unreadable} unreadable)"
