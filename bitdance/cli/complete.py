@@ -96,9 +96,7 @@ def main(arguments: list[str]) -> None:
     check_fields(command.how, "batch_size", lambda value: 1 <= value <= MAX_IMAGES, f"be from 1 to {MAX_IMAGES}")
     check_seed(command.what.seed)
     check_output(command.results.output)
-    from bitdance.runtime.process_group import init_distributed
-
-    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
+    with command.where.init_distributed(only_one=True) as world:
         _complete(command, command.model.load(world.device, command.where.precision))
 
 

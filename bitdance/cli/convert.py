@@ -64,9 +64,7 @@ def main(arguments: list[str]) -> None:
 
     contents = weights_file.read(find_weights(command.source, command.part or "model"))
     part = command.part or ("model" if "model" in contents.parts else "autoencoder")
-    kept: dict[str, str] = {
-        key: contents.metadata[key] for key in ("step", TOKENIZER_DIGEST, CFG_SCALE) if key in contents.metadata
-    }
+    kept = {key: contents.metadata[key] for key in ("step", TOKENIZER_DIGEST, CFG_SCALE) if key in contents.metadata}
     if command.cfg_scale is not None:
         if part == "autoencoder" or command.target.suffix == ".pt":
             raise UserError("`cfg_scale` is stored with a model, and in .safetensors only: leave it out.")

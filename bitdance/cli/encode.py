@@ -42,12 +42,11 @@ def main(arguments: list[str]) -> None:
     from bitdance.data.cache_writer import CacheWriter
     from bitdance.data.image_dataset import print_summary
     from bitdance.data.images import open_images
-    from bitdance.runtime.process_group import init_distributed
     from bitdance.sampling.pipeline import choose_dtype
     from bitdance.weights import weights_file
     from bitdance.weights.resolve import find_weights
 
-    with init_distributed(command.where.device, command.where.threads) as world:
+    with command.where.init_distributed() as world:
         contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
         dtype = choose_dtype(command.where.precision, world.device)
         autoencoder = weights_file.load_autoencoder(contents, dtype).to(world.device)

@@ -82,9 +82,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("`mean_std` needs at least two sets of samples.")
     if command.results.keep < 4:
         raise UserError(f"keep={command.results.keep} is invalid: precision and recall need at least 4 images.")
-    from bitdance.runtime.process_group import init_distributed
-
-    with init_distributed(command.where.device, command.where.threads) as world:
+    with command.where.init_distributed() as world:
         _evaluate(command, world)
 
 

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import types
 from collections.abc import Callable
@@ -48,22 +49,19 @@ _USER_ERRORS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno
 
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: bitdance COMMAND [OPTIONS]    (bitdance COMMAND --help shows the options of a command)",
-            "",
-            "Class-conditional image generation with an autoregressive transformer over binary tokens.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "examples:",
-            *(f"  {line}" for line in EXAMPLES.strip().splitlines()),
-            "",
-            "--version shows the version, --debug with any command the traceback of an error.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
+    return f"""\
+usage: bitdance COMMAND [OPTIONS]    (bitdance COMMAND --help shows the options of a command)
+
+Class-conditional image generation with an autoregressive transformer over binary tokens.
+
+commands:
+{commands}
+
+examples:
+{textwrap.indent(EXAMPLES.strip(), "  ")}
+
+--version shows the version, --debug with any command the traceback of an error."""
 
 
 def main(arguments: list[str] | None = None) -> None:

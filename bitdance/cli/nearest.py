@@ -56,9 +56,7 @@ class Nearest:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Nearest, arguments, "bitdance nearest", EXAMPLES)
-    from bitdance.runtime.process_group import init_distributed
-
-    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
+    with command.where.init_distributed(only_one=True) as world:
         _compare(command, world.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -36,6 +37,12 @@ class DeviceOptions:
 
     device: str | None = None
     threads: int | None = None
+
+    def init_distributed(self, only_one: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Joins the processes of the command, see `bitdance.runtime.process_group`."""
+        from bitdance.runtime.process_group import init_distributed
+
+        return init_distributed(self.device, self.threads, only_one)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,21 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
-from tyro import MISSING
-from tyro.conf import Positional
+from tyro import MISSING as MISSING  # for the commands, like the next one
+from tyro.conf import Positional as Positional
 
 from bitdance.runtime.errors import UserError, did_you_mean
-
-__all__ = [
-    "MISSING",
-    "Positional",
-    "given_fields",
-    "given_values",
-    "memory_advice",
-    "name_flags",
-    "parse",
-    "with_flags",
-]
 
 T = TypeVar("T")
 
@@ -78,7 +67,7 @@ def parse(
     if not flag_pairs:
         config += (tyro.conf.FlagCreatePairsOff,)
     # The shell expands "~" only at the start of an argument, not in --output=~/runs.
-    arguments = [re.sub("^(--[a-z-]+=)?(~/.*)", _expand_user, argument) for argument in arguments]
+    arguments = [re.sub("^(--[a-z-]+=|)(~/.*)", lambda m: m[1] + os.path.expanduser(m[2]), a) for a in arguments]
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     output, usage = io.StringIO(), io.StringIO()
     try:
@@ -105,10 +94,6 @@ def name_flags(cls: type, aliases: Mapping[str, str] | None = None) -> None:
     _flags.clear()
     _flags.update(_find_flags(cls))
     _flags.update({name: _flags[field] for name, field in (aliases or {}).items() if field in _flags})
-
-
-def _expand_user(found: re.Match[str]) -> str:
-    return (found[1] or "") + os.path.expanduser(found[2])
 
 
 def given_values(arguments: list[str], names: Sequence[str]) -> dict[str, str | None]:
@@ -203,11 +188,8 @@ def _format_help(text: str, headings: Mapping[str, str]) -> str:
     text = re.sub(r"^ (\S.*)\n -+\n(?:((?:(?:  .*)?\n)+?)  -+\n)?", title, text, flags=re.M)
     text = re.sub(NO_DEFAULT, "", text)
     text = re.sub(r"\n\n+(?=  )", "\n", text)  # left by a removed default
-    text = re.sub(r"^(  -h, --help +).*\n", _add_debug, text, flags=re.M)
+    debug = "show the traceback of any error\n"
+    text = re.sub(r"^(  -h, --help +).*\n", lambda m: m[0] + "  --debug".ljust(len(m[1])) + debug, text, flags=re.M)
     for field, heading in headings.items():
         text = re.sub(rf"^(?=  {_flags[field]}\b)", f"\n{heading}:\n", text, flags=re.M)
     return with_flags(re.sub(r"^\S.*:\n\n(?=\S)", "", text, flags=re.M))  # a title without options
-
-
-def _add_debug(found: re.Match[str]) -> str:
-    return found[0] + "  --debug".ljust(len(found[1])) + "show the traceback of any error\n"

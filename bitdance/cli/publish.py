@@ -51,9 +51,7 @@ def main(arguments: list[str]) -> None:
     target = command.target
     if (target.name is None) == (target.output is None):
         raise UserError("say where to publish: either a repository on the hub, user/name, or a folder with `output`.")
-    from bitdance.runtime.process_group import init_distributed
-
-    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
+    with command.where.init_distributed(only_one=True) as world:
         pipeline = command.model.load(world.device, command.where.precision)
         metrics = _metrics_of_run(pathlib.Path(os.path.expanduser(command.model.model)))
         if target.name is not None:

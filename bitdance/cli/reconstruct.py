@@ -78,9 +78,7 @@ class Reconstruct:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Reconstruct, arguments, "bitdance reconstruct", EXAMPLES)
-    from bitdance.runtime.process_group import init_distributed
-
-    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
+    with command.where.init_distributed(only_one=True) as world:
         _reconstruct(command.data, command.how, command.results, world)
 
 

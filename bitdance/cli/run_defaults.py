@@ -27,25 +27,20 @@ LENGTH = ("epochs", "max_steps")
 """Fields of which one or both say how long a run is, so that no time is needed."""
 
 
-def output_of(given: str | None) -> pathlib.Path:
-    """Returns the run folder of a command line with this `--output`."""
-    return pathlib.Path(os.path.expanduser(given or TrainConfig(pathlib.Path()).output))
-
-
 def stored_settings(
-    output: pathlib.Path, kind: str, time: str | None, build: Callable[[TrainConfig, dict[str, Any]], T]
+    given: Mapping[str, str | None], kind: str, build: Callable[[TrainConfig, dict[str, Any]], T]
 ) -> T | None:
     """Returns the defaults with which a run that has checkpoints goes on; None of a new one.
 
     Args:
-        output: the run folder.
+        given: values of the options `output` and `time`, which does not count then.
         kind: model or autoencoder.
-        time: that is given, which does not count then.
         build: makes the defaults of the command from the settings of the run and all sections that are stored.
 
     Raises:
         UserError: the folder belongs to another kind of run, or its settings are damaged.
     """
+    output = pathlib.Path(os.path.expanduser(given["output"] or TrainConfig(pathlib.Path()).output))
     if not (output / SETTINGS).is_file():
         return None
     stored = read_json(output / SETTINGS, f"restore it, or delete {output} to start over")
@@ -56,7 +51,7 @@ def stored_settings(
         defaults = build(TrainConfig(MISSING, **restore(TrainConfig, stored["train"], SCHEDULE_FIELDS)), stored)
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{output / SETTINGS} is damaged: restore it, or delete {output} to start over.") from None
-    if time is not None:
+    if given["time"] is not None:
         print(f"bitdance: {output} goes on as it began: --time does not count, --epochs extends it.", file=sys.stderr)
     return defaults
 

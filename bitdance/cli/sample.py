@@ -149,12 +149,10 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Sample, arguments, "bitdance sample", EXAMPLES)
     _check(command)
-    from bitdance.runtime.process_group import init_distributed
-
     if command.results.dry_run:
         _print_memory(command)
         return
-    with init_distributed(command.where.device, command.where.threads) as world:
+    with command.where.init_distributed() as world:
         pipeline = command.model.load(world.device, command.where.precision)
         is_job = command.what.num_images is not None
         if command.how.compile != "no" and (is_job or command.how.compile != "auto"):

@@ -79,9 +79,7 @@ class Sweep:
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     command = parse(Sweep, arguments, "bitdance sweep", EXAMPLES)
-    from bitdance.runtime.process_group import init_distributed
-
-    with init_distributed(command.where.device, command.where.threads) as world:
+    with command.where.init_distributed() as world:
         _sweep(command, world)
 
 

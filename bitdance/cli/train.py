@@ -8,7 +8,7 @@ from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, output_of, restore, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, restore, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, SamplingDefaults
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
@@ -99,8 +99,7 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     given = given_values(arguments, ("init-from", "autoencoder", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments, Train(DEMO, TrainConfig(MISSING)))
-    output = output_of(given["output"])
-    if stored := stored_settings(output, "model", given["time"], _restore):
+    if stored := stored_settings(given, "model", _restore):
         return _parse(arguments, stored)
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", "perturb_rate", *_SIZES))
     from bitdance.data.token_cache import is_token_cache
@@ -127,8 +126,8 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     run = TrainConfig(MISSING, image_size=model.grid * tokenizer.down_size, eval_cfg_scale=sampling.cfg_scale)
     sizes, loss = ModelSizes.of(model, num_classes=None), LossConfig(perturb_rate=0.1)
     command = _parse(arguments, Train(autoencoder, run, sizes, loss, init_from=starts))
-    seconds = allowed_seconds(output, fields, command.time)
     config = command.run
+    seconds = allowed_seconds(config.output, fields, command.time)
     images = open_data(config.data_path, weights_file.tokenizer_digest(encoder), config.image_size)
 
     def build() -> tuple[BitDanceLoss, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, output_of, restore, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, restore, stored_settings
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
@@ -98,8 +98,7 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
     given = given_values(arguments, ("init-from", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments)
-    output = output_of(given["output"])
-    if stored := stored_settings(output, "autoencoder", given["time"], _restore):
+    if stored := stored_settings(given, "autoencoder", _restore):
         return _parse(arguments, stored)
     sizes = [field.name for field in dataclasses.fields(AutoencoderConfig)]
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", *sizes))
@@ -119,8 +118,8 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
     network = describe_autoencoder(weights_file.read(find_weights(DEMO, "autoencoder"))).config
     run, _, loss = autoencoder_recipe("small", MISSING)
     command = _parse(arguments, TrainAutoencoder(run, network, loss, init_from=DEMO))
-    seconds = allowed_seconds(output, fields, command.time)
     config = command.run
+    seconds = allowed_seconds(config.output, fields, command.time)
 
     def build() -> tuple[AutoencoderLoss, tuple[int, ...]]:
         loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")

@@ -51,11 +51,10 @@ def main(arguments: list[str]) -> None:
 
     check_gradio()
     check_address(page.host, page.port)
-    from bitdance.runtime.process_group import init_distributed
     from bitdance.sampling.pipeline import load_pipeline
     from bitdance.web.offered_models import OfferedModels
 
-    with init_distributed(command.where.device, command.where.threads, only_one=True) as world:
+    with command.where.init_distributed(only_one=True) as world:
         load = functools.partial(load_pipeline, device=world.device, dtype=command.where.precision)
         serve(OfferedModels(page.model, load), page.host, page.port)
     sys.stdout.flush()

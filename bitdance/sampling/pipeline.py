@@ -309,10 +309,7 @@ class Pipeline:
         return SampleBatch(pixels.cpu().numpy(), pack(tokens).cpu().numpy(), halved)
 
     def _sample_in_parts(
-        self,
-        sample: Callable[[range], Tensor],
-        rows: range,
-        report: Callable[[range], object],
+        self, sample: Callable[[range], Tensor], rows: range, report: Callable[[range], object]
     ) -> Tensor:
         """Samples tokens, in two halves if the batch does not fit into memory; the size that did not is remembered."""
         size = len(rows)
@@ -411,16 +408,13 @@ class Pipeline:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, np.ndarray | Tensor):
-            if (
-                not isinstance(images, list | tuple)
-                or not images
-                or not all(isinstance(i, Image.Image) for i in images)
-            ):
+            is_list = isinstance(images, list | tuple) and len(images) > 0
+            if not is_list or not all(isinstance(image, Image.Image) for image in images):
                 raise ValueError("images must be PIL images, or pixels as an array or a tensor; open files first.")
             images = np.stack([to_array(center_crop(to_rgb(image), self.image_size)) for image in images])
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(images.copy()) if images.dtype == np.uint8 else images
-        if getattr(images, "dtype", None) != torch.uint8 or 0 in images.shape:
+        if images.dtype != torch.uint8 or 0 in images.shape:
             raise ValueError(
                 f"pixels must be uint8 of shape (H, W, 3) or (B, H, W, 3), not {images.dtype} of {images.shape}."
             )
@@ -440,15 +434,9 @@ class Pipeline:
         if not isinstance(bits, np.ndarray | Tensor):
             raise ValueError("bits must be a tensor or an array.")
         bits = torch.as_tensor(bits.copy() if isinstance(bits, np.ndarray) else bits)
-        if (
-            bits.ndim != 4
-            or bits.shape[1] != self.autoencoder.config.bits
-            or bits[:, 0].numel() < 2 * len(bits)
-            or not len(bits)
-        ):
-            raise ValueError(
-                f"bits must have shape (B, {self.autoencoder.config.bits}, h, w), not {tuple(bits.shape)}."
-            )
+        depth = self.autoencoder.config.bits
+        if bits.ndim != 4 or bits.shape[1] != depth or not len(bits) or bits[0, 0].numel() < 2:
+            raise ValueError(f"bits must have shape (B, {depth}, h, w), not {tuple(bits.shape)}.")
         _check_signs(bits)
         return self._convert(self._decode(bits).cpu().numpy(), output)
 

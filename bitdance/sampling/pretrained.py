@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from bitdance.config import BitDanceConfig
 from bitdance.runtime.atomic_files import NEW, atomic_write, make_folder, new_files, rename
 from bitdance.runtime.errors import UserError, printable
 from bitdance.runtime.run_folder import check_writable
@@ -91,7 +90,8 @@ def _card(pipeline: Any, metrics: Mapping[str, float], name: str) -> str:
     rows = {
         "images": f"{pipeline.image_size} x {pipeline.image_size} px, {config.num_classes} classes",
         "tokens": f"{config.grid} x {config.grid} of {config.bits} bits, {config.parallel_num} per step",
-        "model": f"{_count(pipeline.model):.2f} million parameters: {_sizes(config)}",
+        "model": f"{_count(pipeline.model):.2f} million parameters: width {config.dim}, {config.n_layer} layers; "
+        f"head of width {config.head_dim} with {config.head_layers} blocks",
         "autoencoder": f"{_count(pipeline.autoencoder):.2f} million parameters, {autoencoder.down_size} pixels a token",
         "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
         **{name: f"{value:.4g}" for name, value in metrics.items()},
@@ -131,11 +131,5 @@ def _markdown(name: str) -> str:
     return re.sub(r"([\\`*_\[\]<>&!|~#])", r"\\\1", printable(name))
 
 
-def _count(network: object) -> float:
-    return sum(parameter.numel() for parameter in network.parameters()) / 1e6  # type: ignore[attr-defined]
-
-
-def _sizes(config: BitDanceConfig) -> str:
-    return (
-        f"width {config.dim}, {config.n_layer} layers; head of width {config.head_dim} with {config.head_layers} blocks"
-    )
+def _count(network: torch.nn.Module) -> float:
+    return sum(parameter.numel() for parameter in network.parameters()) / 1e6

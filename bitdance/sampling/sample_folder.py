@@ -51,7 +51,9 @@ def write_folder(
         for entry, image, text in zip(entries, images, texts, strict=True):
             write_png(new / entry["file"], image, text)
         write_png(new / GRID, grid)
-        _remove(folder, earlier)
+        for name in sorted(earlier, key=lambda name: name == RECORD):  # last the record, which lists the others
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
         for file in (RECORD, *(entry["file"] for entry in entries), GRID):  # the record first, which lists the others
             (new / file).rename(folder / file)
 
@@ -63,10 +65,3 @@ def _list_images(folder: pathlib.Path) -> set[str]:
     except (UserError, KeyError, TypeError):
         return set()
     return {GRID, RECORD, *(str(name) for name in files if re.fullmatch(r"\d{4,}-[^/\\]*\.png", str(name)))}
-
-
-def _remove(folder: pathlib.Path, files: set[str]) -> None:
-    """Removes files, and last the record that lists them."""
-    for name in sorted(files, key=lambda name: name == RECORD):
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()

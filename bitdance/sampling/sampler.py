@@ -64,30 +64,14 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "num_steps final_num_steps",
-            lambda value: isinstance(value, int) and 1 <= value <= MAX_STEPS,
-            f"be an integer from 1 to {MAX_STEPS}",
-        )
-        check_fields(
-            self,
-            "cfg_scale",
-            lambda value: isinstance(value, int | float) and 0 <= value <= MAX_SCALE,
-            f"be a number from 0 to {MAX_SCALE}",
-        )
-        check_fields(
-            self,
-            "end_time",
-            lambda value: isinstance(value, int | float) and 0.05 <= value <= 1 - flow.LAST_STEP,
-            "be a number from 0.05 to 0.95",
-        )
-        check_fields(
-            self,
-            "grid_power",
-            lambda value: isinstance(value, int | float) and 0.1 <= value <= 10,
-            "be a number from 0.1 to 10",
-        )
+        def check_range(names: str, kind: Any, low: float, high: float, noun: str = "a number") -> None:
+            rule = f"be {noun} from {low} to {high}"
+            check_fields(self, names, lambda value: isinstance(value, kind) and low <= value <= high, rule)
+
+        check_range("num_steps final_num_steps", int, 1, MAX_STEPS, "an integer")
+        check_range("cfg_scale", int | float, 0, MAX_SCALE)
+        check_range("end_time", int | float, 0.05, 1 - flow.LAST_STEP)
+        check_range("grid_power", int | float, 0.1, 10)
         check_fields(
             self,
             "cfg_interval",

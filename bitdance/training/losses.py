@@ -39,10 +39,7 @@ class AutoencoderLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        network: Autoencoder,
-        config: AutoencoderLossConfig,
-        perceptual: PerceptualLoss | None = None,
+        self, network: Autoencoder, config: AutoencoderLossConfig, perceptual: PerceptualLoss | None = None
     ) -> None:
         super().__init__()
         self.network, self.config = network, config
