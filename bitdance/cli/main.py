@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import io
 import os
+import pkgutil
 import signal
 import sys
 import textwrap
@@ -126,8 +126,7 @@ def _call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> N
     try:
         _check_current_folder()
         if isinstance(command, str):
-            module, _, function = command.partition(":")
-            command = getattr(importlib.import_module(module), function)
+            command = pkgutil.resolve_name(command)
         assert callable(command)
         command([argument for argument in arguments if argument != "--debug"])
         sys.stdout.flush()

@@ -21,9 +21,6 @@ from bitdance.runtime.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
-NO_DEFAULT = r"\s*\(default:\s*(?:None|False)?\)"
-"""Hints of tyro that say nothing; they may be wrapped."""
-
 _METAVARS = {"INT": "an integer", "FLOAT": "a number", "PATH": "a path"}
 
 _flags: dict[str, str] = {}
@@ -186,7 +183,7 @@ def _format_help(text: str, headings: Mapping[str, str]) -> str:
 
     text = re.sub(r" +$", "", text, flags=re.M)
     text = re.sub(r"^ (\S.*)\n -+\n(?:((?:(?:  .*)?\n)+?)  -+\n)?", title, text, flags=re.M)
-    text = re.sub(NO_DEFAULT, "", text)
+    text = re.sub(r"\s*\(default:\s*(?:None|False)?\)", "", text)  # says nothing; it may be wrapped
     text = re.sub(r"\n\n+(?=  )", "\n", text)  # left by a removed default
     debug = "show the traceback of any error\n"
     text = re.sub(r"^(  -h, --help +).*\n", lambda m: m[0] + "  --debug".ljust(len(m[1])) + debug, text, flags=re.M)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 
 T = TypeVar("T")
-LENGTH = ("epochs", "max_steps")
-"""Fields of which one or both say how long a run is, so that no time is needed."""
 
 
 def stored_settings(
@@ -94,7 +92,7 @@ def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | No
     from bitdance.training import automatic
 
     check_writable(output)
-    has_length = not set(LENGTH).isdisjoint(given)
+    has_length = "epochs" in given or "max_steps" in given
     if time is not None and has_length:
         raise UserError("--time sets the number of epochs: leave out either it or --epochs and --max-steps.")
     if has_length:

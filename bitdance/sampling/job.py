@@ -205,12 +205,8 @@ class SamplingJob:
         _ = self.batches, self.labels  # raises what is out of range before anything is written
         if len(set(world.gather(self.networks.compiled))) > 1:
             raise UserError("the sampler can be compiled in some of the processes only: give `compile` no.")
-        sections = {
-            "sampling": self.sampling,
-            "job": self.config,
-            "networks": self.networks,
-            "machine": Machine.of(world),
-        }
+        machine = Machine.of(world)
+        sections = {"sampling": self.sampling, "job": self.config, "networks": self.networks, "machine": machine}
         nothing = JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
         # The first process decides for all, since they may see a shared folder at different times.
         if world.broadcast(not self._missing_results() and not self.run_folder.exists()):
@@ -459,12 +455,7 @@ def print_result(job: SamplingJob, result: JobResult, world: World) -> None:
     files, rate = ", ".join(map(str, result.results.values())), result.sampled / max(result.seconds, 1e-9)
     done = f"{result.sampled} images sampled in {result.seconds:.1f} s ({rate:.2f} images/s)"
     print(f"{done if result.sampled else f'all {job.config.num_images} images were there already'}: {files}")
-    if sys.stdout.isatty():
-        return
-    facts = {
-        "result": next(iter(result.results.values())),
-        **dataclasses.asdict(result),
-        "images": job.config.num_images,
-        "processes": world.size,
-    }
-    print(json.dumps(facts, default=str), flush=True)
+    if not sys.stdout.isatty():
+        facts = {"result": next(iter(result.results.values())), **dataclasses.asdict(result)}
+        facts |= {"images": job.config.num_images, "processes": world.size}
+        print(json.dumps(facts, default=str), flush=True)

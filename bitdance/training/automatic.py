@@ -142,7 +142,6 @@ def choose_schedule(
         The settings, and a sentence for each choice.
     """
     per_epoch = max(1, count // run.batch_size)
-    length = f"steps of {run.batch_size} images"
     if time is not None:
         in_time = int(0.9 * time.run / time.step)  # the rest for start, previews and end
         epochs = max(1, min(MAX_EPOCHS, max(MIN_STEPS, in_time) // per_epoch))
@@ -177,7 +176,7 @@ def choose_schedule(
     scratch = "from scratch, since sizes or an autoencoder were given: needs thousands of images and hours"
     reasons = [
         "starts from trained weights, which learn from few images" if fine_tunes else scratch,
-        f"{steps} {length} ({steps / per_epoch:.3g} epochs), {limit}",
+        f"{steps} steps of {run.batch_size} images ({steps / per_epoch:.3g} epochs), {limit}",
     ]
     name = "Muon" if optimizer == "muon" else "AdamW"
     if "lr" in chosen:

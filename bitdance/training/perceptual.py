@@ -86,12 +86,7 @@ class PerceptualLoss:
 
 
 def load_perceptual_loss(name: PerceptualNetwork, folder: pathlib.Path, device: torch.device) -> PerceptualLoss:
-    """Returns the perceptual loss of a network.
-
-    Args:
-        name: of the network.
-        folder: of the two files of LPIPS, with the names that `bitdance download lpips` gives them.
-        device: of the network.
+    """Returns the perceptual loss of a network; `folder` holds the two files that `bitdance download lpips` writes.
 
     Raises:
         UserError: a file or the package with the weights is missing, or a file is not the published one.

@@ -18,7 +18,6 @@ from bitdance.training.evaluation import LOGGED
 from bitdance.training.logging import read_log
 from bitdance.training.status import resume_command, status_rows, use_command
 
-REPORT = "report.html"
 COMPARISON = "samples.png"
 """The picture at the end of a run of a model: training images beside samples."""
 PREVIEWS = 12
@@ -71,19 +70,14 @@ summary { cursor: pointer; }
 
 
 def write_report(folder: pathlib.Path, facts: Mapping[str, Any]) -> pathlib.Path:
-    """Writes the report of a run and returns its path.
-
-    Args:
-        folder: of the run.
-        facts: result of `bitdance.training.status.describe_run`.
+    """Writes the report of a run from the result of `bitdance.training.status.describe_run`, and returns its path.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    path = folder / REPORT
-    page = format_report(folder, facts)
+    path = folder / "report.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(format_report(folder, facts), encoding="utf-8")
     return path
 
 

@@ -150,11 +150,12 @@ class Trainer:
             self.pipeline = Pipeline(objective.network, objective.autoencoder, defaults=defaults)
         self.total_steps = config.epochs * loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        steps = (loader.steps_per_epoch, self.total_steps, self.last_step)
         self.info = RunInfo(
             self.kind,
             __version__,
-            *steps,
+            steps_per_epoch=loader.steps_per_epoch,
+            total_steps=self.total_steps,
+            last_step=self.last_step,
             processes=world.size,
             device=world.device.type,
             autoencoder=autoencoder_name,
@@ -229,10 +230,12 @@ class Trainer:
             first, start = self.step, time.monotonic()
             with PreemptionHandler(self.world).installed() as preemption:
                 self._train_steps(preemption)
-                path = self._finish()
+                path = self._save_weights(f"{self.kind}.safetensors")
+                self.checkpointer.finish()
+                self.world.barrier()
             seconds = time.monotonic() - start
             unreadable = set().union(*self.world.gather(self.loader.bad_images.indices()))
-            self._compare(self.step > first)
+            self._write_comparison(self.step > first)
             if self.world.is_main:
                 self._summarize(path, self.step - first, seconds, len(unreadable))
             return path
@@ -486,18 +489,12 @@ class Trainer:
         name = signal.Signals(number).name
         raise Interrupted(f"interrupted by {name} {at}: run the same command again to resume.", number)
 
-    def _finish(self) -> pathlib.Path:
-        name = f"{self.kind}.safetensors"
-        self._save_weights(name)
-        self.checkpointer.finish()
+    def _save_weights(self, name: str) -> pathlib.Path:
         path = self.config.output / name
-        self.world.barrier()
-        return path
-
-    def _save_weights(self, name: str) -> None:
         if self.world.is_main:
             state = None if self.ema is None else self.ema.state
-            weights_file.save(self.config.output / name, self.network, state, metadata=self._provenance())
+            weights_file.save(path, self.network, state, metadata=self._provenance())
+        return path
 
     def _provenance(self) -> dict[str, str]:
         """Returns metadata of a file of weights: the step, and of a model its autoencoder and guidance scale."""
@@ -505,12 +502,6 @@ class Trainer:
         if self.data.autoencoder:
             found |= {TOKENIZER_DIGEST: self.data.autoencoder, CFG_SCALE: f"{self.config.eval_cfg_scale:g}"}
         return found
-
-    def _compare(self, is_new: bool) -> None:
-        """Writes training images beside samples, in the first process, if there are new weights or no picture yet."""
-        path = self.config.output / COMPARISON
-        if self.world.is_main and self.pipeline is not None and (is_new or not path.exists()):
-            self._write_comparison(path, self.pipeline)
 
     def _summarize(self, weights: pathlib.Path, steps: int, seconds: float, unreadable: int) -> None:
         """Writes the report and says what was trained, for how long, and where everything is."""
@@ -541,9 +532,15 @@ class Trainer:
             print(f"  {name}: {path}")
         print(f"  {use_command(folder, self.kind, vars(self.config))}", flush=True)
 
-    def _write_comparison(self, path: pathlib.Path, pipeline: Pipeline) -> None:
-        """Writes a grid with a row for each of some classes: training images at the left, samples at the right."""
-        images = self.loader.images
+    def _write_comparison(self, is_new: bool) -> None:
+        """Writes a grid with a row for each of some classes: training images at the left, samples at the right.
+
+        Args:
+            is_new: whether the weights are; otherwise the grid is only written if there is none.
+        """
+        path, pipeline, images = self.config.output / COMPARISON, self.pipeline, self.loader.images
+        if not self.world.is_main or pipeline is None or (path.exists() and not is_new):
+            return
         present = np.unique(images.labels)[:COMPARED_CLASSES]
         names = [pipeline.classes.label(label) for label in present.tolist()]
         if unnamed := rows_without_names(names):

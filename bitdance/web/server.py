@@ -42,13 +42,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def serve(models: OfferedModels, host: str, port: int) -> None:
-    """Serves the page until Ctrl-C or SIGTERM.
-
-    Args:
-        models: what the page offers.
-        host: address to listen at.
-        port: its port.
-    """
+    """Serves the page at an address until Ctrl-C or SIGTERM."""
     for variable in [variable for variable in os.environ if variable.startswith("GRADIO_")]:
         del os.environ[variable]  # such as paths to serve; options of the command alone count
     folder = os.path.join(os.path.realpath(tempfile.gettempdir()), f"bitdance-web-{secrets.token_hex(8)}")
