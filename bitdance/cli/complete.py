@@ -122,8 +122,8 @@ def _complete(command: Complete, pipeline: Pipeline) -> None:
     if mask is None and keep_rows is None:
         keep_rows = config.grid // config.patch // 2 * config.patch
     kept = kept_tokens(config, keep_rows, mask=mask)
-    if not bool(kept.any()) or bool(kept.all()):
-        raise UserError(f"nothing is to be {'sampled' if bool(kept.any()) else 'kept'}: change `keep_rows` or `mask`.")
+    if not kept.any() or kept.all():
+        raise UserError(f"nothing is to be {'sampled' if kept.any() else 'kept'}: change `keep_rows` or `mask`.")
     how = pipeline.sampling_config(command.how.cfg_scale, command.how.num_steps, preset=command.how.preset)
     entries = list_entries(pipeline.classes, [label] * what.candidates)
     earlier = prepare_folder(folder, entries)

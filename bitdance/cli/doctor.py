@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -97,8 +98,7 @@ def _run(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 def _check_python() -> Iterator[Finding]:
     from bitdance import __version__
 
-    place = pathlib.Path(__file__).parent.parent
-    yield Finding("ok", "bitdance", f"{__version__} in {place}")
+    yield Finding("ok", "bitdance", f"{__version__} in {pathlib.Path(__file__).parent.parent}")
     yield Finding("ok", "Python", f"{platform.python_version()} on {platform.platform()}")
 
 
@@ -137,8 +137,6 @@ def _check_devices() -> Iterator[Finding]:
 
 
 def _check_sampling() -> Iterator[Finding]:
-    import time
-
     from bitdance.sampling.pipeline import load_pipeline
 
     pipeline = load_pipeline("demo")

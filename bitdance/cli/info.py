@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.parsing import Positional, parse
@@ -57,8 +58,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _show_run(command: Info) -> None:
-    import sys
-
     from bitdance.training import status
     from bitdance.training.run_report import write_report
 

@@ -105,7 +105,6 @@ def call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> No
     except KeyboardInterrupt:
         if is_handled:
             signal.signal(signal.SIGINT, _end_interrupted)
-            is_handled = False
         print("bitdance: interrupted.", file=sys.stderr)
         _end_at_once(130)
         raise SystemExit(130) from None

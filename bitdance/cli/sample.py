@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bitdance.cli.evaluate import report, run_jobs
 from bitdance.cli.options import ModelOptions, PrecisionOptions, check_output
 from bitdance.cli.parsing import Positional, parse
-from bitdance.config import CfgSchedule, Preset, SolverName
+from bitdance.config import RELEASED_MODELS, AutoencoderConfig, CfgSchedule, Preset, SolverName
 from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError, check_fields, check_seed, counted, one_line
 
@@ -165,9 +166,6 @@ def main(arguments: list[str]) -> None:
 
 def _print_memory(command: Sample) -> None:
     """Prints the memory of the first batch as a table, and as JSON in the last line; needs no released weights."""
-    import json
-
-    from bitdance.config import RELEASED_MODELS, AutoencoderConfig
     from bitdance.data.class_names import names_of
     from bitdance.runtime.devices import choose_device
     from bitdance.runtime.progress import format_size

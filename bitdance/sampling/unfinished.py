@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bitdance.models.tokens import grid_from_tokens
-
-if TYPE_CHECKING:
-    from bitdance.sampling.pipeline import Pipeline
+from bitdance.sampling.pipeline import Pipeline
 
 GREY = 128
 

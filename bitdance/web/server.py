@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import queue
 import secrets
@@ -21,8 +22,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 def check_gradio() -> None:
     """Raises a `UserError` if gradio is not installed."""
-    import importlib.util
-
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs gradio: pip install 'bitdance[web]'.")
 
