@@ -62,12 +62,9 @@ class AutoencoderConfig:
     linear: bool = False
 
     def __post_init__(self) -> None:
-        if not self.widths or any(width <= 0 or width % 8 for width in self.widths):
-            raise UserError(f"widths={self.widths} is invalid: each width must be a positive multiple of 8.")
-        check_fields(self, "widths", lambda value: len(value) <= MAX_LEVELS, f"have at most {MAX_LEVELS} levels")
-        check_fields(
-            self, "widths", lambda value: max(value) <= MAX_WIDTH, f"have at most {MAX_WIDTH} channels a level"
-        )
+        rule = f"have 1 to {MAX_LEVELS} levels, each of a multiple of 8 and at most {MAX_WIDTH} channels"
+        are_valid = all(0 < width <= MAX_WIDTH and width % 8 == 0 for width in self.widths)
+        check_fields(self, "widths", lambda value: are_valid and 1 <= len(value) <= MAX_LEVELS, rule)
         check_fields(self, "blocks space_to_depth", lambda value: value >= 1, "be at least 1")
         check_fields(self, "blocks", lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "space_to_depth", lambda value: value <= 32, "be at most 32")
@@ -198,14 +195,10 @@ class BitDanceConfig(ModelSizes):
             raise UserError(f"{given} class names for num_classes={self.num_classes}: give one per class or none.")
         if (longest := max(map(len, self.class_names), default=0)) > MAX_NAME:
             raise UserError(f"a class name has {longest} characters: shorten it to at most {MAX_NAME}.")
-        self._check_parallel_num()
-
-    def _check_parallel_num(self) -> None:
-        p, grid = self.parallel_num, self.grid
-        side = math.isqrt(p)
+        p, grid, side = self.parallel_num, self.grid, self.patch
         if self.token_order == "patch" and side * side != p:
             raise UserError(f"parallel_num={p} is not a square: tokens are sampled in square patches (1, 4, 16, ...).")
-        if self.token_order == "patch" and grid % side:
+        if grid % side:
             raise UserError(
                 f"parallel_num={p} is invalid: patches of {side}x{side} tokens do not divide the {grid}x{grid} grid."
             )

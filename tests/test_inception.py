@@ -151,17 +151,18 @@ def test_published_layouts_load(state, golden, tmp_path, zipped):
     assert max(relative(value, golden[f"{part}_64"]) for part, value in features.items()) < 1e-4
 
 
-def test_the_file_is_found_under_both_published_names(tmp_path):
+def test_the_file_is_found_under_both_published_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "EVALUATION_FOLDER", tmp_path)
     with pytest.raises(UserError, match="bitdance download inception"):
-        inception.find_inception_weights(folder=tmp_path)
+        inception.find_inception_weights(None)
     for name in inception.FILE_NAMES[::-1]:
         (tmp_path / name).touch()
-        assert inception.find_inception_weights(folder=tmp_path) == tmp_path / name
+        assert inception.find_inception_weights(None) == tmp_path / name
     mine = tmp_path / "mine.pth"
     with pytest.raises(UserError, match=r"mine\.pth.*`inception_weights`"):
-        inception.find_inception_weights(mine, tmp_path)
+        inception.find_inception_weights(mine)
     mine.touch()
-    assert inception.find_inception_weights(mine, tmp_path) == mine
+    assert inception.find_inception_weights(mine) == mine
 
 
 def load_error(path) -> str:

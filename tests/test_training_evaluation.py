@@ -42,13 +42,13 @@ METRICS = LOGGED.keys() - {"eval_accuracy", "eval_frechet_distance"}
 
 def use_small_extractor() -> None:
     """Replaces the Inception network by the small one of tests/test_evaluation.py, in another process."""
-    references.FeatureExtractors.__call__ = lambda self: (SMALL,)
+    references.FeatureExtractors.loaded = (SMALL,)
 
 
 @pytest.fixture(autouse=True)
 def small_extractor(monkeypatch, tmp_path):
     """The same in this process, with a cache of its own in the working directory."""
-    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (SMALL,))
+    monkeypatch.setattr(references.FeatureExtractors, "loaded", (SMALL,))
     monkeypatch.chdir(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_invalid_input_is_found_before_the_first_step(place, tmp_path, monkeypat
     with pytest.raises(UserError, match="no images at"):
         train(place, tmp_path / "run", eval_reference=str(tmp_path / "nothing.npz"))
     other = FeatureExtractor("another", SMALL.size, SMALL.function, digest="1" * 64)
-    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (other,))
+    monkeypatch.setattr(references.FeatureExtractors, "loaded", (other,))
     with pytest.raises(UserError, match=r"reference .* has features of another extractor"):
         train(place, tmp_path / "run")
     monkeypatch.undo()
@@ -219,14 +219,14 @@ def test_invalid_input_is_found_before_the_first_step(place, tmp_path, monkeypat
 
 def test_an_autoencoder_is_evaluated_on_held_out_images(place, tmp_path, monkeypatch):
     """Its metrics are those of the reconstructions of its EMA weights, which are those that the run ends with."""
-    monkeypatch.setattr(references.FeatureExtractors, "__call__", lambda self: (NAMED,))
+    monkeypatch.setattr(references.FeatureExtractors, "loaded", (NAMED,))
     held_out = small.pictures(tmp_path / "held out")
     run = settings(place, tmp_path / "run", eval_reference=None, val_path=held_out, eval_every=2, epochs=1)
     path = train_autoencoder(run, small.NETWORK, AutoencoderLossConfig(), "cpu")
     line = [line for line in small.read_log(tmp_path / "run") if "eval_frechet_distance" in line][-1]
     network = weights_file.load_autoencoder(path)
     originals = open_source(held_out, 16, limit=IMAGES)
-    images = next(block for _, block in originals.blocks(IMAGES))
+    images = next(originals.blocks(IMAGES))
     decoded = evaluation.reconstruct(network, torch.from_numpy(images)).numpy()
     reference, samples = (
         extract_features(open_source(save(tmp_path / f"{name}.npz", value)), [NAMED], SINGLE)[0]

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         digest = weights_file.tokenizer_digest(contents)
         images = open_images(command.data_path)
         if world.is_main:
-            print_summary(images)
+            print_summary(images.summary)
         writer = CacheWriter(images, autoencoder, digest, command.output, command.how)
         result = writer.run(world)
         if world.is_main:

@@ -98,11 +98,11 @@ def _evaluate(command: Evaluate, world: World) -> None:
     opened = [_open(path, command) for path in command.what.samples]
     for source in opened if world.is_main else ():
         if not isinstance(source, FeatureSet):
-            print_summary(source)
+            print_summary(source.summary)
     extractors = FeatureExtractors(command.evaluation, world)
     sides = [(found.about.get("height") or 0) if isinstance(found, FeatureSet) else found.shape[1] for found in opened]
     makes_reference = command.results.make_reference
-    reference = None if makes_reference else find_reference(command.evaluation, max(sides), extractors, world)
+    reference = None if makes_reference else find_reference(extractors, max(sides))
     evaluations: dict[str, dict[str, Any]] = {}
     for path, source in zip(command.what.samples, opened, strict=True):
         if isinstance(source, FeatureSet):
@@ -112,7 +112,7 @@ def _evaluate(command: Evaluate, world: World) -> None:
         else:
             batch_size, keep = command.evaluation.feature_batch_size, command.results.keep if makes_reference else None
             progress = f"features of {path.name}"
-            sets = extract_features(source, extractors(), world, batch_size, keep, progress)
+            sets = extract_features(source, extractors.loaded, world, batch_size, keep, progress)
             for features in sets if makes_reference or command.results.save_features else []:
                 about, stem = features.about, f"reference-{path.stem}" if makes_reference else path.stem
                 name = f"{stem}-{about['height']}-{about['content'][:12]}-{about['extractor']}.npz"

@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> None:
     command = parse(Info, arguments, "bitdance info", EXAMPLES)
     from bitdance.runtime.run_folder import SETTINGS
     from bitdance.weights import weights_file
-    from bitdance.weights.resolve import find_weights, is_demo
+    from bitdance.weights.resolve import DEMO_MODELS, find_weights
 
-    if not is_demo(command.name) and (pathlib.Path(command.name) / SETTINGS).exists():
+    if command.name not in DEMO_MODELS and (pathlib.Path(command.name) / SETTINGS).exists():
         _show_run(command)
         return
     facts = describe_file(weights_file.read(find_weights(command.name, download=False)))

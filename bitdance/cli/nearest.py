@@ -81,14 +81,14 @@ def _compare(command: Nearest, device: torch.device) -> None:
     _, side, width, _ = samples.shape
     if side != width or samples.dtype != np.uint8:
         raise UserError(f"{command.samples} holds {samples.dtype} images of {width} x {side} pixels: give square ones.")
-    queries = np.concatenate([block for _, block in samples.blocks(256)])
+    queries = np.concatenate(list(samples.blocks(256)))
     references = ImageFileSource(command.data_path, side, skips=True, max_bad_images=command.max_bad_images)
-    print_summary(references)
+    print_summary(references.summary)
     size = max(1, BLOCK // queries[0].size)
 
     def read(source: ImageFileSource) -> Iterator[np.ndarray]:
         with progress_bar(len(source), f"comparing with {source.path.name}", "images") as bar:
-            for number, block in source.blocks(size):
+            for number, block in enumerate(source.blocks(size)):
                 yield block
                 bar.update(min(size, len(source) - number * size))
 
@@ -98,8 +98,8 @@ def _compare(command: Nearest, device: torch.device) -> None:
     if held_out is not None:
         options = (side, command.held_out_split, len(queries))
         real = ImageFileSource(held_out, *options, skips=True, max_bad_images=command.max_bad_images)
-        print_summary(real)
-        unseen = np.concatenate([block for _, block in real.blocks(256)])
+        print_summary(real.summary)
+        unseen = np.concatenate(list(real.blocks(256)))
         metrics["held_out"] = _summarize(find_nearest(unseen, read(references), device)[0])
     order = np.argsort(distance)[: command.shown]
     found = np.stack([references.read(positions[index[i]])[:, :: -1 if mirrored[i] else 1] for i in order])

@@ -106,7 +106,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     autoencoder = load_autoencoder(path).to(world.device)
     options = (data.image_size, data.split, data.limit)
     source = ImageFileSource(data.data_path, *options, skips=True, max_bad_images=how.max_bad_images)
-    print_summary(source)
+    print_summary(source.summary)
     _, stored_height, stored_width, _ = source.shape
     if data.image_size is not None:
         autoencoder.config.grid(data.image_size)
@@ -126,7 +126,7 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     shown = set(evenly_spaced(len(source), results.shown).tolist())
     ratios, similarities = [], []
     with progress_bar(len(source), "reconstructing", "images") as bar, torch.no_grad():
-        for number, block in source.blocks(how.batch_size):
+        for number, block in enumerate(source.blocks(how.batch_size)):
             positions = range(number * how.batch_size, min((number + 1) * how.batch_size, len(source)))
             bar.update(len(positions))
             if not len(block):

@@ -142,7 +142,7 @@ def complete_schedule(
         time = automatic.StepTime(step, seconds)
     run, reasons = automatic.choose_schedule(config, len(images), given, time, rate, fine_tunes)
     if os.environ.get("RANK", "0") == "0":
-        print_summary(images)
+        print_summary(images.summary)
         print("settings that were not given:")
         print("\n".join(f"  {reason}" for reason in [*reasons, *others]), flush=True)
     return run

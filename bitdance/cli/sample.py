@@ -320,7 +320,7 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
     extractors = FeatureExtractors(command.evaluation, world)
     reference = None
     if results.evaluate:  # before the work is done, since the reference or the extractors may be missing
-        reference = find_reference(command.evaluation, pipeline.image_size, extractors, world)
+        reference = find_reference(extractors, pipeline.image_size)
     chunk_size = pipeline.defaults.chunk_size if command.how.chunk_size is None else command.how.chunk_size
     jobs = {
         f"seed {seed}": SamplingJob(
@@ -329,7 +329,7 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
             pipeline.sampling_config(**command.how.sampling()),
             JobConfig(what.num_images, command.how.batch_size, seed, what.labels, chunk_size),
             (*kinds, *(("bits",) if results.save_bits else ())),
-            extractors() if results.evaluate else (),
+            extractors.loaded if results.evaluate else (),
         )
         for seed in range(what.seed, what.seed + results.seeds)
     }

@@ -100,10 +100,10 @@ def _sweep(command: Sweep, world: World) -> None:
     chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
     job_config = JobConfig(how.num_images, how.batch_size, how.seed, chunk_size=chunk_size)
     extractors = FeatureExtractors(command.evaluation, world)
-    reference = find_reference(command.evaluation, pipeline.image_size, extractors, world)
+    reference = find_reference(extractors, pipeline.image_size)
     jobs = {
         f"cfg {sampling.cfg_scale:g}, {sampling.num_steps} steps, {sampling.solver}": SamplingJob(
-            pipeline, command.results.output, sampling, job_config, (), extractors()
+            pipeline, command.results.output, sampling, job_config, (), extractors.loaded
         )
         for sampling in combinations
     }

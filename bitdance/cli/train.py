@@ -13,7 +13,7 @@ from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, Samplin
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
 from bitdance.weights.hub import released_name
-from bitdance.weights.resolve import DEMO, is_demo
+from bitdance.weights.resolve import DEMO, DEMO_MODELS
 
 EXAMPLES = """
 bitdance train --data-path pictures --output runs/mine
@@ -119,7 +119,7 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     path = find_weights(starts or DEMO)
     contents = weights_file.read(path)
     model, sampling = describe_model(contents).config, sampling_defaults(contents) if starts else SamplingDefaults()
-    own = DEMO if starts is None or is_demo(starts) else str(find_autoencoder_of(path))
+    own = DEMO if starts is None or starts in DEMO_MODELS else str(find_autoencoder_of(path))
     autoencoder = given["autoencoder"] or own
     encoder = weights_file.read(find_weights(autoencoder, "autoencoder"))
     tokenizer = describe_autoencoder(encoder).config

@@ -19,7 +19,7 @@ from bitdance.training.train_config import (
     TrainConfig,
     autoencoder_recipe,
 )
-from bitdance.weights.resolve import DEMO, is_demo
+from bitdance.weights.resolve import DEMO, DEMO_MODELS
 
 EXAMPLES = """
 bitdance train-autoencoder --data-path pictures --time 20m --output runs/ae
@@ -103,7 +103,7 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
     sizes = [field.name for field in dataclasses.fields(AutoencoderConfig)]
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", *sizes))
     names_other = given["init-from"] is None and given_fields(arguments, ("init_part", "decoder_only"))
-    if names_other or not is_demo(given["init-from"] or DEMO) or not fields.isdisjoint(sizes):
+    if names_other or (given["init-from"] or DEMO) not in DEMO_MODELS or not fields.isdisjoint(sizes):
         if given["time"] is not None:
             raise UserError("--time goes with the demo autoencoder: set --epochs for other sizes or weights.")
         return _parse(arguments)

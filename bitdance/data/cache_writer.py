@@ -23,14 +23,7 @@ from bitdance.data.decoding import one_image
 from bitdance.data.encode_config import EncodeConfig
 from bitdance.data.image_dataset import ImageDataset
 from bitdance.data.prefetch import read_ahead
-from bitdance.data.token_cache import (
-    MANIFEST,
-    SECTION,
-    Shard,
-    TokenCacheInfo,
-    read_shard,
-    write_shard,
-)
+from bitdance.data.token_cache import MANIFEST, SECTION, Shard, TokenCacheInfo, read_shard, write_shard
 from bitdance.models import philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import pack
@@ -100,7 +93,7 @@ class CacheWriter:
             classes=tuple(self.images.classes),
         )
         step = config.shard_size
-        self._ranges = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        self._ranges = [range(count)[start : start + step] for start in range(0, count, step)]
         self._bad_images = BadImages(config.max_bad_images, self.images)
 
     def run(self, world: World) -> EncodeResult:
@@ -182,14 +175,13 @@ class CacheWriter:
         except UserError as error:
             self._bad_images.add(index, error)
             return None
-        views = [center_crop(image, self.config.image_size)]
-        if self.config.crops > 1:
+        config = self.config
+        views = [center_crop(image, config.image_size)]
+        if config.crops > 1:
             ids = torch.tensor([index])
-            draws = philox.uniform(
-                self.config.seed, ids, 3, stream=philox.ENCODE_CROP, step=0, draws=self.config.crops
-            )[:, 0]
-            views += [random_crop(image, self.config.image_size, (a, b, c)) for a, b, c in draws[1:].tolist()]
-        if self.config.flips:
+            draws = philox.uniform(config.seed, ids, 3, stream=philox.ENCODE_CROP, step=0, draws=config.crops)[:, 0]
+            views += [random_crop(image, config.image_size, (a, b, c)) for a, b, c in draws[1:].tolist()]
+        if config.flips:
             views = [view for crop in views for view in (crop, horizontal_flip(crop))]
         return np.stack([to_array(view) for view in views])
 

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from bitdance.config import Split
-from bitdance.data.decoding import MAX_FILE_BYTES, reason
+from bitdance.data.decoding import MAX_FILE_BYTES
 from bitdance.data.image_dataset import FORMATS, ImageDataset
 from bitdance.data.tar import walk
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, first_line
 from bitdance.runtime.pickle_guard import check_pickle
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -67,7 +67,7 @@ class CifarImages(ImageDataset):
                 pixels.append(x)
                 labels.append(y)
         except Exception as error:  # a damaged pickle makes the unpickler raise almost any type
-            raise UserError(f"cannot read {name} of {path}: {reason(error)}; download CIFAR-10 again.") from error
+            raise UserError(f"cannot read {name} of {path}: {first_line(error)}; download CIFAR-10 again.") from error
         self.pixels = np.ascontiguousarray(np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         self.labels = np.concatenate(labels)
 
@@ -93,7 +93,8 @@ def _read_files(path: pathlib.Path, names: set[str]) -> dict[str, bytes]:
                     stream.seek(member.offset_data)
                     files[name] = stream.read(member.size)
     except Exception as error:  # besides ValueError: EOFError, zlib.error, OSError
-        raise UserError(f"{path} is damaged ({reason(error)}), or not in a format that is read ({FORMATS}).") from error
+        problem = f"{path} is damaged ({first_line(error)}), or not in a format that is read"
+        raise UserError(f"{problem} ({FORMATS}).") from error
     return files
 
 

@@ -171,9 +171,8 @@ def _but_heif(members: Iterable[str]) -> str:
     return f" but {counted(number, 'HEIC file')} ({HEIF_ADVICE})" if number else ""
 
 
-def _refuse_empty(path: pathlib.Path, members: Iterable[str], names: Iterable[str], level: int) -> None:
+def _refuse_empty(path: pathlib.Path, members: list[str], names: list[str], level: int) -> None:
     """Refuses a class folder without images: skipping it would number the next classes unlike in a complete copy."""
-    members = list(members)
     every, filled = (
         {tuple(folder.split("/")[: level + 1]) for folder in {name.rpartition("/")[0] for name in group} - {""}}
         for group in (members, names)

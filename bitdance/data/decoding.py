@@ -15,9 +15,9 @@ import zipfile
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, first_line
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 HEIF_EXTENSIONS = frozenset({".heic", ".heif"})
@@ -42,7 +42,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1")
 
-_ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -137,7 +136,7 @@ def decode_image(data: bytes, where: str, upright: bool = False) -> Image.Image:
             f"the image {where} has too many pixels to decode ({most}); remove it or scale it down."
         ) from error
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
-        why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else reason(error)
+        why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UserError(f"cannot read the image {where}: {why}; repair or remove it.") from error
 
 
@@ -183,17 +182,12 @@ def check_zip(archive: zipfile.ZipFile) -> None:
         raise UserError(f"{archive.filename} expands to far more bytes than it has: make it again without compression.")
 
 
-def reason(error: Exception) -> str:
-    """Returns the first line of an error's message, or the type of an error without a message."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def _turn_upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
     """Turns the pixels of an image as its EXIF orientation says."""
     if image.format == "TIFF":  # Pillow does it
         return rgb
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF data raise almost any type; the pixels are good
         return rgb
     return rgb if turn is None else rgb.transpose(turn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bitdance.runtime.errors import check_fields
+from bitdance.runtime.errors import check_fields, check_seed
 from bitdance.runtime.run_folder import FREE
 
 
@@ -37,4 +37,4 @@ class EncodeConfig:
         counts = "image_size crops batch_size shard_size num_workers"
         check_fields(self, counts, lambda value: value >= 1, "be at least 1")
         check_fields(self, "max_bad_images", lambda value: value >= 0, "be at least 0")
-        check_fields(self, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
+        check_seed(self.seed)

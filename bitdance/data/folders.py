@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 
 from bitdance.data.class_folders import MAX_DEPTH, find_images, is_hidden
-from bitdance.data.decoding import MAX_FILE_BYTES, check_zip, decode_image, read_image, reason
+from bitdance.data.decoding import MAX_FILE_BYTES, check_zip, decode_image, read_image
 from bitdance.data.image_dataset import NamedImages
-from bitdance.runtime.errors import UserError, printable
+from bitdance.runtime.errors import UserError, first_line, printable
 
 MAX_LINKS = 100
 """Times that links may lead to a folder: a few links to one another make millions of paths."""
@@ -98,7 +98,7 @@ class ZipImages(NamedImages):
             with lock, archive.open(member) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:  # for each kind of damage, for encryption and for a missing file there is another
-            raise UserError(f"cannot read the image {where}: {reason(error)}; make the zip again.") from error
+            raise UserError(f"cannot read the image {where}: {first_line(error)}; make the zip again.") from error
         return decode_image(data, where, self.upright)
 
     def _open(self) -> tuple[zipfile.ZipFile, threading.Lock]:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import pathlib
 import sys
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -117,12 +116,8 @@ def summarize(path: pathlib.Path, classes: tuple[str, ...], labels: np.ndarray, 
     return f"{text}, {notes}" if notes else text
 
 
-def print_summary(images: Any) -> None:
-    """Prints the `summary` of images to stderr, once for all that open them."""
-    _print_once(images.summary)
-
-
 @functools.cache
-def _print_once(text: str) -> None:
+def print_summary(text: str) -> None:
+    """Prints a `summary` of images to stderr, once for all that open them."""
     if text:
         print(f"bitdance: {one_line(text)}", file=sys.stderr, flush=True)

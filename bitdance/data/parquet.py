@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from bitdance.data.class_names import are_imagenet, imagenet
-from bitdance.data.decoding import decode_image, reason
+from bitdance.data.decoding import decode_image
 from bitdance.data.image_dataset import ImageDataset
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, first_line
 
 _MAX_CLASSES = 1 << 16  # a model has a row of embeddings for each
 _MAX_EXPANSION = 4  # of a file to more than _MAX_EXPANDED: encoded images hardly compress, zeros do
@@ -63,7 +63,7 @@ class ParquetImages(ImageDataset):
                 groups += [(number, group) for group in range(len(rows))]
                 sizes += rows
             except Exception as error:  # pyarrow has its own exceptions, and raises others too on damaged files
-                raise UserError(f"cannot read {file}: {reason(error)}; download or make it again.") from error
+                raise UserError(f"cannot read {file}: {first_line(error)}; download or make it again.") from error
         self.labels = np.concatenate(labels)
         if not len(self.labels):
             raise UserError(f"no images in {path}: its parquet files have no rows.")
@@ -91,7 +91,7 @@ class ParquetImages(ImageDataset):
             if data is None:
                 raise ValueError("the row holds no bytes of an image")
         except Exception as error:  # see above
-            raise UserError(f"cannot read the image {where}: {reason(error)}; make the file again.") from error
+            raise UserError(f"cannot read the image {where}: {first_line(error)}; make the file again.") from error
         return decode_image(data, where, self.upright)
 
     def _find(self, index: int) -> tuple[int, int, int, int]:

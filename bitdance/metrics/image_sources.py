@@ -53,11 +53,11 @@ class ImageSource(abc.ABC):
         return self.shape[0]
 
     @abc.abstractmethod
-    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
         """Reads blocks of `size` images, the last one shorter: blocks `rank`, `rank + ranks`, ...
 
         Yields:
-            Index of the block, and its images (n, H, W, 3).
+            The images of a block, (n, H, W, 3).
 
         Raises:
             UserError: an image cannot be read.
@@ -115,14 +115,14 @@ class NpzSource(ImageSource):
             if labels is not None:
                 self.labels = check_labels(labels, len(self), f"{path}: arr_1")
 
-    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
         with open_npz(self.path) as archive, archive.open(self._member) as file:
             file.read(self._start)  # a seek would end the comparison with the checksum
-            for block in range(rank, -(-len(self) // size), ranks):
-                first, count = block * size, min(size, len(self) - block * size)
+            for first in range(rank * size, len(self), ranks * size):
+                count = min(size, len(self) - first)
                 file.seek(self._start + first * self._image_bytes)
                 pixels = np.frombuffer(file.read(count * self._image_bytes), self.dtype)
-                yield block, pixels.reshape(count, *self.shape[1:])
+                yield pixels.reshape(count, *self.shape[1:])
 
 
 class ImageFileSource(ImageSource):
@@ -209,12 +209,12 @@ class ImageFileSource(ImageSource):
             self.bad_images.add(position, error)
             return None
 
-    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            for block in range(rank, -(-len(self) // size), ranks):
-                positions = range(block * size, min((block + 1) * size, len(self)))
+            for first in range(rank * size, len(self), ranks * size):
+                positions = range(len(self))[first : first + size]
                 found = [image for image in pool.map(self._try_read, positions) if image is not None]
-                yield block, np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
+                yield np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
         if len(self.bad_images) == len(self):
             raise UserError(f"none of the images of {self.path} can be read: repair them.")
 

@@ -36,7 +36,7 @@ PUBLISHED_DIGEST = "6726825d"
 FILE_NAMES = (PLAIN_FILES["inception"].file, "weights-inception-2015-12-05-6726825d.pth")
 
 
-def resize(images: Tensor, side: int = SIDE) -> Tensor:
+def resize(images: Tensor) -> Tensor:
     """Resizes bilinearly as TensorFlow 1's ResizeBilinear does by default; bit-identical on a CPU.
 
     The source of pixel i is i * (in / out), without half-pixel centres, antialiasing or rounding to bytes; all
@@ -46,13 +46,13 @@ def resize(images: Tensor, side: int = SIDE) -> Tensor:
         images: (N, H, W, C) of any type.
 
     Returns:
-        (N, side, side, C) float32, in the range of `images`.
+        (N, 299, 299, C) float32, in the range of `images`.
     """
     height, width = images.shape[1:3]
-    if (height, width) == (side, side):
+    if (height, width) == (SIDE, SIDE):
         return images.to(torch.float32, copy=True)
-    top, bottom, down = _source_pixels(height, side, images.device)
-    left, right, across = _source_pixels(width, side, images.device)
+    top, bottom, down = _source_pixels(height, images.device)
+    left, right, across = _source_pixels(width, images.device)
     # Each source row is interpolated once; TensorFlow does so once per pixel, with the same result.
     images = images.to(torch.float32)
     rows = _interpolate(images.index_select(2, left), images.index_select(2, right), across[:, None])
@@ -65,9 +65,9 @@ def _interpolate(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _source_pixels(length: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The two source pixels of each of `side` pixels, and the weight of the second."""
-    position = torch.arange(side, dtype=torch.float32) * (torch.tensor(length, dtype=torch.float32) / side)
+def _source_pixels(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The two source pixels of each of 299 pixels, and the weight of the second."""
+    position = torch.arange(SIDE, dtype=torch.float32) * (torch.tensor(length, dtype=torch.float32) / SIDE)
     weight = position - position.floor()
     # The scale is rounded, so the last position can lie beyond the last pixel.
     low = position.long().clamp_max(length - 1)
@@ -79,8 +79,7 @@ class Conv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (kernel[0] // 2, kernel[1] // 2) if pad and stride == 1 else 0
+        padding = "same" if pad and stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
 
@@ -244,17 +243,17 @@ class Inception(nn.Module):
             return Features(pool, spatial, F.linear(pool, self.fc.weight))
 
 
-def find_inception_weights(path: pathlib.Path | None = None, folder: pathlib.Path = EVALUATION_FOLDER) -> pathlib.Path:
-    """Returns `path` if given, else the file that `bitdance download inception` put into `folder`.
+def find_inception_weights(path: pathlib.Path | None) -> pathlib.Path:
+    """Returns `path` if given, else the file that `bitdance download inception` downloaded.
 
     Raises:
         UserError: the file does not exist.
     """
-    for file in [folder / name for name in FILE_NAMES] if path is None else [path]:
+    for file in [EVALUATION_FOLDER / name for name in FILE_NAMES] if path is None else [path]:
         if file.exists():
             return file
     raise UserError(
-        f"there are no Inception weights in {path or folder}: run `bitdance download inception`, or set "
+        f"there are no Inception weights in {path or EVALUATION_FOLDER}: run `bitdance download inception`, or set "
         "`inception_weights` to the file or `features` to efficientnet-lite0 (in training `eval_inception`, "
         "`eval_features`)."
     )

@@ -1,4 +1,4 @@
-"""Reading of `.npz` files, which may be damaged or hostile: nothing is expanded before its size has been checked."""
+"""`.npz` files, which may be damaged or hostile: nothing is expanded before its size has been checked."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import math
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from bitdance.data.decoding import check_zip
+from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError
 
 MAX_ARRAYS = 1000
@@ -69,6 +70,12 @@ def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
     read_header(archive, name)
     with archive.open(f"{name}.npy") as file:
         return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as an `.npz`, atomically."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
 def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:

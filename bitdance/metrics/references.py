@@ -12,7 +12,7 @@ import sys
 from bitdance.data.image_dataset import print_summary
 from bitdance.metrics.efficientnet_lite import NAME as EFFICIENTNET_LITE
 from bitdance.metrics.efficientnet_lite import load_efficientnet_lite
-from bitdance.metrics.evaluation_config import NO_REFERENCE, EvaluationConfig
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.metrics.feature_set import (
     FeatureSet,
     extract_features,
@@ -29,35 +29,33 @@ from bitdance.runtime.process_group import World
 from bitdance.weights.hub import EVALUATION_FOLDER, PLAIN_FILES
 
 
+@dataclasses.dataclass
 class FeatureExtractors:
     """The Inception network and the extractors in `EvaluationConfig.features`, loaded on first use."""
 
-    def __init__(self, config: EvaluationConfig, world: World) -> None:
-        self._config, self._world = config, world
+    config: EvaluationConfig
+    world: World
 
-    def __call__(self) -> tuple[FeatureExtractor, ...]:
-        """Returns the extractors, the Inception network first.
+    @functools.cached_property
+    def loaded(self) -> tuple[FeatureExtractor, ...]:
+        """The extractors, the Inception network first.
 
         It is left out if other extractors are given and its weights are neither given nor downloaded.
 
         Raises:
             UserError: a file is missing, damaged, or something else.
         """
-        return self._loaded
-
-    @functools.cached_property
-    def _loaded(self) -> tuple[FeatureExtractor, ...]:
-        loaded = [find_extractor(name, self._world) for name in self._config.features]
+        loaded = [find_extractor(name, self.world) for name in self.config.features]
         try:
-            weights = find_inception_weights(self._config.inception_weights)
+            weights = find_inception_weights(self.config.inception_weights)
         except UserError:
-            if self._config.inception_weights is not None or not loaded:
+            if self.config.inception_weights is not None or not loaded:
                 raise
-            if self._world.is_main:
+            if self.world.is_main:
                 note = "Inception is left out: run `bitdance download inception` to add it."
                 print(f"bitdance: {note}", file=sys.stderr)
         else:
-            loaded.insert(0, load_inception(weights, self._world.device))
+            loaded.insert(0, load_inception(weights, self.world.device))
         if len({extractor.name for extractor in loaded}) < len(loaded):
             raise UserError("two feature extractors have the same name: rename one.")
         return tuple(loaded)
@@ -74,12 +72,11 @@ def find_extractor(name: str, world: World) -> FeatureExtractor:
     return load_feature_extractor(name)
 
 
-def find_reference(
-    config: EvaluationConfig, side: int, extractors: FeatureExtractors, world: World
-) -> dict[str, FeatureSet] | None:
+def find_reference(extractors: FeatureExtractors, side: int) -> dict[str, FeatureSet] | None:
     """Finds the reference and its features.
 
     Args:
+        extractors: with the settings that name the reference.
         side: height and width of the images to evaluate; image files of the reference are cropped to it.
 
     Returns:
@@ -89,7 +86,8 @@ def find_reference(
     Raises:
         UserError: there is no reference, or it cannot be read.
     """
-    if config.reference == NO_REFERENCE:
+    config = extractors.config
+    if config.reference == "none":
         return None
     path = pathlib.Path(os.path.expanduser(config.reference)) if config.reference else _published_reference(side)
     is_npz = path.is_file() and path.suffix.lower() == ".npz"
@@ -97,9 +95,9 @@ def find_reference(
         return {stored.about.get("extractor", INCEPTION): stored}
     options = () if is_npz else (side, config.reference_split, config.reference_limit)
     source = open_source(path, *options)
-    if world.is_main:
-        print_summary(source)
-    found = _extract_cached(source, extractors(), world, config)
+    if extractors.world.is_main:
+        print_summary(source.summary)
+    found = _extract_cached(source, extractors)
     if is_npz and INCEPTION in found:
         statistics, spatial = read_statistics(path)
         if statistics is not None:  # ADM's reference batch holds statistics of more images than it contains
@@ -120,14 +118,13 @@ def _published_reference(side: int) -> pathlib.Path:
     return path
 
 
-def _extract_cached(
-    source: ImageSource, extractors: tuple[FeatureExtractor, ...], world: World, config: EvaluationConfig
-) -> dict[str, FeatureSet]:
+def _extract_cached(source: ImageSource, extractors: FeatureExtractors) -> dict[str, FeatureSet]:
     """Reads the features of a reference from the cache; those that are missing are extracted and cached."""
+    config, world = extractors.config, extractors.world
     key = world.broadcast(_cache_key(source, config) if world.is_main else "")
-    files = {extractor.name: config.cache / f"{key[:16]}-{extractor.key}.npz" for extractor in extractors}
+    files = {extractor.name: config.cache / f"{key[:16]}-{extractor.key}.npz" for extractor in extractors.loaded}
     stored = world.broadcast([name for name, file in files.items() if file.exists()])
-    missing, extracted = [extractor for extractor in extractors if extractor.name not in stored], []
+    missing, extracted = [extractor for extractor in extractors.loaded if extractor.name not in stored], []
     if missing:
         progress = f"features of {source.path.name}"
         extracted = extract_features(source, missing, world, config.feature_batch_size, progress=progress)

@@ -184,12 +184,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(drop_rate)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: Tensor | None = None,
-        mask: Mask = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        self, x: Tensor, rotary: Tensor | None = None, mask: Mask = None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         """Applies attention: (B, n, D) -> (B, n, D).
 

@@ -159,10 +159,8 @@ def read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock_file(path: pathlib.Path, timeout: float, message: str) -> Iterator[BinaryIO]:
-    """Opens a file for appending, unbuffered, and locks it against other processes.
-
-    Where the system or the file system has no locks, the file is opened without one.
+def lock_file(path: pathlib.Path, timeout: float, message: str) -> Iterator[None]:
+    """Locks a file against other processes, where the system and the file system have locks.
 
     Args:
         path: the file; created if it does not exist.
@@ -181,7 +179,7 @@ def lock_file(path: pathlib.Path, timeout: float, message: str) -> Iterator[Bina
             is_printed = True
         time.sleep(0.1)
     with file:
-        yield file
+        yield
 
 
 def is_locked(path: pathlib.Path) -> bool:
@@ -199,7 +197,7 @@ def is_locked(path: pathlib.Path) -> bool:
 def _open_locked(path: pathlib.Path) -> BinaryIO | None:
     """Returns None if another process holds the lock."""
     try:
-        file = open(path, "ab", buffering=0)  # noqa: SIM115
+        file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "choose another folder")
         raise UserError(f"cannot write {path}: {error.strerror}; {advice}.") from error

@@ -1,11 +1,10 @@
-"""What this process computes on: its device, the CPU cores it may use, the memory it has used."""
+"""What this process computes on: its device, and the CPU cores it may use."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -80,15 +79,3 @@ def exact_float32() -> Iterator[None]:
 def num_cores() -> int:
     """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_memory(device: torch.device) -> int:
-    """Returns the peak memory in bytes: that of PyTorch on a GPU, otherwise that of the process (0 on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

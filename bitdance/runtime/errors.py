@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate|could not create a (primitive|memory)"
+    "out of memory|not enough memory|can't allocate|could not create a (primitive|memory)"
     "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
     "|unable to find an engine to execute this computation"
 )
@@ -84,8 +84,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns at most 120 characters of the first line of an error's message, or else its type."""
-    return (str(error).strip().splitlines() or [""])[0][:120].rstrip(". ") or type(error).__name__
+    """Returns at most 200 characters of the first line of an error's message, or else its type."""
+    return (str(error).strip().splitlines() or [""])[0][:200].rstrip(". ") or type(error).__name__
 
 
 def one_line(text: str) -> str:

@@ -113,8 +113,15 @@ class World:
         return values
 
     def peak_memory(self) -> int:
-        """Returns the peak memory of this process in bytes, see `devices.peak_memory`."""
-        return devices.peak_memory(self.device)
+        """Returns the peak memory in bytes: that of PyTorch on a GPU, otherwise that of the process (0 on Windows)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 class StopSignal:
@@ -203,7 +210,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
         with _distributed_errors(*cannot_join):
             store = _open_store(hosts_store)
             monitor = PeerMonitor(_open_store(False), rank, size, hosts_store)
-            _await_all(store, rank, size, local_size)
+            _await_all(store, rank, size, local_size, address)
     finally:
         note.cancel()
     monitor.start()
@@ -272,7 +279,7 @@ def _open_store(hosts_store: bool) -> dist.Store:
     return dist.PrefixStore(f"bitdance/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _await_all(store: dist.Store, rank: int, size: int, local_size: int) -> None:
+def _await_all(store: dist.Store, rank: int, size: int, local_size: int, address: str) -> None:
     """Waits until all processes have written their keys; the error names those that did not in time."""
     timeout = JOIN_TIMEOUT.total_seconds()
     deadline, absent = time.monotonic() + timeout, list(range(size))
@@ -282,8 +289,7 @@ def _await_all(store: dist.Store, rank: int, size: int, local_size: int) -> None
             ranks = ", ".join(map(str, absent[:8])) + ", ..." * (len(absent) > 8)
             raise UserError(
                 f"process {rank} waited {timeout:.0f} s for {len(absent)} of {size} processes: node {nodes} did not "
-                f"join (ranks {ranks}): start it, or check that it reaches "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
+                f"join (ranks {ranks}): start it, or check that it reaches {address}."
             )
         time.sleep(0.2)
 

@@ -34,7 +34,8 @@ from bitdance.metrics.feature_set import (
     write_feature_set,
 )
 from bitdance.metrics.features import FeatureExtractor, Features
-from bitdance.runtime.atomic_files import atomic_write, make_folder, read_json, rename, write_json
+from bitdance.metrics.npz_files import write_arrays
+from bitdance.runtime.atomic_files import make_folder, read_json, rename, write_json
 from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
@@ -309,7 +310,7 @@ class SamplingJob:
                     arrays["halved"] = np.array(halved, np.uint8)
                     if writing is not None:
                         writing.result()  # raises what went wrong
-                    writing = writer.submit(_write_part, self.part(batch), arrays)
+                    writing = writer.submit(write_arrays, self.part(batch), arrays)
                     sampled += len(ids)
                     rate = sampled / (time.perf_counter() - start)
                     log(f"batch {batch}: images {ids.start} to {ids.stop - 1}, {rate:.2f} images/s so far")
@@ -419,11 +420,6 @@ def _move(source: pathlib.Path, target: pathlib.Path) -> None:
     except OSError as error:
         reason = f"{target} already exists and cannot be replaced ({error.strerror})"
         raise UserError(f"{reason}: move it, then run the same command again.") from error
-
-
-def _write_part(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # (numpy's stubs take them for its flags)
 
 
 def _read_arrays(path: pathlib.Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, np.ndarray] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -148,14 +149,13 @@ class PipelineSource(ImageSource):
         self.shape, self.dtype = (len(labels), pipeline.image_size, pipeline.image_size, 3), np.dtype(np.uint8)
         self._pipeline, self._config, self._in_bf16 = pipeline, config, in_bf16
 
-    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
         assert self.labels is not None
-        for index, ids in enumerate(split_batches(len(self), size)):
-            if index % ranks == rank:
-                # Here, since blocks are requested from another thread and autocast is per thread.
-                with torch.autocast(self._pipeline.device.type, torch.bfloat16, enabled=self._in_bf16):
-                    labels = self.labels[ids.start : ids.stop].tolist()
-                    yield index, self._pipeline.generate(ids, labels, self._config, chunk_size=CHUNK_SIZE).pixels
+        for ids in itertools.islice(split_batches(len(self), size), rank, None, ranks):
+            # Here, since blocks are requested from another thread and autocast is per thread.
+            with torch.autocast(self._pipeline.device.type, torch.bfloat16, enabled=self._in_bf16):
+                labels = self.labels[ids.start : ids.stop].tolist()
+                yield self._pipeline.generate(ids, labels, self._config, chunk_size=CHUNK_SIZE).pixels
 
 
 class ReconstructionSource(ImageSource):
@@ -173,10 +173,10 @@ class ReconstructionSource(ImageSource):
         self.dtype, self.num_classes = np.dtype(np.uint8), originals.num_classes
         self._network, self._originals, self._device, self._in_bf16 = network, originals, world.device, in_bf16
 
-    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        for index, block in self._originals.blocks(size, rank, ranks):
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
+        for block in self._originals.blocks(size, rank, ranks):
             with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bf16):
-                yield index, reconstruct(self._network, torch.from_numpy(block).to(self._device)).cpu().numpy()
+                yield reconstruct(self._network, torch.from_numpy(block).to(self._device)).cpu().numpy()
 
 
 class Evaluation:
@@ -218,8 +218,8 @@ class Evaluation:
             limit = number if isinstance(network, Autoencoder) else None
             wanted = dataclasses.replace(wanted, reference=str(held_out), reference_split=split, reference_limit=limit)
         extractors = FeatureExtractors(wanted, world)
-        self._extractor = extractors()[-1]
-        found = find_reference(wanted, side, extractors, world)
+        self._extractor = extractors.loaded[-1]
+        found = find_reference(extractors, side)
         self._reference = found.get(self._extractor.name) or next(iter(found.values())) if found else None
         if self._reference is not None:
             check_extractor(self._extractor.name, self._extractor.digest, self._reference)

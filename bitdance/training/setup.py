@@ -32,7 +32,7 @@ from bitdance.training.principal_components import initialize_linear
 from bitdance.training.train_config import AutoencoderLossConfig, InitPart, LossConfig, TrainConfig
 from bitdance.training.trainer import DataInfo, Trainer
 from bitdance.weights import weights_file
-from bitdance.weights.resolve import find_weights, is_demo, list_checkpoints
+from bitdance.weights.resolve import DEMO_MODELS, find_weights, list_checkpoints
 
 LINEAR_PIXELS = 2**23
 """Pixels from which the linear transform of an autoencoder is initialized, those of 8,192 images of 32 px."""
@@ -185,7 +185,7 @@ def _with_held_out(config: TrainConfig, images: ImageDataset | TokenDataset, wor
     """
     held_out = None
     if world.is_main:
-        print_summary(images)
+        print_summary(images.summary)
     if config.val_path is None and isinstance(images, ImageDataset) and images.held_out is not None:
         held_out = images.held_out
         try:
@@ -214,7 +214,7 @@ def _recorded_name(autoencoder: str | os.PathLike[str]) -> str:
     """Returns what the settings record: a path as an absolute one, so that the model can be sampled from anywhere."""
     text = os.fspath(autoencoder)
     path = pathlib.Path(os.path.expanduser(text))
-    return os.path.abspath(path) if not is_demo(text) and path.exists() else text
+    return os.path.abspath(path) if text not in DEMO_MODELS and path.exists() else text
 
 
 def _complete_sizes(

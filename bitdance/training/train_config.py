@@ -12,7 +12,7 @@ import pathlib
 from typing import Any, Literal
 
 from bitdance.config import AutoencoderConfig, ModelSizes, Precision, ReleasedModel, SamplingDefaults
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.run_folder import EXTEND, FREE
 from bitdance.weights.hub import EVALUATION_FOLDER
 
@@ -232,7 +232,7 @@ class TrainConfig:
         check_fields(self, lengths, lambda value: value <= MAX_STEPS, f"be at most {MAX_STEPS}")
         check_fields(self, "beta1 beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1")
         check_fields(self, "ema", lambda value: value < 1, "be below 1, such as 0.9999")
-        check_fields(self, "seed", lambda value: 0 <= value < 2**32, f"be between 0 and {2**32 - 1}")
+        check_seed(self.seed)
         check_fields(self, "eval_images", lambda value: value >= 4, "be at least 4")  # precision uses 3 neighbours
         if self.eval_every and self.eval_reference is None and self.val_path is None:
             raise UserError(

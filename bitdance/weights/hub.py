@@ -186,17 +186,17 @@ def _look_up(name: str, target: pathlib.Path) -> _Remote:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
-    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    timeout, problem = constants.HF_HUB_ETAG_TIMEOUT, f"cannot download {target}"
     if plain := PLAIN_FILES.get(name):
         url = plain.url
         # The headers of a GET: the address that a server redirects to may be signed for that method only.
-        with client_errors(url, _problem(target)), urllib.request.urlopen(url, timeout=timeout) as response:
+        with client_errors(url, problem), urllib.request.urlopen(url, timeout=timeout) as response:
             size = int(response.headers.get("Content-Length", 0))
             if not size or response.headers.get_content_type() == "text/html":
                 raise OSError(_NO_FILE)
         return _Remote(url, target, size, plain.sha256)
     url = hf_hub_url(REPOSITORY, HUB_FILES[name])
-    with client_errors(url, _problem(target)):
+    with client_errors(url, problem):
         # Without a network this fails at once, whereas hf_hub_download would retry for 23 seconds.
         try:
             metadata = get_hf_file_metadata(url, timeout=timeout)
@@ -251,7 +251,7 @@ def _fetch(remote: _Remote, verify: bool) -> DownloadResult:
                 return present
             shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
             make_folder(staging)
-            with client_errors(remote.url, _problem(target)):
+            with client_errors(remote.url, f"cannot download {target}"):
                 if remote.revision:
                     # force_download: neither a copy from the client's cache, nor retries of its own look-up
                     hf_hub_download(REPOSITORY, name, revision=remote.revision, local_dir=staging, force_download=True)
@@ -281,10 +281,6 @@ def _download_url(remote: _Remote, path: pathlib.Path) -> None:
                 break
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def _problem(target: pathlib.Path) -> str:
-    return f"cannot download {target}"
 
 
 @contextlib.contextmanager

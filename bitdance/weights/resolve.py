@@ -41,7 +41,7 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"{part}={name!r} is no name: give a string or a path.")
     text = os.fspath(name)
-    if is_demo(text):
+    if text in DEMO_MODELS:
         return _asset(f"demo_{DEMO_MODELS[text]}.safetensors" if part == "model" else DEMO_AUTOENCODER)
     path = pathlib.Path(os.path.expanduser(text))  # that of pathlib raises where there is no home
     if path.is_dir():
@@ -66,11 +66,6 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
     if is_local:
         hint = did_you_mean(path.name, (other.name for other in path.parent.glob("*")))
     raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {DEMO}, or {known}.")
-
-
-def is_demo(name: str) -> bool:
-    """Returns whether a name means a model of the package."""
-    return name in DEMO_MODELS
 
 
 def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:

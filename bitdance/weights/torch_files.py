@@ -26,14 +26,7 @@ from bitdance.models.transformer import BitDance
 from bitdance.runtime.atomic_files import atomic_write
 from bitdance.runtime.errors import UserError, printable
 from bitdance.runtime.pickle_guard import UnsafePickleError, check_pickle
-from bitdance.weights.layout import (
-    State,
-    WeightsFile,
-    damaged,
-    select_autoencoder,
-    split_bare_state,
-    split_state,
-)
+from bitdance.weights.layout import State, WeightsFile, damaged, select_autoencoder, split_bare_state, split_state
 
 # All globals that a pickle of weights and training arguments imports, as "module name".
 _ALLOWED = re.compile(
@@ -193,7 +186,6 @@ def save_released(
     Raises:
         UserError: the file cannot be written.
     """
-
     state = dict(network.state_dict())
     if isinstance(network, BitDance) and autoencoder is not None:
         state |= {f"vae.{name}": value for name, value in autoencoder.state_dict().items()}

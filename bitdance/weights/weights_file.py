@@ -19,7 +19,7 @@ from torch import Tensor
 from bitdance.config import AutoencoderConfig, BitDanceConfig, Weights
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance, stored_dtype
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, is_out_of_memory
 from bitdance.weights.int8 import quantize
 from bitdance.weights.layout import State, WeightsFile, damaged
 from bitdance.weights.network_config import check_tensors, describe_autoencoder, describe_model
@@ -131,7 +131,7 @@ def _load(
                 raise UserError(f"{path}: tensor {name} has values that are not finite: the file is damaged.")
         network.load_state_dict(copies, assign=True)
     except (RuntimeError, MemoryError) as error:
-        if "alloca" not in str(error) and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"{path} needs more memory than is free: close other programs or use a smaller one.") from error
     return network.eval().requires_grad_(False)
@@ -157,8 +157,7 @@ def save(
         UserError: the file cannot be written, or a value is not finite in this dtype.
     """
     kind = "model" if isinstance(network, BitDance) else "autoencoder"
-    source = state or network.state_dict()
-    tensors = {name: value.detach() for name, value in source.items()}
+    tensors = {name: value.detach() for name, value in (state or network.state_dict()).items()}
     if dtype == torch.int8:
         tensors = quantize(tensors)
     elif dtype is not None:
