@@ -22,11 +22,11 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def quick_previews(monkeypatch):
-    """Previews with two solver steps, since every training run writes one."""
+    """Previews with one solver step, since every training run writes one."""
     from bitdance.config import SamplingDefaults
     from bitdance.training import trainer
 
-    monkeypatch.setattr(trainer, "PREVIEW_SAMPLING", SamplingDefaults(cfg_scale=2.0, num_steps=2, chunk_size=1))
+    monkeypatch.setattr(trainer, "PREVIEW_SAMPLING", SamplingDefaults(cfg_scale=2.0, num_steps=1))
 
 
 @pytest.fixture(autouse=True)

@@ -245,8 +245,10 @@ def test_reading_in_several_threads_and_processes(tmp_path: pathlib.Path, kind: 
     found, here = open_images(path), expected(ORDER) * 20
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         assert all(result == here for result in threads.map(read_all, [found] * 4))
-    for method in {"fork", "spawn"} & set(multiprocessing.get_all_start_methods()):
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
+    methods = {"fork": 2, "spawn": 1} if kind == "tar" else {"fork": 2}  # each that is spawned imports torch
+    for method in methods.keys() & set(multiprocessing.get_all_start_methods()):
+        context = multiprocessing.get_context(method)
+        with concurrent.futures.ProcessPoolExecutor(methods[method], mp_context=context) as pool:
             images = pool.map(found.read, [*range(6)] * 40, chunksize=120, timeout=120)
             assert read_all(found) == here
             assert [image.tobytes() for image in images] == here * 2
@@ -356,9 +358,9 @@ def test_parquet_gives_the_same_images_and_labels(tmp_path: pathlib.Path, route:
 
 
 def test_a_parquet_file_that_expands_to_gigabytes_is_refused(tmp_path: pathlib.Path) -> None:
-    """All rows refer to one value of 100 MB, so that the file has kilobytes."""
+    """All rows refer to one value of 70 MB, so that the file has kilobytes."""
     arrow = pytest.importorskip("pyarrow")
-    value = arrow.DictionaryArray.from_arrays(arrow.array([0] * 16, arrow.int32()), arrow.array([bytes(10**8)]))
+    value = arrow.DictionaryArray.from_arrays(arrow.array([0] * 16, arrow.int32()), arrow.array([bytes(7 * 10**7)]))
     table = arrow.table({"image": arrow.StructArray.from_arrays([value], ["bytes"]), "label": [0] * 16})
     pytest.importorskip("pyarrow.parquet").write_table(
         table, tmp_path / "x.parquet", compression="zstd", store_schema=False

@@ -22,6 +22,7 @@ from bitdance.training import automatic
 from bitdance.training.initialization import initialize_model
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
+from bitdance.training.trainer import Trainer
 from bitdance.weights import weights_file
 from bitdance.weights.resolve import find_weights
 
@@ -142,7 +143,10 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     main(command)
     err = capsys.readouterr().err
     assert "--time does not count, --epochs extends it" in err and "nothing is left to do" in err
-    main(["train", "--data-path", str(pictures), "--output", str(run), "--device", "cpu", "--epochs", "2"])
+    for name in ("_write_preview", "_write_comparison"):
+        monkeypatch.setattr(Trainer, name, lambda *_: None)  # they were written already
+    main(["train", "--data-path", str(pictures), "--output", str(run), "--device", "cpu", "--epochs", "2",
+          "--max-steps", "7"])  # fmt: skip
     assert "epochs extended from 1 to 2" in capsys.readouterr().out
     assert json.loads((run / "settings.json").read_text())["train"]["epochs"] == 2
 

@@ -113,7 +113,8 @@ for command in (main, *commands, *launchers):
         command(["--help"])
     except SystemExit:
         pass
-print([m for m in ("torch", "numpy", "PIL", "safetensors", "huggingface_hub") if m in sys.modules])
+heavy = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub", "gradio", "pillow_heif", "pyarrow", "wandb")
+print([m for m in heavy if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=small.ROOT, env=small.environment(), capture_output=True)
     assert done.stdout.decode().splitlines()[-1] == "[]", done.stderr.decode()

@@ -18,14 +18,17 @@ from bitdance.weights.resolve import find_weights
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SAMPLING = SamplingConfig(num_steps=5, cfg_scale=24.0)
-
-
 PARALLEL_NUMS = {"demo-1x": 1, "demo-4x": 4, "demo-16x": 16}
 
 
 @pytest.fixture(scope="module", params=PARALLEL_NUMS)
 def model(request) -> BitDance:
     return weights_file.load_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens(model) -> Tensor:
+    return sample(model, 10)
 
 
 def sample(model: BitDance, batch_size: int) -> Tensor:
@@ -51,9 +54,9 @@ def test_files():
         assert pipeline.defaults.cfg_scale > 1
 
 
-def test_it_distinguishes_classes(model):
+def test_it_distinguishes_classes(model, tokens):
     """The loss of its samples is lower with their classes than with others."""
-    tokens, labels = sample(model, 10), torch.arange(10)
+    labels = torch.arange(10)
     steps, p = model.config.ar_steps, model.config.parallel_num
     x_0 = normal(1, torch.arange(10 * steps), p * model.config.bits, stream=99, step=0)[0].unflatten(1, (p, -1))
     t = torch.linspace(0.05, 0.9, steps).repeat(10)
@@ -62,9 +65,9 @@ def test_it_distinguishes_classes(model):
     assert right < wrong
 
 
-def test_bits_do_not_depend_on_the_batch_size_except_for_rounding(model):
+def test_bits_do_not_depend_on_the_batch_size_except_for_rounding(model, tokens):
     """The last of the batches of three has one image."""
-    assert (sample(model, 3) == sample(model, 10)).float().mean() >= 0.999
+    assert (sample(model, 3) == tokens).float().mean() >= 0.999
 
 
 def test_sample_writes_a_labelled_grid_of_all_classes(tmp_path, capsys):

@@ -207,12 +207,6 @@ for name in {names}:
     assert output.split() == names
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    heavy = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub", *OPTIONAL)
-    output = run_python(f"import sys, bitdance.cli.main; print([m for m in {heavy} if m in sys.modules])")
-    assert output.strip() == "[]"
-
-
 def test_no_two_modules_share_a_name() -> None:
     names = [path.stem for path in MODULES.values() if path.stem != "__init__"]
     assert not {name for name in names if names.count(name) > 1}

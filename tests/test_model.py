@@ -17,7 +17,6 @@ from torch import nn
 from bitdance.config import RELEASED_MODELS, AutoencoderConfig, SolverName
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder
-from bitdance.models.head import MLPBlock, TransformerHeadBlock
 from bitdance.models.layers import ProductAttention, attend
 from bitdance.models.packed_linear import PackedLinear, packed_linears
 from bitdance.models.transformer import BitDance
@@ -85,20 +84,6 @@ def test_released_names_and_shapes(name):
     assert name not in RELEASED_MODELS or RELEASED_MODELS[name].parameters == published[name]
 
 
-@pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
-def test_the_autoencoder_is_no_part_of_the_model(p):
-    model = BitDance(tiny.config(p))
-    assert not any(hasattr(module, "vae") for module in model.modules())
-    assert not any(isinstance(module, nn.Conv2d | Autoencoder) for module in model.modules())
-
-
-@pytest.mark.parametrize(("p", "block"), [(1, MLPBlock), (4, TransformerHeadBlock), (16, TransformerHeadBlock)])
-def test_the_head_is_the_only_fork(p, block):
-    model = BitDance(tiny.config(p))
-    assert all(type(part) is block for part in model.head.net.res_blocks)
-    assert hasattr(model, "query_token") == (p > 1)
-
-
 # ------------------------------------------------------------ the cache and the samplers
 
 
@@ -162,7 +147,7 @@ def test_the_engine_equals_the_reference_bit_for_bit(p, case):
 
 @pytest.mark.parametrize("p", tiny.PARALLEL_NUMS)
 def test_steps_of_static_shapes_equal_steps(p):
-    model = tiny.model(p)
+    model = few_steps(p)
     tokens = random_tokens(model.config).split(p, dim=1)
     caches = [model.new_cache(len(LABELS)) for _ in range(2)]
     functions = [SamplerFunctions(model), CompiledFunctions(model, backend="eager")]
@@ -175,11 +160,11 @@ def test_steps_of_static_shapes_equal_steps(p):
     assert caches[0].length == caches[1].length
 
 
-@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("dpmpp-2m-sde", 4), ("heun", 16)])
+@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("dpmpp-2m-sde", 4), ("heun", 1)])
 def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
     """The same bits from functions without a graph break, which are not compiled again from step to step."""
     model = few_steps(p)
-    settings = SamplingConfig(num_steps=5, cfg_scale=3.2, solver=solver)
+    settings = SamplingConfig(num_steps=3, cfg_scale=3.2, solver=solver)
     draw = sample_noise(model, 99, torch.tensor([7, 0, 1]), settings.num_draws)
     graphs = []
 
@@ -200,7 +185,7 @@ def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
 def test_the_loop_of_a_token_compiles_as_one_graph():
     """All steps of the solver, guidance and noise; the same graph at each token."""
     model = few_steps(4)
-    settings, graphs = SamplingConfig(num_steps=5, cfg_scale=3.2), []
+    settings, graphs = SamplingConfig(num_steps=3, cfg_scale=3.2), []
     draw = sample_noise(model, 99, torch.tensor([7, 0, 1]), settings.num_draws)
     loop = head_sampler(model, settings, SamplerFunctions(model))
 
@@ -213,7 +198,7 @@ def test_the_loop_of_a_token_compiles_as_one_graph():
     with torch.no_grad():
         for step, scale in enumerate((1.5, 2.0, 3.2)):
             cond = torch.randn(6, 4, model.config.dim, generator=torch.Generator().manual_seed(step))
-            arguments = cond, draw(step, False), torch.tensor(scale), 5
+            arguments = cond, draw(step, False), torch.tensor(scale), 3
             assert torch.equal(compiled(*arguments), loop(*arguments))
     assert len(graphs) == 1
 
@@ -414,14 +399,6 @@ def test_what_changes_an_image_and_what_does_not():
     assert not torch.equal(fast_sampler(model, CASES[0], images=(1, 2, 3)), samples[CASES[0]])
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    model, settings = tiny.model(16), settings_of(CASES[1])
-    together = sample_tokens(model, LABELS, sample_noise(model, 1, torch.tensor([10, 11, 12]), 4), settings)
-    alone = sample_tokens(model, LABELS[1:2], sample_noise(model, 1, torch.tensor([11]), 4), settings)
-    # Another number of rows may change the last bit of a product, so all but a very few signs must be equal.
-    assert (alone[0] != together[1]).float().mean() < 0.01
-
-
 def test_the_callback_gets_the_tokens_of_each_step():
     model, calls = tiny.model(16), []
     noise = sample_noise(model, 0, torch.arange(3), 4)
@@ -519,19 +496,6 @@ def test_dropout_acts_in_training_only(p):
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert rates.count(0.3) == 1 + 2 * model.config.n_layer, "proj_in, attention and feed-forward of every layer"
     assert set(rates) <= {0.0, 0.3}, "the head has none"
-
-
-@pytest.mark.parametrize("p", [1, 4])
-def test_recomputing_layers_changes_no_gradient(p):
-    gradients = []
-    for recompute in (False, True):
-        model = BitDance(tiny.config(p), grad_checkpointing=recompute)
-        model.load_state_dict(tiny.model_state(p))
-        model(random_tokens(model.config), LABELS).square().mean().backward()
-        gradients.append({name: value.grad for name, value in model.named_parameters() if not name.startswith("head.")})
-    plain, recomputed = gradients
-    different = [name for name, gradient in plain.items() if not torch.equal(gradient, recomputed[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("keys", [20, 600])

@@ -35,7 +35,7 @@ from bitdance.weights import weights_file
 pytestmark = pytest.mark.usefixtures("quick_previews")
 
 NAMED = dataclasses.replace(SMALL, name="another")
-SIZES = ModelSizes(**small.SIZES)
+SIZES = ModelSizes(**small.SIZES, parallel_num=4)  # with short samplings
 IMAGES = 10
 METRICS = LOGGED.keys() - {"eval_accuracy", "eval_frechet_distance"}
 
@@ -136,9 +136,9 @@ def test_two_processes_give_the_same_metrics(place, tmp_path, capsys):
     """With a learning rate of 0, since the weights of two processes differ by rounding."""
     flags = {
         "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures", "image_size": 16,
-        **small.SIZES, "batch_size": 4, "max_steps": 2, "lr": 0, "precision": "fp32", "num_workers": 1,
-        "eval_every": 1, "eval_images": IMAGES, "eval_reference": place / "reference.npz", "eval_num_steps": 3,
-        "log_every": 1, "preview_every": 0, "device": "cpu",
+        **small.SIZES, "parallel_num": 4, "batch_size": 4, "max_steps": 2, "lr": 0, "precision": "fp32",
+        "num_workers": 1, "eval_every": 1, "eval_images": IMAGES, "eval_reference": place / "reference.npz",
+        "eval_num_steps": 3, "log_every": 1, "preview_every": 0, "device": "cpu",
     }  # fmt: skip
     words = ["train", *small.flags(flags)]
     processes = small.start(tmp_path, [*words, "--output", str(tmp_path / "2")], 2, use_small_extractor)
