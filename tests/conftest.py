@@ -20,6 +20,31 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with model.safetensors, autoencoder.safetensors and pictures/ of 12 images; tests only read them."""
+    import small
+
+    folder = tmp_path_factory.mktemp("place")
+    small.save_pair(folder)
+    small.pictures(folder / "pictures")
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls a function that must end the process with status 2, and returns what it writes to stderr."""
+
+    def call(function, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
 @pytest.fixture
 def quick_previews(monkeypatch):
     """Previews with one solver step, since every training run writes one."""

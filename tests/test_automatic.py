@@ -125,12 +125,7 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
     scale = load_pipeline("demo", device="cpu").defaults.cfg_scale
     assert load_pipeline(run, device="cpu").defaults.cfg_scale == scale, "that of the model to start from"
     stored = json.loads((run / "settings.json").read_text())
-    assert (
-        stored["train"]["eval_cfg_scale"] == scale
-        and stored["train"]["lr"] == 2e-4
-        and stored["train"]["epochs"] == 1
-        and stored["train"]["ema"] == 0.5
-    )
+    assert stored["train"].items() >= {"eval_cfg_scale": scale, "lr": 2e-4, "epochs": 1, "ema": 0.5}.items()
     assert stored["model"]["class_names"] == ["Horse", "class-1", "class-2"]
     with Image.open(run / "samples.png") as image:
         assert image.width > 13 * 64 and image.height > 3 * 64
@@ -171,38 +166,34 @@ def test_the_time_of_a_step_is_measured():
         (["--init-from", "demo", "--epochs", "1", "--dim", "64"], "has other sizes than this model (dim 128, not 64)"),
     ],
 )
-def test_what_does_not_go_together(pictures, tmp_path, capsys, more, sentence):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--data-path", str(pictures), "--output", str(tmp_path / "run"), "--device", "cpu", *more])
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
+def test_what_does_not_go_together(pictures, tmp_path, refused, more, sentence):
+    assert sentence in refused(
+        main, ["train", "--data-path", str(pictures), "--output", str(tmp_path / "run"), "--device", "cpu", *more]
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_the_output_folder_is_checked_before_anything_is_measured(pictures, tmp_path, capsys, monkeypatch):
+def test_the_output_folder_is_checked_before_anything_is_measured(pictures, tmp_path, refused, monkeypatch):
     (tmp_path / "file").write_text("")
     small.save_pair(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "settings.json").write_text('{"run": {}, "train": {}, "loss": {}, "autoencoder": {}}')
     monkeypatch.setattr(automatic, "measure_step", lambda *arguments: pytest.fail("it was measured"))
     for name, sentence in (("file", "file: it is a file; choose another place."), ("other", "another kind of run")):
-        with pytest.raises(SystemExit) as stopped:
-            main(["train", "--data-path", str(pictures), "--output", str(tmp_path / name)])
-        assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+        assert sentence in refused(main, ["train", "--data-path", str(pictures), "--output", str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [("model", "dim", None), ("model", "n_layer", ["a"]), ("loss", "time_mean", None), ("loss", "time_schedule", [])],
 )
-def test_stored_settings_of_other_types_are_damage(pictures, tmp_path, capsys, section, field, value):
+def test_stored_settings_of_other_types_are_damage(pictures, tmp_path, refused, section, field, value):
     stored = {"run": {"autoencoder": "demo"}, "train": {"epochs": 3, "lr": 1}, "model": {"dim": 64}, "loss": {}}
     (tmp_path / "checkpoint-0000001.safetensors").touch()
     (tmp_path / "settings.json").write_text(json.dumps({**stored, section: {field: value}}))
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--data-path", str(pictures), "--output", str(tmp_path), "--device", "cpu"])
-    assert stopped.value.code == 2
-    assert "settings.json is damaged: restore it, or delete" in capsys.readouterr().err
+    assert "settings.json is damaged: restore it, or delete" in refused(
+        main, ["train", "--data-path", str(pictures), "--output", str(tmp_path), "--device", "cpu"]
+    )
 
 
 def test_the_demo_autoencoder_is_fine_tuned(pictures, tmp_path, capsys):
@@ -210,9 +201,8 @@ def test_the_demo_autoencoder_is_fine_tuned(pictures, tmp_path, capsys):
     command = ["train-autoencoder", "--data-path", str(pictures), "--output", str(run), "--device", "cpu"]
     main([*command, "--max-steps", "2", "--precision", "fp32"])
     out = capsys.readouterr().out
-    assert (
-        "2 steps of 2 images (0.333 epochs), as given" in out and "trained an autoencoder of 12 images: 2 steps" in out
-    )
+    assert "2 steps of 2 images (0.333 epochs), as given" in out
+    assert "trained an autoencoder of 12 images: 2 steps" in out
     demo, trained = (weights_file.load_autoencoder(find_weights(name, "autoencoder")) for name in ("demo", run))
     assert trained.config == demo.config
     changes = [(value - demo.state_dict()[name]).abs().max().item() for name, value in trained.state_dict().items()]
@@ -221,11 +211,11 @@ def test_the_demo_autoencoder_is_fine_tuned(pictures, tmp_path, capsys):
     assert "6 steps, the last 4 in" in capsys.readouterr().out, "it goes on with its settings to the end of the epoch"
 
 
-def test_several_processes_need_a_number_of_steps(pictures, tmp_path, capsys, monkeypatch):
+def test_several_processes_need_a_number_of_steps(pictures, tmp_path, refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        main(["train", "--data-path", str(pictures), "--output", str(tmp_path / "run")])
-    assert "several processes need --epochs" in capsys.readouterr().err
+    assert "several processes need --epochs" in refused(
+        main, ["train", "--data-path", str(pictures), "--output", str(tmp_path / "run")]
+    )
 
 
 # ------------------------------------------------------------ weights of another model

@@ -26,15 +26,6 @@ from bitdance.runtime.process_group import World
 from bitdance.weights import weights_file
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> pathlib.Path:
-    """A folder with model.safetensors, autoencoder.safetensors and pictures/, which tests only read."""
-    folder = tmp_path_factory.mktemp("files")
-    small.save_pair(folder)
-    small.pictures(folder / "pictures")
-    return folder
-
-
 @pytest.fixture
 def fails(capsys, tmp_path):
     """Runs a command that must fail with one sentence, besides that of the images found, and status 2; returns it."""
@@ -64,13 +55,13 @@ def listing(folder: pathlib.Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def sampling(files: pathlib.Path, output: pathlib.Path) -> list[object]:
-    return ["--model", files / "model.safetensors", "--output", output, "--per-class", 1, "--num-steps", 2,
+def sampling(place: pathlib.Path, output: pathlib.Path) -> list[object]:
+    return ["--model", place / "model.safetensors", "--output", output, "--per-class", 1, "--num-steps", 2,
             "--device", "cpu"]  # fmt: skip
 
 
-def training(files: pathlib.Path, results: pathlib.Path, data: object = None) -> list[object]:
-    return ["--autoencoder", files / "autoencoder.safetensors", "--data-path", data or files / "pictures",
+def training(place: pathlib.Path, results: pathlib.Path, data: object = None) -> list[object]:
+    return ["--autoencoder", place / "autoencoder.safetensors", "--data-path", data or place / "pictures",
             "--image-size", 16, "--output", results, "--dim", 64, "--n-layer", 1, "--head-dim", 64,
             "--head-layers", 1, "--head-ada-ln", 1, "--cls-token-num", 2,
             "--batch-size", 4, "--max-steps", 2, "--num-workers", 1, "--device", "cpu",
@@ -80,7 +71,7 @@ def training(files: pathlib.Path, results: pathlib.Path, data: object = None) ->
 # ------------------------------------------------------------ classes
 
 
-def test_an_unknown_class_suggests_the_nearest(files, tmp_path, fails):
+def test_an_unknown_class_suggests_the_nearest(place, tmp_path, fails):
     model = small.save_pair(tmp_path, num_classes=1000)
     arguments = ["--model", model, "--output", tmp_path / "out", "--device", "cpu"]
     message = fails("sample", "goldn retriever", *arguments)
@@ -91,9 +82,9 @@ def test_an_unknown_class_suggests_the_nearest(files, tmp_path, fails):
     assert "class -1 does not exist" in fails("sample", *arguments, "--", "-1")
 
 
-def test_classes_without_names(files, tmp_path, fails):
-    assert "classes 0 to 2" in fails("sample", "3", *sampling(files, tmp_path / "out"))
-    assert "there is no class 'cat'" in fails("sample", "cat", *sampling(files, tmp_path / "out"))
+def test_classes_without_names(place, tmp_path, fails):
+    assert "classes 0 to 2" in fails("sample", "3", *sampling(place, tmp_path / "out"))
+    assert "there is no class 'cat'" in fails("sample", "cat", *sampling(place, tmp_path / "out"))
 
 
 # ------------------------------------------------------------ numbers
@@ -119,8 +110,8 @@ def test_classes_without_names(files, tmp_path, fails):
         (["--output", __file__], "it is a file; choose another place"),
     ],
 )
-def test_invalid_values_for_sampling(files, tmp_path, fails, arguments, words):
-    assert words in fails("sample", *sampling(files, tmp_path / "out"), *arguments)
+def test_invalid_values_for_sampling(place, tmp_path, fails, arguments, words):
+    assert words in fails("sample", *sampling(place, tmp_path / "out"), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +127,14 @@ def test_invalid_values_for_sampling(files, tmp_path, fails, arguments, words):
         (["--device", "tpu"], "device 'tpu' cannot be used"),
     ],
 )
-def test_invalid_values_for_training(files, tmp_path, fails, arguments, words):
-    assert words in fails("train", *training(files, tmp_path / "run"), *arguments)
+def test_invalid_values_for_training(place, tmp_path, fails, arguments, words):
+    assert words in fails("train", *training(place, tmp_path / "run"), *arguments)
 
 
-def test_a_batch_that_processes_cannot_share(files, tmp_path, fails, monkeypatch):
+def test_a_batch_that_processes_cannot_share(place, tmp_path, fails, monkeypatch):
     world = World(0, 3, torch.device("cpu"))
     monkeypatch.setattr("bitdance.training.setup.init_distributed", lambda *_: contextlib.nullcontext(world))
-    message = fails("train", *training(files, tmp_path / "run"))
+    message = fails("train", *training(place, tmp_path / "run"))
     assert "--batch-size 4 cannot be split over 3 processes: make it a multiple" in message
 
 
@@ -158,32 +149,32 @@ def test_a_batch_that_processes_cannot_share(files, tmp_path, fails, monkeypatch
         (["--image-size", 8], "at least 11"),
     ],
 )
-def test_invalid_values_for_reconstruction(files, tmp_path, fails, arguments, words):
-    fixed = ["--autoencoder", files / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
-    assert words in fails("reconstruct", "--data-path", files / "pictures", *fixed, *arguments)
+def test_invalid_values_for_reconstruction(place, tmp_path, fails, arguments, words):
+    fixed = ["--autoencoder", place / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
+    assert words in fails("reconstruct", "--data-path", place / "pictures", *fixed, *arguments)
 
 
 # ------------------------------------------------------------ files
 
 
-def test_a_model_with_another_autoencoder(files, tmp_path, fails):
+def test_a_model_with_another_autoencoder(place, tmp_path, fails):
     wide = small.autoencoder(config=AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=16))
     weights_file.save(tmp_path / "wide.safetensors", wide)
     words = "the model has 8 bits per token and the autoencoder 16"
-    assert words in fails("sample", *sampling(files, tmp_path / "out"), "--autoencoder", tmp_path / "wide.safetensors")
-    arguments = ["--ckpt", files / "model.safetensors", "--trained-vae", tmp_path / "wide.safetensors",
+    assert words in fails("sample", *sampling(place, tmp_path / "out"), "--autoencoder", tmp_path / "wide.safetensors")
+    arguments = ["--ckpt", place / "model.safetensors", "--trained-vae", tmp_path / "wide.safetensors",
                  "--sample-dir", tmp_path / "out", "--num-fid-samples", 4]  # fmt: skip
     assert words in fails("sample_ddp.py", *arguments)
 
 
-def test_a_model_without_an_autoencoder(files, tmp_path, fails):
-    shutil.copy(files / "model.safetensors", tmp_path / "alone.safetensors")
+def test_a_model_without_an_autoencoder(place, tmp_path, fails):
+    shutil.copy(place / "model.safetensors", tmp_path / "alone.safetensors")
     message = fails("sample", "--model", tmp_path / "alone.safetensors", "--output", tmp_path / "out")
     assert "alone.safetensors holds no autoencoder, and there is none beside it: name one with --autoencoder" in message
 
 
-def test_files_of_another_kind(files, tmp_path, fails):
-    model, autoencoder = files / "model.safetensors", files / "autoencoder.safetensors"
+def test_files_of_another_kind(place, tmp_path, fails):
+    model, autoencoder = place / "model.safetensors", place / "autoencoder.safetensors"
     output = ["--output", tmp_path / "out", "--device", "cpu"]
     assert "holds no model, only autoencoder" in fails("sample", "--model", autoencoder, *output)
     assert "holds no autoencoder, only model" in fails("sample", "--model", model, "--autoencoder", model, *output)
@@ -192,14 +183,14 @@ def test_files_of_another_kind(files, tmp_path, fails):
     assert "there is no autoencoder 'nowhere.pt'" in fails(
         "sample", "--model", model, "--autoencoder", "nowhere.pt", *output
     )
-    assert "holds no weights: name another folder" in fails("sample", "--model", files / "pictures", *output)
+    assert "holds no weights: name another folder" in fails("sample", "--model", place / "pictures", *output)
     assert "too long" in fails("sample", "--model", "x" * 300, *output)
     assert "holds no model" in fails("convert", autoencoder, tmp_path / "out.safetensors", "--part", "model")
     (tmp_path / "text.pt").write_text("hello")
     message = fails("convert", tmp_path / "text.pt", tmp_path / "out.pt")
     assert "text.pt is neither a torch file nor safetensors" in message
     assert "holds no autoencoder" in fails(
-        "reconstruct", "--data-path", files / "pictures", "--autoencoder", model, *output
+        "reconstruct", "--data-path", place / "pictures", "--autoencoder", model, *output
     )
 
 
@@ -209,15 +200,15 @@ def test_a_released_model_that_was_not_downloaded(tmp_path, fails, monkeypatch):
     assert "BitDance_B_16X.pt does not exist, and HF_HUB_OFFLINE disables downloads" in message
 
 
-def test_an_unreadable_image_is_named(files, tmp_path, fails):
-    data = shutil.copytree(files / "pictures", tmp_path / "data")
+def test_an_unreadable_image_is_named(place, tmp_path, fails):
+    data = shutil.copytree(place / "pictures", tmp_path / "data")
     bad = data / "class-1" / "2.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    tried = [*training(files, tmp_path / "run", data), "--max-steps", 3, "--max-bad-images", 0]
+    tried = [*training(place, tmp_path / "run", data), "--max-steps", 3, "--max-bad-images", 0]
     message = fails("train", *tried, leaves=("run", "run/settings.json"))
     assert "--max-bad-images 0" in message and f"cannot read the image {bad}: " in message
     assert message.endswith("repair or remove it.")
-    fixed = ["--autoencoder", files / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
+    fixed = ["--autoencoder", place / "autoencoder.safetensors", "--output", tmp_path / "out", "--device", "cpu"]
     assert str(bad) in fails("reconstruct", "--data-path", data, *fixed, "--max-bad-images", 0)
 
 
@@ -229,7 +220,7 @@ def test_an_unreadable_image_is_named(files, tmp_path, fails):
         for kind in ("empty", "no folder", "text", "empty class")
     ],
 )
-def test_paths_without_images(files, tmp_path, fails, command, kind):
+def test_paths_without_images(place, tmp_path, fails, command, kind):
     data = tmp_path / "data"
     words = {
         "empty": "no images in", "no folder": "there is no such file or folder",
@@ -243,10 +234,10 @@ def test_paths_without_images(files, tmp_path, fails, command, kind):
         (data / "a").mkdir()
         (data / "b").mkdir()
         Image.new("RGB", (16, 16)).save(data / "a" / "a.png")
-    autoencoder = files / "autoencoder.safetensors"
+    autoencoder = place / "autoencoder.safetensors"
     run = tmp_path / "run"
     arguments = {
-        "train": training(files, run, data),
+        "train": training(place, run, data),
         "train-autoencoder": ["--data-path", data, "--output", run, "--image-size", 16, "--widths", 32, 32],
         "reconstruct": ["--data-path", data, "--autoencoder", autoencoder, "--output", run, "--device", "cpu"],
         "train.py": ["--data-path", data, "--results-dir", run, "--trained-vae", autoencoder],
@@ -255,8 +246,8 @@ def test_paths_without_images(files, tmp_path, fails, command, kind):
     assert words in message and str(data) in message
 
 
-def test_a_folder_without_samples(files, tmp_path, fails):
-    message = fails("nearest", tmp_path, "--data-path", files / "pictures", "--output", tmp_path / "out")
+def test_a_folder_without_samples(place, tmp_path, fails):
+    message = fails("nearest", tmp_path, "--data-path", place / "pictures", "--output", tmp_path / "out")
     assert f"no images in {tmp_path}" in message
 
 
@@ -264,8 +255,8 @@ def test_a_folder_without_samples(files, tmp_path, fails):
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_parallel.py"])
-def test_training_without_an_autoencoder(files, tmp_path, fails, script):
-    message = fails(script, "--data-path", files / "pictures", "--results-dir", tmp_path / "run")
+def test_training_without_an_autoencoder(place, tmp_path, fails, script):
+    message = fails(script, "--data-path", place / "pictures", "--results-dir", tmp_path / "run")
     assert message.startswith("--trained-vae is missing: training needs the autoencoder")
 
 
@@ -287,8 +278,8 @@ def test_training_without_an_autoencoder(files, tmp_path, fails, script):
         (["--seed", -1], "--seed -1 is invalid: it must be an integer between 0 and 4294967295"),
     ],
 )
-def test_flags_that_contradict_the_checkpoint(files, tmp_path, fails, arguments, words):
-    fixed = ["--ckpt", files / "model.safetensors", "--sample-dir", tmp_path / "out", "--num-fid-samples", 2]
+def test_flags_that_contradict_the_checkpoint(place, tmp_path, fails, arguments, words):
+    fixed = ["--ckpt", place / "model.safetensors", "--sample-dir", tmp_path / "out", "--num-fid-samples", 2]
     assert words in fails("sample_ddp_parallel.py", *fixed, *arguments)
 
 
@@ -303,8 +294,8 @@ def test_flags_that_contradict_the_checkpoint(files, tmp_path, fails, arguments,
         (["--image-size", 17], "--image-size 17 is invalid: it must be a multiple of 4"),
     ],
 )
-def test_invalid_flags_for_training(files, tmp_path, fails, arguments, words):
-    fixed = ["--data-path", files / "pictures", "--trained-vae", files / "autoencoder.safetensors",
+def test_invalid_flags_for_training(place, tmp_path, fails, arguments, words):
+    fixed = ["--data-path", place / "pictures", "--trained-vae", place / "autoencoder.safetensors",
              "--model", "BitDance-Tiny", "--image-size", 16, "--results-dir", tmp_path / "run",
              "--global-batch-size", 4]  # fmt: skip
     assert words in fails("train_parallel.py", *fixed, *arguments)
@@ -313,52 +304,53 @@ def test_invalid_flags_for_training(files, tmp_path, fails, arguments, words):
 # ------------------------------------------------------------ folders and files that cannot be written
 
 
-def test_a_folder_that_cannot_be_created(files, tmp_path, fails):
+def test_a_folder_that_cannot_be_created(place, tmp_path, fails):
     """There is a file instead of a folder, which not even root can write to."""
     (tmp_path / "file").write_text("text")
     inside = tmp_path / "file" / "out"
     words = f"cannot make the folder {inside}"
-    assert words in fails("sample", *sampling(files, inside))
+    assert words in fails("sample", *sampling(place, inside))
     assert f"cannot make the folder {tmp_path / 'file' / 'out'}: {tmp_path / 'file'} is a file; choose" in fails(
-        "train", *training(files, inside)
+        "train", *training(place, inside)
     )
-    job = ["--ckpt", files / "model.safetensors", "--sample-dir", inside]
+    job = ["--ckpt", place / "model.safetensors", "--sample-dir", inside]
     assert "cannot make the folder" in fails("sample_ddp.py", *job)
-    assert "cannot make the folder" in fails("convert", files / "model.safetensors", inside / "model.safetensors")
+    assert "cannot make the folder" in fails("convert", place / "model.safetensors", inside / "model.safetensors")
     assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Makes every fsync fail as on a full disk."""
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-
-
-def test_no_space_for_samples(files, tmp_path, fails, full_disk):
-    message = fails("sample", *sampling(files, tmp_path / "out"), leaves=("out",))
-    assert "No space left on device; free some space or choose another place" in message
-
-
-def test_no_space_halfway_through_the_samples(files, tmp_path, fails, monkeypatch):
-    """An incomplete set of images must not be taken for a complete one."""
+    """A function that makes every fsync fail as on a full disk, after some that do not."""
     fsync, calls = os.fsync, []
 
-    def fills_up(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) > 5:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+    def fill(allowed: int = 0) -> None:
+        def full(descriptor: int) -> None:
+            calls.append(descriptor)
+            if len(calls) > allowed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fills_up)
-    assert "No space left" in fails("sample", *sampling(files, tmp_path / "out"), leaves=("out",))
+        monkeypatch.setattr(os, "fsync", full)
+
+    return fill
 
 
-def test_no_space_for_a_job(files, tmp_path, capsys, full_disk):
-    arguments = ["--ckpt", files / "model.safetensors", "--sample-dir", tmp_path / "out", "--num-fid-samples", 2,
+def test_no_space(place, tmp_path, fails, full_disk):
+    full_disk()
+    autoencoder, data = place / "autoencoder.safetensors", place / "pictures"
+    message = fails("sample", *sampling(place, tmp_path / "out"), leaves=("out",))
+    assert "No space left on device; free some space or choose another place" in message
+    message = fails("train", *training(place, tmp_path / "run"), "--max-steps", 1, leaves=("run",))
+    assert re.search(rf"cannot write {tmp_path / 'run'}/\S+: No space left on device", message)
+    assert "No space" in fails("convert", autoencoder, tmp_path / "copy.safetensors")
+    words = ["--data-path", data, "--autoencoder", autoencoder, "--output", tmp_path / "out", "--device", "cpu"]
+    assert "No space" in fails("reconstruct", *words)
+
+
+def test_no_space_for_a_job(place, tmp_path, capsys, full_disk):
+    full_disk()
+    arguments = ["--ckpt", place / "model.safetensors", "--sample-dir", tmp_path / "out", "--num-fid-samples", 2,
                  "--sample-steps", 2, "--to-npz", "--mixed-precision", "none"]  # fmt: skip
     before = listing(tmp_path)
     with pytest.raises(SystemExit) as error:
@@ -369,47 +361,27 @@ def test_no_space_for_a_job(files, tmp_path, capsys, full_disk):
     assert {name.split(".")[-1] for name in left} == {"log"}
 
 
-def test_no_space_for_a_checkpoint(files, tmp_path, fails, full_disk):
-    message = fails("train", *training(files, tmp_path / "run"), "--max-steps", 1, leaves=("run",))
-    assert re.search(rf"cannot write {tmp_path / 'run'}/\S+: No space left on device", message)
-
-
-def test_no_space_halfway_through_a_run(files, tmp_path, fails, monkeypatch):
+def test_no_space_halfway_through_a_run(place, tmp_path, fails, full_disk):
     """For a checkpoint that is written in the background: the run ends at the next one."""
-    fsync, calls = os.fsync, []
-
-    def fills_up(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) > 4:  # the settings and a checkpoint, each with its folder
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fills_up)
-    arguments = [*training(files, tmp_path / "run"), "--max-steps", 9, "--save-every", 2, "--log-every", 9,
+    full_disk(4)  # after the settings and a checkpoint, each with its folder
+    arguments = [*training(place, tmp_path / "run"), "--max-steps", 9, "--save-every", 2, "--log-every", 9,
                  "--preview-every", 0]  # fmt: skip
     message = fails("train", *arguments, leaves=("run", "run/settings.json", "run/checkpoint-0000002.safetensors"))
     assert f"cannot write {tmp_path / 'run'}/checkpoint-0000004.safetensors: No space left on device" in message
 
 
-def test_no_space_for_the_log(files, tmp_path, fails, monkeypatch):
+def test_no_space_for_the_log(place, tmp_path, fails, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs a device that is always full")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
     message = fails(
-        "train", *training(files, tmp_path / "run"), "--max-steps", 1, "--log-every", 1, leaves=("run/settings.json",)
+        "train", *training(place, tmp_path / "run"), "--max-steps", 1, "--log-every", 1, leaves=("run/settings.json",)
     )
     assert f"cannot write {tmp_path / 'run' / 'log.jsonl'}: No space left on device" in message
 
 
-def test_no_space_for_other_commands(files, tmp_path, fails, full_disk):
-    autoencoder = files / "autoencoder.safetensors"
-    assert "No space" in fails("convert", autoencoder, tmp_path / "copy.safetensors")
-    arguments = ["--autoencoder", autoencoder, "--output", tmp_path / "out", "--device", "cpu"]
-    assert "No space" in fails("reconstruct", "--data-path", files / "pictures", *arguments, leaves=("out",))
-
-
-def test_files_that_may_not_grow(files, tmp_path):
+def test_files_that_may_not_grow(place, tmp_path):
     """A limit on the size of files has the effect of a full disk: no part of the file is left."""
     code = "from bitdance.cli.main import main; main()"
 
@@ -420,7 +392,7 @@ def test_files_that_may_not_grow(files, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     result = subprocess.run(
-        [sys.executable, "-c", code, "convert", str(files / "model.safetensors"), str(tmp_path / "copy.safetensors")],
+        [sys.executable, "-c", code, "convert", str(place / "model.safetensors"), str(tmp_path / "copy.safetensors")],
         cwd=small.ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300,
     )  # fmt: skip
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
@@ -438,12 +410,12 @@ def test_names_from_files_cannot_control_the_terminal(tmp_path, capsys):
     assert stop.value.code == 2 and "\\x1b[31m.png" in err and "\x1b" not in err
 
 
-def test_names_that_are_no_text(files, tmp_path, monkeypatch):
+def test_names_that_are_no_text(place, tmp_path, monkeypatch):
     folder = tmp_path / os.fsdecode("数据".encode("gbk"))
-    shutil.copytree(files / "pictures", folder / os.fsdecode("猫".encode("gbk")))
+    shutil.copytree(place / "pictures", folder / os.fsdecode("猫".encode("gbk")))
     (folder / os.fsdecode("猫".encode("gbk")) / os.fsdecode("狗.png".encode("gbk"))).write_bytes(b"damaged")
     np.savez(tmp_path / os.fsdecode(b"\xd1\xf9.npz"), np.zeros((4, 16, 16, 3), np.uint8))
-    output, autoencoder = folder.with_name(folder.name + "-out"), files / "autoencoder.safetensors"
+    output, autoencoder = folder.with_name(folder.name + "-out"), place / "autoencoder.safetensors"
     for command in (
         ["reconstruct", "--data-path", folder, "--autoencoder", autoencoder],
         ["encode", "--data-path", folder, "--autoencoder", autoencoder, "--image-size", 16],

@@ -130,10 +130,10 @@ from bitdance.cli.main import call
 def command(arguments):
     import torch
     for _ in range(20):  # the first ones may not fit into what the ones before have left
-        torch.ones(20_000_000)  # 80 MB
+        torch.ones(10_000_000)  # 40 MB, more than glibc's limit
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(3):
-        torch.ones(20_000_000)
+        torch.ones(10_000_000)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 call(command, [])

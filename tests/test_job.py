@@ -39,7 +39,7 @@ class Independent(World):
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    return Pipeline(small.model(), small.autoencoder(), "made")
+    return Pipeline(small.model(parallel_num=4), small.autoencoder(), "made")
 
 
 def make(pipeline: Pipeline, folder: pathlib.Path, num_images=7, batch_size=3, kinds=("npz",), **config) -> SamplingJob:
@@ -68,7 +68,7 @@ def run_share(job: SamplingJob, rank: int, size: int) -> None:
 def test_a_job_writes_an_npz_and_does_not_repeat_itself(pipeline, tmp_path, monkeypatch, capsys):
     job = make(pipeline, tmp_path)
     path = run(job)
-    assert path.name.startswith("made-1x-size-16-steps-3-cfg-2-seed-1-fp32-n-7-")
+    assert path.name.startswith("made-4x-size-16-steps-3-cfg-2-seed-1-fp32-n-7-")
     assert names(tmp_path) == [f"{path.stem}.json", f"{path.stem}.npz"]
     with np.load(path) as file:
         assert file["arr_0"].shape == (7, 16, 16, 3)
@@ -191,10 +191,7 @@ def test_halved_batches_are_recorded(pipeline, tmp_path, monkeypatch):
 def test_a_second_run_of_a_job_is_locked_out(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
     job = make(pipeline, tmp_path, 4, 2)
-    with (
-        run_folder.exclusive(job.run_folder, SINGLE),
-        pytest.raises(UserError, match="another process works in"),
-    ):
+    with run_folder.exclusive(job.run_folder, SINGLE), pytest.raises(UserError, match="another process works in"):
         job.run(SINGLE)
     assert run(job).exists()
 

@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 import small
 import torch
+from test_training_kills import kill_repeatedly, start
 
 from bitdance.runtime.process_group import World
 from bitdance.sampling import job
@@ -22,74 +21,40 @@ from bitdance.sampling.job import JobConfig, SamplingJob
 from bitdance.sampling.pipeline import Pipeline
 from bitdance.sampling.sampler import SamplingConfig
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = 20
-IMAGES, BATCH = 40, 1
+IMAGES = 40
 
 
-def start(folder: pathlib.Path, results: pathlib.Path, processes: int) -> subprocess.Popen[bytes]:
+def command(folder: pathlib.Path, results: pathlib.Path, processes: int) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *torchrun, str(ROOT / "sample_ddp.py"), "--ckpt", str(folder / "model.safetensors"),
-         "--sample-dir", str(results), "--num-fid-samples", str(IMAGES), "--per-proc-batch-size", str(BATCH),
-         "--sample-steps", "60", "--cfg-scale", "2", "--to-npz", "--mixed-precision", "none", "--threads", "1"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def finished(results: pathlib.Path) -> int:
-    return len(list(results.glob("*.job/[0-9]*.npz")))
-
-
-def gone(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] in "ZX"
-    except OSError:
-        return True
+    return [
+        sys.executable, *torchrun, "sample_ddp.py", "--ckpt", str(folder / "model.safetensors"),
+        "--sample-dir", str(results), "--num-fid-samples", str(IMAGES), "--per-proc-batch-size", "1",
+        "--sample-steps", "60", "--cfg-scale", "2", "--to-npz", "--mixed-precision", "none", "--threads", "1",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_job_killed_twenty_times_ends_like_an_undisturbed_one(tmp_path):
-    small.save_pair(tmp_path)
+def test_a_job_killed_twenty_times_ends_like_an_undisturbed_one(place, tmp_path):
     undisturbed, results = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start(tmp_path, undisturbed, 1).wait() == 0
-    hits = 0
-    for kill in range(KILLS):
-        processes = 1 + (kill // 3) % 3
-        process = start(tmp_path, results, processes)
-        # From before the first batch to the assembly of the result, when all batches are there.
-        wanted = round(kill * IMAGES / (KILLS - 2))
-        while process.poll() is None and finished(results) < wanted:
-            time.sleep(0.002)
-        if kill == 0:
-            while process.poll() is None and not list(results.glob("*.log")):
-                time.sleep(0.002)  # an interpreter that is still importing is no running job
-        workers = children(process.pid) if processes > 1 and process.poll() is None else []
-        before = time.perf_counter()
-        hits += process.poll() is None
-        kind = ("all", "launcher", "one")[kill % 3] if workers else "all"
-        for pid in {"all": [process.pid, *workers], "launcher": [process.pid], "one": workers[-1:]}[kind]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait(timeout=100)
-        while not all(gone(worker) for worker in workers):
-            assert time.perf_counter() - before < 100, f"a process outlived the others ({kind})"
-            time.sleep(0.01)
-        if list(results.glob("*.npz")):
-            break
+    assert start(command(place, undisturbed, 1)).wait() == 0
+
+    def is_due(number: int) -> bool:
+        """From before the first batch, but after the imports, to the assembly of the result."""
+        wanted = round(number * IMAGES / (KILLS - 2))
+        return bool(list(results.glob("*.log"))) and len(list(results.glob("*.job/[0-9]*.npz"))) >= wanted
+
+    hits = kill_repeatedly(
+        lambda number: command(place, results, 1 + (number // 3) % 3),
+        KILLS,
+        is_due,
+        lambda: bool(list(results.glob("*.npz"))),
+    )
     assert hits >= 15, "too few of the kills hit a running job"
-    assert start(tmp_path, results, 2).wait() == 0
+    assert start(command(place, results, 2)).wait() == 0
     # The launcher of a job that is done ends well too.
-    assert start(tmp_path, results, 1).wait() == 0
+    assert start(command(place, results, 1)).wait() == 0
     (expected,), (result,) = (list(folder.glob("*.npz")) for folder in (undisturbed, results))
     assert result.name == expected.name and result.read_bytes() == expected.read_bytes()
     assert sorted(path.name for path in results.iterdir() if path.suffix != ".log") == [

@@ -87,9 +87,7 @@ def rows(seed: int, count: int, dim: int = 8, offset: float = 0.0) -> np.ndarray
 
 @settings(max_examples=30, deadline=None)
 @given(
-    cuts=st.lists(st.integers(0, 60), max_size=5),
-    block=st.integers(1, 70),
-    offset=st.sampled_from([0.0, 300.0, 1e5]),
+    cuts=st.lists(st.integers(0, 60), max_size=5), block=st.integers(1, 70), offset=st.sampled_from([0.0, 300.0, 1e5])
 )
 def test_batches_and_blocks_do_not_change_statistics(cuts: list[int], block: int, offset: float) -> None:
     x = rows(0, 60, 5, offset)

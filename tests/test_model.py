@@ -73,13 +73,8 @@ def test_released_names_and_shapes(name):
     assert all(value.is_meta for value in network.state_dict().values()), "nothing was computed"
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     published = {
-        "B-1X": 242.37,
-        "B-4X": 260.10,
-        "B-16X": 260.11,
-        "L-1X": 527.27,
-        "H-1X": 1007.96,
-        "autoencoder_d16c32": 460.29,
-    }
+        "B-1X": 242.37, "B-4X": 260.10, "B-16X": 260.11, "L-1X": 527.27, "H-1X": 1007.96, "autoencoder_d16c32": 460.29,
+    }  # fmt: skip
     assert round(millions, 2) == published[name]
     assert name not in RELEASED_MODELS or RELEASED_MODELS[name].parameters == published[name]
 

@@ -234,7 +234,7 @@ def test_torch_hub(capsys):
     assert pipe(0, num_steps=1)[0].size == (32, 32)
 
 
-def test_the_command(tmp_path, capsys, hub):
+def test_the_command(tmp_path, capsys, hub, refused):
     run = small.save_pair(tmp_path).parent
     settings = {"run": {"kind": "model", "last_step": 9, "steps_per_epoch": 3}, "train": {"batch_size": 4}}
     (run / "settings.json").write_text(json.dumps(settings))
@@ -248,6 +248,4 @@ def test_the_command(tmp_path, capsys, hub):
     assert hub.files["README.md"].decode() == card.replace('"."', '"u/n"') and hub.created["visibility"] == "public"
     assert f"published {hub.url}/u/n" in capsys.readouterr().out
     for arguments in (options, ["u/n", "--output", "x", *options]):
-        with pytest.raises(SystemExit):
-            main(["publish", *arguments])
-        assert "say where to publish" in capsys.readouterr().err
+        assert "say where to publish" in refused(main, ["publish", *arguments])

@@ -45,14 +45,11 @@ SIZES = ModelSizes(**small.SIZES, parallel_num=4)  # with short previews
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> pathlib.Path:
-    """A folder with autoencoder.safetensors, pictures/ of 12 images, and held-out/ of two of their classes."""
-    folder = tmp_path_factory.mktemp("place")
-    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
-    small.pictures(folder / "pictures")
-    small.pictures(folder / "held-out", classes=3, each=3)
-    shutil.rmtree(folder / "held-out" / "class-0")
-    return folder
+def place(place) -> pathlib.Path:
+    """With held-out/ of two of the classes."""
+    small.pictures(place / "held-out", each=3)
+    shutil.rmtree(place / "held-out" / "class-0")
+    return place
 
 
 def train(place: pathlib.Path, output: pathlib.Path, loss: LossConfig | None = None, **changes: Any) -> None:

@@ -54,8 +54,8 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> pathlib.Path:
-    return small.save_pair(tmp_path_factory.mktemp("pair")).parent / "autoencoder.safetensors"
+def weights(place) -> pathlib.Path:
+    return place / "autoencoder.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -43,12 +43,10 @@ CPU = torch.device("cpu")
 SIZES = ModelSizes(**small.SIZES, parallel_num=4)  # with short previews
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> pathlib.Path:
+@pytest.fixture
+def data(place) -> pathlib.Path:
     """A folder of 12 images, and autoencoder.safetensors beside it."""
-    folder = tmp_path_factory.mktemp("data")
-    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
-    return small.pictures(folder / "pictures")
+    return place / "pictures"
 
 
 def config(data: pathlib.Path, **changes: Any) -> TrainConfig:
@@ -862,10 +860,7 @@ def test_other_images_or_another_autoencoder_are_refused(data, tmp_path):
         train(place / "pictures", tmp_path / "run")
     first.with_name("renamed.png").rename(first)
     shutil.copy(first, first.with_name("another.png"))
-    with pytest.raises(
-        UserError,
-        match=r"\(it had 12 images, now there are 13; the names of the images, or ",
-    ):
+    with pytest.raises(UserError, match=r"\(it had 12 images, now there are 13; the names of the images, or "):
         train(place / "pictures", tmp_path / "run")
     first.with_name("another.png").unlink()
     weights_file.save(place / "autoencoder.safetensors", small.autoencoder(seed=9))

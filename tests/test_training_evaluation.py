@@ -53,14 +53,11 @@ def small_extractor(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> pathlib.Path:
-    """A folder with autoencoder.safetensors, pictures/ and reference.npz, stored features."""
-    folder = tmp_path_factory.mktemp("place")
-    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
-    small.pictures(folder / "pictures")
-    source = open_source(save(folder / "real.npz", pixels(20, 16, seed=5)))
-    write_feature_set(folder / "reference.npz", extract_features(source, [SMALL], SINGLE)[0])
-    return folder
+def place(place) -> pathlib.Path:
+    """With reference.npz, stored features."""
+    source = open_source(save(place / "real.npz", pixels(20, 16, seed=5)))
+    write_feature_set(place / "reference.npz", extract_features(source, [SMALL], SINGLE)[0])
+    return place
 
 
 def settings(place: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainConfig:

@@ -34,16 +34,6 @@ KILLS = 20
 STEPS = 60
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> pathlib.Path:
-    """A folder with autoencoder.safetensors, pictures/, and train.py, which is `bitdance`."""
-    folder = tmp_path_factory.mktemp("place")
-    weights_file.save(folder / "autoencoder.safetensors", small.autoencoder())
-    small.pictures(folder / "pictures")
-    (folder / "train.py").write_text("from bitdance.cli.main import main\nmain()\n")
-    return folder
-
-
 def arguments(place: pathlib.Path, output: pathlib.Path, **settings: object) -> list[str]:
     defaults = {
         "autoencoder": place / "autoencoder.safetensors", "data_path": place / "pictures", "output": output,
@@ -54,21 +44,16 @@ def arguments(place: pathlib.Path, output: pathlib.Path, **settings: object) -> 
     return ["train", *small.flags(defaults | settings)]
 
 
-def command(place: pathlib.Path, words: list[str], processes: int = 1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, str(place / "train.py"), *words]
+def command(words: list[str], processes: int = 1) -> list[str]:
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+    return [sys.executable, "-m", *torchrun, "bitdance", *words]
 
 
 def start(words: list[str], **settings: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        words,
-        cwd=small.ROOT,
-        env=small.environment() | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        words, cwd=small.ROOT, env=small.environment() | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def steps_done(output: pathlib.Path) -> int:
@@ -234,7 +219,7 @@ def test_slurm_script_for_one_machine(place, tmp_path):
     script, _ = small.slurm_scripts()
     published = script[script.index("torchrun --standalone") : script.index("&\nrun=$!")]
     output, words = tmp_path / "run", arguments(place, tmp_path / "run", epochs=1000)
-    process = start_on_slurm(script.replace(published, shlex.join(command(place, words, 2))), tmp_path)
+    process = start_on_slurm(script.replace(published, shlex.join(command(words, 2))), tmp_path)
     wait_for(lambda: process.poll() is None, output, 3)
     launchers = children(process.pid)
     workers = [child for launcher in launchers for child in children(launcher)]
@@ -259,7 +244,7 @@ def test_slurm_script_for_one_machine(place, tmp_path):
 def test_slurm_script_for_several_machines(place, tmp_path):
     _, script = small.slurm_scripts()
     published = script[script.index("train_parallel.py") : script.index("' &\nrun=$!")]
-    words = [str(place / "train.py"), *arguments(place, tmp_path / "run", epochs=1000)]
+    words = ["-m", "bitdance", *arguments(place, tmp_path / "run", epochs=1000)]
     script = script.replace(published, shlex.join(words)).replace("--nproc_per_node=8", "--nproc_per_node=1")
     process = start_on_slurm(script.replace("12345", str(small.free_port())), tmp_path)
     wait_for(lambda: process.poll() is None, tmp_path / "run", 3)
@@ -289,12 +274,12 @@ def kill(process: subprocess.Popen[str], workers: list[int], number: int) -> Non
 
 
 def kill_repeatedly(
-    words: list[str], kills: int, is_due: Callable[[int], bool], is_finished: Callable[[], bool]
+    command: Callable[[int], list[str]], kills: int, is_due: Callable[[int], bool], is_finished: Callable[[], bool]
 ) -> int:
-    """Starts a command and kills it when it is due, several times; returns how often it was running then."""
+    """Starts commands and kills each when it is due; returns how many were running then."""
     hits = 0
     for number in range(kills):
-        process = start(words)
+        process = start(words := command(number))
         while process.poll() is None and not is_due(number):
             time.sleep(0.002)
         is_running = process.poll() is None
@@ -308,7 +293,7 @@ def kill_repeatedly(
 @pytest.mark.parametrize(("processes", "kills"), [(1, KILLS), (2, KILLS // 2)])
 def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, processes, kills):
     undisturbed, killed = (
-        command(place, arguments(place, tmp_path / name, save_every=4, keep_epochs=10), processes)
+        command(arguments(place, tmp_path / name, save_every=4, keep_epochs=10), processes)
         for name in ("undisturbed", "killed")
     )
     assert start(undisturbed).wait(timeout=100) == 0
@@ -322,7 +307,7 @@ def test_a_run_killed_many_times_ends_like_an_undisturbed_one(place, tmp_path, p
         resumed.append(bool(list(output.glob("checkpoint-*.safetensors"))))
         return True
 
-    hits = kill_repeatedly(killed, kills, is_due, (output / "model.safetensors").exists)
+    hits = kill_repeatedly(lambda number: killed, kills, is_due, (output / "model.safetensors").exists)
     assert hits >= 0.75 * kills, "too few of the kills hit a run"
     assert sum(resumed) >= kills // 2
     assert start(killed).wait(timeout=100) == 0
@@ -357,7 +342,7 @@ def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, pro
             "image_size": 16, "crops": 16, "batch_size": 4, "shard_size": 1, "num_workers": 1, "device": "cpu",
             "threads": 1,
         }  # fmt: skip
-        return command(place, ["encode", *small.flags(settings)], number)
+        return command(["encode", *small.flags(settings)], number)
 
     def shards(output: pathlib.Path) -> int:
         return len(list(output.glob("[0-9]*.safetensors")))
@@ -370,7 +355,9 @@ def test_encoding_killed_six_times_ends_with_the_same_bytes(place, tmp_path, pro
         wanted = round(number * (SHARDS - 2) / (kills - 1))
         return shards(output) >= wanted and (output / "settings.json").exists()
 
-    hits = kill_repeatedly(encode(output, processes), kills, is_due, (output / "token_cache.json").exists)
+    hits = kill_repeatedly(
+        lambda number: encode(output, processes), kills, is_due, (output / "token_cache.json").exists
+    )
     assert hits >= kills - 1, "too few of the kills hit a running job"
     assert start(encode(output, processes)).wait(timeout=100) == 0
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (undisturbed, output)]

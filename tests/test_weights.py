@@ -196,9 +196,8 @@ def test_sizes_follow_from_shapes(tmp_path, changes):
     description = network_config.describe_model(weights_file.read(path))
     assert description.config == config == weights_file.load_model(path).config
     defaults = dict.fromkeys(("token_order", "time_shift", "class_names"), "default")
-    assert (
-        description.sources == dict.fromkeys((field.name for field in dataclasses.fields(config)), "shapes") | defaults
-    )
+    names = [field.name for field in dataclasses.fields(config)]
+    assert description.sources == dict.fromkeys(names, "shapes") | defaults
 
 
 @pytest.mark.parametrize("order", ["patch", "standard"])
@@ -231,13 +230,9 @@ def test_an_autoencoder_with_split_positions_is_written_and_read(tmp_path):
     assert read.config == config and torch.equal(read.encode(images), network.eval().encode(images))
     contents = weights_file.read(tmp_path / "ae.safetensors")
     changes = (
-        {"split": "2"},
-        {"split": 10**9},
-        {"gray_code": 2},
-        {"bit_depths": [4.5]},
-        {"bit_depths": [8] * 3},
+        {"split": "2"}, {"split": 10**9}, {"gray_code": 2}, {"bit_depths": [4.5]}, {"bit_depths": [8] * 3},
         {"space_to_depth": 4},
-    )
+    )  # fmt: skip
     for change in changes:
         changed = {"autoencoder": {**contents.config["autoencoder"], **change}}
         safetensors_files.save_tensors(

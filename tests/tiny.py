@@ -28,15 +28,9 @@ DIGESTS = {1: "37397a7537072669", 4: "cadcf0813a055831", 16: "631751711c545cca"}
 
 def config(parallel_num: int, **changes: object) -> BitDanceConfig:
     sizes: dict[str, object] = {
-        "dim": 128,
-        "n_layer": 3,
-        "head_dim": 128,
-        "head_layers": 4,
-        "grid": 8,
-        "cls_token_num": 8,
-        "num_classes": 10,
+        "dim": 128, "n_layer": 3, "head_dim": 128, "head_layers": 4, "grid": 8, "cls_token_num": 8, "num_classes": 10,
         "parallel_num": parallel_num,
-    }
+    }  # fmt: skip
     return BitDanceConfig(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
@@ -102,21 +96,11 @@ def autoencoder(parallel_num: int = 1) -> Autoencoder:
 def save_checkpoint(path: pathlib.Path, parallel_num: int, **args: object) -> None:
     """Writes a file of the released layout: `ema`, `model`, `epochs`, `args`."""
     ema, raw = state_dicts(parallel_num)
-    namespace = argparse.Namespace(
-        **{
-            "model": f"tiny-{parallel_num}x",
-            "image_size": 128,
-            "down_size": 16,
-            "patch_size": 1,
-            "latent_dim": 32,
-            "num_classes": 10,
-            "cls_token_num": 8,
-            "parallel_num": parallel_num,
-            "ema": 0.9999,
-            "lr": 6e-4,
-            **args,
-        }
-    )
+    settings = {
+        "model": f"tiny-{parallel_num}x", "image_size": 128, "down_size": 16, "patch_size": 1, "latent_dim": 32,
+        "num_classes": 10, "cls_token_num": 8, "parallel_num": parallel_num, "ema": 0.9999, "lr": 6e-4, **args,
+    }  # fmt: skip
+    namespace = argparse.Namespace(**settings)
     torch.save({"model": raw, "ema": ema, "epochs": 3, "args": namespace}, path)
 
 
