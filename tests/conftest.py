@@ -47,11 +47,12 @@ def refused(capsys):
 
 @pytest.fixture
 def quick_previews(monkeypatch):
-    """Previews with one solver step, since every training run writes one."""
-    from bitdance.config import SamplingDefaults
+    """Previews with one solver step."""
+    import small
+
     from bitdance.training import trainer
 
-    monkeypatch.setattr(trainer, "PREVIEW_SAMPLING", SamplingDefaults(cfg_scale=2.0, num_steps=1))
+    monkeypatch.setattr(trainer, "PREVIEW_SAMPLING", small.PREVIEWS)
 
 
 @pytest.fixture(autouse=True)

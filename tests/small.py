@@ -23,10 +23,11 @@ from torch import nn
 
 from bitdance.cli import original_cli
 from bitdance.cli.main import main
-from bitdance.config import AutoencoderConfig, BitDanceConfig
+from bitdance.config import AutoencoderConfig, BitDanceConfig, SamplingDefaults
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
 from bitdance.sampling import pipeline, sampler
+from bitdance.training import trainer
 from bitdance.training.loader import Loader
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import weights_file
@@ -40,6 +41,7 @@ LAUNCHERS = {
 }
 NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
+PREVIEWS = SamplingDefaults(cfg_scale=2.0, num_steps=1)  # since every training run writes one
 SERVER = multiprocessing.get_context("forkserver")
 """Forks processes that have imported torch already; there is only one such server."""
 SERVER.set_forkserver_preload(["pytest", "bitdance.training.setup", "bitdance.sampling.job", "torch._dynamo", "tqdm"])
@@ -133,6 +135,7 @@ def _run(folder: pathlib.Path, arguments: Sequence[str], rank: int, variables: d
         os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
+    trainer.PREVIEW_SAMPLING = PREVIEWS
     if prepare is not None:
         prepare()
     main([*arguments, "--threads", "1"])

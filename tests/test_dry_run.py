@@ -30,7 +30,7 @@ from bitdance.weights import weights_file
 
 NEEDED = ["--data-path", "/path/to/imagenet/train/", "--autoencoder", "models/BitDance-ImageNet/ae_d16c32.pt"]
 TINY = [
-    "--image-size", "16", "--dim", "64", "--n-layer", "2", "--head-dim", "64", "--head-layers", "2", "--head-ada-ln",
+    "--image-size", "16", "--dim", "64", "--n-layer", "1", "--head-dim", "64", "--head-layers", "1", "--head-ada-ln",
     "1", "--cls-token-num", "2", "--batch-size", "4", "--num-workers", "1", "--ema", "0.9", "--device", "cpu",
     "--epochs", "1",
 ]  # fmt: skip
@@ -131,7 +131,7 @@ def test_it_prints_what_a_run_needs_and_writes_nothing(place, tmp_path, capsys):
     for words in ("weights", "gradients", "optimizer", "ema", "frozen", "activations", "checkpoint",
                   "TFLOPs per step", "images/s"):  # fmt: skip
         assert words in text
-    network = small.model()
+    network = small.model(n_layer=1, head_layers=1)
     count = sum(value.numel() for value in network.parameters())
     frozen = sum(value.numel() for value in small.autoencoder().parameters())
     memory = facts["memory"]
@@ -157,7 +157,9 @@ def test_without_ema(place, tmp_path, capsys, untimed):
 
 def test_microbatches_and_grad_checkpointing_need_less_memory(place, tmp_path, capsys, untimed):
     def activations(*flags: object) -> int:
-        _, facts = dry_run(capsys, place, tmp_path / "run", "--batch-size", 8, *flags)
+        _, facts = dry_run(
+            capsys, place, tmp_path / "run", "--batch-size", 8, "--n-layer", 2, "--head-layers", 2, *flags
+        )
         return int(facts["memory"]["activations"])
 
     whole = activations()
