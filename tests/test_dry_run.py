@@ -69,8 +69,8 @@ def test_a_recipe_equals_the_original_command(resolved, name):
     assert (str(run.output), str(run.data_path)) == (folder, "/path/to/imagenet/train")
     assert (run.epochs, run.lr, run.batch_size, run.ema) == (800, 6e-4, 1024, 0.9999)
     assert found["loss"].perturb_rate == release.perturb_rate and not found["dry_run"]
-    expected = (release.config.dim, release.config.n_layer, release.config.parallel_num)
-    assert (sizes.dim, sizes.n_layer, sizes.parallel_num) == expected
+    for field in ("dim", "n_layer", "head_dim", "head_layers", "head_ada_ln", "parallel_num", "cls_token_num"):
+        assert getattr(sizes, field) == getattr(release.config, field), field
 
 
 @pytest.mark.parametrize("spelled", ["BitDance-L-1X", "l-1x"])

@@ -76,12 +76,11 @@ def test_every_part_of_key_and_counter_matters():
     assert len(seen) == 3 * 3 * len(streams) * 3 * 3 * 2
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 32])
 @pytest.mark.parametrize("law", [philox.uniform, philox.normal])
-def test_shape_and_type(law, size):
-    out = law(0, torch.arange(3), size, stream=philox.SAMPLE, step=0, draws=2)
-    assert out.shape == (2, 3, size)
-    assert out.dtype == torch.float32
+def test_shape_and_type(law):
+    for size in (1, 2, 3, 5, 32):
+        out = law(0, torch.arange(3), size, stream=philox.SAMPLE, step=0, draws=2)
+        assert out.shape == (2, 3, size) and out.dtype == torch.float32
 
 
 @pytest.mark.parametrize("law", [philox.words, philox.uniform, philox.normal])
