@@ -3,8 +3,9 @@
     python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
     bitdance evaluate samples.npz --reference cifar10_test.zip --features examples/cifar10/classifier.py:extractor
 
-A residual network of nine layers (Page 2018, half the width). It is a measure for this example only: nothing that is
-computed with it can be compared with published numbers.
+A residual network of nine layers (Page 2018, half the width). It classifies an image by the sum of the logits of the
+image and of its mirror image; the features are those of the image alone. It is a measure for this example only: nothing
+that is computed with it can be compared with published numbers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from bitdance.runtime.errors import UserError, check_fields
 
 WEIGHTS = pathlib.Path("runs/cifar10/classifier.safetensors")
 TRAINER = "examples/cifar10/classifier.py"
+NAME = "cifar10-classifier-mirrored"
 SIZE, CLASSES = 256, 10
 
 
@@ -65,9 +67,16 @@ class Classifier(nn.Module):
         )
         self.fc = nn.Linear(SIZE, CLASSES)
 
-    def forward(self, x: Tensor) -> Features:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pool = self.layers(x)
-        return Features(pool, logits=self.fc(pool))
+        return pool, self.fc(pool)
+
+
+def classify(network: Classifier, images: Tensor) -> Features:
+    """Returns the features of images (B, 32, 32, 3) uint8, and the summed logits of images and mirror images."""
+    x = normalize(images)
+    pool, logits = network(x)
+    return Features(pool, logits=logits + network(x.flip(3))[1])
 
 
 def extractor() -> FeatureExtractor:
@@ -80,7 +89,7 @@ def extractor() -> FeatureExtractor:
     except (SafetensorError, RuntimeError):
         raise UserError(f"{WEIGHTS} is damaged or of another network: train it again with {TRAINER}.") from None
     digest = file_digest(WEIGHTS)
-    return FeatureExtractor("cifar10-classifier", SIZE, lambda x: network(normalize(x)), classifies=True, digest=digest)
+    return FeatureExtractor(NAME, SIZE, lambda images: classify(network, images), classifies=True, digest=digest)
 
 
 def set_threads(options: argparse.Namespace) -> None:
@@ -114,7 +123,7 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     """Returns the fraction of images that are classified correctly."""
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = [network(normalize(part)).logits for part in images.split(100)]
+        logits = [classify(network, part).logits for part in images.split(100)]
     network.train()
     predicted = torch.cat([part for part in logits if part is not None]).argmax(dim=1)
     return (predicted == labels).double().mean().item()
@@ -136,7 +145,7 @@ def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 
         for batch in order.split(batch_size):
             x = normalize(augment(images[batch], generator)).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
-                logits = network(x).logits
+                _, logits = network(x)
             loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

@@ -30,7 +30,7 @@ run bitdance encode --data-path "$images" --autoencoder "$folder/autoencoder.saf
 for p in ${PARALLEL_NUMS:-4 1 16}; do
     run bitdance train --data-path "$folder/tokens" --autoencoder "$folder/autoencoder.safetensors" --image-size 32 \
         --output "$folder/model-${p}x" --parallel-num "$p" --dim 128 --n-layer 6 --head-dim 128 --head-layers 6 \
-        --head-ada-ln 1 --cls-token-num 4 --epochs 15 --batch-size 64 --optimizer muon --lr 4e-3 --min-lr 4e-5 \
+        --head-ada-ln 1 --cls-token-num 4 --epochs $((p < 16 ? 15 : 25)) --batch-size 64 --optimizer muon --lr 4e-3 --min-lr 4e-5 \
         --warmup-steps 200 --decay-start 200 --ema 0.999 --perturb-rate 0.1 --diff-batch-mul 2 --precision bf16 \
         --threads "$threads" --num-workers 1 --save-minutes 5 --save-every 0 --preview-every 2000
     # 24 gives the smallest Fréchet distance, see docs/demo-model.md.
