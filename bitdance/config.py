@@ -63,8 +63,12 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         rule = f"have 1 to {MAX_LEVELS} levels, each of a multiple of 8 and at most {MAX_WIDTH} channels"
-        are_valid = all(0 < width <= MAX_WIDTH and width % 8 == 0 for width in self.widths)
-        check_fields(self, "widths", lambda value: are_valid and 1 <= len(value) <= MAX_LEVELS, rule)
+
+        def are_widths(value: tuple[int, ...]) -> bool:
+            are_valid = all(0 < width <= MAX_WIDTH and width % 8 == 0 for width in value)
+            return are_valid and 1 <= len(value) <= MAX_LEVELS
+
+        check_fields(self, "widths", are_widths, rule)
         check_fields(self, "blocks space_to_depth", lambda value: value >= 1, "be at least 1")
         check_fields(self, "blocks", lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "space_to_depth", lambda value: value <= 32, "be at most 32")

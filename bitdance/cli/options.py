@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitdance.config import Precision, Split, Weights
 from bitdance.runtime.errors import UserError, check_fields
+
+if TYPE_CHECKING:
+    from bitdance.runtime.process_group import World
 
 TRAIN_HEADINGS = {
     "data_path": "Data",
@@ -38,7 +41,7 @@ class DeviceOptions:
     device: str | None = None
     threads: int | None = None
 
-    def init_distributed(self, only_one: bool = False) -> contextlib.AbstractContextManager[Any]:
+    def init_distributed(self, only_one: bool = False) -> contextlib.AbstractContextManager[World]:
         """Joins the processes of the command, see `bitdance.runtime.process_group`."""
         from bitdance.runtime.process_group import init_distributed
 

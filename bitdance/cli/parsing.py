@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
-from tyro import MISSING as MISSING  # for the commands, like the next one
-from tyro.conf import Positional as Positional
+from tyro import MISSING as MISSING  # re-exported for the commands
+from tyro.conf import Positional as Positional  # likewise
 
 from bitdance.runtime.errors import UserError, did_you_mean
 

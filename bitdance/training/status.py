@@ -118,7 +118,7 @@ def status_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("evaluation", f"{format_evaluation(facts['evaluation'])} at step {facts['evaluation']['step']}"))
     rows.append(("skipped steps", str(facts["skipped"])))
     if facts["unreadable_images"]:
-        rows.append(("unreadable images", str(facts["unreadable_images"])))
+        rows.append(("unreadable images", f"{facts['unreadable_images']}, met by the first process"))
     if facts["images_per_second"]:
         use = f", model-FLOP utilization {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting'] or 0:.0%}{use}"))

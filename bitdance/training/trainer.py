@@ -507,7 +507,7 @@ class Trainer:
         """Writes the report and says what was trained, for how long, and where everything is."""
         folder, skipped = self.config.output, int(self.guard.skipped)
         facts = describe_run(folder, verify=False)
-        unreadable = max(unreadable, facts["unreadable_images"])  # a run that only went on has not met all of them
+        unreadable = max(unreadable, facts["unreadable_images"])  # those met before a resume are in the log
         images = counted(self.data.images - unreadable, "image")
         if unreadable:
             images += f" ({unreadable} unreadable)"
@@ -536,7 +536,7 @@ class Trainer:
         """Writes a grid with a row for each of some classes: training images at the left, samples at the right.
 
         Args:
-            is_new: whether the weights are; otherwise the grid is only written if there is none.
+            is_new: whether this call has trained; if not, a grid that exists is kept.
         """
         path, pipeline, images = self.config.output / COMPARISON, self.pipeline, self.loader.images
         if not self.world.is_main or pipeline is None or (path.exists() and not is_new):

@@ -72,11 +72,11 @@ class Classifier(nn.Module):
         return pool, self.fc(pool)
 
 
-def classify(network: Classifier, images: Tensor) -> Features:
+def classify(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the features of images (B, 32, 32, 3) uint8, and the summed logits of images and mirror images."""
     x = normalize(images)
     pool, logits = network(x)
-    return Features(pool, logits=logits + network(x.flip(3))[1])
+    return pool, logits + network(x.flip(3))[1]
 
 
 def extractor() -> FeatureExtractor:
@@ -89,7 +89,12 @@ def extractor() -> FeatureExtractor:
     except (SafetensorError, RuntimeError):
         raise UserError(f"{WEIGHTS} is damaged or of another network: train it again with {TRAINER}.") from None
     digest = file_digest(WEIGHTS)
-    return FeatureExtractor(NAME, SIZE, lambda images: classify(network, images), classifies=True, digest=digest)
+
+    def extract(images: Tensor) -> Features:
+        pool, logits = classify(network, images)
+        return Features(pool, logits=logits)
+
+    return FeatureExtractor(NAME, SIZE, extract, classifies=True, digest=digest)
 
 
 def set_threads(options: argparse.Namespace) -> None:
@@ -123,9 +128,8 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     """Returns the fraction of images that are classified correctly."""
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = [classify(network, part).logits for part in images.split(100)]
+        predicted = torch.cat([classify(network, part)[1].argmax(dim=1) for part in images.split(100)])
     network.train()
-    predicted = torch.cat([part for part in logits if part is not None]).argmax(dim=1)
     return (predicted == labels).double().mean().item()
 
 

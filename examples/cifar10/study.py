@@ -218,7 +218,8 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
         for column, label in enumerate(("solver steps", "guidance scale")):
             axis = axes[row, column]
             axis.set(xlabel=label, ylabel=title, xscale="log")
-            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])  # from 0, or differences within the noise look large
+            # From 0, since differences within the noise would look large otherwise; with some room at the top.
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.set_xticks((5, 10, 20, 50, 100) if column == 0 else (1, 2, 4, 8, 16, 32), minor=False)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
