@@ -183,6 +183,8 @@ print("torch._dynamo" in sys.modules)
         (["sample", "--num-steps", "few"], "--num-steps expects an integer, not 'few'; see bitdance sample --help."),
         (["sample", "--num-steps=2", "--cfg-scale", "x"], "--cfg-scale expects a number, not 'x'"),
         (["train-autoencoder", "--data-path", "x", "--bit-depths", "a"], "--bit-depths expects an integer, not 'a'"),
+        (["sweep", "--cfg-scale", "1", "x"], "--cfg-scale expects a number, not 'x'"),
+        (["sample", "--num-steps", "1.5"], "--num-steps expects an integer, not '1.5'"),
         (["sample", "--num-steps"], "--num-steps needs a value; see bitdance sample --help."),
         (["sample", "--solver", "foo"], "foo is invalid: choose one of dpmpp-2m-sde, euler, euler-maruyama, heun."),
         (["sample", "--end-time", "0.99"], "--end-time 0.99 is invalid: it must be a number from 0.05 to 0.95."),

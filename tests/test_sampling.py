@@ -434,6 +434,8 @@ def test_settings_of_the_pipeline_are_checked(model):
     ):
         with pytest.raises(UserError, match=words):
             pipe(classes, **settings)
+    with pytest.raises(TypeError, match=r"there is no option 'sed' \(did you mean seed\?\)"):
+        pipe("cat", sed=1)
     for known in (3, torch.zeros(2, 16, 8)):
         with pytest.raises(ValueError, match=r"known must be a tensor of shape \(1, 16, 8\)"):
             pipe("cat", known=known)
@@ -979,6 +981,13 @@ def test_the_command_convert(model, tmp_path, capsys):
     for name, value in original.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value.bfloat16().float())
     assert target.stat().st_size < 0.6 * model.stat().st_size
+
+
+def test_an_autoencoder_that_the_released_layout_cannot_describe_is_not_converted_to_it(tmp_path, refused):
+    for more in (["--part", "autoencoder"], ["--autoencoder", "demo"]):
+        err = refused(main, ["convert", "demo", str(tmp_path / "x.pt"), *more])
+        assert "no place for the `split`, `bit_depths` and `gray_code` of this autoencoder: use .safetensors." in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_goes_both_ways_bit_for_bit(tmp_path):

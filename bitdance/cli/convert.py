@@ -14,7 +14,7 @@ EXAMPLES = """
 bitdance convert runs/model model.safetensors --dtype float16
 bitdance convert BitDance_B_16X.pt b16x.safetensors
 bitdance convert runs/model small.safetensors --dtype int8
-bitdance convert runs/model model.pt --autoencoder runs/ae
+bitdance convert runs/model model.pt --autoencoder ae_d16c32.pt
 """
 
 
@@ -24,7 +24,8 @@ class Convert:
 
     Attributes:
         source: demo, a released model, the folder of a run, or a file of weights, such as a checkpoint.
-        target: file to write; its suffix selects the format.
+        target: file to write; its suffix selects the format. A .pt cannot hold an autoencoder with several bits per
+            channel or with split cells, such as the demo's.
         autoencoder: for a .pt of a model, the autoencoder to store inside, as in the released files; by default the one
             inside the source, if any.
         part: the model or the autoencoder of the source; by default whichever it holds, the model first.

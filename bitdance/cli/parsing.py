@@ -149,8 +149,10 @@ def _format_usage_error(text: str, prog: str) -> str:
     text = " ".join(re.sub(r"\A .*\n|^ +-+ *\n", "", text, flags=re.M).split())
     see = f"see {prog} --help."
     if found := re.match(r"Error parsing (\S+):.*? --?\S+ \[?(\S+)", text):
-        value = re.search(r"'([^']*)'", text)
-        given = f", not {value[1]!r}" if value else ""
+        values = re.findall(r"'([^']*)'", text.partition("]")[0])
+        if "arguments: [" in text:  # all values of a list
+            values = [value for value in values if not _is_number(value)] or values
+        given = f", not {values[0]!r}" if values else ""
         return f"{found[1]} expects {_METAVARS.get(found[2], found[2])}{given}; {see}"
     if found := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?),?\)", text):
         choices = found[3].replace("'", "").split(", ")
@@ -172,6 +174,14 @@ def _format_usage_error(text: str, prog: str) -> str:
         names = [name for name in dict.fromkeys(found_names) if name in _flags.values()]
         sentences.append(f"{', '.join(names) or missing[1]} {'is' if len(names) < 2 else 'are'} missing")
     return "; ".join(sentences or [text]).rstrip(".") + f"; {see}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _format_help(text: str, headings: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 import sys
@@ -35,7 +36,7 @@ from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, exact_float32, uses_bf16
-from bitdance.runtime.errors import UserError, first_line, is_out_of_memory, printable
+from bitdance.runtime.errors import UserError, did_you_mean, first_line, is_out_of_memory, printable
 from bitdance.sampling.sampler import (
     CompiledFunctions,
     SamplingConfig,
@@ -161,7 +162,12 @@ class Pipeline:
         Raises:
             UserError: an unknown class, or a setting that is out of range.
             ValueError: `known` has another shape.
+            TypeError: an unknown option.
         """
+        fields = SamplingConfig.__dataclass_fields__.keys()
+        if unknown := others.keys() - fields:
+            hint = did_you_mean(min(unknown), [*inspect.signature(self).parameters, *fields]).strip()
+            raise TypeError(f"there is no option {min(unknown)!r}" + (f" ({hint})" if hint else ""))
         seed, batch_size = _as_number(seed), _as_number(batch_size)
         cfg_scale, num_steps, chunk_size = map(_as_number, (cfg_scale, num_steps, chunk_size))
         config = self.sampling_config(cfg_scale, num_steps, solver=solver, preset=preset, **others)

@@ -20,7 +20,7 @@ from bitdance.data.images import open_images
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.errors import UserError, one_line
+from bitdance.runtime.errors import UserError, counted, one_line
 from bitdance.runtime.process_group import World, init_distributed
 from bitdance.training.estimate import print_estimate
 from bitdance.training.evaluation import map_labels
@@ -160,8 +160,8 @@ def train_model(
         model_config = _complete_sizes(sizes, tokenizer.config, config.image_size, images)
         present = len(np.unique(images.labels))
         if present < model_config.num_classes and world.is_main:
-            classes = f"{images.path} has images of {present} classes, and the model {model_config.num_classes}"
-            print(f"bitdance: warning: {classes}: the other classes are not trained.", file=sys.stderr)
+            seen = f"{images.path} has images of {counted(present, 'class')}, and the model {model_config.num_classes}"
+            print(f"bitdance: warning: {seen}: the other classes are not trained.", file=sys.stderr)
         torch.manual_seed(config.seed)
         network = BitDance(model_config, loss.drop_rate, config.grad_checkpointing)
         if init_from is not None and not list_checkpoints(config.output):

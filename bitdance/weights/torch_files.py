@@ -184,8 +184,12 @@ def save_released(
         dtype: to store in, by default that of each tensor.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or the layout cannot describe the autoencoder.
     """
+    decoder = network.config if isinstance(network, Autoencoder) else autoencoder.config if autoencoder else None
+    if decoder is not None and (decoder.split, decoder.bit_depths, decoder.gray_code) != (1, (), False):
+        lacks = "which has no place for the `split`, `bit_depths` and `gray_code` of this autoencoder"
+        raise UserError(f"{path} would be in the released layout, {lacks}: use .safetensors.")
     state = dict(network.state_dict())
     if isinstance(network, BitDance) and autoencoder is not None:
         state |= {f"vae.{name}": value for name, value in autoencoder.state_dict().items()}
