@@ -41,6 +41,7 @@ def run(
     folder: pathlib.Path,
     body: Callable[[World], None],
     timeout: float = 60,
+    join_timeout: float = 10,
     grace: float = 0.2,
     device: str = "cpu",
 ) -> None:
@@ -50,7 +51,7 @@ def run(
         os.dup2(os.open(folder / f"{name}{variables['RANK']}", os.O_CREAT | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     peer_monitor.HEARTBEAT_INTERVAL, peer_monitor.HEARTBEAT_TIMEOUT, peer_monitor.GRACE = 0.1, timeout, grace
-    process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=min(timeout, 10))
+    process_group.JOIN_TIMEOUT = datetime.timedelta(seconds=join_timeout)
 
     def command(_: list[str]) -> None:
         with init_distributed(device.format(variables["RANK"]), 1) as world:
@@ -369,7 +370,7 @@ def test_all_processes_see_a_signal_in_the_same_call(job):
 
 
 def test_a_process_that_does_not_join_is_named(job):
-    running = job(2).start(sleep, 0, timeout=1)
+    running = job(2).start(sleep, 0, join_timeout=1)
     status, line = running.end(0)
     assert status == 2
     assert line == (
@@ -379,7 +380,7 @@ def test_a_process_that_does_not_join_is_named(job):
 
 
 def test_a_first_process_that_does_not_join(job):
-    status, line = job(2).start(sleep, 1, timeout=1).end(1)
+    status, line = job(2).start(sleep, 1, join_timeout=1).end(1)
     assert status == 2 and line.startswith("bitdance: process 1 of 2 cannot join the others (")
     assert line.endswith("check the address, the port and the number of processes that torchrun was given.")
 
@@ -388,7 +389,7 @@ def test_a_port_that_is_in_use(job):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         started = job(2)
         started.port = taken.getsockname()[1]
-        status, line = started.start(sleep, 0, timeout=1).end(0)
+        status, line = started.start(sleep, 0, join_timeout=1).end(0)
     assert status == 2 and "process 0 of 2 cannot join the others (" in line
 
 
