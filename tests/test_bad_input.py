@@ -93,7 +93,7 @@ def test_classes_without_names(place, tmp_path, fails):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--per-class", -2], "--per-class -2 is invalid: it must be at least 1"),
+        (["--per-class", 0], "--per-class 0 is invalid: it must be at least 1"),
         (["--num-images", 4], "leave out either it or --per-class"),
         (["--labels", "random"], "--labels goes with --num-images"),
         (["--batch-size", 0], "--batch-size 0 is invalid: it must be at least 1"),

@@ -127,6 +127,32 @@ def test_the_table_of_euler_maruyama_is_its_formula(shift):
     )
 
 
+def test_velocity_is_evaluated_on_the_time_grid_and_then_at_095():
+    asked = []
+
+    def field(x, t, number):
+        assert number == len(asked)
+        asked.append(t)
+        return torch.zeros_like(x)
+
+    solve("euler-maruyama", field, torch.zeros(5, 2), shift=3.0)
+    close(torch.stack(asked), [*flow.time_grid(4, 3.0)[:-1].tolist(), 0.95])
+    assert all(t.dtype == torch.float32 and t.dim() == 0 for t in asked)
+
+
+def test_solver_carries_noise_to_a_gaussian():
+    """Data N(m, s^2): the marginal at t is N(t m, (1-t)^2 + t^2 s^2), and E[x_1 | x_t] is linear in x_t."""
+    mean, std = 0.7, 0.5
+
+    def field(x, t, number):
+        variance = (1 - t) ** 2 + t**2 * std**2
+        return flow.velocity(mean + t * std**2 / variance * (x - t * mean), x, t)
+
+    x = solve("euler-maruyama", field, noise(200, 20_000))
+    assert x.mean().item() == pytest.approx(mean, abs=0.02)
+    assert x.std().item() == pytest.approx(std, abs=0.03)
+
+
 def test_solver_splits_noise_between_the_two_signs():
     """Data +1 with probability 3/4, else -1: the exact predictor, tanh of the log odds, keeps the odds."""
 
@@ -221,6 +247,17 @@ def test_one_step_of_the_ode_solvers_by_hand():
     x_0 = torch.ones(1, 1)
     close(solve("euler", lambda x, t, number: x, x_0, 1), [1.95 * 1.05])
     close(solve("heun", lambda x, t, number: x, x_0, 1), [(1.95 + 0.95**2 / 2) * 1.05])
+
+
+def test_heun_is_of_second_order():
+    def error(name, num_steps):
+        x_0 = torch.ones(1, 1, dtype=torch.float64)
+        return abs(solve(name, lambda x, t, number: x * t.double().cos(), x_0, num_steps) - exact).item()
+
+    end = math.exp(math.sin(0.95))
+    exact = end + end * math.cos(0.95) * 0.05
+    assert error("euler", 20) / error("euler", 40) == pytest.approx(2, rel=0.1)
+    assert error("heun", 20) / error("heun", 40) == pytest.approx(4, rel=0.1)
 
 
 def test_an_unknown_solver():

@@ -155,7 +155,7 @@ def test_steps_of_static_shapes_equal_steps(p):
     assert caches[0].length == caches[1].length
 
 
-@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("dpmpp-2m-sde", 4), ("heun", 1)])
+@pytest.mark.parametrize(("solver", "p"), [("euler-maruyama", 1), ("dpmpp-2m-sde", 4), ("heun", 16)])
 def test_compiled_functions_need_one_graph_for_all_steps(solver, p):
     """The same bits from functions without a graph break, which are not compiled again from step to step."""
     model = few_steps(p)

@@ -30,6 +30,21 @@ def test_straight_through_gives_exact_bits_and_passes_the_gradient():
     assert torch.equal(x.grad, weights)
 
 
+def test_group_indices_by_hand():
+    bits = -torch.ones(1, 16, 1, 2)
+    bits[0, [0, 3], 0, 0] = 1  # group 0 of the first token: 1 + 8
+    bits[0, 15, 0, 0] = 1  # group 1: 128
+    bits[0, 8:, 0, 1] = 1  # the second token: 0, and all of group 1
+    assert tiny.group_indices(bits).tolist() == [[9, 0], [128, 255]]
+
+
+def test_group_indices_run_over_the_batch_and_then_in_raster_order():
+    bits = -torch.ones(2, 8, 2, 2)
+    for number, place in enumerate([(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0)]):
+        bits[:, number][place] = 1
+    assert tiny.group_indices(bits).tolist() == [[1, 2, 4, 8, 16, 32, 64, 0]]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_packing_goes_both_ways_and_agrees_with_the_indices(data):

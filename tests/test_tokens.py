@@ -137,3 +137,12 @@ def test_flip_bits_follows_its_rule_exactly():
     r2 = torch.tensor([0.10, 0.50, 0.50, 0.50, 0.50])  # thresholds at a rate of 1/2: 0.05, 0.25, 0.25, 0.25, 0.25
     assert flip_bits(bits, 0.5, r1, r2).tolist() == [1.0, -1.0, 1.0, -1.0, 1.0]
     assert torch.equal(flip_bits(bits, 0.0, torch.zeros(5), r2), bits)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_flip_bits_flips_half_of_the_rate_on_average(rate):
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.ones(400_000)
+    flipped = flip_bits(bits, rate, torch.rand(400_000, generator=generator), torch.rand(400_000, generator=generator))
+    assert torch.equal(flipped.abs(), bits)
+    assert (flipped < 0).float().mean().item() == pytest.approx(rate / 2, abs=0.002)
