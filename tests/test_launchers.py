@@ -186,7 +186,7 @@ def test_defaults_are_the_originals(configured):
     assert (run.image_size, run.epochs, run.batch_size, run.seed) == (256, 400, 256, 0)
     assert (run.lr, run.min_lr, run.warmup_steps, run.decay_start) == (3e-4, 1e-5, 20_000, 20_000)
     assert (run.weight_decay, run.beta1, run.beta2, run.max_grad_norm) == (0.05, 0.9, 0.95, 1.0)
-    assert (run.ema, run.num_workers, run.log_every, run.keep_epochs, run.compile) == (-1, 16, 100, 50, True)
+    assert (run.ema, run.num_workers, run.log_every, run.keep_epochs, run.compile) == (-1, 16, 100, 50, None)
     assert (run.aug_decay_start_epoch, run.aug_decay_end_epoch, run.random_crop) == (700, 750, True)
     assert (run.precision, run.grad_checkpointing, run.max_steps) == ("bf16", False, None)
     assert (sizes.parallel_num, sizes.token_order, sizes.cls_token_num, sizes.num_classes) == (4, "patch", 64, 1000)

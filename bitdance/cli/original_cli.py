@@ -332,7 +332,7 @@ def run_train(flags: TrainFlags, model_flags: ModelFlags, parallel: ParallelFlag
         if value is not None
     }
     given["precision"] = PRECISIONS[flags.mixed_precision]
-    given["compile"] = not flags.no_compile
+    given["compile"] = False if flags.no_compile else None
     sizes, loss, config = (
         {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
         for cls in (ModelSizes, LossConfig, TrainConfig)

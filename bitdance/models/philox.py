@@ -58,7 +58,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor, draws: int = 1) -> Tensor:
     """Generates random 32-bit words, `draws` draws of `size` elements per id: (draws, B, 4 * ceil(size / 4)) int64.
 
     Args:
@@ -66,33 +66,35 @@ def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: i
         ids: (B,) int64, 0 <= id < 2**32; the result is on the same device.
         size: elements per draw.
         stream: one of the stream constants of this module.
-        step: 0 <= step < 2**32, the step of sampling or training, or the epoch.
+        step: 0 <= step < 2**32, the step of sampling or training, or the epoch; or an int64 scalar on the device of the
+            ids, which is not checked: compiled code then works for all steps.
         draws: number of draws; the index of a draw is part of the counter.
 
     Raises:
         UserError: the seed or the step is out of range.
     """
     check_seed(seed)
-    if not 0 <= step <= _MASK:
+    if isinstance(step, int) and not 0 <= step <= _MASK:
         raise UserError(f"step={step} is invalid: it must be between 0 and {_MASK}.")
     device = ids.device
     element = torch.arange((size + 3) // 4, device=device)
     draw = torch.arange(draws, device=device)[:, None, None]
     # Created on the device: copying numbers to a GPU would synchronize with it.
     step_word, stream_word, seed_word = (
-        torch.full((), value, dtype=torch.int64, device=device) for value in (step, stream, seed)
+        value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
+        for value in (step, stream, seed)
     )
     out = philox((element, draw, step_word, stream_word), (seed_word, ids[:, None]))
     return torch.stack(out, dim=-1).flatten(-2)
 
 
-def uniform(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+def uniform(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor, draws: int = 1) -> Tensor:
     """Generates uniform numbers on [0, 1), multiples of 2**-24; arguments as in `words`: (draws, B, size) float32."""
     w = words(seed, ids, size, stream=stream, step=step, draws=draws)[..., :size]
     return (w >> 8).to(torch.float32) * 2.0**-24
 
 
-def normal(seed: int, ids: Tensor, size: int, *, stream: int, step: int, draws: int = 1) -> Tensor:
+def normal(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor, draws: int = 1) -> Tensor:
     """Generates standard normal numbers (Box-Muller), arguments as in `words`: (draws, B, size) float32.
 
     Words are equal on every device; logarithm and cosine are not, so normal numbers agree to 1e-6.

@@ -48,7 +48,9 @@ class AutoencoderLoss(nn.Module):
         if config.adversarial_weight > 0:
             self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
 
-    def forward(self, images: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, labels: Tensor, indices: Tensor, step: int | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of images (B, H, W, 3) uint8.
 
         Args:
@@ -83,7 +85,7 @@ class AutoencoderLoss(nn.Module):
             loss = loss + weights.perceptual_weight * metrics["perceptual"]
         if self.discriminator is not None:
             generator_loss, discriminator_loss, real, fake = adversarial_losses(self.discriminator, x, reconstruction)
-            ramp = min(1.0, step / max(1, weights.adversarial_ramp))
+            ramp = torch.as_tensor(step / max(1, weights.adversarial_ramp)).clamp(max=1.0)
             loss = loss + ramp * weights.adversarial_weight * generator_loss + discriminator_loss
             metrics |= {"discriminator_loss": discriminator_loss, "real_logit": real.mean(), "fake_logit": fake.mean()}
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -138,7 +140,9 @@ class BitDanceLoss(nn.Module):
             grid = torch.cat([self.autoencoder.encode(normalize(part)) for part in inputs.split(count)])
         return tokens_from_grid(grid.float(), self.network.config.patch)
 
-    def forward(self, inputs: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, inputs: Tensor, labels: Tensor, indices: Tensor, step: int | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss.
 
         Args:
@@ -155,7 +159,9 @@ class BitDanceLoss(nn.Module):
             perturbed, labels, t, x_0 = self.draw(tokens, labels, indices, step)
         return self.network.loss(tokens, labels, t, x_0, perturbed), {}
 
-    def draw(self, tokens: Tensor, labels: Tensor, indices: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(
+        self, tokens: Tensor, labels: Tensor, indices: Tensor, step: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draws all random numbers of a step.
 
         Returns:

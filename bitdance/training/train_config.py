@@ -138,7 +138,7 @@ class TrainConfig:
         max_skipped: consecutive steps with non-finite gradients after which the run stops; such steps are skipped. 0
             for no limit.
         precision: bf16 for autocast with float32 weights, or fp32; auto is bf16 where the hardware supports it.
-        compile: compile the network on a GPU; on a CPU it never is.
+        compile: compile the loss at the first step, which takes minutes; on a GPU by default.
         grad_checkpointing: recompute activations in the backward pass to save memory.
         accumulate: microbatches per step and process, to save memory; a model's results agree to rounding, while for an
             autoencoder each microbatch has its own entropy.
@@ -193,7 +193,7 @@ class TrainConfig:
     max_skipped: int = _free(20)
 
     precision: Precision = "auto"
-    compile: bool = _free(True)
+    compile: bool | None = _free(None)
     grad_checkpointing: bool = _free(False)
     accumulate: int = _free(1)
 

@@ -35,6 +35,7 @@ from bitdance.runtime.progress import format_duration, progress_bar
 from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid, rows_without_names
 from bitdance.sampling.pipeline import Pipeline
+from bitdance.sampling.sampler import find_compiler_problem
 from bitdance.sampling.writers import write_png
 from bitdance.training.automatic import choose_ema
 from bitdance.training.checkpointing import Checkpointer, read_newest
@@ -56,8 +57,6 @@ PREVIEW_IMAGES = 16
 MAX_KEPT = 0.05
 """Share of the first weights in the EMA that is reported when a run starts."""
 COMPARED_CLASSES, COMPARED_IMAGES = 10, 6
-COMPILED_DEVICES = ("cuda",)
-"""Types of devices on which `compile` has an effect."""
 
 PREVIEW_SAMPLING = SamplingDefaults(chunk_size=1)
 """Images are decoded one by one: a preview should need less memory than a step."""
@@ -183,7 +182,8 @@ class Trainer:
         self.checkpointer = Checkpointer(config.output, config.keep_checkpoints)
         self.log: RunLog | None = None
         self.module: nn.Module = self.objective
-        if config.compile and world.device.type in COMPILED_DEVICES and self._find_compiler():
+        compiles = world.device.type == "cuda" if config.compile is None else config.compile
+        if compiles and self._find_compiler():
             if world.size > 1:
                 # DDP would split the graph at its buckets, which activation checkpointing does not allow. The gradients
                 # are reduced after the backward pass of the whole graph then.
@@ -200,13 +200,10 @@ class Trainer:
 
     def _find_compiler(self) -> bool:
         """Returns whether the compiler can generate code for the device; if not, the first process says so."""
-        from torch.utils._triton import has_triton
-
-        if self.world.device.type != "cuda" or has_triton():
-            return True
-        if self.world.is_main:
-            print("bitdance: training runs uncompiled, since Triton is not installed.", file=sys.stderr)
-        return False
+        problem = find_compiler_problem(self.world.device)
+        if problem and self.world.is_main:
+            print(f"bitdance: training runs uncompiled ({problem}).", file=sys.stderr)
+        return not problem
 
     # ------------------------------------------------------------ steps
 
@@ -314,13 +311,15 @@ class Trainer:
         torch.manual_seed((self.config.seed << 31) + self.step * self.world.size + self.world.rank)
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
+        # A tensor, for which the loss is compiled once. A number would be a constant of the first step's graph.
+        step = torch.full((), self.step, device=self.world.device)
         count = self.config.accumulate
         no_sync = getattr(self.module, "no_sync", contextlib.nullcontext)
         for number, part in enumerate(batch.to(self.world.device).split_microbatches(count)):
             # DDP averages the gradients over the processes in the last microbatch.
             with no_sync() if number < count - 1 else contextlib.nullcontext():
                 with self.autocast():
-                    loss, metrics = self.module(*part, self.step)
+                    loss, metrics = self.module(*part, step)
                 (loss / count).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
