@@ -897,8 +897,12 @@ def test_a_setting_of_a_later_release_has_its_default_in_older_runs(data, tmp_pa
 def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     train(data, tmp_path / "whole", epochs=3)
     train(data, tmp_path / "run", epochs=2, max_steps=4)
+    settings = tmp_path / "run" / "settings.json"
+    reached = settings.read_text()
+    settings.write_text(reached.replace('"last_step": 4', '"last_step": 6'))
     with pytest.raises(UserError, match=r"\(`epochs` was 2, is 3\)"):  # it is not finished
         train(data, tmp_path / "run", epochs=3)
+    settings.write_text(reached)
     train(data, tmp_path / "run", epochs=2)
     capsys.readouterr()
     train(data, tmp_path / "run", epochs=3)
@@ -913,6 +917,16 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     assert read(tmp_path / "run", 9).metadata["digest"] == read(tmp_path / "whole", 9).metadata["digest"]
     with pytest.raises(UserError, match=r"\(`epochs` was 3, is 2\)"):
         train(data, tmp_path / "run", epochs=2)
+
+
+def test_more_steps_or_epochs_continue_a_run_that_ended_at_its_limit_of_steps(data, tmp_path, capsys):
+    train(data, tmp_path, epochs=2, max_steps=4)
+    train(data, tmp_path, epochs=2, max_steps=4)
+    assert "nothing is left to do; more steps or epochs continue it." in capsys.readouterr().err
+    train(data, tmp_path, epochs=2, max_steps=5)
+    train(data, tmp_path, epochs=3)
+    assert "epochs extended from 2 to 3" in capsys.readouterr().out
+    assert small.read_log(tmp_path)[-1]["step"] == 9
 
 
 def test_a_folder_with_missing_or_other_settings(data, tmp_path):

@@ -69,13 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((argument for argument in arguments if argument != "--debug"), "--help")
     if name in ("-h", "--help", "help"):
-        print(_help())
-        return
+        return call(lambda _: print(_help()), [])
     if name == "--version":
         from bitdance import __version__
 
-        print(f"bitdance {__version__}")
-        return
+        return call(lambda _: print(f"bitdance {__version__}"), [])
     if name not in COMMANDS:
         from bitdance.runtime.errors import did_you_mean
 

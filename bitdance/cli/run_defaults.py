@@ -8,9 +8,8 @@ import pathlib
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from bitdance.cli.parsing import MISSING
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.run_folder import FREE, SETTINGS, check_kind, check_writable, read_json
 from bitdance.training.train_config import SCHEDULE_FIELDS, TrainConfig
@@ -22,18 +21,16 @@ if TYPE_CHECKING:
     from bitdance.training.automatic import LearningRate
     from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 
-T = TypeVar("T")
-
 
 def stored_settings(
-    given: Mapping[str, str | None], kind: str, build: Callable[[TrainConfig, dict[str, Any]], T]
-) -> T | None:
-    """Returns the defaults with which a run that has checkpoints goes on; None of a new one.
+    given: Mapping[str, str | None], kind: str, classes: Mapping[str, type[Any]]
+) -> dict[str, dict[str, Any]] | None:
+    """Returns the settings with which a run that has checkpoints goes on, by section; None of a new one.
 
     Args:
         given: values of the options `output` and `time`; a run that goes on ignores `time`.
         kind: model or autoencoder.
-        build: makes the defaults of the command from the settings of the run and all sections that are stored.
+        classes: dataclasses of the sections besides `run` and `train`.
 
     Raises:
         UserError: the folder belongs to another kind of run, or its settings are damaged.
@@ -46,28 +43,37 @@ def stored_settings(
     if not list_checkpoints(output):
         return None
     try:
-        defaults = build(TrainConfig(MISSING, **restore(TrainConfig, stored["train"], SCHEDULE_FIELDS)), stored)
-    except (TypeError, ValueError, KeyError):
+        found = {name: _restore(cls, stored[name]) for name, cls in classes.items()}
+        found["train"] = _restore(TrainConfig, stored["train"], SCHEDULE_FIELDS)
+        if not isinstance(stored["run"].get("autoencoder"), str if kind == "model" else None | str):
+            raise ValueError("autoencoder")
+    except ValueError:
         raise UserError(f"{output / SETTINGS} is damaged: restore it, or delete {output} to start over.") from None
     if given["time"] is not None:
         print(f"bitdance: {output} goes on as it began: --time does not count, --epochs extends it.", file=sys.stderr)
-    return defaults
+    return {"run": stored["run"], **found}
 
 
-def restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
+def _restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
     """Returns the stored values of those fields of a dataclass that must be equal, and `also` others.
 
     Fields that this release does not know are reported later.
 
     Raises:
-        ValueError: a value is not one of the field's type.
+        ValueError: a value is not one of the field's type, or one without a default is missing.
     """
     hints = typing.get_type_hints(cls)
-    kept = {field.name for field in dataclasses.fields(cls) if field.metadata != FREE or field.name in also}
-    found = {name: section[name] for name in kept & set(section)}
-    for name, value in found.items():
-        if not _has_type(value, hints[name]):
-            raise ValueError(name)
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.metadata == FREE and field.name not in also:
+            continue
+        if field.name in section:
+            value = section[field.name]
+            if not _has_type(value, hints[field.name]):
+                raise ValueError(field.name)
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(field.name)
     return found
 
 

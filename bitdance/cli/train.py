@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, restore, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, SamplingDefaults
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
@@ -99,8 +98,9 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     given = given_values(arguments, ("init-from", "autoencoder", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments, Train(DEMO, TrainConfig(MISSING)))
-    if stored := stored_settings(given, "model", _restore):
-        return _parse(arguments, stored)
+    if stored := stored_settings(given, "model", {"model": ModelSizes, "loss": LossConfig}):
+        run, sizes = TrainConfig(MISSING, **stored["train"]), ModelSizes(**stored["model"])
+        return _parse(arguments, Train(stored["run"]["autoencoder"], run, sizes, LossConfig(**stored["loss"])))
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", "perturb_rate", *_SIZES))
     from bitdance.data.token_cache import is_token_cache
     from bitdance.models.autoencoder import Autoencoder
@@ -144,8 +144,3 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     rate = choose_learning_rate(config.optimizer if "optimizer" in fields else None, command.sizes.dim, fine_tunes)
     config = complete_schedule(config, images, fields, seconds, command.where.device, build, rate, fine_tunes, others)
     return dataclasses.replace(command, run=config)
-
-
-def _restore(run: TrainConfig, stored: dict[str, Any]) -> Train:
-    sizes, loss = (restore(cls, stored[name]) for cls, name in ((ModelSizes, "model"), (LossConfig, "loss")))
-    return Train(stored["run"]["autoencoder"], run, ModelSizes(**sizes), LossConfig(**loss))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import Any
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, restore, stored_settings
+from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, stored_settings
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
@@ -98,8 +97,10 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
     given = given_values(arguments, ("init-from", "time", "data-path", "output"))
     if given["data-path"] is None or not {"-h", "--help"}.isdisjoint(arguments):
         return _parse(arguments)
-    if stored := stored_settings(given, "autoencoder", _restore):
-        return _parse(arguments, stored)
+    classes = {"autoencoder": AutoencoderConfig, "loss": AutoencoderLossConfig}
+    if stored := stored_settings(given, "autoencoder", classes):
+        run, loss = TrainConfig(MISSING, **stored["train"]), AutoencoderLossConfig(**stored["loss"])
+        return _parse(arguments, TrainAutoencoder(run, AutoencoderConfig(**stored["autoencoder"]), loss))
     sizes = [field.name for field in dataclasses.fields(AutoencoderConfig)]
     fields = given_fields(arguments, (*SCHEDULE_FIELDS, "max_steps", *sizes))
     names_other = given["init-from"] is None and given_fields(arguments, ("init_part", "decoder_only"))
@@ -128,10 +129,3 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
     images, device = open_images(config.data_path), command.where.device
     run = complete_schedule(config, images, fields, seconds, device, build, AUTOENCODER_RATE)
     return dataclasses.replace(command, run=run)
-
-
-def _restore(run: TrainConfig, stored: dict[str, Any]) -> TrainAutoencoder:
-    network = restore(AutoencoderConfig, stored["autoencoder"])
-    lists = {name: tuple(value) for name, value in network.items() if isinstance(value, list)}
-    loss = AutoencoderLossConfig(**restore(AutoencoderLossConfig, stored["loss"]))
-    return TrainAutoencoder(run, AutoencoderConfig(**(network | lists)), loss)

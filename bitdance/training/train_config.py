@@ -158,10 +158,10 @@ class TrainConfig:
             the end; 0 for none. Of a model, samples of fixed classes and noise are evaluated; of an autoencoder,
             reconstructions of the images of `val_path`.
         eval_images: images per evaluation. Metrics of few images compare only with one another.
-        eval_reference: what to compare with, as `reference` of `bitdance evaluate`; for a large set of images best a
+        eval_reference: what to compare with, as --reference of `bitdance evaluate`; for a large set of images best a
             stored reference. By default the images of `val_path`.
         eval_inception: file of the Inception network; by default the downloaded one.
-        eval_features: another feature extractor in its place, as `features` of `bitdance evaluate`, such as
+        eval_features: another feature extractor in its place, as --features of `bitdance evaluate`, such as
             efficientnet-lite0; the distance is logged as eval_frechet_distance then.
         eval_cfg_scale: guidance scale of the samples, and of previews; stored with the weights as their default.
         eval_num_steps: solver steps of the samples.

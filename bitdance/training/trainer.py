@@ -403,7 +403,10 @@ class Trainer:
             if self.step:
                 left = f"{self.last_step - self.step} are left"
                 if self.step >= self.last_step:
-                    left = "nothing is left to do; more epochs extend it"
+                    more = (
+                        "more epochs extend it" if self.step >= self.total_steps else "more steps or epochs continue it"
+                    )
+                    left = f"nothing is left to do; {more}"
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
                 print(change)
@@ -600,5 +603,5 @@ def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size
 def _is_finished(step: int, stored: Mapping[str, Any]) -> bool:
     """Returns whether a run with these stored settings has finished after `step` steps."""
     run = stored.get("run")
-    total = run.get("total_steps") if isinstance(run, dict) else None
-    return isinstance(total, int) and step >= total
+    last = run.get("last_step") if isinstance(run, dict) else None
+    return isinstance(last, int) and step >= last
