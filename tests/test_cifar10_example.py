@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 
 import pytest
 import small
@@ -21,7 +20,11 @@ from bitdance.cli.main import call
         ("classifier", "--data-path {many} --val-path {few}", "many has more than 10 classes"),
         ("compare_tokenizers", "--val-path {few} demo --threads 0", "0 is invalid: it must be from 1 to"),
         ("compare_tokenizers", "--val-path {few} --data-path {few} demo --bits 0", "--bits must be multiples of 1"),
-        ("compare_tokenizers", "--val-path {few} demo", "classifier.safetensors is damaged or of another network"),
+        (
+            "compare_tokenizers",
+            "--val-path {few} demo",
+            "classifier.safetensors is missing, damaged or of another network",
+        ),
         (
             "transform_coding",
             "--val-path {few} --data-path {few} --bits 24577",
@@ -37,9 +40,9 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
         "few": small.pictures(tmp_path / "few", each=4, side=32),
         "many": small.pictures(tmp_path / "many", classes=11, each=1, side=32),
     }
-    weights = pathlib.Path("runs/cifar10/classifier.safetensors")
-    weights.parent.mkdir(parents=True)
+    weights = tmp_path / "classifier.safetensors"
     save_file({"other": torch.zeros(1)}, weights)
+    monkeypatch.setattr(importlib.import_module("classifier"), "WEIGHTS", weights)
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as end:
         call(importlib.import_module(program).main, arguments.format(**folders).split())

@@ -1,7 +1,10 @@
-"""The classifier of the CIFAR-10 example: trains it, and gives its features to `bitdance evaluate`.
+"""The classifier of the CIFAR-10 example: gives its features to `bitdance evaluate`, and trains another.
 
-    python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
     bitdance evaluate samples.npz --reference cifar10_test.zip --features examples/cifar10/classifier.py:extractor
+    python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
+
+`classifier.safetensors` is what the second command wrote. Another training gives features of another scale, so Fréchet
+distances compare only if they were computed with the same file.
 
 A residual network of nine layers (Page 2018, half the width). It classifies an image by the sum of the logits of the
 image and of its mirror image; the features are those of the image alone. It is a measure for this example only: nothing
@@ -30,8 +33,7 @@ from bitdance.runtime.atomic_files import atomic_write, file_digest
 from bitdance.runtime.devices import MAX_THREADS
 from bitdance.runtime.errors import UserError, check_fields
 
-WEIGHTS = pathlib.Path("runs/cifar10/classifier.safetensors")
-TRAINER = "examples/cifar10/classifier.py"
+WEIGHTS = pathlib.Path(__file__).with_name("classifier.safetensors")
 NAME = "cifar10-classifier-mirrored"
 SIZE, CLASSES = 256, 10
 
@@ -81,13 +83,11 @@ def classify(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def extractor() -> FeatureExtractor:
     """Returns the trained classifier as a feature extractor, which also reports accuracy."""
-    if not WEIGHTS.exists():
-        raise UserError(f"there is no {WEIGHTS}: train it with {TRAINER}.")
     network = Classifier().eval().requires_grad_(False)
     try:
         network.load_state_dict(load_file(WEIGHTS))
-    except (SafetensorError, RuntimeError):
-        raise UserError(f"{WEIGHTS} is damaged or of another network: train it again with {TRAINER}.") from None
+    except (FileNotFoundError, SafetensorError, RuntimeError):
+        raise UserError(f"{WEIGHTS} is missing, damaged or of another network: restore it.") from None
     digest = file_digest(WEIGHTS)
 
     def extract(images: Tensor) -> Features:
@@ -133,8 +133,10 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4) -> None:
-    """Trains the classifier with SGD and a one-cycle schedule, and writes its weights."""
+def train(
+    data: pathlib.Path, val: pathlib.Path, output: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4
+) -> None:
+    """Trains a classifier with SGD and a one-cycle schedule, and writes its weights in float16."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     (images, labels), held_out = load_images(data), load_images(val)
@@ -157,24 +159,24 @@ def train(data: pathlib.Path, val: pathlib.Path, epochs: int, batch_size: int = 
             schedule.step()
         correct = accuracy(network, *held_out)
         print(f"epoch {epoch + 1} of {epochs}: {correct:.2%} correct, {time.monotonic() - start:.0f} s", flush=True)
-    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    with atomic_write(WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-    print(f"wrote {WEIGHTS}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as temporary:
+        save_file({name: value.contiguous() for name, value in network.half().state_dict().items()}, temporary)
+    print(f"wrote {output}")
 
 
 def main(arguments: list[str]) -> None:
-    """Trains the classifier."""
+    """Trains a classifier."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", type=pathlib.Path, required=True)
     parser.add_argument("--val-path", type=pathlib.Path, required=True)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/cifar10/classifier.safetensors"))
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     check_fields(options, "epochs", lambda value: value >= 1, "be at least 1")
     set_threads(options)
-    train(options.data_path, options.val_path, options.epochs)
+    train(options.data_path, options.val_path, options.output, options.epochs)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,11 @@ def main(arguments: list[str]) -> None:
 
     def add(name: str, bits: int, decoded: Tensor) -> None:
         metrics = measure(original, decoded, labels)
-        cells = [f"{metrics['psnr']:.2f}", f"{metrics['ssim']:.3f}"]
-        if "accuracy" in metrics:
-            cells += [f"{metrics['accuracy']:.1%}", f"{metrics['frechet_distance']:.2f}"]
-        print(f"| {name} | {bits:,} | {' | '.join(cells)} |", flush=True)
+        quality = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f}"
+        print(
+            f"| {name} | {bits:,} | {quality} | {metrics['accuracy']:.1%} | {metrics['frechet_distance']:.2f} |",
+            flush=True,
+        )
         rows.append(decoded[shown])
         names.append(f"{name}, {bits:,} bits")
 

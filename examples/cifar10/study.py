@@ -6,8 +6,7 @@
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
 A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. Lines that are there
-are not measured again, so an interrupted study continues. Needs the example's classifier, see classifier.py, except
-with --bits.
+are not measured again, so an interrupted study continues. Features and accuracy are those of classifier.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains everything of the CIFAR-10 example: classifier, autoencoder, token cache, and models for 1, 4 and 16 tokens a step.
+# Trains everything of the CIFAR-10 example: autoencoder, token cache, and models for 1, 4 and 16 tokens a step.
 #     bash examples/cifar10/train.sh cifar10_train.zip cifar10_test.zip [FOLDER]
 # FOLDER is runs/cifar10 by default. Each part continues where it was interrupted, and finished ones are not repeated.
 # Hours on one thread of a CPU with bf16 instructions; THREADS=4 uses more.
@@ -7,14 +7,10 @@ set -euo pipefail
 images=${1:?give the training images} held_out=${2:?give the held-out images} folder=${3:-runs/cifar10}
 threads=${THREADS:-1}
 export OMP_NUM_THREADS=$threads
-here=$(dirname "${BASH_SOURCE[0]}")
 run() {
     echo "== $*"
     "$@"
 }
-
-[ -e runs/cifar10/classifier.safetensors ] ||
-    run python "$here/classifier.py" --data-path "$images" --val-path "$held_out" --threads "$threads"
 
 # 8 x 8 tokens of 16 bits, of 4 x 4 cells with 64 bits each: the model sees finer steps than with 4 x 4 tokens.
 autoencoder=(bitdance train-autoencoder --recipe small --bits 16 --split 2 --data-path "$images" --val-path "$held_out"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from classifier import WEIGHTS, extractor, load_images
+from classifier import extractor, load_images
 
 from bitdance.cli.main import call
 from bitdance.metrics.frechet_distance import frechet_distance
@@ -78,21 +78,19 @@ def from_blocks(blocks: np.ndarray, side: int) -> torch.Tensor:
 
 
 def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Returns PSNR, SSIM, and of the classifier, if it is trained, the accuracy and the Frechet distance."""
+    """Returns PSNR, SSIM, and of the classifier the accuracy and the Frechet distance."""
     metrics = {"psnr": psnr(original, decoded).mean().item()}
     parts = zip(original.split(100), decoded.split(100), strict=True)
     metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
-    if WEIGHTS.exists():
-        network, statistics = extractor(), []
-        for images in (original, decoded):
-            accumulator, correct = StatisticsAccumulator(network.size), 0
-            for part, label in zip(images.split(100), labels.split(100), strict=True):
-                features = network(part.numpy())
-                accumulator.add(features["pool"])
-                correct += int((features["logits"].argmax(1) == label.numpy()).sum())
-            statistics.append(accumulator.statistics())
-        metrics |= {"accuracy": correct / len(labels), "frechet_distance": frechet_distance(*statistics)}
-    return metrics
+    network, statistics = extractor(), []
+    for images in (original, decoded):
+        accumulator, correct = StatisticsAccumulator(network.size), 0
+        for part, label in zip(images.split(100), labels.split(100), strict=True):
+            features = network(part.numpy())
+            accumulator.add(features["pool"])
+            correct += int((features["logits"].argmax(1) == label.numpy()).sum())
+        statistics.append(accumulator.statistics())
+    return metrics | {"accuracy": correct / len(labels), "frechet_distance": frechet_distance(*statistics)}
 
 
 def transform_code(
