@@ -1002,6 +1002,20 @@ def test_a_first_step_that_is_not_finite(data, tmp_path, monkeypatch):
     assert line["loss"] is None and line["skipped"] == 1
 
 
+@pytest.mark.slow
+def test_a_compiled_run_on_a_cpu_resumes_bit_for_bit(data, tmp_path):
+    """Its losses are those of an uncompiled run up to rounding."""
+    if problem := trainer_module.find_compiler_problem(CPU):
+        pytest.skip(problem)
+    train(data, tmp_path / "eager", epochs=2)
+    train(data, tmp_path / "whole", epochs=2, compile=True)
+    train(data, tmp_path / "parts", epochs=2, compile=True, max_steps=3)
+    train(data, tmp_path / "parts", epochs=2, compile=True)
+    assert read(tmp_path / "parts", 6).metadata["digest"] == read(tmp_path / "whole", 6).metadata["digest"]
+    losses = [[line["loss"] for line in small.read_log(tmp_path / name)] for name in ("whole", "eager")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_trains_and_resumes(data, tmp_path, compiled):
