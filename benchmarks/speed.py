@@ -183,12 +183,13 @@ def training_parts(
     device = network.norm.weight.device
     optimizer = Optimizer(dict(network.named_parameters()), TrainConfig(pathlib.Path(), pathlib.Path(), lr=1e-5))
     ema, index, zero = EMA(network, 0.9999), torch.arange(batch_size, device=device), torch.zeros((), device=device)
+    number = torch.zeros((), dtype=torch.int64, device=device)
     shapes = {"train-tokens": (sizes.num_tokens, sizes.bits // 8), "train-images": (side, side, 3)}
 
     def step(part: str) -> None:
         inputs = torch.randint(0, 256, (batch_size, *shapes[part]), dtype=torch.uint8, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-            loss, _ = objective(inputs, index % sizes.num_classes, index, 0)
+            loss, _ = objective(inputs, index % sizes.num_classes, index, number)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step(1e-5, zero)
@@ -312,7 +313,7 @@ def main() -> None:
             objective.autoencoder.prepare_for_cpu()
         in_bf16 = dtype == torch.bfloat16
         if options.compile:
-            objective.compile()  # as `Trainer` does on a GPU
+            objective.compile()  # as `Trainer` does
         name = "compiled" if options.compile else "ours"
         variants[name] = training_parts(objective, options.batch_size, side, in_bf16)
     if any(not part.startswith("train") for part in parts):

@@ -196,6 +196,19 @@ def test_stored_settings_of_other_types_are_damage(pictures, tmp_path, refused, 
     )
 
 
+def test_errors_of_this_program_are_not_called_damage(pictures, tmp_path, monkeypatch):
+    class Broken(LossConfig):
+        def __init__(self, **settings):
+            raise TypeError("ours")
+
+    stored = {"run": {"autoencoder": "demo"}, "train": {}, "model": {}, "loss": {}}
+    (tmp_path / "checkpoint-0000001.safetensors").touch()
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    monkeypatch.setattr("bitdance.cli.train.LossConfig", Broken)
+    with pytest.raises(TypeError, match="ours"):
+        main(["train", "--data-path", str(pictures), "--output", str(tmp_path), "--device", "cpu"])
+
+
 def test_the_demo_autoencoder_is_fine_tuned(pictures, tmp_path, capsys):
     run = tmp_path / "run"
     command = ["train-autoencoder", "--data-path", str(pictures), "--output", str(run), "--device", "cpu"]

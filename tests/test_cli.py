@@ -448,9 +448,10 @@ def test_info_prints_odd_args(released, info):
     assert facts["args"]["bomb"] == "<list>" and facts["args"]["3"] == "<Tensor>" and facts["args"]["nan"] == "nan"
 
 
-def test_a_reader_that_ends_early_is_no_error():
+@pytest.mark.parametrize("arguments", [["evaluate", "--help"], ["--help"]])
+def test_a_reader_that_ends_early_is_no_error(arguments):
     """As in `bitdance evaluate --help | head`."""
-    code = "from bitdance.cli.main import main; main(['evaluate', '--help'])"
+    code = f"from bitdance.cli.main import main; main({arguments})"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

@@ -437,6 +437,28 @@ def test_compiling_needs_one_graph_for_all_steps():
     assert len(graphs) == 1
 
 
+def test_compiling_an_autoencoder_needs_one_graph_for_all_steps():
+    """Those of the ramp of the adversarial weight and later ones."""
+    config = AutoencoderLossConfig(
+        adversarial_weight=0.1, adversarial_ramp=3, discriminator_width=8, discriminator_layers=1
+    )
+    part = AutoencoderLoss(small.autoencoder(), config)
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    batch, steps = (images, torch.zeros(2), torch.arange(2)), (0, 1, 2, 3, 7)
+    expected = [part(*batch, step)[0].item() for step in steps]
+    assert len(set(expected)) == 4
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(part, backend=count)
+    assert [compiled(*batch, torch.tensor(step))[0].item() for step in steps] == pytest.approx(expected, rel=1e-6)
+    assert len(graphs) == 1
+
+
 # ------------------------------------------------------------ FLOPs
 
 
@@ -922,7 +944,7 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
 def test_more_steps_or_epochs_continue_a_run_that_ended_at_its_limit_of_steps(data, tmp_path, capsys):
     train(data, tmp_path, epochs=2, max_steps=4)
     train(data, tmp_path, epochs=2, max_steps=4)
-    assert "nothing is left to do; more steps or epochs continue it." in capsys.readouterr().err
+    assert "nothing is left to do; a larger --max-steps or more epochs continue it." in capsys.readouterr().err
     train(data, tmp_path, epochs=2, max_steps=5)
     train(data, tmp_path, epochs=3)
     assert "epochs extended from 2 to 3" in capsys.readouterr().out
@@ -1003,21 +1025,24 @@ def test_a_first_step_that_is_not_finite(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_on_a_cpu_resumes_bit_for_bit(data, tmp_path):
+def test_a_compiled_run_on_a_cpu_resumes_bit_for_bit(data, tmp_path, monkeypatch):
     """Its losses are those of an uncompiled run up to rounding."""
     if problem := trainer_module.find_compiler_problem(CPU):
         pytest.skip(problem)
     train(data, tmp_path / "eager", epochs=2)
+    compiled, real = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: (compiled.append(module), real(module)))
     train(data, tmp_path / "whole", epochs=2, compile=True)
     train(data, tmp_path / "parts", epochs=2, compile=True, max_steps=3)
     train(data, tmp_path / "parts", epochs=2, compile=True)
+    assert len(compiled) == 3
     assert read(tmp_path / "parts", 6).metadata["digest"] == read(tmp_path / "whole", 6).metadata["digest"]
     losses = [[line["loss"] for line in small.read_log(tmp_path / name)] for name in ("whole", "eager")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, None])
 def test_a_gpu_trains_and_resumes(data, tmp_path, compiled):
     def run(folder: str, **changes: Any) -> list[float]:
         config = small.train_config(data, tmp_path / folder, epochs=2, compile=compiled, **changes)

@@ -45,7 +45,7 @@ def stored_settings(
     try:
         found = {name: _restore(cls, stored[name]) for name, cls in classes.items()}
         found["train"] = _restore(TrainConfig, stored["train"], SCHEDULE_FIELDS)
-        if not isinstance(stored["run"].get("autoencoder"), str if kind == "model" else None | str):
+        if kind == "model" and not isinstance(stored["run"].get("autoencoder"), str):
             raise ValueError("autoencoder")
     except ValueError:
         raise UserError(f"{output / SETTINGS} is damaged: restore it, or delete {output} to start over.") from None
@@ -60,7 +60,7 @@ def _restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] =
     Fields that this release does not know are reported later.
 
     Raises:
-        ValueError: a value is not one of the field's type, or one without a default is missing.
+        ValueError: a value is not one of the field's type.
     """
     hints = typing.get_type_hints(cls)
     found = {}
@@ -72,8 +72,6 @@ def _restore(cls: type[Any], section: Mapping[str, Any], also: Collection[str] =
             if not _has_type(value, hints[field.name]):
                 raise ValueError(field.name)
             found[field.name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(field.name)
     return found
 
 

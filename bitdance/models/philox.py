@@ -66,15 +66,15 @@ def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor,
         ids: (B,) int64, 0 <= id < 2**32; the result is on the same device.
         size: elements per draw.
         stream: one of the stream constants of this module.
-        step: 0 <= step < 2**32, the step of sampling or training, or the epoch; or an int64 scalar on the device of the
-            ids, which is not checked: compiled code then works for all steps.
+        step: of sampling or training, or the epoch: a number, 0 <= step < 2**32, or an int64 scalar on the device of
+            the ids, whose range is not checked. With a scalar, compiled code is not specialized to the step.
         draws: number of draws; the index of a draw is part of the counter.
 
     Raises:
         UserError: the seed or the step is out of range.
     """
     check_seed(seed)
-    if isinstance(step, int) and not 0 <= step <= _MASK:
+    if not isinstance(step, Tensor) and not 0 <= step <= _MASK:
         raise UserError(f"step={step} is invalid: it must be between 0 and {_MASK}.")
     device = ids.device
     element = torch.arange((size + 3) // 4, device=device)

@@ -50,7 +50,7 @@ def measure_step(
     in_bf16: bool,
     optimizer_name: OptimizerName = "adamw",
 ) -> float:
-    """Returns the seconds of a training step.
+    """Returns the seconds of a training step that is not compiled.
 
     Args:
         objective: the loss with its network, which is changed and moved to the device.

@@ -56,7 +56,7 @@ class AutoencoderLoss(nn.Module):
         Args:
             images: of one size, which the autoencoder can encode.
             labels, indices: not used; `BitDanceLoss` uses them.
-            step: of the training, for the ramp of the adversarial term.
+            step: of the training, a number or an int64 scalar on the device, for the ramp of the adversarial term.
 
         Returns:
             The loss, a float32 scalar, with gradients for the autoencoder and the discriminator, each from its own
@@ -149,7 +149,7 @@ class BitDanceLoss(nn.Module):
             inputs: images or packed bits, see `tokenize`.
             labels: (B,) int64.
             indices: (B,) int64, indices in the global batch.
-            step: of the training.
+            step: of the training, a number or an int64 scalar on the device of the inputs.
 
         Returns:
             The loss, a float32 scalar, and further metrics (none).

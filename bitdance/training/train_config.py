@@ -121,8 +121,8 @@ class TrainConfig:
         max_bad_images: unreadable images that are tolerated, and whose places others take; by default a tenth of your
             own pictures, at least 10, and 100 of ImageNet.
         epochs: passes over the data; the number of steps is epochs x floor(images / batch size). More epochs extend a
-            finished run.
-        max_steps: ends the run earlier, for a test; the schedule still spans all epochs.
+            run that has reached its last step.
+        max_steps: ends the run earlier; the schedule still spans all epochs. A larger number continues it.
         batch_size: images per step, over all processes.
         seed: of all random numbers; each is a function of the seed, the step and the index in the global batch.
         optimizer: adamw as published; muon for matrices of hidden layers and AdamW for the rest, for models.
@@ -138,7 +138,7 @@ class TrainConfig:
         max_skipped: consecutive steps with non-finite gradients after which the run stops; such steps are skipped. 0
             for no limit.
         precision: bf16 for autocast with float32 weights, or fp32; auto is bf16 where the hardware supports it.
-        compile: compile the loss at the first step, which takes minutes; on a GPU by default.
+        compile: compile the loss at the first step, which takes minutes; by default on CUDA GPUs only.
         grad_checkpointing: recompute activations in the backward pass to save memory.
         accumulate: microbatches per step and process, to save memory; a model's results agree to rounding, while for an
             autoencoder each microbatch has its own entropy.

@@ -199,8 +199,9 @@ class Trainer:
         self.ema = EMA(self.network, config.ema) if config.ema > 0 else None
 
     def _find_compiler(self) -> bool:
-        """Returns whether the compiler can generate code for the device; if not, the first process says so."""
-        problem = find_compiler_problem(self.world.device)
+        """Returns whether the compiler works in all processes; if not, the first one says why."""
+        problems = self.world.gather(find_compiler_problem(self.world.device))
+        problem = self.world.broadcast(next(filter(None, problems), None))
         if problem and self.world.is_main:
             print(f"bitdance: training runs uncompiled ({problem}).", file=sys.stderr)
         return not problem
@@ -311,7 +312,7 @@ class Trainer:
         torch.manual_seed((self.config.seed << 31) + self.step * self.world.size + self.world.rank)
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
-        # A tensor, for which the loss is compiled once. A number would be a constant of the first step's graph.
+        # A tensor, so that the loss is compiled only once: a number would be a constant of the graph.
         step = torch.full((), self.step, device=self.world.device)
         count = self.config.accumulate
         no_sync = getattr(self.module, "no_sync", contextlib.nullcontext)
@@ -404,7 +405,9 @@ class Trainer:
                 left = f"{self.last_step - self.step} are left"
                 if self.step >= self.last_step:
                     more = (
-                        "more epochs extend it" if self.step >= self.total_steps else "more steps or epochs continue it"
+                        "more epochs extend it"
+                        if self.step >= self.total_steps
+                        else "a larger --max-steps or more epochs continue it"
                     )
                     left = f"nothing is left to do; {more}"
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
@@ -601,7 +604,7 @@ def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size
 
 
 def _is_finished(step: int, stored: Mapping[str, Any]) -> bool:
-    """Returns whether a run with these stored settings has finished after `step` steps."""
+    """Returns whether a run with these stored settings has reached its last step, of all epochs or of `max_steps`."""
     run = stored.get("run")
     last = run.get("last_step") if isinstance(run, dict) else None
     return isinstance(last, int) and step >= last

@@ -3,8 +3,8 @@
     bitdance evaluate samples.npz --reference cifar10_test.zip --features examples/cifar10/classifier.py:extractor
     python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
 
-`classifier.safetensors` is what the second command wrote. Another training gives features of another scale, so Fréchet
-distances compare only if they were computed with the same file.
+`classifier.safetensors` beside this file was written by the second command. Features of another training have another
+scale, so compare only Fréchet distances that were computed with the same file.
 
 A residual network of nine layers (Page 2018, half the width). It classifies an image by the sum of the logits of the
 image and of its mirror image; the features are those of the image alone. It is a measure for this example only: nothing
