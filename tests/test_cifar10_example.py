@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 import small
 import torch
 from safetensors.torch import save_file
 
+import bitdance
 from bitdance.cli.main import call
 
 
@@ -48,3 +50,13 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
         call(importlib.import_module(program).main, arguments.format(**folders).split())
     torch.set_num_threads(threads)
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_stored_classifier(monkeypatch):
+    """It tells the embedded model's samples of a class from noise: most are recognised."""
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    network = importlib.import_module("classifier").extractor()
+    images = bitdance.load_pipeline("demo")([7] * 8, seed=0, output="np")
+    features = network(np.asarray(images))
+    assert features["pool"].shape == (8, 256) and features["logits"].shape == (8, 10)
+    assert (features["logits"].argmax(1) == 7).sum() >= 6
