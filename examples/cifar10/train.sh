@@ -24,12 +24,13 @@ run bitdance encode --data-path "$images" --autoencoder "$folder/autoencoder.saf
     --output "$folder/tokens" --precision fp32 --threads "$threads"
 
 for p in ${PARALLEL_NUMS:-4 1 16}; do
-    epochs=$((p < 16 ? 15 : 25)) # 16 tokens at once are learned more slowly
+    # 16 tokens at once are learned more slowly, and the mean of their few guidance scales is smaller.
+    epochs=$((p < 16 ? 15 : 35)) scale=$((p < 16 ? 24 : 48))
     run bitdance train --data-path "$folder/tokens" --autoencoder "$folder/autoencoder.safetensors" --image-size 32 \
         --output "$folder/model-${p}x" --parallel-num "$p" --dim 128 --n-layer 6 --head-dim 128 --head-layers 6 \
         --head-ada-ln 1 --cls-token-num 4 --epochs "$epochs" --batch-size 64 --optimizer muon --lr 4e-3 --min-lr 4e-5 \
         --warmup-steps 200 --decay-start 200 --ema 0.999 --perturb-rate 0.1 --diff-batch-mul 2 --precision bf16 \
         --threads "$threads" --num-workers 1 --save-minutes 5 --save-every 0 --preview-every 2000
     # Larger scales hardly lower the Fréchet distance, see docs/demo-model.md.
-    run bitdance convert "$folder/model-${p}x/model.safetensors" "$folder/model-${p}x.safetensors" --dtype int8 --cfg-scale 24
+    run bitdance convert "$folder/model-${p}x/model.safetensors" "$folder/model-${p}x.safetensors" --dtype int8 --cfg-scale "$scale"
 done
