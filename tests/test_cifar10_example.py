@@ -20,6 +20,7 @@ from bitdance.cli.main import call
         ("classifier", "--data-path {few} --val-path {few} --epochs 0", "0 is invalid: it must be at least 1"),
         ("classifier", "--data-path {few} --val-path {few} --threads -1", "-1 is invalid: it must be from 1 to"),
         ("classifier", "--data-path {many} --val-path {few}", "many has more than 10 classes"),
+        ("classifier", "--data-path {few} --val-path {few} --output {few}", "few is a folder: give the file to write"),
         ("compare_tokenizers", "--val-path {few} demo --threads 0", "0 is invalid: it must be from 1 to"),
         ("compare_tokenizers", "--val-path {few} --data-path {few} demo --bits 0", "--bits must be multiples of 1"),
         (

@@ -86,7 +86,7 @@ def extractor() -> FeatureExtractor:
     network = Classifier().eval().requires_grad_(False)
     try:
         network.load_state_dict(load_file(WEIGHTS))
-    except (FileNotFoundError, SafetensorError, RuntimeError):
+    except (OSError, SafetensorError, RuntimeError):
         raise UserError(f"{WEIGHTS} is missing, damaged or of another network: restore it.") from None
     digest = file_digest(WEIGHTS)
 
@@ -137,6 +137,9 @@ def train(
     data: pathlib.Path, val: pathlib.Path, output: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4
 ) -> None:
     """Trains a classifier with SGD and a one-cycle schedule, and writes its weights in float16."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: give the file to write.")
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     (images, labels), held_out = load_images(data), load_images(val)
@@ -159,7 +162,6 @@ def train(
             schedule.step()
         correct = accuracy(network, *held_out)
         print(f"epoch {epoch + 1} of {epochs}: {correct:.2%} correct, {time.monotonic() - start:.0f} s", flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as temporary:
         save_file({name: value.contiguous() for name, value in network.half().state_dict().items()}, temporary)
     print(f"wrote {output}")
