@@ -56,6 +56,17 @@ def quick_previews(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Tests without the mark `gpu`, and what they start, compute on the CPU, whose results and messages they expect."""
+    import torch
+
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Results that are compared to the last bit need equal numbers of threads."""
     import torch

@@ -77,7 +77,8 @@ def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor,
     if not isinstance(step, Tensor) and not 0 <= step <= _MASK:
         raise UserError(f"step={step} is invalid: it must be between 0 and {_MASK}.")
     device = ids.device
-    element = torch.arange((size + 3) // 4, device=device)
+    # The mask changes nothing, but keeps compiled code for GPUs from multiplying a 32-bit index by a larger constant.
+    element = torch.arange((size + 3) // 4, device=device) & _MASK
     draw = torch.arange(draws, device=device)[:, None, None]
     # Created on the device: copying numbers to a GPU would synchronize with it.
     step_word, stream_word, seed_word = (
