@@ -34,6 +34,9 @@ from bitdance.cli.main import call
             "the number of blocks, from 1 to 24576",
         ),
         ("study", "--reference {few} --images 0", "0 is invalid: it must be at least 1"),
+        ("study", "--reference {few} --equivalence", "1 is invalid: it must be from 2 to 10"),
+        ("study", "--figures --output {study} --models demo-16x", "has no rows at the guidance scale 48"),
+        ("study", "--figures --output {study} --models demo-16x --images 7", "has no results of 7 images yet"),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, capsys, program, arguments, words):
@@ -42,6 +45,7 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
     folders = {
         "few": small.pictures(tmp_path / "few", each=4, side=32),
         "many": small.pictures(tmp_path / "many", classes=11, each=1, side=32),
+        "study": small.ROOT / "docs" / "data",
     }
     weights = tmp_path / "classifier.safetensors"
     save_file({"other": torch.zeros(1)}, weights)
@@ -51,6 +55,22 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
         call(importlib.import_module(program).main, arguments.format(**folders).split())
     torch.set_num_threads(threads)
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_stored_study(monkeypatch, tmp_path, capsys):
+    """Its figure is drawn, and its test of equivalence pairs the seeds, whatever the order of the rows."""
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    study = importlib.import_module("study")
+    for name in ("study", "equivalence"):
+        lines = (small.ROOT / f"docs/data/{name}-demo-1x.csv").read_text().splitlines()
+        (tmp_path / f"{name}-demo-1x.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    arguments = ["--figures", "--output", str(tmp_path), "--models", "demo-1x"]
+    call(study.main, arguments)
+    assert (tmp_path / "study-demo-1x.png").read_bytes().startswith(b"\x89PNG")
+    call(study.main, [*arguments, "--equivalence", "--images", "5000", "--seeds", "8"])
+    verdicts = capsys.readouterr().out.splitlines()[-4:]
+    assert [verdict.rsplit(": ", 1)[1] for verdict in verdicts] == ["equivalent"] * 2 + ["not shown", "equivalent"]
+    assert verdicts[-1].startswith("dpmpp-2m-sde, 20 steps: 1.010 +- 0.008")
 
 
 def test_the_stored_classifier(monkeypatch):

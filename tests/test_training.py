@@ -171,7 +171,7 @@ def test_muon_moves_hidden_matrices_by_orthogonal_matrices():
             assert singular.min() > 0.5 and singular.max() < 1.3, name
     assert {name.split("/", 1)[0] for name in optimizer.state()} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
     shapes = {name: value.shape for name, value in optimizer.state().items()}
-    assert shapes == {name: value.shape for name, value in optimizer.empty_state().items()}
+    assert shapes == {name: value.shape for name, value in optimizer.state_templates().items()}
     with pytest.raises(UserError, match="optimizer=muon is for models"):
         Optimizer(dict(small.autoencoder().named_parameters()), run)
 
@@ -936,7 +936,7 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
 def test_more_steps_or_epochs_continue_a_run_that_ended_at_its_limit_of_steps(data, tmp_path, capsys):
     train(data, tmp_path, epochs=2, max_steps=4)
     train(data, tmp_path, epochs=2, max_steps=4)
-    assert "nothing is left to do; a larger --max-steps or more epochs continue it." in capsys.readouterr().err
+    assert "nothing is left to do; a larger `max_steps` or more `epochs` would continue it." in capsys.readouterr().err
     train(data, tmp_path, epochs=2, max_steps=5)
     train(data, tmp_path, epochs=3)
     assert "epochs extended from 2 to 3" in capsys.readouterr().out

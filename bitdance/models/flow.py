@@ -23,7 +23,7 @@ LAST_STEP = 0.05
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:
-    """Shifts timesteps towards noise for shift > 1: (1/s) / ((1/s) + (1/t - 1)); the identity for shift = 1."""
+    """Shifts timesteps towards noise for shift > 1: (1/s) / ((1/s) + (1/t - 1)); for shift = 1, t up to rounding."""
     return (1 / shift) / ((1 / shift) + (1 / t - 1))
 
 
@@ -186,7 +186,7 @@ def integrate(
     Args:
         solver: from `make_solver`, on the device of the noise.
         predict_fn: the guided prediction.
-        noise: (`solver.num_draws`, ...); noise[0] is x_0, noise[j + 1] is n_j.
+        noise: (draws, ...), at least `solver.num_draws` of them; noise[0] is x_0, noise[j + 1] is n_j.
         step_fn: `solver_step` or a compiled version of it.
 
     Returns:

@@ -77,7 +77,8 @@ def words(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor,
     if not isinstance(step, Tensor) and not 0 <= step <= _MASK:
         raise UserError(f"step={step} is invalid: it must be between 0 and {_MASK}.")
     device = ids.device
-    # The mask changes nothing, but keeps compiled code for GPUs from multiplying a 32-bit index by a larger constant.
+    # Without the mask, which changes no value, Inductor makes the product with a multiplier part of an index, which
+    # Triton computes with 32 bits and refuses.
     element = torch.arange((size + 3) // 4, device=device) & _MASK
     draw = torch.arange(draws, device=device)[:, None, None]
     # Created on the device: copying numbers to a GPU would synchronize with it.
@@ -98,7 +99,8 @@ def uniform(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tenso
 def normal(seed: int, ids: Tensor, size: int, *, stream: int, step: int | Tensor, draws: int = 1) -> Tensor:
     """Generates standard normal numbers (Box-Muller), arguments as in `words`: (draws, B, size) float32.
 
-    Words are equal on every device; logarithm and cosine are not, so normal numbers agree to 1e-6.
+    Words are equal on every device; logarithm and cosine are not, so normal numbers agree to 1e-6. No absolute value is
+    above 5.77, since the uniform numbers have 24 bits.
     """
     w = words(seed, ids, size, stream=stream, step=step, draws=draws).unflatten(-1, (-1, 2)) >> 8  # 24 bits
     radius = torch.sqrt(-2.0 * torch.log((w[..., 0] + 1).to(torch.float32) * 2.0**-24))

@@ -631,10 +631,10 @@ def load_pipeline(
     if not dtype.is_floating_point:
         raise UserError(f"dtype={dtype} is invalid: it must be a floating-point type, such as torch.bfloat16.")
     model = weights_file.load_model(contents, weights, dtype)
-    decoder = weights_file.load_autoencoder(source, dtype)
+    network = weights_file.load_autoencoder(source, dtype)
     name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
-    pipeline = Pipeline(model.to(device), decoder.to(device), name, sampling_defaults(contents))
-    pipeline.files, pipeline.weights = (contents.path, source.path), weights
+    defaults, files = sampling_defaults(contents), (contents.path, source.path)
+    pipeline = Pipeline(model.to(device), network.to(device), name, defaults, files=files, weights=weights)
     trained_with = contents.metadata.get(TOKENIZER_DIGEST)
     if trained_with and trained_with != weights_file.tokenizer_digest(source):
         print(
@@ -643,7 +643,7 @@ def load_pipeline(
             file=sys.stderr,
         )
     if device.type == "cpu":
-        decoder.prepare_for_cpu()
+        network.prepare_for_cpu()
     return pipeline
 
 

@@ -294,7 +294,8 @@ def head_sampler(
     """Returns a function that samples tokens from the head; the solver's timesteps are embedded only once.
 
     It takes cond (R, P, D), noise (draws, R, P, C), the guidance scale () or None, and the number of solver steps. With
-    a scale the second half of the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves.
+    a scale the second half of the rows of cond is unconditional, and noise has R / 2 rows, shared by both halves. It
+    returns x (R or R / 2, P, C), whose sign is the tokens.
     """
     net, device = model.head.net, model.norm.weight.device
     first, last = config.cfg_interval

@@ -171,7 +171,8 @@ def estimate_memory(trainer: Trainer, images: int) -> dict[str, int]:
     config, world = trainer.config, trainer.world
     networks = {name: _parameter_bytes(network) for name, network in _networks(trainer).items()}
     trained = sum(value.nbytes for value in trainer.parameters.values())
-    optimizer = sum(value.nbytes for value in trainer.optimizer.empty_state().values() if value.ndim)  # not counters
+    templates = trainer.optimizer.state_templates().values()
+    optimizer = sum(value.nbytes for value in templates if value.ndim)  # not counters
     weights = networks[trainer.kind] + networks.get("discriminator", 0)
     frozen = sum(networks.values()) - weights
     ema = networks[trainer.kind] if trainer.ema is not None else 0

@@ -95,8 +95,8 @@ class Optimizer:
             for key, value in self._optimizer_of(name).state[parameter].items()
         }
 
-    def empty_state(self) -> dict[str, Tensor]:
-        """Returns tensors of the shapes and types of `state` after a step."""
+    def state_templates(self) -> dict[str, Tensor]:
+        """Returns tensors of the shapes and types of `state` after a step; their values mean nothing."""
         tensors = {f"momentum_buffer/{name}": value for name, value in self._matrices.items()}
         for name, value in self._parameters.items():
             if name not in self._matrices:
@@ -114,7 +114,10 @@ class Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step: linear warm-up, constant, cosine from `decay_start` to `min_lr`."""
+    """Returns the learning rate of a step, from 0: linear warm-up, constant, cosine from `decay_start` to `min_lr`.
+
+    With `decay_start=0` it stays constant.
+    """
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if 0 < config.decay_start <= step and config.decay_start < total_steps:
@@ -153,10 +156,10 @@ class EMA:
 
 
 class NonFiniteGuard:
-    """Decides on the device whether a step is skipped, and counts: steps with non-finite gradients are.
+    """Skips and counts the steps whose gradients are not finite, without synchronizing with the host.
 
-    The optimizer does not change parameters or its state where it is 1, and neither does the EMA.
-    Gradients have been averaged over all processes by then, so all decide alike.
+    `check` returns 1 for such a step; the optimizer and the EMA then change nothing. Gradients have been averaged over
+    all processes by then, so all decide alike.
 
     Args:
         device: of the gradients.

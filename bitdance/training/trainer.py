@@ -404,12 +404,8 @@ class Trainer:
             if self.step:
                 left = f"{self.last_step - self.step} are left"
                 if self.step >= self.last_step:
-                    more = (
-                        "more epochs extend it"
-                        if self.step >= self.total_steps
-                        else "a larger --max-steps or more epochs continue it"
-                    )
-                    left = f"nothing is left to do; {more}"
+                    more = "more `epochs`" if self.step >= self.total_steps else "a larger `max_steps` or more `epochs`"
+                    left = f"nothing is left to do; {more} would continue it"
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
                 print(change)
@@ -441,7 +437,7 @@ class Trainer:
         """
         network: dict[str, Tensor] = dict(self.network.named_parameters())
         parts = {"model": network, "ema": network if self.ema is not None else {}}
-        parts["optimizer"] = self.optimizer.empty_state()
+        parts["optimizer"] = self.optimizer.state_templates()
         parts["discriminator"] = dict(self.discriminator.named_parameters()) if self.discriminator is not None else {}
         for part, expected in parts.items():
             found = contents.states.get(part, {})

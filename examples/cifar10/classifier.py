@@ -3,8 +3,9 @@
     bitdance evaluate samples.npz --reference cifar10_test.zip --features examples/cifar10/classifier.py:extractor
     python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
 
-`classifier.safetensors` beside this file was written by the second command. Features of another training have another
-scale, so compare only Fréchet distances that were computed with the same file.
+`classifier.safetensors` beside this file is what the second command wrote to runs/cifar10; to use the result of another
+training, copy it there. Its features have another scale, so compare only Fréchet distances that were computed with one
+file.
 
 A residual network of nine layers (Page 2018, half the width). It classifies an image by the sum of the logits of the
 image and of its mirror image; the features are those of the image alone. It is a measure for this example only: nothing
@@ -28,14 +29,18 @@ from torch import Tensor, nn
 from bitdance.cli.main import call
 from bitdance.data.crops import normalize, to_array
 from bitdance.data.images import open_images
+from bitdance.metrics.accuracy import top_k_accuracy
 from bitdance.metrics.features import FeatureExtractor, Features
+from bitdance.metrics.frechet_distance import frechet_distance
+from bitdance.metrics.psnr_ssim import psnr, ssim
+from bitdance.metrics.statistics import StatisticsAccumulator
 from bitdance.runtime.atomic_files import atomic_write, file_digest
 from bitdance.runtime.devices import MAX_THREADS
 from bitdance.runtime.errors import UserError, check_fields
 
 WEIGHTS = pathlib.Path(__file__).with_name("classifier.safetensors")
 NAME = "cifar10-classifier-mirrored"
-SIZE, CLASSES = 256, 10
+NUM_FEATURES, CLASSES = 256, 10
 
 
 def conv(c_in: int, c_out: int) -> nn.Sequential:
@@ -63,11 +68,11 @@ class Classifier(nn.Module):
             conv(3, 32),
             *(conv(32, 64), nn.MaxPool2d(2), Residual(64)),
             *(conv(64, 128), nn.MaxPool2d(2)),
-            *(conv(128, SIZE), nn.MaxPool2d(2), Residual(SIZE)),
+            *(conv(128, NUM_FEATURES), nn.MaxPool2d(2), Residual(NUM_FEATURES)),
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
         )
-        self.fc = nn.Linear(SIZE, CLASSES)
+        self.fc = nn.Linear(NUM_FEATURES, CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pool = self.layers(x)
@@ -94,7 +99,29 @@ def extractor() -> FeatureExtractor:
         pool, logits = classify(network, images)
         return Features(pool, logits=logits)
 
-    return FeatureExtractor(NAME, SIZE, extract, classifies=True, digest=digest)
+    return FeatureExtractor(NAME, NUM_FEATURES, extract, classifies=True, digest=digest)
+
+
+def measure_reconstructions(original: Tensor, decoded: Tensor, labels: Tensor) -> dict[str, float]:
+    """Returns PSNR, SSIM, and of the classifier the accuracy and the Fréchet distance.
+
+    Args:
+        original, decoded: (N, 32, 32, 3) uint8.
+        labels: (N,) int64.
+    """
+    metrics = {"psnr": psnr(original, decoded).mean().item()}
+    parts = zip(original.split(100), decoded.split(100), strict=True)
+    metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
+    network, statistics, logits = extractor(), [], []
+    for images in (original, decoded):
+        accumulator = StatisticsAccumulator(network.size)
+        for part in images.split(100):
+            features = network(part.numpy())
+            accumulator.add(features["pool"])
+            logits.append(features["logits"])
+        statistics.append(accumulator.statistics())
+    accuracy = top_k_accuracy(np.concatenate(logits)[len(labels) :], labels.numpy())
+    return metrics | {"accuracy": accuracy, "frechet_distance": frechet_distance(*statistics)}
 
 
 def set_threads(options: argparse.Namespace) -> None:
@@ -169,12 +196,15 @@ def train(
 
 def main(arguments: list[str]) -> None:
     """Trains a classifier."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-path", type=pathlib.Path, required=True)
-    parser.add_argument("--val-path", type=pathlib.Path, required=True)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/cifar10/classifier.safetensors"))
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data-path", type=pathlib.Path, required=True, help="training images")
+    parser.add_argument("--val-path", type=pathlib.Path, required=True, help="held-out images")
+    output = pathlib.Path("runs/cifar10/classifier.safetensors")
+    parser.add_argument("--output", type=pathlib.Path, default=output, help="file to write")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the training images")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
     check_fields(options, "epochs", lambda value: value >= 1, "be at least 1")
     set_threads(options)

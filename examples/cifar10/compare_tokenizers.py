@@ -14,15 +14,14 @@ import sys
 
 import numpy as np
 import torch
-from classifier import load_images, set_threads
+from classifier import load_images, measure_reconstructions, set_threads
 from torch import Tensor
-from transform_coding import measure, transform_code
+from transform_coding import transform_code
 
 from bitdance.cli.main import call
-from bitdance.data.crops import normalize
-from bitdance.models.autoencoder import to_uint8
 from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.writers import write_png
+from bitdance.training.evaluation import reconstruct
 from bitdance.weights.resolve import find_weights
 from bitdance.weights.weights_file import load_autoencoder
 
@@ -31,22 +30,24 @@ SHOWN = 14
 
 
 @torch.no_grad()
-def reconstruct(name: str, images: Tensor) -> tuple[int, Tensor]:
+def code(name: str, images: Tensor) -> tuple[int, Tensor]:
     """Returns the bits per image of an autoencoder, and the reconstructions of images (N, 32, 32, 3) uint8."""
     network = load_autoencoder(find_weights(name, "autoencoder"))
-    decoded = torch.cat([to_uint8(network.decode(network.encode(normalize(part)))) for part in images.split(250)])
+    decoded = torch.cat([reconstruct(network, part) for part in images.split(250)])
     return network.config.grid(32) ** 2 * network.config.bits, decoded
 
 
 def main(arguments: list[str]) -> None:
     """Prints a row for each tokenizer and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("autoencoders", nargs="+", help="names, files or folders of runs")
-    parser.add_argument("--val-path", type=pathlib.Path, required=True)
+    parser.add_argument("--val-path", type=pathlib.Path, required=True, help="held-out images")
     parser.add_argument("--data-path", type=pathlib.Path, help="training images, for transform coding")
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="of transform coding, per image")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tokenizers.png"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tokenizers.png"), help="file to write")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
     set_threads(options)
     original, labels = load_images(options.val_path)
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
     rows, names = [original[shown]], ["original"]
 
     def add(name: str, bits: int, decoded: Tensor) -> None:
-        metrics = measure(original, decoded, labels)
+        metrics = measure_reconstructions(original, decoded, labels)
         quality = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f}"
         print(
             f"| {name} | {bits:,} | {quality} | {metrics['accuracy']:.1%} | {metrics['frechet_distance']:.2f} |",
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> None:
         for bits, decoded, _ in transform_code(load_images(options.data_path)[0], original, sorted(options.bits)):
             add("transform coding", bits, decoded)
     for name in options.autoencoders:
-        add(name, *reconstruct(name, original))
+        add(name, *code(name, original))
     write_png(options.output, image_grid(torch.cat(rows).numpy(), columns=SHOWN, labels=names, scale=2))
     print(f"wrote {options.output}")
 

@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import torch
+from classifier import set_threads
 from PIL import Image
 from torch import Tensor
 
@@ -84,7 +85,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--models", nargs="+", default=["demo"], help="names, files or folders of runs")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("pictures"), help="folder")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
+    set_threads(options)
     make_folder(options.output)
     for name in options.models:
         pipeline = bitdance.load_pipeline(name)

@@ -2,7 +2,7 @@
 
     python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x --output runs/study
     python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 8
-    python examples/cifar10/study.py --bits                                 # compares bit probabilities of the solvers
+    python examples/cifar10/study.py --compare-bits                         # compares bit probabilities of the solvers
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
 A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. Lines that are there
@@ -30,7 +30,7 @@ from torch import Tensor
 import bitdance
 from bitdance.cli.main import call
 from bitdance.config import SamplingDefaults
-from bitdance.metrics.feature_set import Collector, extract_features
+from bitdance.metrics.feature_set import Collector, FeatureSet, extract_features
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.report import compute_metrics
@@ -41,11 +41,18 @@ from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.pipeline import Pipeline, split_batches
 from bitdance.sampling.sampler import SamplerFunctions, SamplingConfig, complete_config, head_sampler, sample_noise
 
-COLUMNS = (
-    ["model", "parallel_num", "seed", "images"]
-    + [field.name for field in dataclasses.fields(SamplingConfig)]
-    + ["frechet_distance", "accuracy", "precision", "recall", "seconds_per_image"]
-)
+KEYS = ["model", "seed", "images", *(field.name for field in dataclasses.fields(SamplingConfig))]
+"""Columns that identify a line."""
+COLUMNS = [
+    "model",
+    "parallel_num",
+    *KEYS[1:],
+    "frechet_distance",
+    "accuracy",
+    "precision",
+    "recall",
+    "seconds_per_image",
+]
 SCALES = {
     "linear": (1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 12.0, 16.0, 24.0, 32.0),
     "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
@@ -69,6 +76,7 @@ def settings(scale: float) -> Iterator[SamplingConfig]:
     for schedule, scales in SCALES.items():
         for value in scales:
             yield fast(value, cfg_schedule=schedule)
+    yield fast(scale, share_first=True)
     for solver, steps in itertools.product(SOLVERS, (5, 10, 15, 20, 30, 50, 100)):
         yield fast(scale, solver=solver, num_steps=steps)
     # With guidance the ODEs converge to another distribution.
@@ -76,7 +84,6 @@ def settings(scale: float) -> Iterator[SamplingConfig]:
         yield fast(value, solver=solver, num_steps=50)
     for interval in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.5, 1.0)):
         yield fast(scale, cfg_interval=interval)
-    yield fast(scale, share_first=True)
     for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
         yield fast(scale, num_steps=10, end_time=end, grid_power=power)
     for first, last in ((10, 10), (16, 4), (4, 16)):
@@ -86,12 +93,12 @@ def settings(scale: float) -> Iterator[SamplingConfig]:
 def step_settings(scale: float) -> Iterator[SamplingConfig]:
     """Yields the settings of the equivalence test: numbers of steps, the published one first."""
     yield SamplingConfig(100, scale)
-    for steps, solver in itertools.product((20, 10), SOLVERS[1::-1]):
+    for steps, solver in itertools.product((20, 10), ("dpmpp-2m-sde", "euler-maruyama")):
         yield SamplingConfig(steps, scale, solver=solver)
 
 
 def measure(
-    pipeline: Pipeline, config: SamplingConfig, seed: int, images: int, network: FeatureExtractor, reference: Any
+    pipeline: Pipeline, config: SamplingConfig, seed: int, images: int, network: FeatureExtractor, reference: FeatureSet
 ) -> dict[str, Any]:
     """Samples images of all classes in equal numbers and returns the columns of the result."""
     labels = np.arange(images) % len(pipeline.classes)
@@ -153,7 +160,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[str, str]:
-    """Returns the columns that identify a line, as text."""
+    """Returns the columns of KEYS, as text."""
     return {"model": name, "seed": str(seed), "images": str(images)} | {
         field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)
     }
@@ -165,7 +172,7 @@ def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path
     source = open_source(options.reference, 32)
     reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     rows = read_rows(path)
-    done = [{column: row[column] for column in key_of("", 0, 0, SamplingConfig(1, 1.0))} for row in rows]
+    done = [{column: row[column] for column in KEYS} for row in rows]
     configs = dict.fromkeys((step_settings if options.equivalence else settings)(scale))
     wanted = itertools.product(range(options.seeds), configs)
     missing = [item for item in wanted if key_of(name, item[0], options.images, item[1]) not in done]
@@ -186,32 +193,36 @@ def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path
     print(f"wrote {path}")
 
 
-def select(rows: list[dict[str, str]], x: str, config: SamplingConfig) -> dict[str, dict[str, list[float]]]:
-    """Returns the values of the metrics over the values of a column, for the rows with otherwise these settings."""
+def select(rows: list[dict[str, str]], x: str, config: SamplingConfig) -> dict[str, list[dict[str, str]]]:
+    """Returns the rows with these settings but for one column, by its value."""
     base = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     base.pop(x)
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         if all(row[name] == value for name, value in base.items()):
-            values = found.setdefault(row[x], {name: [] for name in COLUMNS[-5:]})
-            for name in values:
-                values[name].append(float(row[name]))
+            found.setdefault(row[x], []).append(row)
     return found
 
 
 def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
-    """Draws the distance and the accuracy over solver steps and over guidance scales."""
+    """Draws the distance and the accuracy over solver steps and over guidance scales.
+
+    Raises:
+        UserError: nothing was measured at this guidance scale.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     lines = [(0, solver, select(rows, "num_steps", fast(scale, solver=solver))) for solver in SOLVERS]
+    if not any(values for _, _, values in lines):
+        raise UserError(f"{path.with_suffix('.csv')} has no rows at the guidance scale {scale:g}: give --cfg-scale.")
     for schedule in SCALES:
         lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", fast(scale, cfg_schedule=schedule))))
     for column, label, values in lines:
-        points = sorted((float(x), metrics) for x, metrics in values.items())
+        points = sorted((float(x), found) for x, found in values.items())
         for row, name in enumerate(("frechet_distance", "accuracy")):
-            means = [statistics.fmean(metrics[name]) for _, metrics in points]
+            means = [statistics.fmean(float(found[name]) for found in rows_) for _, rows_ in points]
             axes[row, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
     for row, title in enumerate(("Fréchet distance", "accuracy")):
         for column, label in enumerate(("solver steps", "guidance scale")):
@@ -232,20 +243,26 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
 def print_equivalence(rows: list[dict[str, str]], scale: float) -> None:
     """Prints whether fewer solver steps are equivalent to 100: the 90 % interval of the ratio lies within 3 % of 1.
 
-    They are not worse if only its upper end has to be below 1.03.
+    "Not worse" requires only that the upper end is below 1.03. The seeds are paired: one seed has the same labels and
+    first noise in all settings.
 
-    The seeds are pairs: the same seed has the same labels and first noise.
+    Raises:
+        UserError: there are not 2 to 10 seeds.
     """
-    exact = select(rows, "num_steps", fast(scale, solver=SOLVERS[0])).get("100", {}).get("frechet_distance", [])
+    exact = select(rows, "num_steps", fast(scale, solver=SOLVERS[0])).get("100", [])
+    distances = {row["seed"]: float(row["frechet_distance"]) for row in exact}
+    if not 2 <= len(distances) <= len(T95):
+        raise UserError(f"the test needs 2 to {len(T95)} seeds at 100 steps and guidance {scale:g}: give --seeds.")
     for solver in SOLVERS[:2]:
         values = select(rows, "num_steps", fast(scale, solver=solver))
-        for steps, metrics in sorted(values.items(), key=lambda item: int(item[0])):
-            pairs = list(zip(metrics["frechet_distance"], exact, strict=False))
-            if (solver, steps) == (SOLVERS[0], "100") or not 2 <= len(pairs) <= len(T95):
+        for steps, found in sorted(values.items(), key=lambda item: int(item[0])):
+            ratios = [
+                float(row["frechet_distance"]) / distances[row["seed"]] for row in found if row["seed"] in distances
+            ]
+            if (solver, steps) == (SOLVERS[0], "100") or len(ratios) < 2:
                 continue
-            ratios = [a / b for a, b in pairs]
             mean = statistics.fmean(ratios)
-            half = T95[len(pairs) - 1] * statistics.stdev(ratios) / len(pairs) ** 0.5
+            half = T95[len(ratios) - 1] * statistics.stdev(ratios) / len(ratios) ** 0.5
             verdict = "not worse" if mean + half < 1 + MARGIN else "not shown"
             if abs(mean - 1) + half < MARGIN:
                 verdict = "equivalent"
@@ -265,13 +282,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cfg-scale", type=float, help="of the settings that do not vary it; by default the model's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--equivalence", action="store_true", help="compare numbers of steps with the published one")
-    parser.add_argument("--bits", action="store_true", help="compare the probabilities of bits between the solvers")
+    parser.add_argument("--compare-bits", action="store_true", help="compare the solvers' probabilities of bits")
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
     options = parser.parse_args(arguments)
     set_threads(options)
     check_fields(options, "images seeds", lambda value: value >= 1, "be at least 1")
+    if options.equivalence:
+        check_fields(options, "seeds", lambda value: 2 <= value <= len(T95), f"be from 2 to {len(T95)}")
     for name in options.models:
-        if options.bits:
+        if options.compare_bits:
             compare_bits(name, options.output / f"bits-{pathlib.Path(name).stem}.csv")
             continue
         path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
@@ -280,9 +299,10 @@ def main(arguments: list[str]) -> None:
             if options.reference is None:
                 raise UserError("--reference is missing: give the held-out images.")
             run(options, name, scale, path)
-        rows = read_rows(path)
+        # Distances of different numbers of images cannot be compared.
+        rows = [row for row in read_rows(path) if row["images"] == str(options.images)]
         if not rows:
-            raise UserError(f"{path} has no results yet: run without --figures first.")
+            raise UserError(f"{path} has no results of {options.images} images yet: run without --figures first.")
         if options.equivalence:
             print_equivalence(rows, scale)
         else:

@@ -16,12 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from classifier import extractor, load_images
+from classifier import load_images, measure_reconstructions, set_threads
 
 from bitdance.cli.main import call
-from bitdance.metrics.frechet_distance import frechet_distance
-from bitdance.metrics.psnr_ssim import psnr, ssim
-from bitdance.metrics.statistics import StatisticsAccumulator
 from bitdance.runtime.errors import UserError
 
 MAX_BITS = 8
@@ -77,22 +74,6 @@ def from_blocks(blocks: np.ndarray, side: int) -> torch.Tensor:
     return pixels.reshape(-1, count, count, side, side, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 3)
 
 
-def measure(original: torch.Tensor, decoded: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Returns PSNR, SSIM, and of the classifier the accuracy and the Frechet distance."""
-    metrics = {"psnr": psnr(original, decoded).mean().item()}
-    parts = zip(original.split(100), decoded.split(100), strict=True)
-    metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
-    network, statistics = extractor(), []
-    for images in (original, decoded):
-        accumulator, correct = StatisticsAccumulator(network.size), 0
-        for part, label in zip(images.split(100), labels.split(100), strict=True):
-            features = network(part.numpy())
-            accumulator.add(features["pool"])
-            correct += int((features["logits"].argmax(1) == label.numpy()).sum())
-        statistics.append(accumulator.statistics())
-    return metrics | {"accuracy": correct / len(labels), "frechet_distance": frechet_distance(*statistics)}
-
-
 def transform_code(
     train: torch.Tensor, images: torch.Tensor, all_bits: list[int], side: int = 32
 ) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
@@ -129,15 +110,21 @@ def transform_code(
 
 def main(arguments: list[str]) -> None:
     """Prints a row for each number of bits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-path", type=pathlib.Path, required=True)
-    parser.add_argument("--val-path", type=pathlib.Path, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data-path", type=pathlib.Path, required=True, help="training images")
+    parser.add_argument("--val-path", type=pathlib.Path, required=True, help="held-out images")
     parser.add_argument("--bits", type=int, nargs="+", default=[512, 1024, 2048], help="per image")
     parser.add_argument("--block", type=int, choices=(4, 8, 16, 32), default=32, help="side of the blocks in pixels")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
+    set_threads(options)
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
     for bits, decoded, depths in transform_code(train, original, sorted(options.bits), options.block):
-        row = ", ".join(f"{name} {value:.4f}" for name, value in measure(original, decoded, labels).items())
+        row = ", ".join(
+            f"{name} {value:.4f}" for name, value in measure_reconstructions(original, decoded, labels).items()
+        )
         print(f"{bits} bits: {row}", flush=True)
         if options.block < 32:
             print(*depths, flush=True)
