@@ -33,10 +33,16 @@ from bitdance.cli.main import call
             "--val-path {few} --data-path {few} --bits 24577",
             "the number of blocks, from 1 to 24576",
         ),
-        ("study", "--reference {few} --images 0", "0 is invalid: it must be at least 1"),
+        ("study", "--reference {few} --images 0", "0 is invalid: it must be at least 4"),
+        ("study", "--reference {few} --cfg-scale 0", "0.0 is invalid: it must be at least 1"),
+        ("study", "--figures --output {damaged} --models demo-1x --cfg-scale 24", "demo-1x.csv is damaged: delete it"),
         ("study", "--reference {few} --equivalence", "1 is invalid: it must be from 2 to 10"),
         ("study", "--figures --output {study} --models demo-16x", "has no rows at the guidance scale 48"),
-        ("study", "--figures --output {study} --models demo-16x --images 7", "has no results of 7 images yet"),
+        (
+            "study",
+            "--figures --output {study} --models demo-16x --images 7",
+            "has no results of demo-16x with 7 images",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, capsys, program, arguments, words):
@@ -46,7 +52,10 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
         "few": small.pictures(tmp_path / "few", each=4, side=32),
         "many": small.pictures(tmp_path / "many", classes=11, each=1, side=32),
         "study": small.ROOT / "docs" / "data",
+        "damaged": tmp_path,
     }
+    stored = (folders["study"] / "study-demo-1x.csv").read_text()
+    (tmp_path / "study-demo-1x.csv").write_text(stored.rstrip().rpartition(",")[0] + ",abc\n")
     weights = tmp_path / "classifier.safetensors"
     save_file({"other": torch.zeros(1)}, weights)
     monkeypatch.setattr(importlib.import_module("classifier"), "WEIGHTS", weights)

@@ -61,11 +61,13 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
         return _find_in_run(hub.fetch_repository(text), part)
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
-    known = ", ".join(f"BitDance-{key}" for key in RELEASED_MODELS) if part == "model" else "autoencoder"
+    known = f"{DEMO}, or autoencoder"
+    if part == "model":
+        known = f"{', '.join(DEMO_MODELS)}, or {', '.join(f'BitDance-{key}' for key in RELEASED_MODELS)}"
     hint = did_you_mean(text, (*DEMO_MODELS, "autoencoder", *RELEASED_MODELS))
     if is_local:
         hint = did_you_mean(path.name, (other.name for other in path.parent.glob("*")))
-    raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {DEMO}, or {known}.")
+    raise UserError(f"there is no {part} {text!r}: {hint}name a file, the folder of a run, {known}.")
 
 
 def find_autoencoder_of(model: pathlib.Path) -> pathlib.Path:

@@ -34,9 +34,10 @@ from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.frechet_distance import frechet_distance
 from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.metrics.statistics import StatisticsAccumulator
-from bitdance.runtime.atomic_files import atomic_write, file_digest
+from bitdance.runtime.atomic_files import atomic_write, file_digest, make_folder
 from bitdance.runtime.devices import MAX_THREADS
 from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.run_folder import check_writable
 
 WEIGHTS = pathlib.Path(__file__).with_name("classifier.safetensors")
 NAME = "cifar10-classifier-mirrored"
@@ -164,9 +165,9 @@ def train(
     data: pathlib.Path, val: pathlib.Path, output: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4
 ) -> None:
     """Trains a classifier with SGD and a one-cycle schedule, and writes its weights in float16."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir():
         raise UserError(f"{output} is a folder: give the file to write.")
+    check_writable(output.parent)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     (images, labels), held_out = load_images(data), load_images(val)
@@ -189,8 +190,12 @@ def train(
             schedule.step()
         correct = accuracy(network, *held_out)
         print(f"epoch {epoch + 1} of {epochs}: {correct:.2%} correct, {time.monotonic() - start:.0f} s", flush=True)
+    make_folder(output.parent)
     with atomic_write(output) as temporary:
-        save_file({name: value.contiguous() for name, value in network.half().state_dict().items()}, temporary)
+        try:
+            save_file({name: value.contiguous() for name, value in network.half().state_dict().items()}, temporary)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error  # for the sentence of `atomic_write`
     print(f"wrote {output}")
 
 

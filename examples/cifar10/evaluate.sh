@@ -5,7 +5,11 @@
 # Inception's weights are there. They compare only with one another: see docs/demo-model.md.
 # SAMPLES=1000, SCALES="12 24" and PARALLEL_NUMS=16 measure less.
 set -euo pipefail
-images=${1:?give the training images} held_out=${2:?give the held-out images} folder=${3:-runs/cifar10}
+if [ $# -lt 2 ]; then
+    echo "usage: bash $0 cifar10_train.zip cifar10_test.zip [FOLDER]" >&2
+    exit 2
+fi
+images=$1 held_out=$2 folder=${3:-runs/cifar10}
 samples=${SAMPLES:-10000}
 here=$(dirname "${BASH_SOURCE[0]}")
 metrics=(--reference "$held_out" --features "$here/classifier.py:extractor" efficientnet-lite0)

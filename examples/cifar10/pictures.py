@@ -88,9 +88,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
     set_threads(options)
+    pipelines = {name: bitdance.load_pipeline(name) for name in options.models}
     make_folder(options.output)
-    for name in options.models:
-        pipeline = bitdance.load_pipeline(name)
+    for name, pipeline in pipelines.items():
         start = options.output / pathlib.Path(name).stem
         write_png(pathlib.Path(f"{start}-guidance.png"), draw_guidance(pipeline, options.seed))
         write_animation(pathlib.Path(f"{start}-tokens.webp"), draw_tokens(pipeline, options.seed))

@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import itertools
+import math
 import pathlib
 import statistics
 import sys
@@ -34,7 +35,7 @@ from bitdance.metrics.feature_set import Collector, FeatureSet, extract_features
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.report import compute_metrics
-from bitdance.runtime.atomic_files import atomic_write
+from bitdance.runtime.atomic_files import atomic_write, lock_file, make_folder
 from bitdance.runtime.errors import UserError, check_fields
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
@@ -43,16 +44,8 @@ from bitdance.sampling.sampler import SamplerFunctions, SamplingConfig, complete
 
 KEYS = ["model", "seed", "images", *(field.name for field in dataclasses.fields(SamplingConfig))]
 """Columns that identify a line."""
-COLUMNS = [
-    "model",
-    "parallel_num",
-    *KEYS[1:],
-    "frechet_distance",
-    "accuracy",
-    "precision",
-    "recall",
-    "seconds_per_image",
-]
+METRICS = ["frechet_distance", "accuracy", "precision", "recall", "seconds_per_image"]
+COLUMNS = ["model", "parallel_num", *KEYS[1:], *METRICS]
 SCALES = {
     "linear": (1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 12.0, 16.0, 24.0, 32.0),
     "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
@@ -149,14 +142,26 @@ def compare_bits(name: str, path: pathlib.Path) -> None:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """Reads the lines that are there, leaving out one that was not written to its end."""
-    if not path.exists():
+    """Reads the lines that are there, leaving out one that was not written to its end.
+
+    Raises:
+        UserError: the file is damaged, or of another program.
+    """
+    if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise UserError(f"{path} has other columns than this program writes: give another folder.")
-        return [row for row in reader if all(row[name] not in (None, "") for name in COLUMNS[-2:])]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames not in (COLUMNS, None):  # None: not even the first line was written
+                raise UserError(f"{path} has other columns than this program writes: give another folder.")
+            rows = [row for row in reader if all(row.get(name) for name in COLUMNS)]
+        for row in rows:
+            int(row["seed"]), int(row["num_steps"])
+            if not all(0 <= float(row[name]) < math.inf for name in METRICS) or float(row["frechet_distance"]) == 0:
+                raise ValueError
+    except (OSError, ValueError, csv.Error):  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} is damaged: delete it to measure again, or give another folder.") from None
+    return rows
 
 
 def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[str, str]:
@@ -167,7 +172,7 @@ def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[st
 
 
 def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path) -> None:
-    """Measures what is missing of a model."""
+    """Measures what is missing of a model, whose file is locked."""
     network, world = extractor(), World(0, 1, torch.device("cpu"))
     source = open_source(options.reference, 32)
     reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
@@ -176,7 +181,6 @@ def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path
     configs = dict.fromkeys((step_settings if options.equivalence else settings)(scale))
     wanted = itertools.product(range(options.seeds), configs)
     missing = [item for item in wanted if key_of(name, item[0], options.images, item[1]) not in done]
-    path.parent.mkdir(parents=True, exist_ok=True)
     pipeline = bitdance.load_pipeline(name)
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -286,7 +290,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--figures", action="store_true", help="only draw what is there")
     options = parser.parse_args(arguments)
     set_threads(options)
-    check_fields(options, "images seeds", lambda value: value >= 1, "be at least 1")
+    # Precision and recall need three neighbours of each sample.
+    check_fields(options, "images", lambda value: value >= 4, "be at least 4")
+    check_fields(options, "seeds", lambda value: value >= 1, "be at least 1")
+    check_fields(options, "cfg_scale", lambda value: 1 <= value < math.inf, "be at least 1")
     if options.equivalence:
         check_fields(options, "seeds", lambda value: 2 <= value <= len(T95), f"be from 2 to {len(T95)}")
     for name in options.models:
@@ -294,15 +301,23 @@ def main(arguments: list[str]) -> None:
             compare_bits(name, options.output / f"bits-{pathlib.Path(name).stem}.csv")
             continue
         path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
-        scale = options.cfg_scale or bitdance.load_pipeline(name).defaults.cfg_scale
+        scale = options.cfg_scale
+        if scale is None:
+            scale = bitdance.load_pipeline(name).defaults.cfg_scale
         if not options.figures:
             if options.reference is None:
                 raise UserError("--reference is missing: give the held-out images.")
-            run(options, name, scale, path)
+            make_folder(path.parent)
+            lock = path.with_suffix(".lock")
+            with lock_file(lock, 1.0, f"another process writes {path}: wait for it to finish, or give another folder."):
+                run(options, name, scale, path)
+                lock.unlink()
         # Distances of different numbers of images cannot be compared.
-        rows = [row for row in read_rows(path) if row["images"] == str(options.images)]
+        rows = [row for row in read_rows(path) if (row["model"], row["images"]) == (name, str(options.images))]
         if not rows:
-            raise UserError(f"{path} has no results of {options.images} images yet: run without --figures first.")
+            raise UserError(
+                f"{path} has no results of {name} with {options.images} images: run without --figures first."
+            )
         if options.equivalence:
             print_equivalence(rows, scale)
         else:

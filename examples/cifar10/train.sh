@@ -4,7 +4,11 @@
 # FOLDER is runs/cifar10 by default. Each part continues where it was interrupted, and finished ones are not repeated.
 # About 15 hours on one thread of a CPU with bf16 instructions; THREADS=4 uses more. PARALLEL_NUMS=16 trains one model.
 set -euo pipefail
-images=${1:?give the training images} held_out=${2:?give the held-out images} folder=${3:-runs/cifar10}
+if [ $# -lt 2 ]; then
+    echo "usage: bash $0 cifar10_train.zip cifar10_test.zip [FOLDER]" >&2
+    exit 2
+fi
+images=$1 held_out=$2 folder=${3:-runs/cifar10}
 threads=${THREADS:-1}
 export OMP_NUM_THREADS=$threads
 run() {
