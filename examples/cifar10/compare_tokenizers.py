@@ -30,7 +30,7 @@ SHOWN = 14
 
 
 @torch.no_grad()
-def code(name: str, images: Tensor) -> tuple[int, Tensor]:
+def reconstruct_by_name(name: str, images: Tensor) -> tuple[int, Tensor]:
     """Returns the bits per image of an autoencoder, and the reconstructions of images (N, 32, 32, 3) uint8."""
     network = load_autoencoder(find_weights(name, "autoencoder"))
     decoded = torch.cat([reconstruct(network, part) for part in images.split(250)])
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
         for bits, decoded, _ in transform_code(load_images(options.data_path)[0], original, sorted(options.bits)):
             add("transform coding", bits, decoded)
     for name in options.autoencoders:
-        add(name, *code(name, original))
+        add(name, *reconstruct_by_name(name, original))
     write_png(options.output, image_grid(torch.cat(rows).numpy(), columns=SHOWN, labels=names, scale=2))
     print(f"wrote {options.output}")
 

@@ -224,9 +224,9 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
     for schedule in SCALES:
         lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", fast(scale, cfg_schedule=schedule))))
     for column, label, values in lines:
-        points = sorted((float(x), found) for x, found in values.items())
+        points = sorted((float(x), repetitions) for x, repetitions in values.items())
         for row, name in enumerate(("frechet_distance", "accuracy")):
-            means = [statistics.fmean(float(found[name]) for found in rows_) for _, rows_ in points]
+            means = [statistics.fmean(float(one[name]) for one in repetitions) for _, repetitions in points]
             axes[row, column].plot([x for x, _ in points], means, marker="o", markersize=3, label=label)
     for row, title in enumerate(("Fréchet distance", "accuracy")):
         for column, label in enumerate(("solver steps", "guidance scale")):
@@ -294,7 +294,7 @@ def main(arguments: list[str]) -> None:
     check_fields(options, "images", lambda value: value >= 4, "be at least 4")
     check_fields(options, "seeds", lambda value: value >= 1, "be at least 1")
     check_fields(options, "cfg_scale", lambda value: 1 <= value < math.inf, "be at least 1")
-    if options.equivalence:
+    if options.equivalence and not options.figures:
         check_fields(options, "seeds", lambda value: 2 <= value <= len(T95), f"be from 2 to {len(T95)}")
     for name in options.models:
         if options.compare_bits:
@@ -310,8 +310,10 @@ def main(arguments: list[str]) -> None:
             make_folder(path.parent)
             lock = path.with_suffix(".lock")
             with lock_file(lock, 1.0, f"another process writes {path}: wait for it to finish, or give another folder."):
-                run(options, name, scale, path)
-                lock.unlink()
+                try:
+                    run(options, name, scale, path)
+                finally:
+                    lock.unlink(missing_ok=True)
         # Distances of different numbers of images cannot be compared.
         rows = [row for row in read_rows(path) if (row["model"], row["images"]) == (name, str(options.images))]
         if not rows:
