@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import bitdance
 from bitdance.cli.main import call
+from bitdance.runtime.atomic_files import lock_file
 
 
 @pytest.mark.parametrize(
@@ -67,12 +68,18 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
 
 
 def test_the_stored_study(monkeypatch, tmp_path, capsys):
-    """Its figure is drawn, and its test of equivalence pairs the seeds, whatever the order of the rows."""
+    """Its figure is drawn; its test of equivalence pairs seeds by number and leaves out other numbers of images."""
     monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
     study = importlib.import_module("study")
-    for name in ("study", "equivalence"):
-        lines = (small.ROOT / f"docs/data/{name}-demo-1x.csv").read_text().splitlines()
-        (tmp_path / f"{name}-demo-1x.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    data = small.ROOT / "docs" / "data"
+    (tmp_path / "study-demo-1x.csv").write_text((data / "study-demo-1x.csv").read_text())
+    header, *rows = (data / "equivalence-demo-1x.csv").read_text().splitlines()
+    # The rows of 100 steps in another order than those which they are compared with, and rows of other images.
+    exact = [row for row in rows if ",5000,100," in row]
+    assert len(exact) == 8 and len(rows) == 40
+    others = [row.replace(",5000,", ",50,") for row in rows if row not in exact]
+    rows = [header, *reversed(exact), *(row for row in rows if row not in exact), *others]
+    (tmp_path / "equivalence-demo-1x.csv").write_text("\n".join(rows) + "\n")
     arguments = ["--figures", "--output", str(tmp_path), "--models", "demo-1x"]
     call(study.main, arguments)
     assert (tmp_path / "study-demo-1x.png").read_bytes().startswith(b"\x89PNG")
@@ -80,6 +87,16 @@ def test_the_stored_study(monkeypatch, tmp_path, capsys):
     verdicts = capsys.readouterr().out.splitlines()[-4:]
     assert [verdict.rsplit(": ", 1)[1] for verdict in verdicts] == ["equivalent"] * 2 + ["not shown", "equivalent"]
     assert verdicts[-1].startswith("dpmpp-2m-sde, 20 steps: 1.010 +- 0.008")
+
+
+def test_a_study_that_another_process_writes_is_refused(monkeypatch, tmp_path, refused):
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    study = importlib.import_module("study")
+    pictures = small.pictures(tmp_path / "few", each=4, side=32)
+    arguments = f"--reference {pictures} --output {tmp_path} --models demo-16x --threads 1".split()
+    with lock_file(tmp_path / "study-demo-16x.lock", 1, ""):
+        assert "another process writes" in refused(call, study.main, arguments)
+    assert not (tmp_path / "study-demo-16x.csv").exists()
 
 
 def test_the_stored_classifier(monkeypatch):

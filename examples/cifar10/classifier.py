@@ -113,16 +113,16 @@ def measure_reconstructions(original: Tensor, decoded: Tensor, labels: Tensor) -
     metrics = {"psnr": psnr(original, decoded).mean().item()}
     parts = zip(original.split(100), decoded.split(100), strict=True)
     metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
-    network, statistics, logits = extractor(), [], []
+    network, statistics = extractor(), []
     for images in (original, decoded):
-        accumulator = StatisticsAccumulator(network.size)
+        accumulator, logits = StatisticsAccumulator(network.size), []
         for part in images.split(100):
             features = network(part.numpy())
             accumulator.add(features["pool"])
             logits.append(features["logits"])
         statistics.append(accumulator.statistics())
-    accuracy = top_k_accuracy(np.concatenate(logits)[len(labels) :], labels.numpy())
-    return metrics | {"accuracy": accuracy, "frechet_distance": frechet_distance(*statistics)}
+    correct = top_k_accuracy(np.concatenate(logits), labels.numpy())  # of the last images, the decoded ones
+    return metrics | {"accuracy": correct, "frechet_distance": frechet_distance(*statistics)}
 
 
 def set_threads(options: argparse.Namespace) -> None:
