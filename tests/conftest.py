@@ -46,6 +46,22 @@ def refused(capsys):
 
 
 @pytest.fixture
+def inductor_code(monkeypatch):
+    """The C++ code that torch.compile writes, a list. It is not compiled, so the test needs no C++ compiler."""
+    import torch
+    from torch._inductor.async_compile import AsyncCompile
+
+    written = []
+    monkeypatch.setattr(
+        AsyncCompile, "cpp_pybinding", lambda self, types, code: written.append(code) or (lambda *_: None)
+    )
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield written
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def quick_previews(monkeypatch):
     """Previews with one solver step."""
     import small

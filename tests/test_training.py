@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -638,6 +640,52 @@ def test_training_on_a_cpu_is_compiled_on_request_and_where_possible(
     Trainer(objective, config, loader(data), World(0, 1, CPU), DataInfo(12, ""))
     assert len(calls) == expected
     assert ("training runs uncompiled (no g++)" in capsys.readouterr().err) == (problem is not None)
+
+
+def test_a_compiler_that_fails_ends_training_with_advice(data, tmp_path, monkeypatch):
+    def fail(graph: object, inputs: object) -> Any:
+        raise RuntimeError("C++ compile error\nmany lines")
+
+    monkeypatch.setattr(trainer_module, "find_compiler_problem", lambda device: None)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: setattr(module, "forward", torch.compile(module.forward, backend=fail))
+    )
+    with pytest.raises(UserError, match=r"compiling the loss failed \(.*C\+\+ compile error\): turn `compile` off"):
+        train(data, tmp_path / "run", compile=True)
+    assert not list(tmp_path.rglob("*.safetensors")), "nothing is half-written"
+
+
+def test_code_of_the_head_in_bf16_declares_no_name_twice(inductor_code):
+    """With P = 1, Inductor 2.13 made C++ code from two equal gradients of biases that no compiler accepts."""
+    head, rows = small.model(head_layers=1).head, 64
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = torch.compile(head.loss)(
+            torch.ones(rows, 1, 8), torch.zeros(rows, 1, 64), torch.zeros(rows), torch.zeros(rows, 1, 8)
+        )
+    loss.backward()
+    code = "".join(inductor_code)
+    assert re.search(r"auto (at_BFloat16_\w+) = ", code), "sums over rows are written as bfloat16"
+    assert not re.search(r"auto (at_BFloat16_\w+) = [^}]*auto \1 = ", code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel_num", [1, 4])
+def test_compiled_gradients_in_bf16_are_as_exact_as_uncompiled_ones(parallel_num):
+    part = objective(LossConfig(), parallel_num)
+    tokens = torch.randint(0, 256, (8, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def gradients(loss: Callable[..., Any], bf16: bool) -> torch.Tensor:
+        part.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value, _ = loss(tokens, torch.arange(8) % 3, torch.arange(8), torch.tensor(5))
+        value.backward()
+        return torch.cat([p.grad.flatten() for p in part.network.parameters() if p.grad is not None])
+
+    torch._dynamo.reset()
+    exact, uncompiled = gradients(part, bf16=False), gradients(part, bf16=True)
+    compiled = gradients(torch.compile(part), bf16=True)
+    assert 0 < (compiled - uncompiled).norm() < 0.1 * exact.norm()
+    assert (compiled - exact).norm() < 1.2 * (uncompiled - exact).norm()
 
 
 def test_images_are_encoded_in_parts(monkeypatch):

@@ -40,9 +40,9 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        """(R,) in [0, 1] -> (R, d)."""
-        angles = (1000.0 * t.float())[:, None] * self.frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (R, 256)
+        """(...) in [0, 1] -> (..., d)."""
+        angles = (1000.0 * t.float())[..., None] * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (..., 256)
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
@@ -123,7 +123,9 @@ class HeadNetwork(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Predicts x_1: x_t (R, P, C), t (R,) in [0, 1], cond (R, P, D) -> (R, P, C)."""
-        return self.denoise(x_t, self.time_embed(t)[:, None], self.cond_embed(cond))
+        # t is (R, 1), as the condition is (R, P, D): with P = 1, the gradients of both biases are then the same node of
+        # a compiled graph. Two nodes for equal sums in bfloat16 are what Inductor 2.13 cannot compile for a CPU.
+        return self.denoise(x_t, self.time_embed(t[:, None]), self.cond_embed(cond))
 
     def denoise(self, x_t: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         """Predicts x_1 from embedded inputs: x_t (R, P, C), time (R or 1, 1, d), cond (R, P, d) -> (R, P, C)."""

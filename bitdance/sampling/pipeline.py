@@ -36,13 +36,14 @@ from bitdance.models.quantizer import pack
 from bitdance.models.tokens import grid_from_tokens, tokens_from_grid
 from bitdance.models.transformer import BitDance
 from bitdance.runtime.devices import choose_device, exact_float32, uses_bf16
-from bitdance.runtime.errors import UserError, did_you_mean, first_line, is_out_of_memory, printable
+from bitdance.runtime.errors import UserError, did_you_mean, is_out_of_memory, printable
 from bitdance.sampling.sampler import (
     CompiledFunctions,
     SamplingConfig,
     StepCallback,
     complete_config,
     decode_pixels,
+    describe_compiler_error,
     find_compiler_problem,
     is_compiler_error,
     padded_size,
@@ -501,9 +502,8 @@ class Pipeline:
         except Exception as error:
             if self.functions is None or is_out_of_memory(error) or not is_compiler_error(error):
                 raise
-            print(
-                f"bitdance: the sampler runs uncompiled, since compiling failed: {first_line(error)}", file=sys.stderr
-            )
+            problem = describe_compiler_error(error)
+            print(f"bitdance: the sampler runs uncompiled, since compiling failed: {problem}", file=sys.stderr)
         self.functions = None
         return call(None)
 

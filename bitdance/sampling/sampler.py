@@ -188,13 +188,18 @@ def find_compiler_problem(device: torch.device) -> str | None:
     try:
         torch.compile(torch.neg)(torch.zeros(2, device=device))
     except Exception as error:  # of the compiler, of the folder of its cache, or of the C++ compiler
-        return first_line(error)
+        return describe_compiler_error(error)
     return None
 
 
 def is_compiler_error(error: Exception) -> bool:
     """Returns whether an error of a compiled function is one of the compiler, and not of what was compiled."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def describe_compiler_error(error: Exception) -> str:
+    """Returns the first line of the compiler's message, without PyTorch's line about the backend that failed."""
+    return first_line(getattr(error, "inner_exception", error))
 
 
 def guided_prediction(net: HeadNetwork, x: Tensor, time: Tensor, cond: Tensor, scale: Tensor | None) -> Tensor:

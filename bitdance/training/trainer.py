@@ -35,7 +35,7 @@ from bitdance.runtime.progress import format_duration, progress_bar
 from bitdance.runtime.run_folder import FREE, SETTINGS, check_settings, exclusive, read_settings
 from bitdance.sampling.image_grid import image_grid, rows_without_names
 from bitdance.sampling.pipeline import Pipeline
-from bitdance.sampling.sampler import find_compiler_problem
+from bitdance.sampling.sampler import describe_compiler_error, find_compiler_problem, is_compiler_error
 from bitdance.sampling.writers import write_png
 from bitdance.training.automatic import choose_ema
 from bitdance.training.checkpointing import Checkpointer, read_newest
@@ -252,7 +252,13 @@ class Trainer:
         with progress_bar(self.last_step, "training", "steps", self.step, disable=not self.world.is_main) as bar:
             for batch in meter.timed(self.loader.stream(self.step, self.last_step)):
                 lr = learning_rate(config, self.step, self.total_steps)
-                meter.add(self.train_step(batch, lr))
+                try:
+                    meter.add(self.train_step(batch, lr))
+                except Exception as error:
+                    if not is_compiler_error(error):
+                        raise
+                    problem = f"compiling the loss failed ({describe_compiler_error(error)})"
+                    raise UserError(f"{problem}: turn `compile` off (--no-compile).") from error
                 self.step += 1
                 bar.update()
                 metrics: Metrics = {}
