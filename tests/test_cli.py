@@ -278,6 +278,7 @@ def test_fields_of_real_commands(run, monkeypatch, arguments, message, expected)
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "there is not enough memory: "),
         (Interrupted("stopped at step 3.", signal.SIGTERM), 143, "stopped at step 3."),
         (KeyboardInterrupt(), 130, "interrupted."),
+        (KeyboardInterrupt("run it again"), 130, "interrupted: run it again."),
     ],
 )  # fmt: skip
 def test_errors_of_users_are_one_sentence(run, monkeypatch, error, status, sentence):

@@ -147,6 +147,11 @@ def test_an_error_inside_is_raised_unchanged(tmp_path, error):
     assert raised.value is error and list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_inside_says_how_to_resume(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"), exclusive(tmp_path, SINGLE):
+        raise KeyboardInterrupt
+
+
 def test_leftovers_are_removed_by_the_first_process(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -100,10 +100,11 @@ def call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> No
         signal.signal(signal.SIGINT, _interrupt)
     try:
         _call(command, arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if is_handled:
             signal.signal(signal.SIGINT, _end_interrupted)
-        print("bitdance: interrupted.", file=sys.stderr)
+        advice = f": {interrupt}" if interrupt.args else ""
+        print(f"bitdance: interrupted{advice}.", file=sys.stderr)
         _end_at_once(130)
         raise SystemExit(130) from None
     finally:

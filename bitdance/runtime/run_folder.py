@@ -114,6 +114,9 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
         try:
             remove_leftovers(folder)
             yield
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = ("run the same command again to resume",)  # which the command line prints
+            raise
         finally:
             lock.unlink(missing_ok=True)
 
