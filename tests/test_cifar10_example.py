@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 
 import numpy as np
 import pytest
@@ -38,7 +39,11 @@ from bitdance.runtime.atomic_files import lock_file
         ("study", "--reference {few} --cfg-scale 0", "0.0 is invalid: it must be at least 1"),
         ("study", "--figures --output {damaged} --models demo-1x --cfg-scale 24", "demo-1x.csv is damaged: delete it"),
         ("study", "--reference {few} --equivalence", "1 is invalid: it must be from 2 to 10"),
-        ("study", "--figures --output {study} --models demo-16x", "has no rows at the guidance scale 48"),
+        (
+            "study",
+            "--figures --output {study} --models demo-16x --cfg-scale 7",
+            "has no rows at the guidance scale 7",
+        ),
         (
             "study",
             "--figures --output {study} --models demo-16x --images 7",
@@ -52,9 +57,10 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
     folders = {
         "few": small.pictures(tmp_path / "few", each=4, side=32),
         "many": small.pictures(tmp_path / "many", classes=11, each=1, side=32),
-        "study": small.ROOT / "docs" / "data",
+        "study": tmp_path / "study",
         "damaged": tmp_path,
     }
+    shutil.copytree(small.ROOT / "docs" / "data", folders["study"])
     stored = (folders["study"] / "study-demo-1x.csv").read_text()
     (tmp_path / "study-demo-1x.csv").write_text(stored.rstrip().rpartition(",")[0] + ",abc\n")
     weights = tmp_path / "classifier.safetensors"
@@ -100,7 +106,7 @@ def test_a_study_that_another_process_writes_is_refused(monkeypatch, tmp_path, r
 
 
 def test_the_stored_classifier(monkeypatch):
-    """It tells the embedded model's samples of a class from noise: most are recognised."""
+    """It recognizes most samples that the embedded model draws of one class."""
     monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
     network = importlib.import_module("classifier").extractor()
     images = bitdance.load_pipeline("demo")([7] * 8, seed=0, output="np")

@@ -69,11 +69,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((argument for argument in arguments if argument != "--debug"), "--help")
     if name in ("-h", "--help", "help"):
-        return call(lambda _: print(_help()), [])
+        call(lambda _: print(_help()), [])
+        return
     if name == "--version":
         from bitdance import __version__
 
-        return call(lambda _: print(f"bitdance {__version__}"), [])
+        call(lambda _: print(f"bitdance {__version__}"), [])
+        return
     if name not in COMMANDS:
         from bitdance.runtime.errors import did_you_mean
 

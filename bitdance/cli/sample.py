@@ -71,8 +71,8 @@ class How:
     """How to sample.
 
     Attributes:
-        preset: exact: solver and number of steps as published, and first tokens not shared, the default of a released
-            model; fast: fewer steps of a better solver. Options that are given take precedence.
+        preset: exact: as published (solver, number of steps, first tokens not shared), the default of a released model;
+            fast: fewer steps of a better solver. Options that are given take precedence.
         cfg_scale: guidance scale, 1 for none; by default the published one of a released model, or that in the file,
             else 3.
         cfg_schedule: linear grows from 1 with the steps; constant.
@@ -84,8 +84,8 @@ class How:
         end_time: time at which the solver's last step ends, at most 0.95.
         grid_power: times of the solver are those of an even grid to this power; above 1 denser near the noise.
         cfg_interval: solver times between which there is guidance, as in: 0.1 0.8.
-        share_first: let the unconditional rows take the first tokens of the conditional ones; by default for all models
-            but the released ones, whose published samples do not, and not with --preset exact.
+        share_first: let the unconditional rows take the first tokens of the conditional ones; by default on, except
+            with a released model and with --preset exact, as published.
         batch_size: images at once.
         chunk_size: images decoded at once, 0 for a whole batch; by default the published number.
         compile: compile the sampler for each batch size: no, default, or reduce-overhead (with CUDA graphs); auto is

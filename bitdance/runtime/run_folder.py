@@ -99,7 +99,8 @@ class ResumedSettings(NamedTuple):
 def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
     """Locks a run folder until the context or the first process ends, and removes temporary files of killed processes.
 
-    The lock is a file beside the folder: some network file systems cannot remove a folder with an open file in it.
+    The lock is a file beside the folder: some network file systems cannot remove a folder with an open file in it. A
+    KeyboardInterrupt gets the advice to resume as its argument, which the command line prints.
 
     Raises:
         UserError: another process works in the folder, or it cannot be written.
@@ -115,7 +116,7 @@ def exclusive(folder: pathlib.Path, world: World) -> Iterator[None]:
             remove_leftovers(folder)
             yield
         except KeyboardInterrupt as interrupt:
-            interrupt.args = ("run the same command again to resume",)  # which the command line prints
+            interrupt.args = ("run the same command again to resume",)
             raise
         finally:
             lock.unlink(missing_ok=True)

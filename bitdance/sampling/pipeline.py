@@ -83,7 +83,8 @@ class Pipeline:
         name: used in the names of result files.
         defaults: sampling settings for those that a call does not give.
         functions: compiled ones, see `compile`.
-        files, weights: of the model and of the autoencoder, and which weights, if they were loaded from files.
+        files: of the model and of the autoencoder, if they were loaded from files.
+        weights: which ones of the files were asked for, see `load_pipeline`.
 
     Raises:
         UserError: the autoencoder does not have the model's number of bits per token.
@@ -150,7 +151,8 @@ class Pipeline:
                 (except for rounding).
             cfg_scale, num_steps, solver: guidance scale, steps and name of the diffusion head's solver; by default
                 those of the preset, or else `defaults`.
-            preset: `exact`, the published steps and solver, or `fast`, fewer steps of a better solver.
+            preset: `exact`, solver, number of steps and first tokens as published (`share_first` off), or `fast`, fewer
+                steps of a better solver.
             batch_size: images sampled at once.
             chunk_size: images decoded at once, 0 for all; by default that of `defaults`.
             output: `pil` for a list of PIL images, `np` for an array, `pt` for a tensor on the pipeline's device,
@@ -500,7 +502,7 @@ class Pipeline:
         try:
             return call(self.functions)
         except Exception as error:
-            if self.functions is None or is_out_of_memory(error) or not is_compiler_error(error):
+            if self.functions is None or not is_compiler_error(error):
                 raise
             problem = describe_compiler_error(error)
             print(f"bitdance: the sampler runs uncompiled, since compiling failed: {problem}", file=sys.stderr)

@@ -20,6 +20,7 @@ from bitdance.sampling.image_grid import image_grid
 from bitdance.sampling.writers import write_png
 from bitdance.weights import hub, weights_file
 from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST
+from bitdance.weights.network_config import count_parameters
 
 CARD, PICTURE = "README.md", "samples.png"
 MARK = "library_name: bitdance"
@@ -90,9 +91,9 @@ def _card(pipeline: Any, metrics: Mapping[str, float], name: str) -> str:
     rows = {
         "images": f"{pipeline.image_size} x {pipeline.image_size} px, {config.num_classes} classes",
         "tokens": f"{config.grid} x {config.grid} of {config.bits} bits, {config.parallel_num} per step",
-        "model": f"{_count(pipeline.model):.2f} million parameters: width {config.dim}, {config.n_layer} layers; "
+        "model": f"{_millions(pipeline.model)} parameters: width {config.dim}, {config.n_layer} layers; "
         f"head of width {config.head_dim} with {config.head_layers} blocks",
-        "autoencoder": f"{_count(pipeline.autoencoder):.2f} million parameters, {autoencoder.down_size} pixels a token",
+        "autoencoder": f"{_millions(pipeline.autoencoder)} parameters, {autoencoder.down_size} pixels a token",
         "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
         **{name: f"{value:.4g}" for name, value in metrics.items()},
     }
@@ -131,5 +132,5 @@ def _markdown(name: str) -> str:
     return re.sub(r"([\\`*_\[\]<>&!|~#])", r"\\\1", printable(name))
 
 
-def _count(network: torch.nn.Module) -> float:
-    return sum(parameter.numel() for parameter in network.parameters()) / 1e6
+def _millions(network: torch.nn.Module) -> str:
+    return f"{count_parameters(network) / 1e6:.2f} million"

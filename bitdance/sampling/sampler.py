@@ -19,7 +19,7 @@ from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
 from bitdance.models.layers import KVCache
 from bitdance.models.transformer import BitDance
-from bitdance.runtime.errors import UserError, check_fields, first_line
+from bitdance.runtime.errors import UserError, check_fields, first_line, is_out_of_memory
 
 NoiseFn = Callable[[int, bool], Tensor]
 """(autoregressive step, for the unconditional rows?) -> (draws, B, P, C) float32 standard normal noise."""
@@ -46,8 +46,8 @@ class SamplingConfig:
         share_first: whether the unconditional rows take the tokens of the conditional ones also in steps whose guidance
             scale is 1 (the first one of the linear schedule); the published samples do not.
         solver: see `flow.make_solver`; `euler-maruyama` is the published one.
-        final_num_steps: S at the last autoregressive step, between which and `num_steps` S is interpolated linearly;
-            None for the same S at all.
+        final_num_steps: S at the last autoregressive step; S changes linearly from `num_steps` to it. None for the same
+            S at every step.
         end_time: 0.05 <= end_time <= 0.95, where the solver's steps end and the last prediction is made.
         grid_power: of the solver's time grid, see `flow.time_grid`.
         cfg_interval: solver times (first, last) between which there is guidance.
@@ -193,8 +193,11 @@ def find_compiler_problem(device: torch.device) -> str | None:
 
 
 def is_compiler_error(error: Exception) -> bool:
-    """Returns whether an error of a compiled function is one of the compiler, and not of what was compiled."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    """Returns whether an error of a compiled function is one of the compiler, and not of what was compiled.
+
+    Memory that ran out while the compiler ran is not: the same would happen without it.
+    """
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) and not is_out_of_memory(error)
 
 
 def describe_compiler_error(error: Exception) -> str:

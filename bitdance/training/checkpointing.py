@@ -71,7 +71,7 @@ class Checkpointer:
         self._pool.shutdown()
 
 
-def read_newest(folder: pathlib.Path, check: Callable[[WeightsFile], None] = lambda _: None) -> WeightsFile | None:
+def read_newest(folder: pathlib.Path, check: Callable[[WeightsFile], None]) -> WeightsFile | None:
     """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
     Damaged ones are reported and renamed to end in `.damaged`.

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.data.prefetch import PREFETCH
 from bitdance.data.token_cache import TokenDataset
+from bitdance.runtime.errors import counted
 from bitdance.runtime.memory_tracker import MemoryTracker
 from bitdance.runtime.progress import format_duration, format_size
 from bitdance.runtime.run_folder import check_writable, existing_parent
@@ -31,6 +32,7 @@ from bitdance.training.flops import step_flops
 from bitdance.training.loader import Batch
 from bitdance.training.losses import AutoencoderLoss, BitDanceLoss
 from bitdance.training.trainer import PREVIEW_IMAGES, Trainer
+from bitdance.weights.network_config import count_parameters
 
 MAX_SECONDS = 20.0
 """Maximum duration of a timed step; of longer steps a part is timed."""
@@ -84,7 +86,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     config, world = trainer.config, trainer.world
     encodes = not isinstance(trainer.loader.images, TokenDataset)
     flops = step_flops(trainer.objective, config.batch_size, config.image_size, encodes)
-    parameters = {name: sum(value.numel() for value in part.parameters()) for name, part in _networks(trainer).items()}
+    parameters = {name: count_parameters(part) for name, part in _networks(trainer).items()}
     counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     checkpoint = memory["weights"] + memory["optimizer"] + memory["ema"]
     kept = trainer.last_step // (config.keep_epochs * trainer.loader.steps_per_epoch) if config.keep_epochs else 0
@@ -97,7 +99,7 @@ def _print(trainer: Trainer, memory: dict[str, int], steps: int, seconds: float 
     size = {name: format_size(value) for name, value in (memory | sizes).items()}
     rows = [
         ("parameters", counts),
-        ("device", f"{world.device}, {world.size} {'process' if world.size == 1 else 'processes'}"),
+        ("device", f"{world.device}, {counted(world.size, 'process')}"),
         ("precision", "bf16 autocast, float32 weights" if trainer.in_bf16 else "float32"),
         ("", ""),
         *((name, size[name]) for name in ("weights", "gradients", "optimizer", "ema", "frozen")),

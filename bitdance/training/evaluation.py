@@ -76,10 +76,9 @@ class Validation:
         autoencoder: str | None = None,
     ) -> None:
         assert config.val_path is not None
-        same = config.val_path.resolve() == config.data_path.resolve()
         if autoencoder is None and is_token_cache(config.val_path):
             raise UserError(f"val_path={config.val_path} is a token cache: an autoencoder is validated on images.")
-        images = open_data(config.val_path, autoencoder, config.image_size, "test" if same else "train")
+        images = open_data(config.val_path, autoencoder, config.image_size, held_out_split(config))
         self._objective = copy.copy(objective)
         if isinstance(objective, AutoencoderLoss):  # without the discriminator, whose loss is no measure of the network
             config_without = dataclasses.replace(objective.config, adversarial_weight=0.0)
@@ -113,6 +112,12 @@ class Validation:
             rows.append(row)
         means = torch.stack([torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]])
         return dict(zip(rows[0], map(finite, self.world.mean(means).tolist()), strict=True))
+
+
+def held_out_split(config: TrainConfig) -> Split:
+    """Returns which part of `val_path` is held out: of an archive that is also trained on, its test images."""
+    same = config.val_path is not None and config.val_path.resolve() == config.data_path.resolve()
+    return "test" if same else "train"
 
 
 def reconstruct(network: Autoencoder, images: Tensor) -> Tensor:
@@ -201,7 +206,7 @@ class Evaluation:
         on_gpu = world.device.type == "cuda" and not isinstance(network, Autoencoder)
         self._batch_size = GPU_BATCH_SIZE if on_gpu else min(config.batch_size, CPU_BATCH_SIZE)
         held_out, side, number = config.val_path, config.image_size, config.eval_images
-        split: Split = "test" if held_out and held_out.resolve() == config.data_path.resolve() else "train"
+        split = held_out_split(config)
         if isinstance(network, Autoencoder):
             assert held_out is not None
             self._source: ImageSource = ReconstructionSource(

@@ -85,7 +85,8 @@ class AutoencoderLoss(nn.Module):
             loss = loss + weights.perceptual_weight * metrics["perceptual"]
         if self.discriminator is not None:
             generator_loss, discriminator_loss, real, fake = adversarial_losses(self.discriminator, x, reconstruction)
-            ramp = torch.as_tensor(step / max(1, weights.adversarial_ramp)).clamp(max=1.0)
+            length = weights.adversarial_ramp
+            ramp = torch.as_tensor(step / length if length else 1.0).clamp(max=1.0)
             loss = loss + ramp * weights.adversarial_weight * generator_loss + discriminator_loss
             metrics |= {"discriminator_loss": discriminator_loss, "real_logit": real.mean(), "fake_logit": fake.mean()}
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -117,6 +118,12 @@ class BitDanceLoss(nn.Module):
     """The loss of a model on the tokens of images or of a token cache.
 
     All random numbers are functions of the seed, the step and the index in the global batch.
+
+    Args:
+        network: the model to train.
+        autoencoder: makes the tokens; it is frozen, and is not a submodule.
+        config: weights and distributions of the loss.
+        seed: 0 <= seed < 2**32.
     """
 
     def __init__(self, network: BitDance, autoencoder: Autoencoder, config: LossConfig, seed: int) -> None:

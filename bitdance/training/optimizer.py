@@ -114,9 +114,9 @@ class Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step, from 0: linear warm-up, constant, cosine from `decay_start` to `min_lr`.
+    """Returns the learning rate of step 0, 1, ...: linear warm-up from 0, then constant, then a cosine to `min_lr`.
 
-    With `decay_start=0` it stays constant.
+    The cosine begins at `decay_start`; with `decay_start=0`, or at or after `total_steps`, the rate stays constant.
     """
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -156,10 +156,11 @@ class EMA:
 
 
 class NonFiniteGuard:
-    """Skips and counts the steps whose gradients are not finite, without synchronizing with the host.
+    """Finds and counts the steps whose gradients are not finite, on the device.
 
-    `check` returns 1 for such a step; the optimizer and the EMA then change nothing. Gradients have been averaged over
-    all processes by then, so all decide alike.
+    `check` returns 1 for such a step; the optimizer and the EMA then change nothing. (With Muon the host reads this
+    value at each step, see `Optimizer.step`.) Gradients have been averaged over all processes by then, so all decide
+    alike.
 
     Args:
         device: of the gradients.

@@ -51,6 +51,7 @@ from bitdance.training.status import describe_run, use_command
 from bitdance.training.train_config import TrainConfig
 from bitdance.weights import safetensors_files, weights_file
 from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST, WeightsFile
+from bitdance.weights.network_config import count_parameters
 from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
@@ -158,8 +159,8 @@ class Trainer:
             processes=world.size,
             device=world.device.type,
             autoencoder=autoencoder_name,
-            parameters=_count_parameters(self.network),
-            autoencoder_parameters=_count_parameters(self.pipeline.autoencoder) if self.pipeline else None,
+            parameters=count_parameters(self.network),
+            autoencoder_parameters=count_parameters(self.pipeline.autoencoder) if self.pipeline else None,
             command=command,
         )
         self.discriminator = objective.discriminator if isinstance(objective, AutoencoderLoss) else None
@@ -313,7 +314,10 @@ class Trainer:
         return problems
 
     def train_step(self, batch: Batch, lr: float) -> dict[str, Tensor]:
-        """Takes a step and returns its metrics, scalars on the device; the host does not wait for it."""
+        """Takes a step and returns its metrics, scalars on the device.
+
+        The host does not wait for them, except with Muon.
+        """
         # Dropout is the only use of torch's generator; the seed is a function of the step, so a resumed run repeats it.
         torch.manual_seed((self.config.seed << 31) + self.step * self.world.size + self.world.rank)
         self.optimizer.zero_grad()
@@ -595,10 +599,6 @@ class Trainer:
                 labels = [self.pipeline.classes.label(label) for label in classes.tolist()]
         sheet = image_grid(images, columns=columns, labels=labels, scale=2)
         write_png(self.config.output / f"preview-{self.step:07d}.png", sheet)
-
-
-def _count_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _shapes_and_types(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

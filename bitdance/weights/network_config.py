@@ -192,6 +192,11 @@ def check_tensors(
     return network
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Returns the number of values of a network's parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 class _NoNormalNumbers(TorchFunctionMode):
     """Leaves out normal numbers. On the meta device they import PyTorch's compiler, which takes over a second."""
 

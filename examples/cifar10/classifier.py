@@ -1,4 +1,4 @@
-"""The classifier of the CIFAR-10 example: gives its features to `bitdance evaluate`, and trains another.
+"""A CIFAR-10 classifier: the feature extractor of this example, and the program that trained it.
 
     bitdance evaluate samples.npz --reference cifar10_test.zip --features examples/cifar10/classifier.py:extractor
     python examples/cifar10/classifier.py --data-path cifar10_train.zip --val-path cifar10_test.zip
@@ -33,7 +33,7 @@ from bitdance.metrics.accuracy import top_k_accuracy
 from bitdance.metrics.features import FeatureExtractor, Features
 from bitdance.metrics.frechet_distance import frechet_distance
 from bitdance.metrics.psnr_ssim import psnr, ssim
-from bitdance.metrics.statistics import StatisticsAccumulator
+from bitdance.metrics.statistics import Statistics, StatisticsAccumulator
 from bitdance.runtime.atomic_files import atomic_write, file_digest, make_folder
 from bitdance.runtime.devices import MAX_THREADS
 from bitdance.runtime.errors import UserError, check_fields
@@ -49,7 +49,7 @@ def conv(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Adds two convolutions to the identity."""
 
     def __init__(self, channels: int) -> None:
@@ -67,9 +67,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             conv(3, 32),
-            *(conv(32, 64), nn.MaxPool2d(2), Residual(64)),
+            *(conv(32, 64), nn.MaxPool2d(2), ResidualBlock(64)),
             *(conv(64, 128), nn.MaxPool2d(2)),
-            *(conv(128, NUM_FEATURES), nn.MaxPool2d(2), Residual(NUM_FEATURES)),
+            *(conv(128, NUM_FEATURES), nn.MaxPool2d(2), ResidualBlock(NUM_FEATURES)),
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
         )
@@ -88,7 +88,11 @@ def classify(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def extractor() -> FeatureExtractor:
-    """Returns the trained classifier as a feature extractor, which also reports accuracy."""
+    """Returns the trained classifier as a feature extractor, which also reports accuracy.
+
+    Raises:
+        UserError: its weights are missing, damaged or of another network.
+    """
     network = Classifier().eval().requires_grad_(False)
     try:
         network.load_state_dict(load_file(WEIGHTS))
@@ -103,36 +107,58 @@ def extractor() -> FeatureExtractor:
     return FeatureExtractor(NAME, NUM_FEATURES, extract, classifies=True, digest=digest)
 
 
-def measure_reconstructions(original: Tensor, decoded: Tensor, labels: Tensor) -> dict[str, float]:
-    """Returns PSNR, SSIM, and of the classifier the accuracy and the Fréchet distance.
+class ReconstructionMetrics:
+    """Compares reconstructions with their originals, whose features are computed once.
 
     Args:
-        original, decoded: (N, 32, 32, 3) uint8.
+        original: (N, 32, 32, 3) uint8.
         labels: (N,) int64.
     """
-    metrics = {"psnr": psnr(original, decoded).mean().item()}
-    parts = zip(original.split(100), decoded.split(100), strict=True)
-    metrics["ssim"] = torch.cat([ssim(a, b) for a, b in parts]).mean().item()
-    network, statistics = extractor(), []
-    for images in (original, decoded):
-        accumulator, logits = StatisticsAccumulator(network.size), []
+
+    def __init__(self, original: Tensor, labels: Tensor) -> None:
+        self._original, self._labels, self._network = original, labels, extractor()
+        self._statistics, _ = self._classify(original)
+
+    def __call__(self, decoded: Tensor) -> dict[str, float]:
+        """Returns PSNR, SSIM, and of the classifier the accuracy and the Fréchet distance.
+
+        Args:
+            decoded: the reconstructions, (N, 32, 32, 3) uint8.
+        """
+        parts = zip(self._original.split(100), decoded.split(100), strict=True)
+        statistics, logits = self._classify(decoded)
+        return {
+            "psnr": psnr(self._original, decoded).mean().item(),
+            "ssim": torch.cat([ssim(a, b) for a, b in parts]).mean().item(),
+            "accuracy": top_k_accuracy(logits, self._labels.numpy()),
+            "frechet_distance": frechet_distance(self._statistics, statistics),
+        }
+
+    def _classify(self, images: Tensor) -> tuple[Statistics, np.ndarray]:
+        accumulator, logits = StatisticsAccumulator(self._network.size), []
         for part in images.split(100):
-            features = network(part.numpy())
+            features = self._network(part.numpy())
             accumulator.add(features["pool"])
             logits.append(features["logits"])
-        statistics.append(accumulator.statistics())
-    correct = top_k_accuracy(np.concatenate(logits), labels.numpy())  # of the last images, the decoded ones
-    return metrics | {"accuracy": correct, "frechet_distance": frechet_distance(*statistics)}
+        return accumulator.statistics(), np.concatenate(logits)
 
 
 def set_threads(options: argparse.Namespace) -> None:
-    """Has PyTorch use the CPU threads that an option gives."""
+    """Has PyTorch use the CPU threads that an option gives.
+
+    Raises:
+        UserError: the number is not in 1 to `MAX_THREADS`.
+    """
     check_fields(options, "threads", lambda value: 1 <= value <= MAX_THREADS, f"be from 1 to {MAX_THREADS}")
     torch.set_num_threads(options.threads)
 
 
 def load_images(path: pathlib.Path) -> tuple[Tensor, Tensor]:
-    """Returns all images (N, 32, 32, 3) uint8 and their labels (N,) int64."""
+    """Returns all images (N, 32, 32, 3) uint8 and their labels (N,) int64.
+
+    Raises:
+        UserError: the images cannot be read, or do not have 32 x 32 pixels and at most ten classes.
+    """
     images = open_images(path)
     views = [to_array(images.read(i)) for i in range(len(images))]
     if {view.shape for view in views} != {(32, 32, 3)}:
@@ -153,7 +179,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Returns the fraction of images that are classified correctly."""
+    """Returns the fraction of images that are classified correctly, in bf16 autocast, with the float32 weights."""
     network.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predicted = torch.cat([classify(network, part)[1].argmax(dim=1) for part in images.split(100)])
@@ -164,7 +190,19 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
 def train(
     data: pathlib.Path, val: pathlib.Path, output: pathlib.Path, epochs: int, batch_size: int = 256, lr: float = 0.4
 ) -> None:
-    """Trains a classifier with SGD and a one-cycle schedule, and writes its weights in float16."""
+    """Trains a classifier with SGD and a one-cycle schedule, and writes its weights in float16.
+
+    Args:
+        data: training images.
+        val: held-out images, which are classified after each epoch.
+        output: file to write.
+        epochs: passes over the training images.
+        batch_size: images in a step.
+        lr: peak learning rate.
+
+    Raises:
+        UserError: the images are not those of CIFAR-10, or the file cannot be written.
+    """
     if output.is_dir():
         raise UserError(f"{output} is a folder: give the file to write.")
     check_writable(output.parent)

@@ -14,9 +14,9 @@ import sys
 
 import numpy as np
 import torch
-from classifier import load_images, measure_reconstructions, set_threads
+from classifier import ReconstructionMetrics, load_images, set_threads
 from torch import Tensor
-from transform_coding import transform_code
+from transform_coding import check_bits, transform_code
 
 from bitdance.cli.main import call
 from bitdance.sampling.image_grid import image_grid
@@ -50,12 +50,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
     set_threads(options)
+    if options.data_path:
+        check_bits(options.bits)
     original, labels = load_images(options.val_path)
     shown = np.linspace(0, len(original) - 1, SHOWN).astype(int)
     rows, names = [original[shown]], ["original"]
+    measure = ReconstructionMetrics(original, labels)
 
     def add(name: str, bits: int, decoded: Tensor) -> None:
-        metrics = measure_reconstructions(original, decoded, labels)
+        metrics = measure(decoded)
         quality = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f}"
         print(
             f"| {name} | {bits:,} | {quality} | {metrics['accuracy']:.1%} | {metrics['frechet_distance']:.2f} |",

@@ -64,6 +64,7 @@ def draw_bits(pipeline: Pipeline, seed: int) -> np.ndarray:
     tokens = sample_tokens(model, torch.zeros(1, dtype=torch.int64), noise, config, functions=functions)
     per_token = len(seen) // model.config.ar_steps
     first = torch.stack([*seen[:per_token], tokens[0, : model.config.parallel_num].flatten()])
+    # -1 and 1 are two greys, so that noise beyond them is seen, too.
     levels = (127.5 + 63.75 * first.clamp(-2, 2)).to(torch.uint8).numpy()
     return np.repeat(np.repeat(levels[:, :128, None], 8, 0), 8, 1).repeat(3, 2)
 

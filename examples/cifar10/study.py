@@ -1,12 +1,12 @@
-"""Measures what the settings of sampling cost and give: Fréchet distance, accuracy and seconds, as CSV and figures.
+"""Measures the effect and cost of sampling settings: Fréchet distance, accuracy and seconds, as CSV and figures.
 
-    python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x --output runs/study
+    python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x demo-16x --cfg-scale 24
     python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 8
     python examples/cifar10/study.py --compare-bits                         # compares bit probabilities of the solvers
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
 
-A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. Lines that are there
-are not measured again, so an interrupted study continues. Features and accuracy are those of classifier.py.
+A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. A line that exists is
+not measured again, so an interrupted study continues. Features and accuracy are those of classifier.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import itertools
 import math
 import pathlib
@@ -48,13 +49,14 @@ METRICS = ["frechet_distance", "accuracy", "precision", "recall", "seconds_per_i
 COLUMNS = ["model", "parallel_num", *KEYS[1:], *METRICS]
 SCALES = {
     "linear": (1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 12.0, 16.0, 24.0, 32.0),
-    "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0),
 }
 SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
 BATCH = 250
 BIT_SAMPLES = 5_000
 """Samples from which the probabilities of bits are estimated."""
 MARGIN = 0.03
+"""Largest relative difference of distances that counts as equivalent."""
 T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Quantiles of Student's t at 95 %, by degrees of freedom."""
 
@@ -69,7 +71,8 @@ def settings(scale: float) -> Iterator[SamplingConfig]:
     for schedule, scales in SCALES.items():
         for value in scales:
             yield fast(value, cfg_schedule=schedule)
-    yield fast(scale, share_first=True)
+    for value in dict.fromkeys((12.0, 16.0, 24.0, 32.0, 48.0, scale)):
+        yield fast(value, share_first=True)
     for solver, steps in itertools.product(SOLVERS, (5, 10, 15, 20, 30, 50, 100)):
         yield fast(scale, solver=solver, num_steps=steps)
     # With guidance the ODEs converge to another distribution.
@@ -113,23 +116,22 @@ def measure(
 def bit_probabilities(pipeline: Pipeline, config: SamplingConfig, seed: int) -> Tensor:
     """Returns the probability that each bit of the first token of the first class is 1, (C,), from BIT_SAMPLES."""
     model = pipeline.model
-    cond = model.prefill(torch.tensor([0, model.null_class]), model.new_cache(2))[:, :1]  # (2, 1, D)
+    cond = model.prefill(torch.tensor([0, model.null_class]), model.new_cache(2))  # (2, P, D)
     sample = head_sampler(model, config, SamplerFunctions(model))
     ones = torch.zeros(model.config.bits)
     for ids in split_batches(BIT_SAMPLES, BATCH):
-        noise = sample_noise(model, seed, torch.arange(ids.start, ids.stop), config.num_draws)(0, False)[:, :, :1]
+        noise = sample_noise(model, seed, torch.arange(ids.start, ids.stop), config.num_draws)(0, False)
         guidance = torch.full((), config.cfg_scale)
-        x = sample(cond.repeat_interleave(len(ids), dim=0), noise, guidance, config.num_steps)  # (B, 1, C)
+        x = sample(cond.repeat_interleave(len(ids), dim=0), noise, guidance, config.num_steps)  # (B, P, C)
         ones += (x[:, 0] > 0).sum(0)
     return ones / BIT_SAMPLES
 
 
-def compare_bits(name: str, path: pathlib.Path) -> None:
+def compare_bits(pipeline: Pipeline, path: pathlib.Path) -> None:
     """Writes the largest difference between the bit probabilities of each solver and the published one, at 100 steps.
 
     The published solver is compared with itself with other noise, which shows the error of the estimate.
     """
-    pipeline = bitdance.load_pipeline(name)
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["cfg_scale", *SOLVERS])
@@ -150,12 +152,14 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames not in (COLUMNS, None):  # None: not even the first line was written
-                raise UserError(f"{path} has other columns than this program writes: give another folder.")
-            rows = [row for row in reader if all(row.get(name) for name in COLUMNS)]
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        if reader.fieldnames not in (COLUMNS, None):  # None: not even the first line was written
+            raise UserError(f"{path} has other columns than this program writes: give another folder.")
+        rows = list(reader)
         for row in rows:
+            if not all(row.get(name) for name in COLUMNS):
+                raise ValueError
             int(row["seed"]), int(row["num_steps"])
             if not all(0 <= float(row[name]) < math.inf for name in METRICS) or float(row["frechet_distance"]) == 0:
                 raise ValueError
@@ -171,11 +175,15 @@ def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[st
     }
 
 
-def run(options: argparse.Namespace, name: str, scale: float, path: pathlib.Path) -> None:
+def run(
+    options: argparse.Namespace,
+    name: str,
+    scale: float,
+    path: pathlib.Path,
+    network: FeatureExtractor,
+    reference: FeatureSet,
+) -> None:
     """Measures what is missing of a model, whose file is locked."""
-    network, world = extractor(), World(0, 1, torch.device("cpu"))
-    source = open_source(options.reference, 32)
-    reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     rows = read_rows(path)
     done = [{column: row[column] for column in KEYS} for row in rows]
     configs = dict.fromkeys((step_settings if options.equivalence else settings)(scale))
@@ -296,22 +304,27 @@ def main(arguments: list[str]) -> None:
     check_fields(options, "cfg_scale", lambda value: 1 <= value < math.inf, "be at least 1")
     if options.equivalence and not options.figures:
         check_fields(options, "seeds", lambda value: 2 <= value <= len(T95), f"be from 2 to {len(T95)}")
+    measures = not (options.figures or options.compare_bits)
+    if measures:
+        if options.reference is None:
+            raise UserError("--reference is missing: give the held-out images.")
+        network, world = extractor(), World(0, 1, torch.device("cpu"))
+        source = open_source(options.reference, 32)
+        reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     for name in options.models:
         if options.compare_bits:
-            compare_bits(name, options.output / f"bits-{pathlib.Path(name).stem}.csv")
+            compare_bits(bitdance.load_pipeline(name), options.output / f"bits-{pathlib.Path(name).stem}.csv")
             continue
         path = options.output / f"{'equivalence' if options.equivalence else 'study'}-{pathlib.Path(name).stem}.csv"
         scale = options.cfg_scale
         if scale is None:
             scale = bitdance.load_pipeline(name).defaults.cfg_scale
-        if not options.figures:
-            if options.reference is None:
-                raise UserError("--reference is missing: give the held-out images.")
+        if measures:
             make_folder(path.parent)
             lock = path.with_suffix(".lock")
             with lock_file(lock, 1.0, f"another process writes {path}: wait for it to finish, or give another folder."):
                 try:
-                    run(options, name, scale, path)
+                    run(options, name, scale, path, network, reference)
                 finally:
                     lock.unlink(missing_ok=True)
         # Distances of different numbers of images cannot be compared.

@@ -2,7 +2,7 @@
 # Trains everything of the CIFAR-10 example: autoencoder, token cache, and models for 1, 4 and 16 tokens a step.
 #     bash examples/cifar10/train.sh cifar10_train.zip cifar10_test.zip [FOLDER]
 # FOLDER is runs/cifar10 by default. Each part continues where it was interrupted, and finished ones are not repeated.
-# About 20 hours on one thread of a CPU with bf16 instructions; THREADS=4 uses more. PARALLEL_NUMS=16 trains one model.
+# About 14 hours on one thread of a quiet CPU with bf16 instructions, over 20 beside other work; THREADS=4 uses more. PARALLEL_NUMS=16 trains one model.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: bash $0 cifar10_train.zip cifar10_test.zip [FOLDER]" >&2

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from classifier import load_images, measure_reconstructions, set_threads
+from classifier import ReconstructionMetrics, load_images, set_threads
 
 from bitdance.cli.main import call
 from bitdance.runtime.errors import UserError
@@ -35,12 +35,15 @@ def lloyd_max(x: np.ndarray, bits: int, iterations: int = 30) -> np.ndarray:
 
 
 def quantize(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Replaces numbers by the nearest of the values."""
+    """Replaces numbers x (...) by the nearest of the values, which are in ascending order."""
     return values[np.searchsorted((values[1:] + values[:-1]) / 2, x)]
 
 
 def allocate(x: np.ndarray, bits: int) -> Iterator[list[np.ndarray]]:
-    """Yields the quantizers of the components x (N, D) with 1, 2, ..., `bits` bits in all."""
+    """Yields the quantizers of the components x (N, D) with 1, 2, ..., `bits` bits in all.
+
+    It is the same list each time, changed in place.
+    """
     quantizers = [np.zeros(1) for _ in range(x.shape[1])]
     counts = np.zeros(x.shape[1], int)
     errors = [float(column.var()) for column in x.T]
@@ -74,6 +77,17 @@ def from_blocks(blocks: np.ndarray, side: int) -> torch.Tensor:
     return pixels.reshape(-1, count, count, side, side, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 3)
 
 
+def check_bits(all_bits: list[int], side: int = 32) -> None:
+    """Checks the numbers of bits per image for blocks of `side` pixels.
+
+    Raises:
+        UserError: a number is not a multiple of the number of blocks, or too large.
+    """
+    blocks, most = 32**2 // side**2, MAX_BITS * 3 * 32**2
+    if any(not 1 <= bits <= most or bits % blocks for bits in all_bits):
+        raise UserError(f"--bits must be multiples of {blocks}, the number of blocks, from {blocks} to {most}.")
+
+
 def transform_code(
     train: torch.Tensor, images: torch.Tensor, all_bits: list[int], side: int = 32
 ) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
@@ -81,18 +95,12 @@ def transform_code(
 
     Args:
         train, images: (N, 32, 32, 3) uint8.
-        all_bits: numbers of bits per image, in ascending order.
+        all_bits: numbers of bits per image, in ascending order, see `check_bits`.
         side: of the blocks in pixels.
 
     Yields:
         For each number of bits: it, the decoded images, and the bits of the components that have any, descending.
-
-    Raises:
-        UserError: a number of bits is not a multiple of the number of blocks, or too large.
     """
-    blocks, most = 32**2 // side**2, MAX_BITS * 3 * 32**2
-    if any(not 1 <= bits <= most or bits % blocks for bits in all_bits):
-        raise UserError(f"--bits must be multiples of {blocks}, the number of blocks, from {blocks} to {most}.")
     per_block = [bits * side**2 // 32**2 for bits in all_bits]
     x = to_blocks(train, side)
     mean = x.mean(0)
@@ -120,11 +128,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
     set_threads(options)
+    check_bits(options.bits, options.block)
     train, (original, labels) = load_images(options.data_path)[0], load_images(options.val_path)
+    measure = ReconstructionMetrics(original, labels)
     for bits, decoded, depths in transform_code(train, original, sorted(options.bits), options.block):
-        row = ", ".join(
-            f"{name} {value:.4f}" for name, value in measure_reconstructions(original, decoded, labels).items()
-        )
+        row = ", ".join(f"{name} {value:.4f}" for name, value in measure(decoded).items())
         print(f"{bits} bits: {row}", flush=True)
         if options.block < 32:
             print(*depths, flush=True)
