@@ -1,6 +1,6 @@
 """Measures the effect and cost of sampling settings: Fréchet distance, accuracy and seconds, as CSV and figures.
 
-    python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x demo-4x demo-16x --cfg-scale 24
+    python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x --cfg-scale 24
     python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 8
     python examples/cifar10/study.py --compare-bits                         # compares bit probabilities of the solvers
     python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
@@ -21,7 +21,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,11 @@ SCALES = {
     "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0),
 }
 SOLVERS = ("euler-maruyama", "dpmpp-2m-sde", "euler", "heun")
+STEPS = (5, 10, 15, 20, 30, 50, 100)
+AXES = ("scales", "shared", "steps", "ode", "intervals", "end-times", "changing-steps")
+"""What the study varies: the guidance scale, without and with shared first tokens, the number of steps of the SDE and
+the ODE solvers, guided times, end time and density of the steps, and a number of steps that changes along the sequence.
+"""
 BATCH = 250
 BIT_SAMPLES = 5_000
 """Samples from which the probabilities of bits are estimated."""
@@ -66,24 +71,33 @@ def fast(scale: float, **changes: Any) -> SamplingConfig:
     return complete_config(SamplingDefaults(cfg_scale=scale, share_first=False), "fast", **changes)
 
 
-def settings(scale: float) -> Iterator[SamplingConfig]:
-    """Yields the settings of the study, one axis at a time, around a guidance scale."""
-    for schedule, scales in SCALES.items():
-        for value in scales:
-            yield fast(value, cfg_schedule=schedule)
-    for value in dict.fromkeys((12.0, 16.0, 24.0, 32.0, 48.0, scale)):
-        yield fast(value, share_first=True)
-    for solver, steps in itertools.product(SOLVERS, (5, 10, 15, 20, 30, 50, 100)):
-        yield fast(scale, solver=solver, num_steps=steps)
-    # With guidance the ODEs converge to another distribution.
-    for value, solver in itertools.product((1.0, 4.0), ("euler", "heun")):
-        yield fast(value, solver=solver, num_steps=50)
-    for interval in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.5, 1.0)):
-        yield fast(scale, cfg_interval=interval)
-    for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
-        yield fast(scale, num_steps=10, end_time=end, grid_power=power)
-    for first, last in ((10, 10), (16, 4), (4, 16)):
-        yield fast(scale, num_steps=first, final_num_steps=last)
+def settings(scale: float, axes: Iterable[str] = AXES) -> Iterator[SamplingConfig]:
+    """Yields the settings of the study, which vary one at a time around a guidance scale, for the given `AXES`."""
+    for axis in axes:
+        if axis == "scales":
+            for schedule, scales in SCALES.items():
+                yield from (fast(value, cfg_schedule=schedule) for value in scales)
+        elif axis == "shared":
+            scales = dict.fromkeys((12.0, 16.0, 24.0, 32.0, 48.0, scale))
+            yield from (fast(value, share_first=True) for value in scales)
+        elif axis == "steps":
+            for solver, steps in itertools.product(SOLVERS[:2], STEPS):
+                yield fast(scale, solver=solver, num_steps=steps)
+        elif axis == "ode":
+            for solver, steps in itertools.product(SOLVERS[2:], STEPS):
+                yield fast(scale, solver=solver, num_steps=steps)
+            # With guidance the ODEs converge to another distribution.
+            for value, solver in itertools.product((1.0, 4.0), SOLVERS[2:]):
+                yield fast(value, solver=solver, num_steps=50)
+        elif axis == "intervals":
+            for interval in ((0.0, 0.5), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.5, 1.0)):
+                yield fast(scale, cfg_interval=interval)
+        elif axis == "end-times":
+            for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
+                yield fast(scale, num_steps=10, end_time=end, grid_power=power)
+        else:
+            for first, last in ((10, 10), (16, 4), (4, 16)):
+                yield fast(scale, num_steps=first, final_num_steps=last)
 
 
 def step_settings(scale: float) -> Iterator[SamplingConfig]:
@@ -186,7 +200,7 @@ def run(
     """Measures what is missing of a model, whose file is locked."""
     rows = read_rows(path)
     done = [{column: row[column] for column in KEYS} for row in rows]
-    configs = dict.fromkeys((step_settings if options.equivalence else settings)(scale))
+    configs = dict.fromkeys(step_settings(scale) if options.equivalence else settings(scale, options.axes))
     wanted = itertools.product(range(options.seeds), configs)
     missing = [item for item in wanted if key_of(name, item[0], options.images, item[1]) not in done]
     pipeline = bitdance.load_pipeline(name)
@@ -292,6 +306,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--images", type=int, default=1000, help="samples of each setting")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other noise")
     parser.add_argument("--cfg-scale", type=float, help="of the settings that do not vary it; by default the model's")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="what to vary")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--equivalence", action="store_true", help="compare numbers of steps with the published one")
     parser.add_argument("--compare-bits", action="store_true", help="compare the solvers' probabilities of bits")
