@@ -18,6 +18,8 @@ HEAD_DIM = 64
 
 MAX_BLOCKS, MAX_LEVELS, MAX_WIDTH, MAX_NAME = 256, 8, 16_384, 1000
 """Blocks, levels and channels of a network, and characters of a class name: files of weights name them freely."""
+MAX_COUNT = 1 << 20
+"""Classes, and class tokens."""
 
 MAX_IMAGE_SIZE = 8192
 """Side of the largest images in pixels; a crop of this size takes 200 MB."""
@@ -156,6 +158,7 @@ class ModelSizes:
 
     def __post_init__(self) -> None:
         check_fields(self, "num_classes", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "num_classes cls_token_num", lambda value: value <= MAX_COUNT, f"be at most {MAX_COUNT}")
 
     @classmethod
     def of(cls, config: BitDanceConfig, **changes: Any) -> ModelSizes:
@@ -183,6 +186,7 @@ class BitDanceConfig(ModelSizes):
         counts = "dim n_layer head_dim head_layers head_ada_ln parallel_num grid cls_token_num num_classes"
         check_fields(self, counts, lambda value: value >= 1, "be at least 1")
         blocks = "n_layer head_layers head_ada_ln"
+        check_fields(self, "num_classes cls_token_num", lambda value: value <= MAX_COUNT, f"be at most {MAX_COUNT}")
         check_fields(self, blocks, lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "dim head_dim", lambda value: value % HEAD_DIM == 0, f"be a multiple of {HEAD_DIM}")
         check_fields(self, "dim head_dim", lambda value: value <= MAX_WIDTH, f"be at most {MAX_WIDTH}")

@@ -142,7 +142,7 @@ def test_a_folder_of_pictures_is_enough(pictures, tmp_path, capsys, monkeypatch,
         monkeypatch.setattr(Trainer, name, lambda *_: None)  # they were written already
     main(["train", "--data-path", str(pictures), "--output", str(run), "--device", "cpu", "--epochs", "2",
           "--max-steps", "7"])  # fmt: skip
-    assert "epochs extended from 1 to 2" in capsys.readouterr().out
+    assert "epochs extended from 1 to 2" in capsys.readouterr().err
     assert json.loads((run / "settings.json").read_text())["train"]["epochs"] == 2
 
 

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 import bitdance
 from bitdance.cli.main import call
 from bitdance.runtime.atomic_files import lock_file
+from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_tokens
 
 
 @pytest.mark.parametrize(
     ("program", "arguments", "words"),
     [
-        ("classifier", "--data-path {few} --val-path {few} --epochs 0", "0 is invalid: it must be at least 1"),
+        ("classifier", "--data-path {few} --val-path {few} --epochs 0", "0 is invalid: it must be from 1 to 10000"),
         ("classifier", "--data-path {few} --val-path {few} --threads -1", "-1 is invalid: it must be from 1 to"),
         ("classifier", "--data-path {many} --val-path {few}", "many has more than 10 classes"),
         ("classifier", "--data-path {few} --val-path {few} --output {few}", "few is a folder: give the file to write"),
@@ -35,7 +36,7 @@ from bitdance.runtime.atomic_files import lock_file
             "--val-path {few} --data-path {few} --bits 24577",
             "the number of blocks, from 1 to 24576",
         ),
-        ("study", "--reference {few} --images 0", "0 is invalid: it must be at least 4"),
+        ("study", "--reference {few} --images 0", "0 is invalid: it must be from 4 to 1000000"),
         ("study", "--reference {few} --cfg-scale 0", "0.0 is invalid: it must be at least 1"),
         ("study", "--figures --output {damaged} --models demo-1x --cfg-scale 24", "demo-1x.csv is damaged: delete it"),
         ("study", "--reference {few} --equivalence", "1 is invalid: it must be from 2 to 10"),
@@ -62,7 +63,7 @@ def test_wrong_arguments_are_refused_with_a_sentence(tmp_path, monkeypatch, caps
     }
     shutil.copytree(small.ROOT / "docs" / "data", folders["study"])
     stored = (folders["study"] / "study-demo-1x.csv").read_text()
-    (tmp_path / "study-demo-1x.csv").write_text(stored.rstrip().rpartition(",")[0] + ",abc\n")
+    (tmp_path / "study-demo-1x.csv").write_text(stored.rstrip().rsplit(",", 2)[0] + ",abc,earlier\n")
     weights = tmp_path / "classifier.safetensors"
     save_file({"other": torch.zeros(1)}, weights)
     monkeypatch.setattr(importlib.import_module("classifier"), "WEIGHTS", weights)
@@ -93,6 +94,37 @@ def test_the_stored_study(monkeypatch, tmp_path, capsys):
     verdicts = capsys.readouterr().out.splitlines()[-4:]
     assert [verdict.rsplit(": ", 1)[1] for verdict in verdicts] == ["equivalent"] * 2 + ["not shown", "equivalent"]
     assert verdicts[-1].startswith("dpmpp-2m-sde, 20 steps: 1.010 +- 0.008")
+
+
+def test_a_study_continues_with_what_it_began_with(monkeypatch, tmp_path, capsys, refused):
+    """A line that was not written to its end is measured again; other reference images are refused."""
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study, "settings", lambda scale, axes: [study.fast(4.0, num_steps=steps) for steps in (1, 2)])
+    arguments = f"--output {tmp_path} --models demo-16x --threads 1 --images 4 --cfg-scale 4 --reference".split()
+    pictures = [str(small.pictures(tmp_path / name, each=each, side=32)) for name, each in (("a", 2), ("b", 3))]
+    call(study.main, [*arguments, pictures[0]])
+    path = tmp_path / "study-demo-16x.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines)[:-3])
+    capsys.readouterr()
+    call(study.main, [*arguments, pictures[0]])
+    assert capsys.readouterr().out.count("distance") == 1, "one setting is measured again"
+    rows = [[line.split(",") for line in text] for text in (lines, path.read_text().splitlines())]
+    assert [[*row[:-2], row[-1]] for row in rows[0]] == [[*row[:-2], row[-1]] for row in rows[1]], "but for the seconds"
+    assert "other weights, images or another classifier" in refused(call, study.main, [*arguments, pictures[1]])
+
+
+def test_bit_probabilities_are_those_of_whole_samples(monkeypatch):
+    """The first token of samples with a constant guidance scale has the same bits, also in a group of four."""
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study, "BIT_SAMPLES", 6)
+    pipeline, config = bitdance.load_pipeline("demo-4x", dtype="fp32"), SamplingConfig(3, 4.0, "constant")
+    noise = sample_noise(pipeline.model, 5, torch.arange(6), config.num_draws)
+    tokens = sample_tokens(pipeline.model, torch.zeros(6, dtype=torch.int64), noise, config)
+    expected = (tokens[:, 0] > 0).float().mean(0)
+    assert 0 < expected.mean() < 1 and torch.equal(study.bit_probabilities(pipeline, config, 5), expected)
 
 
 def test_a_study_that_another_process_writes_is_refused(monkeypatch, tmp_path, refused):

@@ -47,7 +47,7 @@ def fill(folder: pathlib.Path, *names: str) -> pathlib.Path:
         (["a.png"], "1 image of 1 class (pictures)"),
         (
             ["a.png", "x.txt", ".DS_Store", "Thumbs.db"],
-            "1 image of 1 class (pictures), 1 file ignored (1 not an image)",
+            "1 image of 1 class (pictures), 1 file ignored (1 not an image: .txt)",
         ),
         (["animals/Cat/a.png", "plants/Tall rose/a.png"], "2 images of 2 classes (Cat, Tall rose)"),
         (["n01440764/a.png", "n01443537/images/deep/b.png"], "2 images of 2 classes (n01440764, n01443537)"),
@@ -55,7 +55,8 @@ def fill(folder: pathlib.Path, *names: str) -> pathlib.Path:
         ([f"{c}/a.png" for c in "abcdefghij"], "10 images of 10 classes (a, b, c, d, e, f, g, h, ...)"),
         (
             ["a/a.png", "b/a.png", "z.png", "x.txt", "a/y.txt"],
-            "2 images of 2 classes (a, b), 3 files ignored (2 not images, 1 picture beside the class folders: z.png)",
+            "2 images of 2 classes (a, b), "
+            "3 files ignored (2 not images: .txt; 1 picture beside the class folders: z.png)",
         ),
         (
             ["cat/a.png", "cat/a.HEIC", "cat/b.heif"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,16 @@ import torch
 from bitdance.runtime import run_folder
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
-from bitdance.runtime.run_folder import EXTEND, FREE, STORED, Machine, check_settings, compare, exclusive
+from bitdance.runtime.run_folder import (
+    EXTEND,
+    FREE,
+    STORED,
+    Machine,
+    check_apart,
+    check_settings,
+    compare,
+    exclusive,
+)
 
 CPU = torch.device("cpu")
 SINGLE = World(0, 1, CPU)
@@ -51,8 +61,8 @@ def stored(**changes: Any) -> dict[str, Any]:
         ({"run": stored()["run"], "section": {"of": "a later release"}}, {}, []),
         ({"run": [1]}, {"seed": None}, ["`?` is unknown to this release"]),
         ({}, {"seed": None}, []),
-        (stored(), {"epochs": 11}, ["`epochs` was 10, is 11"]),
-        (stored(), {"epochs": 9}, ["`epochs` was 10, is 9"]),
+        (stored(), {"epochs": 11}, ["`epochs` was 10, is 11 and can only be raised, after the end of the run"]),
+        (stored(), {"epochs": 9}, ["`epochs` was 10, is 9 and can only be raised, after the end of the run"]),
     ],
 )  # fmt: skip
 def test_compare(found, ours, differences):
@@ -87,7 +97,7 @@ def test_settings_that_differ_are_refused(tmp_path):
     tmp_path /= "run"
     check(tmp_path)
     before = (tmp_path / "settings.json").read_bytes()
-    message = rf"{tmp_path} belongs to a run with other settings \(`seed` was 0, is 1; `epochs` was 10, is 12\)"
+    message = rf"{tmp_path} belongs to a run with other settings \(`seed` was 0, is 1; `epochs` was 10, is 12 and can"
     with pytest.raises(UserError, match=message):
         check(tmp_path, seed=1, epochs=12)
     assert (tmp_path / "settings.json").read_bytes() == before
@@ -150,6 +160,14 @@ def test_an_error_inside_is_raised_unchanged(tmp_path, error):
 def test_ctrl_c_inside_says_how_to_resume(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"), exclusive(tmp_path, SINGLE):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("output", "is_refused"), [("", True), ("run", True), ("a/run", True), ("../run", False)])
+def test_a_run_folder_among_the_images_is_refused(tmp_path, output, is_refused):
+    data = tmp_path / "pictures"
+    data.mkdir()
+    with pytest.raises(UserError, match="is in the folder of the images") if is_refused else contextlib.nullcontext():
+        check_apart(data / output, data)
 
 
 def test_leftovers_are_removed_by_the_first_process(tmp_path):

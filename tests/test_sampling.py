@@ -91,7 +91,7 @@ def test_the_files_of_a_call(model, tmp_path, capsys):
     text = json.loads(Image.open(folder / "0004-sea-lion.png").text["bitdance"])
     known = {"class": 2, "name": "sea lion", "number": 4, "seed": 0, "cfg_scale": 3.0, "num_steps": 4}
     assert text.items() >= {**known, "solver": "dpmpp-2m-sde", "version": bitdance.__version__}.items()
-    assert text["model"] == "model-model", "without its path"
+    assert text["model"] == f"{model.parent.name}-model", "the folder, without its path"
     with Image.open(folder / "grid.png") as grid:
         side = 96 + 2  # small pictures are enlarged to 96 pixels
         assert grid.height == 3 * side + 2
@@ -439,7 +439,7 @@ def test_settings_of_the_pipeline_are_checked(model):
     for known in (3, torch.zeros(2, 16, 8)):
         with pytest.raises(ValueError, match=r"known must be a tensor of shape \(1, 16, 8\)"):
             pipe("cat", known=known)
-    assert repr(pipe) == "Pipeline('model-model', 16 px, 3 classes, float32 on cpu)"
+    assert repr(pipe) == f"Pipeline('{model.parent.name}-model', 16 px, 3 classes, float32 on cpu)"
     assert repr(pipe.classes) == "ClassNames(3: cat, dog, sea lion)"
     for name, settings, words in (
         (3, {}, "model=3 is no name"),

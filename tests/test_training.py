@@ -962,15 +962,16 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     settings = tmp_path / "run" / "settings.json"
     reached = settings.read_text()
     settings.write_text(reached.replace('"last_step": 4', '"last_step": 6'))
-    with pytest.raises(UserError, match=r"\(`epochs` was 2, is 3\)"):  # it is not finished
+    with pytest.raises(UserError, match=r"\(`epochs` was 2, is 3 and can only be raised, after"):  # it is not finished
         train(data, tmp_path / "run", epochs=3)
     settings.write_text(reached)
     train(data, tmp_path / "run", epochs=2)
     capsys.readouterr()
     train(data, tmp_path / "run", epochs=3)
     change = "epochs extended from 2 to 3"
-    first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first == change and "12 images: 9 steps, the last 3 in " in second
+    output = capsys.readouterr()
+    assert f"bitdance: {change}" in output.err.splitlines()
+    assert "12 images: 9 steps, the last 3 in " in output.out.splitlines()[0]
     lines = small.read_log(tmp_path / "run")
     assert [(line["step"], line.get("note")) for line in lines] == [
         *((step, None) for step in range(1, 7)), (6, change), *((step, None) for step in range(7, 10)),
@@ -987,7 +988,7 @@ def test_more_steps_or_epochs_continue_a_run_that_ended_at_its_limit_of_steps(da
     assert "nothing is left to do; a larger `max_steps` or more `epochs` would continue it." in capsys.readouterr().err
     train(data, tmp_path, epochs=2, max_steps=5)
     train(data, tmp_path, epochs=3)
-    assert "epochs extended from 2 to 3" in capsys.readouterr().out
+    assert "epochs extended from 2 to 3" in capsys.readouterr().err
     assert small.read_log(tmp_path)[-1]["step"] == 9
 
 

@@ -174,7 +174,7 @@ def test_other_inputs_out_of_range_are_refused(pipe, monkeypatch):
             generation.sample(pipe, classes, each, SETTINGS)
     for data, label, rows, count, words in (
         (None, 0, 2, 1, "upload a picture first"),
-        (b"", 0, 2, 1, "cannot read the image that was uploaded: it is in no known image format"),
+        (b"", 0, 2, 1, "cannot read the image that was uploaded: it is empty"),
         (b"no image", 0, 2, 1, "cannot read the image that was uploaded: it is in no known image format"),
         (photograph(), None, 2, 1, "choose a class of the list"),
         (photograph(), 0, 3, 1, "the number of rows to keep must be an integer from 0 to 2"),
@@ -402,7 +402,7 @@ def test_the_page_in_a_browser(server, tmp_path):
         assert wait("complete").size == (5 * 130 + 2, 2 * 130 + 2)
         (tmp_path / "empty.png").touch()
         (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-        for name, words in (("empty.png", "it is in no known"), ("phone.heic", "" if reads_heif() else "it is a HEIC")):
+        for name, words in (("empty.png", "it is empty"), ("phone.heic", "" if reads_heif() else "it is a HEIC")):
             page.get_by_role("button", name="Clear").first.click()
             page.set_input_files("input[type=file]", tmp_path / name)
             page.get_by_text(f"Cannot read the image that was uploaded: {words}").last.wait_for()

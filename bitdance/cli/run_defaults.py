@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitdance.runtime.errors import UserError
-from bitdance.runtime.run_folder import FREE, SETTINGS, check_kind, check_writable, read_json
+from bitdance.runtime.run_folder import FREE, SETTINGS, check_apart, check_kind, check_writable, read_json
 from bitdance.training.train_config import SCHEDULE_FIELDS, TrainConfig
 from bitdance.weights.resolve import list_checkpoints
 
@@ -87,15 +87,17 @@ def _has_type(value: object, hint: Any) -> bool:
     return type(value) is hint or (hint is float and type(value) is int)
 
 
-def allowed_seconds(output: pathlib.Path, given: Collection[str], time: str | None) -> float | None:
+def allowed_seconds(config: TrainConfig, given: Collection[str], time: str | None) -> float | None:
     """Returns the seconds that a new run may take; None if its number of steps is given.
 
     Raises:
-        UserError: the folder cannot be written, the time is none, or there are both or neither for several processes.
+        UserError: the run folder cannot be written or is in that of the images, the time is none, or there are both or
+            neither for several processes.
     """
     from bitdance.training import automatic
 
-    check_writable(output)
+    check_apart(config.output, config.data_path)
+    check_writable(config.output)
     has_length = "epochs" in given or "max_steps" in given
     if time is not None and has_length:
         raise UserError("--time sets the number of epochs: leave out either it or --epochs and --max-steps.")

@@ -127,7 +127,7 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     sizes, loss = ModelSizes.of(model, num_classes=None), LossConfig(perturb_rate=0.1)
     command = _parse(arguments, Train(autoencoder, run, sizes, loss, init_from=starts))
     config = command.run
-    seconds = allowed_seconds(config.output, fields, command.time)
+    seconds = allowed_seconds(config, fields, command.time)
     images = open_data(config.data_path, weights_file.tokenizer_digest(encoder), config.image_size)
 
     def build() -> tuple[BitDanceLoss, tuple[int, ...]]:

@@ -120,7 +120,7 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
     run, _, loss = autoencoder_recipe("small", MISSING)
     command = _parse(arguments, TrainAutoencoder(run, network, loss, init_from=DEMO))
     config = command.run
-    seconds = allowed_seconds(config.output, fields, command.time)
+    seconds = allowed_seconds(config, fields, command.time)
 
     def build() -> tuple[AutoencoderLoss, tuple[int, ...]]:
         loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")

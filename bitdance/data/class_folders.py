@@ -191,7 +191,9 @@ def _describe_ignored(members: Iterable[str], beside: list[str]) -> list[str]:
     if heif:
         kinds.append(f"{heif} HEIC")
     if number := len(others) - heif:
-        kinds.append("1 not an image" if number == 1 else f"{number} not images")
+        endings = sorted({pathlib.PurePosixPath(name).suffix.lower() for name in others if not is_heif(name)} - {""})
+        listed = ", ".join(map(printable, endings[:_SHOWN])) + ", ..." * (len(endings) > _SHOWN)
+        kinds.append(("1 not an image" if number == 1 else f"{number} not images") + (f": {listed}" if listed else ""))
     if beside:
         listed = ", ".join(map(printable, beside[:_SHOWN])) + ", ..." * (len(beside) > _SHOWN)
         kinds.append(f"{counted(len(beside), 'picture')} beside the class folders: {listed}")
@@ -199,5 +201,5 @@ def _describe_ignored(members: Iterable[str], beside: list[str]) -> list[str]:
         return []
     if kinds == [f"{heif} HEIC"]:
         return [f"{counted(heif, 'HEIC file')} ignored: {HEIF_ADVICE}"]
-    ignored = f"{counted(len(others) + len(beside), 'file')} ignored ({', '.join(kinds)})"
+    ignored = f"{counted(len(others) + len(beside), 'file')} ignored ({'; '.join(kinds)})"
     return [ignored, f"HEIC: {HEIF_ADVICE}"] if heif else [ignored]

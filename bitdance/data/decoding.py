@@ -115,6 +115,8 @@ def decode_image(data: bytes, where: str, upright: bool = False) -> Image.Image:
         UserError: the bytes are not an image or are damaged, or the file or the image is too large.
     """
     try:
+        if not data:
+            raise ValueError("it is empty")
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
         is_heic = data[4:12] in _HEIF_BRANDS  # some programs call it .jpg
@@ -125,7 +127,9 @@ def decode_image(data: bytes, where: str, upright: bool = False) -> Image.Image:
             if pixels > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if max(image.size) > MAX_RATIO * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
+                raise ValueError(
+                    f"one side of its {image.width} x {image.height} pixels is over {MAX_RATIO} times the other"
+                )
             if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise ValueError("it has too many scans")
             _take_turn(pixels)

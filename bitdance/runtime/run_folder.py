@@ -145,6 +145,13 @@ def check_writable(folder: pathlib.Path) -> None:
         raise UserError(f"cannot {action} the folder {folder}: {problem}; choose another place.")
 
 
+def check_apart(folder: pathlib.Path, data: pathlib.Path) -> None:
+    """Raises a `UserError` if a run folder is that of the images or in it, where its previews would become images."""
+    inside = _resolve(folder)
+    if _resolve(data) in (inside, *inside.parents):
+        raise UserError(f"the run folder {folder} is in the folder of the images, {data}: choose another place.")
+
+
 def is_active(folder: pathlib.Path) -> bool:
     """Returns whether a process holds the lock of a run folder; where the file system has no locks, False."""
     return is_locked(_lock_of(folder))
@@ -267,6 +274,8 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
         if rule == "extend" and extensible and isinstance(old, int) and isinstance(new, int) and new > old:
             continue
         words = field.metadata.get("difference", f"`{field.name}` was {{old}}, is {{new}}")
+        if rule == "extend":
+            words += " and can only be raised, after the end of the run"
         differences.append(words.format(old=printable(str(old)), new=new))
     for name, section in sections.items():
         found = stored.get(name, {})

@@ -52,7 +52,7 @@ from bitdance.sampling.sampler import (
 )
 from bitdance.weights import weights_file
 from bitdance.weights.layout import CFG_SCALE, TOKENIZER_DIGEST, WeightsFile
-from bitdance.weights.resolve import find_autoencoder_of, find_weights
+from bitdance.weights.resolve import find_autoencoder_of, find_weights, list_checkpoints
 
 Output = Literal["pil", "np", "pt"]
 
@@ -634,7 +634,11 @@ def load_pipeline(
         raise UserError(f"dtype={dtype} is invalid: it must be a floating-point type, such as torch.bfloat16.")
     model = weights_file.load_model(contents, weights, dtype)
     network = weights_file.load_autoencoder(source, dtype)
-    name = f"{contents.path.stem}-{contents.choose_weights(weights)}"
+    if os.path.isdir(name) and contents.path in list_checkpoints(contents.path.parent).values():
+        print(f"bitdance: {name} is not finished: {contents.path.name} is used.", file=sys.stderr)
+    # All runs have a model.safetensors: their folders tell them apart.
+    stem = contents.path.resolve().parent.name if contents.path.stem == "model" else contents.path.stem
+    name = f"{stem}-{contents.choose_weights(weights)}"
     defaults, files = sampling_defaults(contents), (contents.path, source.path)
     pipeline = Pipeline(model.to(device), network.to(device), name, defaults, files=files, weights=weights)
     trained_with = contents.metadata.get(TOKENIZER_DIGEST)

@@ -149,7 +149,8 @@ def choose_schedule(
         if epochs == MAX_EPOCHS:
             limit = "more would repeat the images"
         if epochs * per_epoch > in_time:
-            limit = f"the least that is of use, {format_duration(epochs * per_epoch * time.step)}"
+            took = format_duration(epochs * per_epoch * time.step)
+            limit = f"the least that is of use, {took}; more gives better samples"
         limit = f"{time.step:.2g} s a step: {limit}"
     else:
         epochs = run.epochs if "epochs" in given else math.ceil((run.max_steps or 1) / per_epoch)
@@ -176,7 +177,7 @@ def choose_schedule(
     scratch = "from scratch, since sizes or an autoencoder were given: needs thousands of images and hours"
     reasons = [
         "starts from trained weights, which learn from few images" if fine_tunes else scratch,
-        f"{steps} steps of {run.batch_size} images ({steps / per_epoch:.3g} epochs), {limit}",
+        f"{counted(steps, 'step')} of {counted(run.batch_size, 'image')} ({steps / per_epoch:.3g} epochs), {limit}",
     ]
     name = "Muon" if optimizer == "muon" else "AdamW"
     if "lr" in chosen:
@@ -191,8 +192,8 @@ def choose_schedule(
     if shape:
         reasons.append(", then ".join(shape))
     if "ema" in chosen:
-        last = f"the last {round(1 / (1 - chosen['ema']))} steps"
-        reasons.append(f"EMA {chosen['ema']:.4g}: averages over {last}, so that nothing of the start is left")
+        left = f"{chosen['ema'] ** steps:.1g} of the initial weights are left in the average at the end"
+        reasons.append(f"EMA {chosen['ema']:.4g}: {left}")
     if "random_crop" in chosen:
         reasons.append("centre crops, half of them mirrored")
     return dataclasses.replace(run, **chosen), reasons

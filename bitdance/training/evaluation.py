@@ -27,7 +27,7 @@ from bitdance.metrics.psnr_ssim import psnr, ssim
 from bitdance.metrics.references import FeatureExtractors, find_reference
 from bitdance.metrics.report import HEADINGS, check_extractor, compute_metrics
 from bitdance.models.autoencoder import Autoencoder, to_uint8
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, counted
 from bitdance.runtime.process_group import World
 from bitdance.sampling.labels import make_labels
 from bitdance.sampling.pipeline import Pipeline, split_batches
@@ -88,7 +88,9 @@ class Validation:
             self._objective.config = dataclasses.replace(self._objective.config, class_dropout=0.0, perturb_rate=0.0)
         size = min(config.batch_size, len(images) // world.size * world.size)
         if size == 0:
-            raise UserError(f"{images.path} holds {len(images)} images, fewer than the {world.size} processes.")
+            raise UserError(
+                f"{images.path} holds {counted(len(images), 'image')}, fewer than the {world.size} processes."
+            )
         self.loader = Loader(images, dataclasses.replace(config, batch_size=size, random_crop=False), world)
         self.steps = min(self.loader.steps_per_epoch, -(-config.val_images // size))
         self.world = world

@@ -27,7 +27,7 @@ from bitdance.data.images import open_images
 from bitdance.data.prefetch import read_ahead
 from bitdance.data.token_cache import TokenDataset, is_token_cache
 from bitdance.models import philox
-from bitdance.runtime.errors import UserError
+from bitdance.runtime.errors import UserError, counted
 from bitdance.runtime.process_group import World
 from bitdance.training.train_config import TrainConfig
 
@@ -81,7 +81,7 @@ def open_data(
 def check_batch_size(images: ImageDataset | TokenDataset, batch_size: int) -> None:
     """Raises a `UserError` if there are fewer images than one batch."""
     if len(images) < batch_size:
-        held = f"{images.path} holds {len(images)} images"
+        held = f"{images.path} holds {counted(len(images), 'image')}"
         raise UserError(f"{held}, fewer than one batch of batch_size={batch_size}: lower it or add images.")
 
 

@@ -52,7 +52,7 @@ class LossConfig:
     drop_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "diff_batch_mul", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "diff_batch_mul", lambda value: 1 <= value <= 1024, "be from 1 to 1024")
         check_fields(self, "class_dropout perturb_rate", lambda value: 0 <= value <= 1, "be between 0 and 1")
         check_fields(self, "drop_rate", lambda value: 0 <= value < 1, "be at least 0 and below 1")
         check_fields(self, "time_mean", math.isfinite, "be a finite number")

@@ -418,7 +418,7 @@ class Trainer:
                     left = f"nothing is left to do; {more} would continue it"
                 print(f"bitdance: {folder} continues after step {self.step}; {left}.", file=sys.stderr)
             for change in changes:
-                print(change)
+                print(f"bitdance: {change}", file=sys.stderr)
                 self._log({"note": change})
 
     def _log(self, entry: Mapping[str, float | str | None]) -> None:

@@ -61,7 +61,7 @@ def find_weights(name: str | os.PathLike[str], part: Part = "model", download: b
         return _find_in_run(hub.fetch_repository(text), part)
     if meant := {file.lower(): key for key, file in hub.HUB_FILES.items()}.get(path.name.lower()):
         raise UserError(f"{path} does not exist: download it with `bitdance download {meant} --output {path.parent}`.")
-    known = f"{DEMO}, or autoencoder"
+    known = f"{DEMO}, or autoencoder, the released one"
     if part == "model":
         known = f"{', '.join(DEMO_MODELS)}, or {', '.join(f'BitDance-{key}' for key in RELEASED_MODELS)}"
     hint = did_you_mean(text, (*DEMO_MODELS, "autoencoder", *RELEASED_MODELS))

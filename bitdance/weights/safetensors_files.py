@@ -41,6 +41,10 @@ def read_safetensors(path: pathlib.Path, verify: bool) -> WeightsFile:
     from safetensors import safe_open
 
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"cannot read {path}: its name is not UTF-8; rename it.") from None
+    try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)

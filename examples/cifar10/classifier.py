@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-import time
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from bitdance.metrics.statistics import Statistics, StatisticsAccumulator
 from bitdance.runtime.atomic_files import atomic_write, file_digest, make_folder
 from bitdance.runtime.devices import MAX_THREADS
 from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.progress import progress_bar
 from bitdance.runtime.run_folder import check_writable
 
 WEIGHTS = pathlib.Path(__file__).with_name("classifier.safetensors")
@@ -153,6 +153,13 @@ def set_threads(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
 
 
+def check_output(path: pathlib.Path) -> None:
+    """Raises a `UserError` if a file cannot be written, before the work whose result it is to hold."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}: give the file to write.")
+    check_writable(path.parent)
+
+
 def load_images(path: pathlib.Path) -> tuple[Tensor, Tensor]:
     """Returns all images (N, 32, 32, 3) uint8 and their labels (N,) int64.
 
@@ -203,9 +210,7 @@ def train(
     Raises:
         UserError: the images are not those of CIFAR-10, or the file cannot be written.
     """
-    if output.is_dir():
-        raise UserError(f"{output} is a folder: give the file to write.")
-    check_writable(output.parent)
+    check_output(output)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     (images, labels), held_out = load_images(data), load_images(val)
@@ -214,20 +219,20 @@ def train(
     batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps, pct_start=0.2)
-    start = time.monotonic()
-    for epoch in range(epochs):
-        order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
-        for batch in order.split(batch_size):
-            x = normalize(augment(images[batch], generator)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
-                _, logits = network(x)
-            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        correct = accuracy(network, *held_out)
-        print(f"epoch {epoch + 1} of {epochs}: {correct:.2%} correct, {time.monotonic() - start:.0f} s", flush=True)
+    with progress_bar(epochs * steps, "training", "steps") as bar:
+        for epoch in range(epochs):
+            order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
+            for batch in order.split(batch_size):
+                x = normalize(augment(images[batch], generator)).contiguous(memory_format=torch.channels_last)
+                with torch.autocast("cpu", torch.bfloat16):
+                    _, logits = network(x)
+                loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            bar.write(f"epoch {epoch + 1} of {epochs}: {accuracy(network, *held_out):.2%} correct")
     make_folder(output.parent)
     with atomic_write(output) as temporary:
         try:
@@ -249,7 +254,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=30, help="passes over the training images")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args(arguments)
-    check_fields(options, "epochs", lambda value: value >= 1, "be at least 1")
+    check_fields(options, "epochs", lambda value: 1 <= value <= 10_000, "be from 1 to 10000")
     set_threads(options)
     train(options.data_path, options.val_path, options.output, options.epochs)
 

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 import torch
-from classifier import ReconstructionMetrics, load_images, set_threads
+from classifier import ReconstructionMetrics, check_output, load_images, set_threads
 from torch import Tensor
 from transform_coding import check_bits, transform_code
 
@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
     set_threads(options)
     if options.data_path:
         check_bits(options.bits)
+    check_output(options.output)
     original, labels = load_images(options.val_path)
     shown = np.linspace(0, len(original) - 1, SHOWN).astype(int)
     rows, names = [original[shown]], ["original"]

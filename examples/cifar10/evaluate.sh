@@ -20,7 +20,7 @@ run() {
 
 for features in "$here/classifier.py:extractor" efficientnet-lite0; do
     run bitdance reconstruct --data-path "$held_out" --autoencoder "$folder/autoencoder.safetensors" --image-size 32 \
-        --features "$features" --output "$folder/reconstruction"
+        --features "$features" --output "$folder/reconstruction" --limit "$samples"
 done
 for p in ${PARALLEL_NUMS:-1 4 16}; do
     model=$folder/model-${p}x.safetensors

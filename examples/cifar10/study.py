@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
@@ -36,8 +37,8 @@ from bitdance.metrics.feature_set import Collector, FeatureSet, extract_features
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.report import compute_metrics
-from bitdance.runtime.atomic_files import atomic_write, lock_file, make_folder
-from bitdance.runtime.errors import UserError, check_fields
+from bitdance.runtime.atomic_files import atomic_write, file_digest, lock_file, make_folder
+from bitdance.runtime.errors import UserError, check_fields, counted
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
 from bitdance.sampling.pipeline import Pipeline, split_batches
@@ -46,7 +47,7 @@ from bitdance.sampling.sampler import SamplerFunctions, SamplingConfig, complete
 KEYS = ["model", "seed", "images", *(field.name for field in dataclasses.fields(SamplingConfig))]
 """Columns that identify a line."""
 METRICS = ["frechet_distance", "accuracy", "precision", "recall", "seconds_per_image"]
-COLUMNS = ["model", "parallel_num", *KEYS[1:], *METRICS]
+COLUMNS = ["model", "parallel_num", *KEYS[1:], *METRICS, "inputs"]
 SCALES = {
     "linear": (1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 12.0, 16.0, 24.0, 32.0),
     "constant": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0),
@@ -60,6 +61,7 @@ the ODE solvers, guided times, end time and density of the steps, and a number o
 BATCH = 250
 BIT_SAMPLES = 5_000
 """Samples from which the probabilities of bits are estimated."""
+MAX_IMAGES, MAX_SEEDS = 1_000_000, 1000
 MARGIN = 0.03
 """Largest relative difference of distances that counts as equivalent."""
 T95 = (0.0, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
@@ -174,8 +176,11 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
         for row in rows:
             if not all(row.get(name) for name in COLUMNS):
                 raise ValueError
-            int(row["seed"]), int(row["num_steps"])
-            if not all(0 <= float(row[name]) < math.inf for name in METRICS) or float(row["frechet_distance"]) == 0:
+            counts = [int(row[name]) for name in ("seed", "images", "num_steps")]
+            values = [float(row[name]) for name in (*METRICS, "cfg_scale")]
+            if None in row or min(counts) < 0 or not all(0 <= value < math.inf for value in values):
+                raise ValueError
+            if int(row["num_steps"]) == 0 or float(row["cfg_scale"]) < 1 or float(row["frechet_distance"]) == 0:
                 raise ValueError
     except (OSError, ValueError, csv.Error):  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is damaged: delete it to measure again, or give another folder.") from None
@@ -189,6 +194,20 @@ def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[st
     }
 
 
+def digest_of(pipeline: Pipeline, network: FeatureExtractor, images: str) -> str:
+    """Returns a digest of what metrics depend on besides the settings: weights, classifier and reference images."""
+    assert pipeline.files is not None
+    parts = [*map(file_digest, pipeline.files), network.digest or "", images]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+
+
+def describe(config: SamplingConfig) -> str:
+    """Returns the settings that differ from those of `fast`, in words."""
+    base = vars(fast(config.cfg_scale))
+    changed = [f"{name} {value}" for name, value in vars(config).items() if value != base[name]]
+    return ", ".join([f"cfg_scale {config.cfg_scale:g}", *changed])
+
+
 def run(
     options: argparse.Namespace,
     name: str,
@@ -196,25 +215,33 @@ def run(
     path: pathlib.Path,
     network: FeatureExtractor,
     reference: FeatureSet,
+    images: str,
 ) -> None:
-    """Measures what is missing of a model, whose file is locked."""
+    """Measures what is missing of a model, whose file is locked; `images` is the digest of the reference's."""
     rows = read_rows(path)
+    pipeline = bitdance.load_pipeline(name)
+    inputs = digest_of(pipeline, network, images)
+    if others := {row["inputs"] for row in rows} - {inputs}:
+        changed = f"other weights, images or another classifier ({others.pop()}; now {inputs})"
+        raise UserError(f"{path} was measured with {changed}: give another folder.")
     done = [{column: row[column] for column in KEYS} for row in rows]
     configs = dict.fromkeys(step_settings(scale) if options.equivalence else settings(scale, options.axes))
     wanted = itertools.product(range(options.seeds), configs)
     missing = [item for item in wanted if key_of(name, item[0], options.images, item[1]) not in done]
-    pipeline = bitdance.load_pipeline(name)
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    with open(path, "a", newline="") as file, progress_bar(len(missing), path.stem, "settings") as bar:
-        writer = csv.DictWriter(file, COLUMNS)
+    with progress_bar(len(missing), path.stem, "settings") as bar:
         for seed, config in missing:
             row = measure(pipeline, config, seed, options.images, network, reference)
-            row["parallel_num"] = pipeline.model.config.parallel_num
-            writer.writerow(key_of(name, seed, options.images, config) | row)
-            file.flush()
+            row |= {"parallel_num": pipeline.model.config.parallel_num, "inputs": inputs}
+            try:
+                with open(path, "a", newline="") as file:
+                    csv.DictWriter(file, COLUMNS).writerow(key_of(name, seed, options.images, config) | row)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}; free some space.") from error
+            bar.write(f"{describe(config)}: distance {row['frechet_distance']:.2f}, accuracy {row['accuracy']:.1%}")
             bar.update(1)
     print(f"wrote {path}")
 
@@ -314,8 +341,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     set_threads(options)
     # Precision and recall need three neighbours of each sample.
-    check_fields(options, "images", lambda value: value >= 4, "be at least 4")
-    check_fields(options, "seeds", lambda value: value >= 1, "be at least 1")
+    check_fields(options, "images", lambda value: 4 <= value <= MAX_IMAGES, f"be from 4 to {MAX_IMAGES}")
+    check_fields(options, "seeds", lambda value: 1 <= value <= MAX_SEEDS, f"be from 1 to {MAX_SEEDS}")
     check_fields(options, "cfg_scale", lambda value: 1 <= value < math.inf, "be at least 1")
     if options.equivalence and not options.figures:
         check_fields(options, "seeds", lambda value: 2 <= value <= len(T95), f"be from 2 to {len(T95)}")
@@ -325,6 +352,9 @@ def main(arguments: list[str]) -> None:
             raise UserError("--reference is missing: give the held-out images.")
         network, world = extractor(), World(0, 1, torch.device("cpu"))
         source = open_source(options.reference, 32)
+        if len(source) < 4:
+            raise UserError(f"{options.reference} holds {counted(len(source), 'image')}: the metrics need at least 4.")
+        pixels = hashlib.sha256(b"".join(block.tobytes() for block in source.blocks(BATCH))).hexdigest()
         reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     for name in options.models:
         if options.compare_bits:
@@ -339,7 +369,10 @@ def main(arguments: list[str]) -> None:
             lock = path.with_suffix(".lock")
             with lock_file(lock, 1.0, f"another process writes {path}: wait for it to finish, or give another folder."):
                 try:
-                    run(options, name, scale, path, network, reference)
+                    run(options, name, scale, path, network, reference, pixels)
+                except KeyboardInterrupt as interrupt:
+                    interrupt.args = ("run the same command again to resume",)  # which `call` prints
+                    raise
                 finally:
                     lock.unlink(missing_ok=True)
         # Distances of different numbers of images cannot be compared.
