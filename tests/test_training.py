@@ -978,7 +978,7 @@ def test_more_epochs_extend_a_finished_run(data, tmp_path, capsys):
     ]  # fmt: skip
     # With a constant learning rate it ends like a run that had three epochs from the start.
     assert read(tmp_path / "run", 9).metadata["digest"] == read(tmp_path / "whole", 9).metadata["digest"]
-    with pytest.raises(UserError, match=r"\(`epochs` was 3, is 2\)"):
+    with pytest.raises(UserError, match=r"\(`epochs` was 3, is 2 and can only be raised, after"):
         train(data, tmp_path / "run", epochs=2)
 
 
