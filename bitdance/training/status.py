@@ -54,6 +54,7 @@ def describe_run(folder: pathlib.Path, verify: bool = True) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "kind": kind,
+        "processes": settings["run"].get("processes"),
         "state": state,
         "step": step,
         "last_step": last_step,
@@ -118,7 +119,8 @@ def status_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("evaluation", f"{format_evaluation(facts['evaluation'])} at step {facts['evaluation']['step']}"))
     rows.append(("skipped steps", str(facts["skipped"])))
     if facts["unreadable_images"]:
-        rows.append(("unreadable images", f"{facts['unreadable_images']}, met by the first process"))
+        met = "" if facts["processes"] == 1 else ", met by the first process"
+        rows.append(("unreadable images", f"{facts['unreadable_images']}{met}"))
     if facts["images_per_second"]:
         use = f", model-FLOP utilization {facts['mfu']:.0%}" if facts["mfu"] else ""
         rows.append(("speed", f"{facts['images_per_second']:.1f} images/s, waiting {facts['waiting'] or 0:.0%}{use}"))

@@ -528,7 +528,7 @@ class Trainer:
         took = f", the last {steps}" if steps < self.step else ""
         loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
         print(
-            f"trained {what}: {self.step} steps{f' ({skipped} of them skipped)' if skipped else ''}"
+            f"trained {what}: {counted(self.step, 'step')}{f' ({skipped} of them skipped)' if skipped else ''}"
             + (f"{took} in {format_duration(seconds)}" if steps else "")
             + loss
         )
