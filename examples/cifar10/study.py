@@ -148,14 +148,20 @@ def compare_bits(pipeline: Pipeline, path: pathlib.Path) -> None:
 
     The published solver is compared with itself with other noise, which shows the error of the estimate.
     """
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+    scales = (1.0, 2.0, 4.0, 8.0, 16.0)
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="") as file,
+        progress_bar(len(scales), path.stem, "guidance scales") as bar,
+    ):
         writer = csv.writer(file)
         writer.writerow(["cfg_scale", *SOLVERS])
-        for scale in (1.0, 2.0, 4.0, 8.0, 16.0):
+        for scale in scales:
             expected = bit_probabilities(pipeline, SamplingConfig(100, scale), seed=1)
             configs = [SamplingConfig(100, scale, solver=solver) for solver in SOLVERS]
             found = [bit_probabilities(pipeline, config, seed=0) for config in configs]
             writer.writerow([scale, *(f"{float((bits - expected).abs().max()):.4f}" for bits in found)])
+            bar.update(1)
     print(f"wrote {path}")
 
 
