@@ -306,7 +306,7 @@ def test_several_at_once_fetch_it_once(server, capsys):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert [file.path for file in done] == [TARGET] * 6 and [file.note[:7] for file in done].count("fetched") == 1
     assert files() == [TARGET] and TARGET.read_bytes() == B16
     assert server.storage.ranges == [None, "bytes=3000-"]

@@ -88,6 +88,14 @@ def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o700)
 
 
+def test_devices_are_not_replaced(tmp_path):
+    path = tmp_path / "link"
+    path.symlink_to(os.devnull)  # a link, so that a failure of this test replaces no device
+    with pytest.raises(UserError, match="it is a device"), atomic_write(path):
+        raise AssertionError("nothing is written")
+    assert path.is_symlink() and os.listdir(tmp_path) == ["link"]
+
+
 def test_too_long_a_name(tmp_path):
     path = tmp_path / ("x" * 300)
     with pytest.raises(UserError, match=r"cannot write .*choose another place"), atomic_write(path) as file:
