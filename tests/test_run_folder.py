@@ -30,6 +30,8 @@ from bitdance.runtime.run_folder import (
 CPU = torch.device("cpu")
 SINGLE = World(0, 1, CPU)
 
+RAISED = " (it can only be raised, and only after the end of the run)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -61,8 +63,8 @@ def stored(**changes: Any) -> dict[str, Any]:
         ({"run": stored()["run"], "section": {"of": "a later release"}}, {}, []),
         ({"run": [1]}, {"seed": None}, ["`?` is unknown to this release"]),
         ({}, {"seed": None}, []),
-        (stored(), {"epochs": 11}, ["`epochs` was 10, is 11 and can only be raised, after the end of the run"]),
-        (stored(), {"epochs": 9}, ["`epochs` was 10, is 9 and can only be raised, after the end of the run"]),
+        (stored(), {"epochs": 11}, [f"`epochs` was 10, is 11{RAISED}"]),
+        (stored(), {"epochs": 9}, [f"`epochs` was 10, is 9{RAISED}"]),
     ],
 )  # fmt: skip
 def test_compare(found, ours, differences):
@@ -97,7 +99,7 @@ def test_settings_that_differ_are_refused(tmp_path):
     tmp_path /= "run"
     check(tmp_path)
     before = (tmp_path / "settings.json").read_bytes()
-    message = rf"{tmp_path} belongs to a run with other settings \(`seed` was 0, is 1; `epochs` was 10, is 12 and can"
+    message = rf"{tmp_path} belongs to a run with other settings \(`seed` was 0, is 1; `epochs` was 10, is 12 \(it can"
     with pytest.raises(UserError, match=message):
         check(tmp_path, seed=1, epochs=12)
     assert (tmp_path / "settings.json").read_bytes() == before
@@ -166,7 +168,7 @@ def test_ctrl_c_inside_says_how_to_resume(tmp_path):
 def test_a_run_folder_among_the_images_is_refused(tmp_path, output, is_refused):
     data = tmp_path / "pictures"
     data.mkdir()
-    with pytest.raises(UserError, match="is in the folder of the images") if is_refused else contextlib.nullcontext():
+    with pytest.raises(UserError, match="the folder of the training data") if is_refused else contextlib.nullcontext():
         check_apart(data / output, data)
 
 

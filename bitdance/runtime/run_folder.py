@@ -149,7 +149,8 @@ def check_apart(folder: pathlib.Path, data: pathlib.Path) -> None:
     """Raises a `UserError` if a run folder is that of the images or in it, where its previews would become images."""
     inside = _resolve(folder)
     if _resolve(data) in (inside, *inside.parents):
-        raise UserError(f"the run folder {folder} is in the folder of the images, {data}: choose another place.")
+        where = f"the run folder {folder} is, or is in, the folder of the training data {data}"
+        raise UserError(f"{where}: choose another place.")
 
 
 def is_active(folder: pathlib.Path) -> bool:
@@ -275,7 +276,7 @@ def compare(stored: Mapping[str, Any], sections: Sections, extensible: bool = Fa
             continue
         words = field.metadata.get("difference", f"`{field.name}` was {{old}}, is {{new}}")
         if rule == "extend":
-            words += " and can only be raised, after the end of the run"
+            words += " (it can only be raised, and only after the end of the run)"
         differences.append(words.format(old=printable(str(old)), new=new))
     for name, section in sections.items():
         found = stored.get(name, {})

@@ -634,10 +634,12 @@ def load_pipeline(
         raise UserError(f"dtype={dtype} is invalid: it must be a floating-point type, such as torch.bfloat16.")
     model = weights_file.load_model(contents, weights, dtype)
     network = weights_file.load_autoencoder(source, dtype)
-    if os.path.isdir(name) and contents.path in list_checkpoints(contents.path.parent).values():
+    if os.path.isdir(os.path.expanduser(name)) and contents.path in list_checkpoints(contents.path.parent).values():
         print(f"bitdance: {name} is not finished: {contents.path.name} is used.", file=sys.stderr)
-    # All runs have a model.safetensors: their folders tell them apart.
-    stem = contents.path.resolve().parent.name if contents.path.stem == "model" else contents.path.stem
+    stem = contents.path.stem
+    if stem == "model":  # of a run or a repository: all have a file of this name
+        is_local = os.path.exists(os.path.expanduser(name))
+        stem = (contents.path.parent.absolute() if is_local else pathlib.Path(name)).name or stem
     name = f"{stem}-{contents.choose_weights(weights)}"
     defaults, files = sampling_defaults(contents), (contents.path, source.path)
     pipeline = Pipeline(model.to(device), network.to(device), name, defaults, files=files, weights=weights)

@@ -3,7 +3,7 @@
     python examples/cifar10/study.py --reference cifar10_test.zip --models demo-1x --cfg-scale 24
     python examples/cifar10/study.py --reference cifar10_test.zip --equivalence --images 5000 --seeds 8
     python examples/cifar10/study.py --compare-bits                         # compares bit probabilities of the solvers
-    python examples/cifar10/study.py --output runs/study --figures          # draws what has been measured
+    python examples/cifar10/study.py --figures --cfg-scale 24               # draws what has been measured
 
 A line of study-MODEL.csv, or of equivalence-MODEL.csv, is one combination of settings and seed. A line that exists is
 not measured again, so an interrupted study continues. Features and accuracy are those of classifier.py.
@@ -97,7 +97,7 @@ def settings(scale: float, axes: Iterable[str] = AXES) -> Iterator[SamplingConfi
         elif axis == "end-times":
             for end, power in itertools.product((0.95, 0.9, 0.8, 0.7), (1.0, 1.5)):
                 yield fast(scale, num_steps=10, end_time=end, grid_power=power)
-        else:
+        elif axis == "changing-steps":
             for first, last in ((10, 10), (16, 4), (4, 16)):
                 yield fast(scale, num_steps=first, final_num_steps=last)
 
@@ -333,7 +333,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["demo"], help="names, files or folders of runs")
+    parser.add_argument("--models", nargs="+", default=["demo-1x"], help="names, files or folders of runs")
     parser.add_argument("--reference", type=pathlib.Path, help="held-out images")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/study"), help="folder")
     parser.add_argument("--images", type=int, default=1000, help="samples of each setting")
