@@ -19,7 +19,7 @@ HEAD_DIM = 64
 MAX_BLOCKS, MAX_LEVELS, MAX_WIDTH, MAX_NAME = 256, 8, 16_384, 1000
 """Blocks, levels and channels of a network, and characters of a class name: files of weights name them freely."""
 MAX_COUNT = 1 << 20
-"""Classes, and class tokens."""
+"""Largest number of classes and of class tokens, and of what an encoding counts."""
 
 MAX_IMAGE_SIZE = 8192
 """Side of the largest images in pixels; a crop of this size takes 200 MB."""

@@ -273,7 +273,7 @@ def test_training_without_an_autoencoder(place, tmp_path, fails, script):
         (["--time-shift", 2], "--time-shift 2.0 contradicts"),
         (["--parallel-num", 4], "--parallel-num 4 contradicts the checkpoint, which has 1"),
         (["--patch-size", 2], "--patch-size 2 is invalid"),
-        (["--num-fid-samples", 0], "--num-fid-samples 0 is invalid: it must be at least 1"),
+        (["--num-fid-samples", 0], "--num-fid-samples 0 is invalid: it must be from 1 to 100000000"),
         (["--per-proc-batch-size", 0], "--per-proc-batch-size 0 is invalid"),
         (["--ckpt", "nowhere.pt"], "there is no model 'nowhere.pt'"),
         (["--seed", -1], "--seed -1 is invalid: it must be an integer between 0 and 4294967295"),
@@ -469,3 +469,27 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch, cap
         main(arguments.replace("{}", str(pictures)).split())
     assert stop.value.code == 2 and words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+@pytest.mark.parametrize("command", ["train", "train-autoencoder", "encode"])
+@pytest.mark.parametrize("folder", ["", "run"])
+def test_results_among_the_images_are_refused(place, fails, command, folder):
+    data = place / "pictures"
+    autoencoder = () if command == "train-autoencoder" else ("--autoencoder", "demo")
+    length = () if command == "encode" else ("--epochs", "1")
+    message = fails(command, "--data-path", data, "--output", data / folder, *autoencoder, *length)
+    assert "is, or is in, the folder of the data" in message
+
+
+def test_a_run_folder_among_the_held_out_images_is_refused(place, fails, tmp_path):
+    held_out = place / "pictures"
+    small.pictures(tmp_path / "others", each=4, side=32)
+    lengths = ("--val-path", held_out, "--output", held_out / "run", "--epochs", "1")
+    assert "is, or is in, the folder of the data" in fails("train", "--data-path", tmp_path / "others", *lengths)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8(fails, tmp_path):
+    path = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/u\xff.safetensors"))
+    shutil.copy(small.ROOT / "bitdance" / "assets" / "demo_16x.safetensors", path)
+    assert "its name is not UTF-8; rename it" in fails("info", path)

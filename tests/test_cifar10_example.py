@@ -42,11 +42,6 @@ from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_token
         ("study", "--reference {few} --equivalence", "1 is invalid: it must be from 2 to 10"),
         (
             "study",
-            "--figures --output {study} --models demo-16x --cfg-scale 7",
-            "has no rows at the guidance scale 7",
-        ),
-        (
-            "study",
             "--figures --output {study} --models demo-16x --images 7",
             "has no results of demo-16x with 7 images",
         ),
@@ -135,6 +130,15 @@ def test_a_study_that_another_process_writes_is_refused(monkeypatch, tmp_path, r
     with lock_file(tmp_path / "study-demo-16x.lock", 1, ""):
         assert "another process writes" in refused(call, study.main, arguments)
     assert not (tmp_path / "study-demo-16x.csv").exists()
+
+
+def test_there_is_no_figure_without_its_axes(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(small.ROOT / "examples" / "cifar10")
+    header, *rows = (small.ROOT / "docs" / "data" / "study-demo-16x.csv").read_text().splitlines()
+    (tmp_path / "study-demo-16x.csv").write_text("\n".join([header, *(row for row in rows if ",True," in row)]) + "\n")
+    arguments = ["--figures", "--output", str(tmp_path), "--models", "demo-16x", "--cfg-scale", "24"]
+    call(importlib.import_module("study").main, arguments)
+    assert "no figure: " in capsys.readouterr().out and not (tmp_path / "study-demo-16x.png").exists()
 
 
 def test_the_stored_classifier(monkeypatch):

@@ -168,7 +168,7 @@ def test_ctrl_c_inside_says_how_to_resume(tmp_path):
 def test_a_run_folder_among_the_images_is_refused(tmp_path, output, is_refused):
     data = tmp_path / "pictures"
     data.mkdir()
-    with pytest.raises(UserError, match="the folder of the training data") if is_refused else contextlib.nullcontext():
+    with pytest.raises(UserError, match="the folder of the data") if is_refused else contextlib.nullcontext():
         check_apart(data / output, data)
 
 

@@ -453,6 +453,18 @@ def test_compiling_an_autoencoder_needs_one_graph_for_all_steps():
     assert len(set(check_one_graph(part, (images, torch.zeros(2), torch.arange(2)), (0, 1, 2, 3, 7)))) == 4
 
 
+def test_without_a_ramp_the_adversarial_weight_counts_from_the_first_step():
+    images, rest = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), (torch.zeros(2), torch.arange(2))
+    losses = {}
+    for ramp, step in ((0, 0), (4, 4), (4, 0)):
+        torch.manual_seed(0)
+        config = AutoencoderLossConfig(
+            adversarial_weight=0.5, adversarial_ramp=ramp, discriminator_width=8, discriminator_layers=1
+        )
+        losses[ramp, step] = AutoencoderLoss(small.autoencoder(), config)(images, *rest, step)[0].item()
+    assert losses[0, 0] == losses[4, 4] != losses[4, 0]
+
+
 # ------------------------------------------------------------ FLOPs
 
 

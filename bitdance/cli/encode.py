@@ -42,10 +42,12 @@ def main(arguments: list[str]) -> None:
     from bitdance.data.cache_writer import CacheWriter
     from bitdance.data.image_dataset import print_summary
     from bitdance.data.images import open_images
+    from bitdance.runtime.run_folder import check_apart
     from bitdance.sampling.pipeline import choose_dtype
     from bitdance.weights import weights_file
     from bitdance.weights.resolve import find_weights
 
+    check_apart(command.output, command.data_path)
     with command.where.init_distributed() as world:
         contents = weights_file.read(find_weights(command.autoencoder, "autoencoder"))
         dtype = choose_dtype(command.where.precision, world.device)

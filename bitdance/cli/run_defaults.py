@@ -96,7 +96,7 @@ def allowed_seconds(config: TrainConfig, given: Collection[str], time: str | Non
     """
     from bitdance.training import automatic
 
-    check_apart(config.output, config.data_path)
+    check_apart(config.output, config.data_path, config.val_path)
     check_writable(config.output)
     has_length = "epochs" in given or "max_steps" in given
     if time is not None and has_length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bitdance.config import MAX_COUNT
 from bitdance.runtime.errors import check_fields, check_seed
 from bitdance.runtime.run_folder import FREE
 
@@ -35,6 +36,6 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         counts = "image_size crops batch_size shard_size num_workers"
-        check_fields(self, counts, lambda value: value >= 1, "be at least 1")
+        check_fields(self, counts, lambda value: 1 <= value <= MAX_COUNT, f"be from 1 to {MAX_COUNT}")
         check_fields(self, "max_bad_images", lambda value: value >= 0, "be at least 0")
         check_seed(self.seed)

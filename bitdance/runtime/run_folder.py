@@ -145,12 +145,12 @@ def check_writable(folder: pathlib.Path) -> None:
         raise UserError(f"cannot {action} the folder {folder}: {problem}; choose another place.")
 
 
-def check_apart(folder: pathlib.Path, data: pathlib.Path) -> None:
-    """Raises a `UserError` if a run folder is that of the images or in it, where its previews would become images."""
+def check_apart(folder: pathlib.Path, *data: pathlib.Path | None) -> None:
+    """Raises a `UserError` if a folder to write is one of data, or in it, where its pictures would become images."""
     inside = _resolve(folder)
-    if _resolve(data) in (inside, *inside.parents):
-        where = f"the run folder {folder} is, or is in, the folder of the training data {data}"
-        raise UserError(f"{where}: choose another place.")
+    for path in filter(None, data):
+        if _resolve(path) in (inside, *inside.parents):
+            raise UserError(f"the folder {folder} is, or is in, the folder of the data {path}: choose another place.")
 
 
 def is_active(folder: pathlib.Path) -> bool:

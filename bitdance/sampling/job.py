@@ -49,6 +49,9 @@ from bitdance.weights.safetensors_files import digest
 NPZ, PNGS, BITS, FEATURES = "npz", "pngs", "bits", "features"
 """Kinds of results: one `.npz` of images, a folder of PNGs, an `.npz` of packed bits, features of an extractor."""
 
+MAX_IMAGES = 100_000_000
+"""Images of a job; the labels of more would take gigabytes."""
+
 VISIBLE_AFTER = 60.0
 """Seconds in which a file that another machine has written has to appear."""
 
@@ -73,6 +76,9 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_fields(
+            self, "num_images batch_size", lambda value: 1 <= value <= MAX_IMAGES, f"be from 1 to {MAX_IMAGES}"
+        )
         check_fields(self, "chunk_size", lambda value: value >= 0, "be at least 0")
 
 

@@ -65,7 +65,7 @@ def train_autoencoder(
         Interrupted: by a signal, after a checkpoint was written.
         UserError: a setting is out of range, or a file cannot be read or written.
     """
-    check_apart(config.output, config.data_path)
+    check_apart(config.output, config.data_path, config.val_path)
     if init_part != "all" and init_from is None:
         raise UserError("`init_part` goes with `init_from`, the autoencoder to start from: add it.")
     if loss.decoder_only and init_from is None and not list_checkpoints(config.output):
@@ -156,7 +156,7 @@ def train_model(
     tokenizer.config.grid(config.image_size)
     digest = weights_file.tokenizer_digest(contents)
     del contents  # holds the tensors a second time
-    check_apart(config.output, config.data_path)
+    check_apart(config.output, config.data_path, config.val_path)
     with init_distributed(device, threads) as world:
         images = open_data(config.data_path, digest, config.image_size)
         config = _with_held_out(config, images, world)

@@ -71,7 +71,8 @@ class AutoencoderLossConfig:
             0.1.
         lpips_folder: of the files that `bitdance download lpips` writes.
         adversarial_weight: of the generator's hinge loss; constant after the ramp. 0 for no discriminator.
-        adversarial_ramp: steps over which that weight rises from 0; the discriminator is trained from the first step.
+        adversarial_ramp: steps over which that weight rises from 0, or 0 for all of it at once; the discriminator is
+            trained from the first step.
         discriminator_width: channels of the discriminator's first layer, a multiple of 8.
         discriminator_layers: stride-2 convolutions of the discriminator; 3 for patches of 70 x 70 pixels.
         entropy_weight: of the entropy loss.

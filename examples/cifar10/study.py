@@ -200,10 +200,10 @@ def key_of(name: str, seed: int, images: int, config: SamplingConfig) -> dict[st
     }
 
 
-def digest_of(pipeline: Pipeline, network: FeatureExtractor, images: str) -> str:
-    """Returns a digest of what metrics depend on besides the settings: weights, classifier and reference images."""
+def digest_of(pipeline: Pipeline, network: FeatureExtractor, reference_digest: str) -> str:
+    """Returns a digest of weights, classifier and reference images, not of the precision, which the machine chooses."""
     assert pipeline.files is not None
-    parts = [*map(file_digest, pipeline.files), network.digest or "", images]
+    parts = [*map(file_digest, pipeline.files), network.digest or "", reference_digest]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
@@ -221,12 +221,16 @@ def run(
     path: pathlib.Path,
     network: FeatureExtractor,
     reference: FeatureSet,
-    images: str,
+    reference_digest: str,
 ) -> None:
-    """Measures what is missing of a model, whose file is locked; `images` is the digest of the reference's."""
+    """Measures what is missing of a model, whose file is locked.
+
+    Raises:
+        UserError: the file is damaged, was measured with other inputs, or cannot be written.
+    """
     rows = read_rows(path)
     pipeline = bitdance.load_pipeline(name)
-    inputs = digest_of(pipeline, network, images)
+    inputs = digest_of(pipeline, network, reference_digest)
     if others := {row["inputs"] for row in rows} - {inputs}:
         changed = f"other weights, images or another classifier ({others.pop()}; now {inputs})"
         raise UserError(f"{path} was measured with {changed}: give another folder.")
@@ -264,20 +268,17 @@ def select(rows: list[dict[str, str]], x: str, config: SamplingConfig) -> dict[s
 
 
 def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
-    """Draws the distance and the accuracy over solver steps and over guidance scales.
-
-    Raises:
-        UserError: nothing was measured at this guidance scale.
-    """
+    """Draws the distance and the accuracy over solver steps and over guidance scales, if there are such rows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     lines = [(0, solver, select(rows, "num_steps", fast(scale, solver=solver))) for solver in SOLVERS]
-    if not any(values for _, _, values in lines):
-        raise UserError(f"{path.with_suffix('.csv')} has no rows at the guidance scale {scale:g}: give --cfg-scale.")
     for schedule in SCALES:
         lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", fast(scale, cfg_schedule=schedule))))
+    if not any(values for _, _, values in lines):
+        print(f"no figure: {path.with_suffix('.csv')} has neither the axis steps nor scales at guidance {scale:g}.")
+        return
     for column, label, values in lines:
         points = sorted((float(x), repetitions) for x, repetitions in values.items())
         for row, name in enumerate(("frechet_distance", "accuracy")):
@@ -360,7 +361,9 @@ def main(arguments: list[str]) -> None:
         source = open_source(options.reference, 32)
         if len(source) < 4:
             raise UserError(f"{options.reference} holds {counted(len(source), 'image')}: the metrics need at least 4.")
-        pixels = hashlib.sha256(b"".join(block.tobytes() for block in source.blocks(BATCH))).hexdigest()
+        digest = hashlib.sha256()
+        for block in source.blocks(BATCH):
+            digest.update(block.tobytes())
         reference = extract_features(source, [network], world, BATCH, progress="reference")[0]
     for name in options.models:
         if options.compare_bits:
@@ -375,7 +378,7 @@ def main(arguments: list[str]) -> None:
             lock = path.with_suffix(".lock")
             with lock_file(lock, 1.0, f"another process writes {path}: wait for it to finish, or give another folder."):
                 try:
-                    run(options, name, scale, path, network, reference, pixels)
+                    run(options, name, scale, path, network, reference, digest.hexdigest())
                 except KeyboardInterrupt as interrupt:
                     interrupt.args = ("run the same command again to resume",)  # which `call` prints
                     raise

@@ -3,7 +3,8 @@
 #     bash examples/cifar10/train.sh cifar10_train.zip cifar10_test.zip [FOLDER]
 # FOLDER is runs/cifar10 by default. Each part continues where it was interrupted, and finished ones are not repeated.
 # TRIAL=1 takes 20 steps of each training, in FOLDER/trial, to see that all parts run.
-# About 14 hours on one thread of a quiet CPU with bf16 instructions, over 20 beside other work; THREADS=4 uses more. PARALLEL_NUMS=16 trains one model.
+# About 14 hours on one thread of a quiet CPU with bf16 instructions, over 20 beside other work; THREADS=4 uses more.
+# PARALLEL_NUMS=16 trains one model.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: bash $0 cifar10_train.zip cifar10_test.zip [FOLDER]" >&2
