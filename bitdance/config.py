@@ -21,6 +21,9 @@ MAX_BLOCKS, MAX_LEVELS, MAX_WIDTH, MAX_NAME = 256, 8, 16_384, 1000
 MAX_COUNT = 1 << 20
 """Largest number of classes and of class tokens, and of what an encoding counts."""
 
+MAX_SCALE = 1000
+"""Largest guidance scale: far above what is of use, so that mistakes are noticed."""
+
 MAX_IMAGE_SIZE = 8192
 """Side of the largest images in pixels; a crop of this size takes 200 MB."""
 
@@ -183,10 +186,10 @@ class BitDanceConfig(ModelSizes):
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = "dim n_layer head_dim head_layers head_ada_ln parallel_num grid cls_token_num num_classes"
+        super().__post_init__()
+        counts = "dim n_layer head_dim head_layers head_ada_ln parallel_num grid cls_token_num"
         check_fields(self, counts, lambda value: value >= 1, "be at least 1")
         blocks = "n_layer head_layers head_ada_ln"
-        check_fields(self, "num_classes cls_token_num", lambda value: value <= MAX_COUNT, f"be at most {MAX_COUNT}")
         check_fields(self, blocks, lambda value: value <= MAX_BLOCKS, f"be at most {MAX_BLOCKS}")
         check_fields(self, "dim head_dim", lambda value: value % HEAD_DIM == 0, f"be a multiple of {HEAD_DIM}")
         check_fields(self, "dim head_dim", lambda value: value <= MAX_WIDTH, f"be at most {MAX_WIDTH}")

@@ -22,7 +22,7 @@ from bitdance.metrics.image_sources import open_source
 from bitdance.metrics.references import _cache_key
 from bitdance.runtime.errors import UserError
 from bitdance.training.setup import train_model
-from bitdance.training.status import describe_run
+from bitdance.training.status import describe_run, status_rows
 from bitdance.training.train_config import LossConfig
 from bitdance.weights import weights_file
 
@@ -191,7 +191,9 @@ def test_a_run_uses_held_out_pictures_and_skips_unreadable_ones(tmp_path, capsys
     assert f"{folder / 'val'}: 6 images" in err if fits else "no held-out images are used: " in err
     train_model(run, sizes, LossConfig(), tmp_path / "autoencoder.safetensors", "cpu")
     assert "from 8 images (1 unreadable): 2 steps" in capsys.readouterr().out, "without reading an image"
-    assert describe_run(tmp_path / "run")["unreadable_images"] == 1
+    facts = describe_run(tmp_path / "run")
+    assert facts["unreadable_images"] == 1 and ("unreadable images", "1") in status_rows(facts)
+    assert ("unreadable images", "1, met by the first process") in status_rows({**facts, "processes": 2})
 
 
 def test_more_unreadable_pictures_than_a_tenth_end_a_run(tmp_path):

@@ -195,6 +195,10 @@ print("torch._dynamo" in sys.modules)
         (["train", "--epoch", "1"], "there is no option --epoch (did you mean --epochs?); "),
         (["reconstruct", "odd"], "the argument odd is not expected; --data-path is missing; see bitdance reconstruct "),
         (["convert", "a"], "TARGET is missing; see bitdance convert --help."),
+        (["encode", "--data-path", "x", "--output="], "--output is empty: give a path."),
+        (["evaluate", "x", "--cache", ""], "--cache is empty: give a path."),
+        (["evaluate", "x", "--reference-limit", "0"], "--reference-limit 0 is invalid: it must be at least 1."),
+        (["train.py", "--results-dir", ""], "--results-dir is empty: give a path."),
         (["train_parallel.py"], "--data-path is missing; see train_parallel.py --help."),
     ],
 )  # fmt: skip

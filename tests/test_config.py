@@ -8,6 +8,7 @@ import math
 import pytest
 
 from bitdance.config import MODEL_SIZES, RELEASED_MODELS, AutoencoderConfig, BitDanceConfig, ModelSizes
+from bitdance.metrics.evaluation_config import EvaluationConfig
 from bitdance.runtime.errors import UserError
 from bitdance.sampling.sampler import SamplingConfig
 from bitdance.training.train_config import AutoencoderLossConfig, LossConfig, TrainConfig
@@ -70,8 +71,14 @@ INVALID = [
         (TrainConfig, {name: -1}, f"{name}=-1", "finite number of at least 0")
         for name in ("lr", "min_lr", "warmup_steps", "decay_start", "weight_decay", "max_grad_norm", "save_every",
                      "save_minutes", "keep_epochs", "preview_every", "val_every", "max_skipped", "max_bad_images",
-                     "eval_every", "eval_cfg_scale")
+                     "eval_every")
     ),
+    *(
+        (TrainConfig, {"eval_cfg_scale": value}, f"eval_cfg_scale={value}", "a number from 0 to 1000")
+        for value in (-1, 1001, math.nan)
+    ),
+    (EvaluationConfig, {"reference_limit": 0}, "reference_limit=0", "at least 1"),
+    (BitDanceConfig, {"cls_token_num": 10**12}, f"cls_token_num={10**12}", "at most 1048576"),
     (TrainConfig, {"lr": math.nan}, "lr=nan", "finite number"),
     (TrainConfig, {"beta2": 1.0}, "beta2=1.0", "at least 0 and below 1"),
     (TrainConfig, {"ema": 1.0}, "ema=1.0", "below 1"),

@@ -88,12 +88,16 @@ def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o700)
 
 
-def test_devices_are_not_replaced(tmp_path):
-    path = tmp_path / "link"
-    path.symlink_to(os.devnull)  # a link, so that a failure of this test replaces no device
-    with pytest.raises(UserError, match="it is a device"), atomic_write(path):
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_devices_and_pipes_are_not_replaced(kind, tmp_path):
+    path = tmp_path / "output"
+    if kind == "device":
+        path.symlink_to(os.devnull)  # a link, so that a failure of this test replaces no device
+    else:
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="it is a device, pipe or socket"), atomic_write(path):
         raise AssertionError("nothing is written")
-    assert path.is_symlink() and os.listdir(tmp_path) == ["link"]
+    assert not path.is_file() and os.listdir(tmp_path) == ["output"]
 
 
 def test_too_long_a_name(tmp_path):

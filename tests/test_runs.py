@@ -27,6 +27,7 @@ from bitdance.runtime import progress
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.run_folder import exclusive
+from bitdance.sampling.pipeline import load_pipeline
 from bitdance.training import status
 from bitdance.training.checkpointing import Checkpointer, read_newest
 from bitdance.training.evaluation import Validation
@@ -81,6 +82,18 @@ def test_the_newest_checkpoints_are_kept_and_other_files_ignored(place, tmp_path
     assert [entry["file"] for entry in facts["checkpoints"]] == [
         "checkpoint-0000010.safetensors", "checkpoint-0000008.safetensors"
     ]  # fmt: skip
+
+
+def test_samples_of_an_unfinished_run_say_so(place, tmp_path, capsys):
+    train(place, tmp_path, max_steps=2)
+    capsys.readouterr()
+    finished = load_pipeline(tmp_path, device="cpu")
+    assert "is not finished" not in capsys.readouterr().err
+    (tmp_path / "model.safetensors").unlink()  # as before its last step
+    unfinished = load_pipeline(tmp_path, device="cpu")
+    assert f"{tmp_path} is not finished: checkpoint-0000002.safetensors is used." in capsys.readouterr().err
+    for name, value in finished.model.state_dict().items():
+        assert torch.equal(value, unfinished.model.state_dict()[name]), name
 
 
 def test_checkpoints_by_the_clock(place, tmp_path):

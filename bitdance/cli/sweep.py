@@ -100,13 +100,13 @@ def _sweep(command: Sweep, world: World) -> None:
     chunk_size = defaults.chunk_size if how.chunk_size is None else how.chunk_size
     job_config = JobConfig(how.num_images, how.batch_size, how.seed, chunk_size=chunk_size)
     extractors = FeatureExtractors(command.evaluation, world)
-    reference = find_reference(extractors, pipeline.image_size)
     jobs = {
         f"cfg {sampling.cfg_scale:g}, {sampling.num_steps} steps, {sampling.solver}": SamplingJob(
             pipeline, command.results.output, sampling, job_config, (), extractors.loaded
         )
         for sampling in combinations
     }
+    reference = find_reference(extractors, pipeline.image_size)
     rows = run_jobs(jobs, reference, command.evaluation, world)
     if not rows:
         return

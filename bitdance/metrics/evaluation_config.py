@@ -40,4 +40,4 @@ class EvaluationConfig:
     cache: pathlib.Path = pathlib.Path("models/evaluation/features")
 
     def __post_init__(self) -> None:
-        check_fields(self, "feature_batch_size", lambda value: value >= 1, "be at least 1")
+        check_fields(self, "feature_batch_size reference_limit", lambda value: value >= 1, "be at least 1")

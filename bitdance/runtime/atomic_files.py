@@ -41,11 +41,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     On an error the temporary file is removed and `path` is unchanged. Missing parent folders are created.
 
     Raises:
-        UserError: `path` is a device, the folder cannot be written, or the disk is full.
+        UserError: `path` is a device, pipe or socket, the folder cannot be written, or the disk is full.
     """
     path = pathlib.Path(path)
-    if os.path.exists(path) and (path.is_char_device() or path.is_block_device()):  # renaming would replace /dev/null
-        raise UserError(f"cannot write {path}: it is a device; choose another place.")
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # renaming would replace /dev/null
+        raise UserError(f"cannot write {path}: it is a device, pipe or socket; choose another place.")
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     make_folder(path.parent)
     try:

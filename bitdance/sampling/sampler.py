@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bitdance.config import PRESETS, Preset, SamplingDefaults
+from bitdance.config import MAX_SCALE, PRESETS, Preset, SamplingDefaults
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
@@ -31,8 +31,8 @@ StepCallback = Callable[[int, int, Tensor], object]
 ATTENTION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN's attention, which prepares itself anew for each number of keys, and so at each step."""
 
-MAX_STEPS, MAX_SCALE = 10_000, 1000
-"""Largest number of solver steps and guidance scale: far above what is of use, so that mistakes are noticed."""
+MAX_STEPS = 10_000
+"""Largest number of solver steps: far above what is of use, so that mistakes are noticed."""
 
 
 @dataclasses.dataclass(frozen=True)

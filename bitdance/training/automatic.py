@@ -86,7 +86,7 @@ def choose_batch_size(count: int) -> int:
 
 
 def choose_ema(steps: int) -> float:
-    """Returns a decay of the EMA of which a run of so many steps leaves nothing of the first weights."""
+    """Returns an EMA decay whose time constant is a tenth of the steps, so that the initial weights are forgotten."""
     return min(0.9999, max(0.5, 1 - 10 / steps))
 
 
@@ -149,8 +149,8 @@ def choose_schedule(
         if epochs == MAX_EPOCHS:
             limit = "more would repeat the images"
         if epochs * per_epoch > in_time:
-            took = format_duration(epochs * per_epoch * time.step)
-            limit = f"the least that is of use, {took}; more gives better samples"
+            duration = format_duration(epochs * per_epoch * time.step)
+            limit = f"the least that is of use, {duration}; more gives better samples"
         limit = f"{time.step:.2g} s a step: {limit}"
     else:
         epochs = run.epochs if "epochs" in given else math.ceil((run.max_steps or 1) / per_epoch)
@@ -192,8 +192,8 @@ def choose_schedule(
     if shape:
         reasons.append(", then ".join(shape))
     if "ema" in chosen:
-        left = f"{chosen['ema'] ** steps:.1g} of the initial weights are left in the average at the end"
-        reasons.append(f"EMA {chosen['ema']:.4g}: {left}")
+        share = f"at the end the initial weights' share of the average is {chosen['ema'] ** steps:.1g}"
+        reasons.append(f"EMA {chosen['ema']:.4g}: {share}")
     if "random_crop" in chosen:
         reasons.append("centre crops, half of them mirrored")
     return dataclasses.replace(run, **chosen), reasons

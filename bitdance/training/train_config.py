@@ -11,7 +11,7 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from bitdance.config import AutoencoderConfig, ModelSizes, Precision, ReleasedModel, SamplingDefaults
+from bitdance.config import MAX_SCALE, AutoencoderConfig, ModelSizes, Precision, ReleasedModel, SamplingDefaults
 from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.run_folder import EXTEND, FREE
 from bitdance.weights.hub import EVALUATION_FOLDER
@@ -226,9 +226,12 @@ class TrainConfig:
         check_fields(self, counts, lambda value: value >= 1, "be at least 1")
         others = (
             "lr min_lr warmup_steps decay_start weight_decay max_grad_norm save_every save_minutes keep_epochs "
-            "preview_every val_every max_skipped max_bad_images eval_every eval_cfg_scale"
+            "preview_every val_every max_skipped max_bad_images eval_every"
         )
         check_fields(self, others, lambda value: 0 <= value < math.inf, "be a finite number of at least 0")
+        check_fields(
+            self, "eval_cfg_scale", lambda value: 0 <= value <= MAX_SCALE, f"be a number from 0 to {MAX_SCALE}"
+        )
         lengths = "epochs max_steps warmup_steps decay_start"
         check_fields(self, lengths, lambda value: value <= MAX_STEPS, f"be at most {MAX_STEPS}")
         check_fields(self, "beta1 beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1")
