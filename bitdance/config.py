@@ -21,8 +21,8 @@ MAX_BLOCKS, MAX_LEVELS, MAX_WIDTH, MAX_NAME = 256, 8, 16_384, 1000
 MAX_COUNT = 1 << 20
 """Largest number of classes and of class tokens, and of what an encoding counts."""
 
-MAX_SCALE = 1000
-"""Largest guidance scale: far above what is of use, so that mistakes are noticed."""
+MAX_SOLVER_STEPS, MAX_SCALE = 10_000, 1000
+"""Largest number of solver steps and guidance scale: far above what is of use, so that mistakes are noticed."""
 
 MAX_IMAGE_SIZE = 8192
 """Side of the largest images in pixels; a crop of this size takes 200 MB."""

@@ -39,7 +39,7 @@ LAUNCHERS = {
     "train.py": original_cli.train,
     "train_parallel.py": original_cli.train_parallel,
 }
-NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 pixels a token
+NETWORK = AutoencoderConfig(widths=(32, 32, 32), blocks=1, bits=8)  # 4 x 4 pixels per token
 SIZES = {"dim": 64, "n_layer": 2, "head_dim": 64, "head_layers": 2, "head_ada_ln": 1, "cls_token_num": 2}
 PREVIEWS = SamplingDefaults(cfg_scale=2.0, num_steps=1)  # since every training run writes one
 SERVER = multiprocessing.get_context("forkserver")

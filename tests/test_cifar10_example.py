@@ -37,7 +37,7 @@ from bitdance.sampling.sampler import SamplingConfig, sample_noise, sample_token
             "the number of blocks, from 1 to 24576",
         ),
         ("study", "--reference {few} --images 0", "0 is invalid: it must be from 4 to 1000000"),
-        ("study", "--reference {few} --cfg-scale 0", "0.0 is invalid: it must be at least 1"),
+        ("study", "--reference {few} --cfg-scale 0", "0.0 is invalid: it must be from 1 to 1000"),
         ("study", "--figures --output {damaged} --models demo-1x --cfg-scale 24", "demo-1x.csv is damaged: delete it"),
         ("study", "--reference {few} --equivalence", "1 is invalid: it must be from 2 to 10"),
         (

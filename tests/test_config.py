@@ -77,6 +77,7 @@ INVALID = [
         (TrainConfig, {"eval_cfg_scale": value}, f"eval_cfg_scale={value}", "a number from 0 to 1000")
         for value in (-1, 1001, math.nan)
     ),
+    (TrainConfig, {"eval_num_steps": 20_000}, "eval_num_steps=20000", "at most 10000"),
     (EvaluationConfig, {"reference_limit": 0}, "reference_limit=0", "at least 1"),
     (BitDanceConfig, {"cls_token_num": 10**12}, f"cls_token_num={10**12}", "at most 1048576"),
     (TrainConfig, {"lr": math.nan}, "lr=nan", "finite number"),

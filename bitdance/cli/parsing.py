@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import pathlib
 import re
 import sys
 import textwrap
@@ -53,7 +52,7 @@ def parse(
         flag_pairs: whether a bool field `x` also has the flag `--no-x`.
 
     Raises:
-        UserError: a dataclass refused a value, or a path is empty.
+        UserError: an argument is empty, or a dataclass refused a value.
     """
     name_flags(cls, aliases)
     config: tuple[Any, ...] = (
@@ -66,7 +65,7 @@ def parse(
         config += (tyro.conf.FlagCreatePairsOff,)
     # The shell expands "~" only at the start of an argument, not in --output=~/runs.
     arguments = [re.sub("^(--[a-z-]+=|)(~/.*)", lambda m: m[1] + os.path.expanduser(m[2]), a) for a in arguments]
-    _check_paths(cls, arguments)
+    _check_empty(arguments)
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     output, usage = io.StringIO(), io.StringIO()
     try:
@@ -130,22 +129,23 @@ def memory_advice() -> str:
     return f"use {' or '.join(advice)}" if advice else "close other programs"
 
 
-def _check_paths(cls: type, arguments: list[str]) -> None:
-    """Raises for an empty path, as from a variable of the shell that is not set: it would be the current folder."""
-    given = given_values(arguments, [flag.removeprefix("--") for flag in _find_flags(cls, of_paths=True).values()])
-    if empty := [name for name, value in given.items() if value == ""]:
-        raise UserError(f"--{empty[0]} is empty: give a path.")
+def _check_empty(arguments: list[str]) -> None:
+    """Raises for an empty argument, as from a variable of the shell that is not set: as a path it is this folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument or re.fullmatch("--[a-z-]+=", argument):
+            option = argument.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise UserError(f"{option} is empty: give a value.")
 
 
-def _find_flags(cls: type, of_paths: bool = False) -> dict[str, str]:
-    """Returns the options of a dataclass and of those inside it, by field; all, or those `of_paths`."""
+def _find_flags(cls: type) -> dict[str, str]:
+    """Returns the options of a dataclass and of those inside it, by field."""
     flags: dict[str, str] = {}
     hints, annotated = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
-            flags |= _find_flags(typing.cast(type, kind), of_paths)
-        elif not of_paths or pathlib.Path in (kind, *typing.get_args(kind)):
+            flags |= _find_flags(typing.cast(type, kind))
+        else:
             is_positional = str(field.type).startswith("Positional[")
             extras = getattr(annotated[field.name], "__metadata__", ())  # such as tyro.conf.arg
             name = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name)

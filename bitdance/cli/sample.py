@@ -318,9 +318,6 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
     assert what.num_images is not None
     kinds = ("npz",) if results.npz else () if results.evaluate else ("pngs",)
     extractors = FeatureExtractors(command.evaluation, world)
-    reference = None
-    if results.evaluate:  # before the work is done, since the reference or the extractors may be missing
-        reference = find_reference(extractors, pipeline.image_size)
     chunk_size = pipeline.defaults.chunk_size if command.how.chunk_size is None else command.how.chunk_size
     jobs = {
         f"seed {seed}": SamplingJob(
@@ -333,6 +330,9 @@ def _run_jobs(command: Sample, pipeline: Pipeline, world: World) -> None:
         )
         for seed in range(what.seed, what.seed + results.seeds)
     }
+    reference = None
+    if results.evaluate:  # before the work is done, since it may be missing
+        reference = find_reference(extractors, pipeline.image_size)
     if rows := run_jobs(jobs, reference, command.evaluation, world):
         last = what.seed + results.seeds - 1
         seeds = f"-seeds-{what.seed}-to-{last}-" if results.seeds > 1 else f"-seed-{last}-"

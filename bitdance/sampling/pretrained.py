@@ -88,12 +88,13 @@ def push_to_hub(pipeline: Any, name: str, private: bool = False, metrics: Mappin
 def _card(pipeline: Any, metrics: Mapping[str, float], name: str) -> str:
     """Returns the text of the model card, Markdown; `name` is what its example loads."""
     config, autoencoder, defaults = pipeline.model.config, pipeline.autoencoder.config, pipeline.defaults
+    side = autoencoder.down_size
     rows = {
         "images": f"{pipeline.image_size} x {pipeline.image_size} px, {config.num_classes} classes",
         "tokens": f"{config.grid} x {config.grid} of {config.bits} bits, {config.parallel_num} per step",
         "model": f"{_millions(pipeline.model)} parameters: width {config.dim}, {config.n_layer} layers; "
         f"head of width {config.head_dim} with {config.head_layers} blocks",
-        "autoencoder": f"{_millions(pipeline.autoencoder)} parameters, {autoencoder.down_size} pixels a token",
+        "autoencoder": f"{_millions(pipeline.autoencoder)} parameters, {side} x {side} pixels per token",
         "sampling": f"guidance scale {defaults.cfg_scale:g}, {defaults.num_steps} steps of {defaults.solver}",
         **{name: f"{value:.4g}" for name, value in metrics.items()},
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bitdance.config import MAX_SCALE, PRESETS, Preset, SamplingDefaults
+from bitdance.config import MAX_SCALE, MAX_SOLVER_STEPS, PRESETS, Preset, SamplingDefaults
 from bitdance.models import flow, philox
 from bitdance.models.autoencoder import Autoencoder, to_uint8
 from bitdance.models.head import HeadNetwork
@@ -30,9 +30,6 @@ StepCallback = Callable[[int, int, Tensor], object]
 
 ATTENTION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN's attention, which prepares itself anew for each number of keys, and so at each step."""
-
-MAX_STEPS = 10_000
-"""Largest number of solver steps: far above what is of use, so that mistakes are noticed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ class SamplingConfig:
             rule = f"be {noun} from {low} to {high}"
             check_fields(self, names, lambda value: isinstance(value, kind) and low <= value <= high, rule)
 
-        check_range("num_steps final_num_steps", int, 1, MAX_STEPS, "an integer")
+        check_range("num_steps final_num_steps", int, 1, MAX_SOLVER_STEPS, "an integer")
         check_range("cfg_scale", int | float, 0, MAX_SCALE)
         check_range("end_time", int | float, 0.05, 1 - flow.LAST_STEP)
         check_range("grid_power", int | float, 0.1, 10)

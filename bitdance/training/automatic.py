@@ -86,7 +86,7 @@ def choose_batch_size(count: int) -> int:
 
 
 def choose_ema(steps: int) -> float:
-    """Returns an EMA decay whose time constant is a tenth of the steps, so that the initial weights are forgotten."""
+    """Returns an EMA decay, 0.5 to 0.9999, whose time constant is a tenth of the steps: it forgets the first ones."""
     return min(0.9999, max(0.5, 1 - 10 / steps))
 
 

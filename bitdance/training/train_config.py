@@ -11,7 +11,15 @@ import math
 import pathlib
 from typing import Any, Literal
 
-from bitdance.config import MAX_SCALE, AutoencoderConfig, ModelSizes, Precision, ReleasedModel, SamplingDefaults
+from bitdance.config import (
+    MAX_SCALE,
+    MAX_SOLVER_STEPS,
+    AutoencoderConfig,
+    ModelSizes,
+    Precision,
+    ReleasedModel,
+    SamplingDefaults,
+)
 from bitdance.runtime.errors import UserError, check_fields, check_seed
 from bitdance.runtime.run_folder import EXTEND, FREE
 from bitdance.weights.hub import EVALUATION_FOLDER
@@ -232,6 +240,7 @@ class TrainConfig:
         check_fields(
             self, "eval_cfg_scale", lambda value: 0 <= value <= MAX_SCALE, f"be a number from 0 to {MAX_SCALE}"
         )
+        check_fields(self, "eval_num_steps", lambda value: value <= MAX_SOLVER_STEPS, f"be at most {MAX_SOLVER_STEPS}")
         lengths = "epochs max_steps warmup_steps decay_start"
         check_fields(self, lengths, lambda value: value <= MAX_STEPS, f"be at most {MAX_STEPS}")
         check_fields(self, "beta1 beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1")

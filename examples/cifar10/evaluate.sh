@@ -18,9 +18,11 @@ run() {
     "$@"
 }
 
-for features in "$here/classifier.py:extractor" efficientnet-lite0; do
+for name in classifier efficientnet-lite0; do
+    features=$name
+    [ "$name" = efficientnet-lite0 ] || features=$here/classifier.py:extractor
     run bitdance reconstruct --data-path "$held_out" --autoencoder "$folder/autoencoder.safetensors" --image-size 32 \
-        --features "$features" --output "$folder/reconstruction" --limit "$samples"
+        --features "$features" --output "$folder/reconstruction-$name" --limit "$samples"
 done
 for p in ${PARALLEL_NUMS:-1 4 16}; do
     model=$folder/model-${p}x.safetensors

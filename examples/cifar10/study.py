@@ -32,7 +32,7 @@ from torch import Tensor
 
 import bitdance
 from bitdance.cli.main import call
-from bitdance.config import SamplingDefaults
+from bitdance.config import MAX_SCALE, SamplingDefaults
 from bitdance.metrics.feature_set import Collector, FeatureSet, extract_features
 from bitdance.metrics.features import FeatureExtractor
 from bitdance.metrics.image_sources import open_source
@@ -277,7 +277,9 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path, scale: float) -> None:
     for schedule in SCALES:
         lines.append((1, f"{schedule} guidance", select(rows, "cfg_scale", fast(scale, cfg_schedule=schedule))))
     if not any(values for _, _, values in lines):
-        print(f"no figure: {path.with_suffix('.csv')} has neither the axis steps nor scales at guidance {scale:g}.")
+        print(
+            f"no figure: {path.with_suffix('.csv')} has no rows of the axis scales, nor of steps at guidance {scale:g}."
+        )
         return
     for column, label, values in lines:
         points = sorted((float(x), repetitions) for x, repetitions in values.items())
@@ -350,7 +352,7 @@ def main(arguments: list[str]) -> None:
     # Precision and recall need three neighbours of each sample.
     check_fields(options, "images", lambda value: 4 <= value <= MAX_IMAGES, f"be from 4 to {MAX_IMAGES}")
     check_fields(options, "seeds", lambda value: 1 <= value <= MAX_SEEDS, f"be from 1 to {MAX_SEEDS}")
-    check_fields(options, "cfg_scale", lambda value: 1 <= value < math.inf, "be at least 1")
+    check_fields(options, "cfg_scale", lambda value: 1 <= value <= MAX_SCALE, f"be from 1 to {MAX_SCALE}")
     if options.equivalence and not options.figures:
         check_fields(options, "seeds", lambda value: 2 <= value <= len(T95), f"be from 2 to {len(T95)}")
     measures = not (options.figures or options.compare_bits)
