@@ -306,6 +306,27 @@ def test_mutated_tars_raise_only_user_errors(tmp_path: pathlib.Path, file_format
     assert refused > 30
 
 
+def test_a_name_with_a_null_character_is_refused(tmp_path):
+    data = jpeg("a/x.jpg")
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in (*(f"a/{number}.jpg" for number in range(100)), "a/x.jpg\0b/y.jpg"):
+            member = tarfile.TarInfo("a/x.jpg")
+            member.size, member.pax_headers = len(data), {"path": name}
+            archive.addfile(member, io.BytesIO(data))
+    fails(tmp_path / "x.tar", "contains a null character")
+
+
+def test_the_index_of_a_tar_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry of the user
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        member = tarfile.TarInfo("a/x.jpg")
+        member.size = len(data := jpeg("a/x.jpg"))
+        archive.addfile(member, io.BytesIO(data))
+    assert len(open_images(tmp_path / "x.tar")) == 1 and not (tmp_path / "~").exists()
+
+
 # ------------------------------------------------------------ parquet
 
 

@@ -158,7 +158,8 @@ def test_the_time_of_a_step_is_measured():
     [
         (["--time", "5m", "--epochs", "3"], "--time sets the number of epochs: leave out either it or --epochs"),
         (["--time", "soon"], "--time soon is invalid: give a number and a unit"),
-        (["--time", ""], "--time '' is invalid: give a number and a unit"),
+        (["--time", ""], "--time is empty: give a value."),
+        (["--recipe", "B-1X", "--autoencoder", "demo", "--time", "5m"], "--time goes without --recipe: set --epochs"),
         (["--time", "-5m"], "--time -5m is invalid: give a number and a unit"),
         (["--max-steps", "9" * 400], "is invalid: it must be at most 1000000000000."),
         (["--batch_size", "13"], "holds 12 images, fewer than one batch of --batch-size 13: lower it or add images."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import sys
 import types
@@ -142,6 +143,19 @@ def test_the_decoding_is_part_of_the_fingerprint(tmp_path):
     key = _cache_key(source, EvaluationConfig())
     source.upright = False
     assert _cache_key(source, EvaluationConfig()) != key
+
+
+def test_a_reference_is_known_by_all_its_files(tmp_path):
+    """Also by those that links lead to; another folder with as many images is another reference."""
+    keys = []
+    for name in ("a", "b"):
+        save(tmp_path / "there" / name / "0.png")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cat").symlink_to(tmp_path / "there" / name)
+        keys.append(_cache_key(open_source(tmp_path / name, 8), EvaluationConfig()))
+    os.utime(tmp_path / "there" / "a" / "0.png", ns=(0, 1))
+    keys.append(_cache_key(open_source(tmp_path / "a", 8), EvaluationConfig()))
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])

@@ -146,6 +146,21 @@ call(command, [])
     assert tuned < 100 <= untuned
 
 
+def test_output_that_is_closed():
+    """By `>&-` or a program that starts others without it: sys.stdout is None."""
+    for number in (1, 2):
+        command = ["sh", "-c", f'"$0" "$@" {number}>&-', sys.executable, "-m", "bitdance", "info", "demo"]
+        done = subprocess.run(command, cwd=small.ROOT, env=small.environment(), capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+
+
+@pytest.mark.parametrize("size", ["", "x", "0"])
+def test_a_number_of_processes_that_is_none(run, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    status, text = run("sample", "--model", "demo", "cat")
+    assert status == 2 and f"WORLD_SIZE={size} in the environment must be an integer of at least 1" in text
+
+
 def test_threads_wait_passively_after_a_short_time(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
@@ -197,6 +212,7 @@ print("torch._dynamo" in sys.modules)
         (["convert", "a"], "TARGET is missing; see bitdance convert --help."),
         (["encode", "--data-path", "x", "--output="], "--output is empty: give a value."),
         (["evaluate", "x", "--cache", ""], "--cache is empty: give a value."),
+        (["encode", "--data_path="], "--data_path is empty: give a value."),
         (["nearest", ""], "an argument is empty: give a value."),
         (["evaluate", "x", "--reference-limit", "0"], "--reference-limit 0 is invalid: it must be at least 1."),
         (["train.py", "--results-dir", ""], "--results-dir is empty: give a value."),

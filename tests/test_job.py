@@ -225,6 +225,19 @@ def test_a_damaged_part_is_sampled_again(pipeline, tmp_path, damage):
     assert run(job).read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"model": "x"}, "loaded different weights"), ({"precision": "bfloat16"}, "in different precisions"),
+     ({"compiled": True}, "in some of the processes only")],
+)  # fmt: skip
+def test_processes_with_other_networks_are_refused(pipeline, tmp_path, monkeypatch, changes, words):
+    """As when a run writes a checkpoint between the starts of two processes that sample its newest one."""
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, dataclasses.replace(value, **changes)])
+    with pytest.raises(UserError, match=words):
+        make(pipeline, tmp_path, 4, 2).run(SINGLE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pipe_in_place_of_a_part_is_neither_read_nor_replaced(pipeline, tmp_path):
     job = make(pipeline, tmp_path, 4, 2)
     run_share(job, 1, 2)

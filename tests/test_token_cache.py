@@ -228,8 +228,8 @@ def test_other_settings_are_refused(data, weights, shared, changes, words):
     assert words in str(error.value)
 
 
-def test_a_damaged_manifest_is_refused(cache):
-    path = cache / "token_cache.json"
+def test_a_damaged_manifest_is_refused_and_written_again(data, weights, cache):
+    path, before = cache / "token_cache.json", contents(cache)
     text = path.read_text()
     shorter = json.loads(text)
     del shorter["shards"][1]
@@ -241,6 +241,12 @@ def test_a_damaged_manifest_is_refused(cache):
         path.write_text(wrong)
         with pytest.raises(UserError, match="bitdance encode"):
             TokenDataset(cache)
+    assert encode(data, weights, cache).encoded == 0 and contents(cache) == before
+    for written in (other, json.dumps(shorter)):
+        path.write_text(written)
+        assert encode(data, weights, cache).encoded == 0 and contents(cache) == before
+    encode(data, weights, cache)
+    assert contents(cache) == before
 
 
 @pytest.mark.parametrize(
@@ -355,6 +361,11 @@ def test_validation_on_a_cache_compares_the_digest_of_the_autoencoder_file(data,
     train(cache, weights, tmp_path / "run", val_path=cache, val_every=2, max_steps=2)
     (loss,) = [line["val_loss"] for line in small.read_log(tmp_path / "run") if "val_loss" in line]
     assert 0 < loss < 10
+    (held_out := tmp_path / "held-out").mkdir()
+    shutil.copytree(data / "class-2", held_out / "class-2")  # label 0 there, and 2 in training
+    encode(held_out, weights, tmp_path / "cache2")
+    train(cache, weights, tmp_path / "run4", val_path=tmp_path / "cache2", val_every=2, max_steps=2)
+    assert any("val_loss" in line for line in small.read_log(tmp_path / "run4"))
     with pytest.raises(UserError, match=f"{shared} was made by another autoencoder"):
         train(cache, weights, tmp_path / "run2", val_path=shared, max_steps=2)
     with pytest.raises(UserError, match="an autoencoder is validated on images"):

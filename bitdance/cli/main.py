@@ -119,6 +119,9 @@ def _call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> N
     from bitdance.runtime.errors import Interrupted, UserError, is_out_of_memory, one_line
 
     tune_cpu()  # before the command imports PyTorch
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the program that started this one
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     if "TORCHELASTIC_RUN_ID" in os.environ:

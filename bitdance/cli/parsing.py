@@ -64,7 +64,7 @@ def parse(
     if not flag_pairs:
         config += (tyro.conf.FlagCreatePairsOff,)
     # The shell expands "~" only at the start of an argument, not in --output=~/runs.
-    arguments = [re.sub("^(--[a-z-]+=|)(~/.*)", lambda m: m[1] + os.path.expanduser(m[2]), a) for a in arguments]
+    arguments = [re.sub("^(--[a-z_-]+=|)(~/.*)", lambda m: m[1] + os.path.expanduser(m[2]), a) for a in arguments]
     _check_empty(arguments)
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     output, usage = io.StringIO(), io.StringIO()
@@ -132,7 +132,7 @@ def memory_advice() -> str:
 def _check_empty(arguments: list[str]) -> None:
     """Raises for an empty argument, as from a variable of the shell that is not set: as a path it is this folder."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if not argument or re.fullmatch("--[a-z-]+=", argument):
+        if not argument or re.fullmatch("--[a-z_-]+=", argument):
             option = argument.rstrip("=") or (before if before.startswith("--") else "an argument")
             raise UserError(f"{option} is empty: give a value.")
 

@@ -118,6 +118,8 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
         source.crop(height)
     if min(height, width) < WINDOW:
         raise UserError(f"image_size={min(height, width)} is invalid: it must be at least {WINDOW}.")
+    if height * width <= cell**2:
+        raise UserError(f"images of {height} x {width} pixels are one cell of the autoencoder: larger ones are needed.")
     top, left = ((source.shape[i] - side) // 2 for i, side in ((1, height), (2, width)))
     extractor = find_extractor(how.features, world) if how.features else _load_inception(how, world)
     correct = np.zeros(2)

@@ -15,7 +15,10 @@ from bitdance.runtime.run_folder import FREE, SETTINGS, check_apart, check_kind,
 from bitdance.training.train_config import SCHEDULE_FIELDS, TrainConfig
 from bitdance.weights.resolve import list_checkpoints
 
+NO_TIME = "--time goes without --recipe: set --epochs or --max-steps."
+
 if TYPE_CHECKING:
+    from bitdance.cli.options import DeviceOptions
     from bitdance.data.image_dataset import ImageDataset
     from bitdance.data.token_cache import TokenDataset
     from bitdance.training.automatic import LearningRate
@@ -94,6 +97,7 @@ def allowed_seconds(config: TrainConfig, given: Collection[str], time: str | Non
         UserError: the run folder cannot be written or is in that of the images, the time is none, or there are both or
             neither for several processes.
     """
+    from bitdance.runtime.process_group import is_one_of_several
     from bitdance.training import automatic
 
     check_apart(config.output, config.data_path, config.val_path)
@@ -104,7 +108,7 @@ def allowed_seconds(config: TrainConfig, given: Collection[str], time: str | Non
     if has_length:
         return None
     seconds = automatic.DEFAULT_SECONDS if time is None else automatic.parse_time(time)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_one_of_several():
         raise UserError("several processes need `epochs`, `max_steps` or a `recipe`: they may measure different times.")
     return seconds
 
@@ -114,7 +118,7 @@ def complete_schedule(
     images: ImageDataset | TokenDataset,
     given: Collection[str],
     seconds: float | None,
-    device: str | None,
+    where: DeviceOptions,
     build: Callable[[], tuple[BitDanceLoss | AutoencoderLoss, tuple[int, ...]]],
     rate: LearningRate,
     fine_tunes: bool = True,
@@ -127,13 +131,13 @@ def complete_schedule(
         images: of the training.
         given: fields that are kept.
         seconds: result of `allowed_seconds`.
-        device: that trains.
+        where: the device and the threads that train.
         build: makes what is timed if the time counts: the loss with its network, and the shape of an image.
         rate, fine_tunes: as of `bitdance.training.automatic.choose_schedule`.
         others: sentences on other choices.
     """
     from bitdance.data.image_dataset import print_summary
-    from bitdance.runtime.devices import choose_device, uses_bf16
+    from bitdance.runtime.devices import choose_device, set_threads, uses_bf16
     from bitdance.training import automatic
     from bitdance.training.loader import check_batch_size
 
@@ -142,10 +146,11 @@ def complete_schedule(
     check_batch_size(images, config.batch_size)
     time = None
     if seconds is not None:
-        (objective, shape), chosen = build(), choose_device(device)
-        shape = (config.batch_size, *shape)
+        set_threads(where.threads)
+        (objective, shape), chosen = build(), choose_device(where.device)
+        shape = (max(1, config.batch_size // config.accumulate), *shape)  # a microbatch: more may not fit
         step = automatic.measure_step(objective, shape, chosen, uses_bf16(config.precision, chosen), rate.optimizer)
-        time = automatic.StepTime(step, seconds)
+        time = automatic.StepTime(step * config.accumulate, seconds)
     run, reasons = automatic.choose_schedule(config, len(images), given, time, rate, fine_tunes)
     if os.environ.get("RANK", "0") == "0":
         print_summary(images.summary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -229,7 +228,9 @@ def _check(command: Sample) -> None:
         ):
             if is_given:
                 raise UserError(f"`{name}` goes with `num_images`, the number of images of a job: add it.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from bitdance.runtime.process_group import is_one_of_several
+
+        if is_one_of_several():
             raise UserError("several processes need `num_images`, the number of images of a job: add it.")
         if command.evaluation != EvaluationConfig():
             raise UserError(

@@ -7,7 +7,7 @@ import shlex
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, stored_settings
+from bitdance.cli.run_defaults import NO_TIME, allowed_seconds, complete_schedule, stored_settings
 from bitdance.config import RELEASED_MODELS, BitDanceConfig, ModelSizes, SamplingDefaults
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import SCHEDULE_FIELDS, LossConfig, TrainConfig, recipe
@@ -90,7 +90,10 @@ def _parse_with_recipe(arguments: list[str]) -> Train | None:
         hint = did_you_mean(name, RELEASED_MODELS)
         raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes one of {', '.join(RELEASED_MODELS)}.")
     run, sizes, loss = recipe(RELEASED_MODELS[released], MISSING)
-    return _parse(arguments, Train(MISSING, run, sizes, loss, recipe=name))
+    command = _parse(arguments, Train(MISSING, run, sizes, loss, recipe=name))
+    if command.time is not None:
+        raise UserError(NO_TIME)
+    return command
 
 
 def _parse_without_recipe(arguments: list[str]) -> Train:
@@ -134,7 +137,8 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
         classes = command.sizes.num_classes or len(images.classes)
         grid = tokenizer.grid(config.image_size)
         sizes = {**vars(command.sizes), "num_classes": classes, "grid": grid, "bits": tokenizer.bits}
-        objective = BitDanceLoss(BitDance(BitDanceConfig(**sizes)), Autoencoder(tokenizer), command.loss, config.seed)
+        network = BitDance(BitDanceConfig(**sizes), command.loss.drop_rate, config.grad_checkpointing)
+        objective = BitDanceLoss(network, Autoencoder(tokenizer), command.loss, config.seed)
         is_cached, side = is_token_cache(config.data_path), config.image_size
         return objective, (grid**2, tokenizer.bits // 8) if is_cached else (side, side, 3)
 
@@ -142,5 +146,5 @@ def _parse_without_recipe(arguments: list[str]) -> Train:
     flips = f"up to {command.loss.perturb_rate:.0%} of the input bits are flipped against overfitting"
     others = [flips] if "perturb_rate" not in fields else []
     rate = choose_learning_rate(config.optimizer if "optimizer" in fields else None, command.sizes.dim, fine_tunes)
-    config = complete_schedule(config, images, fields, seconds, command.where.device, build, rate, fine_tunes, others)
+    config = complete_schedule(config, images, fields, seconds, command.where, build, rate, fine_tunes, others)
     return dataclasses.replace(command, run=config)

@@ -7,7 +7,7 @@ import shlex
 
 from bitdance.cli.options import TRAIN_HEADINGS, DeviceOptions
 from bitdance.cli.parsing import MISSING, given_fields, given_values, name_flags, parse
-from bitdance.cli.run_defaults import allowed_seconds, complete_schedule, stored_settings
+from bitdance.cli.run_defaults import NO_TIME, allowed_seconds, complete_schedule, stored_settings
 from bitdance.config import AutoencoderConfig
 from bitdance.runtime.errors import UserError, did_you_mean
 from bitdance.training.train_config import (
@@ -89,7 +89,10 @@ def _parse_with_recipe(arguments: list[str]) -> TrainAutoencoder | None:
     if name not in AUTOENCODER_RECIPES:
         hint = did_you_mean(name, AUTOENCODER_RECIPES)
         raise UserError(f"there is no recipe {name!r}: {hint}--recipe takes {' or '.join(AUTOENCODER_RECIPES)}.")
-    return _parse(arguments, TrainAutoencoder(*autoencoder_recipe(name, MISSING), recipe=name))
+    command = _parse(arguments, TrainAutoencoder(*autoencoder_recipe(name, MISSING), recipe=name))
+    if command.time is not None:
+        raise UserError(NO_TIME)
+    return command
 
 
 def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
@@ -126,6 +129,6 @@ def _parse_without_recipe(arguments: list[str]) -> TrainAutoencoder:
         loss = dataclasses.replace(command.loss, perceptual_weight=0.0, perceptual_network="efficientnet-lite0")
         return AutoencoderLoss(Autoencoder(command.network), loss), (config.image_size, config.image_size, 3)
 
-    images, device = open_images(config.data_path), command.where.device
-    run = complete_schedule(config, images, fields, seconds, device, build, AUTOENCODER_RATE)
+    images = open_images(config.data_path)
+    run = complete_schedule(config, images, fields, seconds, command.where, build, AUTOENCODER_RATE)
     return dataclasses.replace(command, run=run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from bitdance.models import philox
 from bitdance.models.autoencoder import Autoencoder
 from bitdance.models.quantizer import pack
 from bitdance.models.tokens import tokens_from_grid
-from bitdance.runtime.atomic_files import write_json
+from bitdance.runtime.atomic_files import load_json, write_json
 from bitdance.runtime.errors import UserError
 from bitdance.runtime.process_group import World
 from bitdance.runtime.progress import progress_bar
@@ -105,6 +106,8 @@ class CacheWriter:
         """
         folder, config = self.folder, self.config
         sections = {SECTION: self._info, "encode": config, "machine": Machine.of(world)}
+        if any(info != self._info for info in world.gather(self._info)):
+            raise UserError("the processes see different images or autoencoders: give all machines the same files.")
         with exclusive(folder, world):
             has_shards = any(folder.glob("*.safetensors"))
             Machine.apply(check_settings(folder, sections, world, has_shards).settings["machine"], world)
@@ -123,6 +126,7 @@ class CacheWriter:
             ):
                 written = {number: self._write_shard(number, pool, bar.update) for number in mine}
             seconds = time.perf_counter() - start
+            world.barrier()  # others may need longer than a collective waits
             parts = world.gather(written)
             shards = world.broadcast(self._finish(found, parts) if world.is_main else [])
             world.barrier()
@@ -207,7 +211,12 @@ class CacheWriter:
             )
         if not any(shard.images for shard in shards):
             raise UserError(f"none of the images of {self.images.path} can be read: repair them.")
-        if not (self.folder / MANIFEST).exists() or None in found:
-            entries = [dataclasses.asdict(shard) for shard in shards]
-            write_json(self.folder / MANIFEST, {"info": dataclasses.asdict(self._info), "shards": entries})
+        path = self.folder / MANIFEST
+        manifest = {"info": dataclasses.asdict(self._info), "shards": [dataclasses.asdict(shard) for shard in shards]}
+        try:
+            is_written = load_json(path) == json.loads(json.dumps(manifest))  # which has lists in place of tuples
+        except (OSError, ValueError):
+            is_written = False
+        if not is_written:  # a complete token cache may be in a folder that cannot be written
+            write_json(path, manifest)
         return shards

@@ -139,6 +139,8 @@ def decode_image(data: bytes, where: str, upright: bool = False) -> Image.Image:
         raise UserError(
             f"the image {where} has too many pixels to decode ({most}); remove it or scale it down."
         ) from error
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, KeyError and others
         why = "it is in no known image format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UserError(f"cannot read the image {where}: {why}; repair or remove it.") from error

@@ -48,6 +48,10 @@ class FolderImages(NamedImages):
         self.notes = found.notes
         self.held_out = path / found.held_out if found.held_out else None
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        return [self.path / name for name in self._names]  # also those that links lead to
+
     def read(self, index: int) -> Image.Image:
         return read_image(self.path / self._names[index], self.upright)
 

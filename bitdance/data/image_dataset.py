@@ -56,6 +56,11 @@ class ImageDataset(abc.ABC):
         return digest.hexdigest()
 
     @property
+    def files(self) -> list[pathlib.Path]:
+        """The files that hold the images."""
+        return [self.path] if self.path.is_file() else sorted(filter(pathlib.Path.is_file, self.path.rglob("*")))
+
+    @property
     def summary(self) -> str:
         """Number of images, classes and notes, in words."""
         return summarize(self.path, self.classes, self.labels, self.notes)

@@ -73,6 +73,10 @@ class ParquetImages(ImageDataset):
         self._starts = np.cumsum([0, *sizes])
         self._local = threading.local()
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        return list(self._files)
+
     def name(self, index: int) -> str:
         number, _, _, row = self._find(index)
         return f"{self.classes[self.labels[index]]}/{self._files[number].stem}/{row:06d}"
@@ -165,6 +169,7 @@ def _find_classes(schema: Any, count: int, path: pathlib.Path) -> tuple[str, ...
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
         if not all(isinstance(name, str) for name in names):
             raise TypeError
+        "".join(names).encode()  # raises for halves of surrogate pairs, which JSON can name
     except (KeyError, TypeError, ValueError, RecursionError):  # other programs write none
         return wordnet_ids if count == len(wordnet_ids) else tuple(map(str, range(count)))
     if len(names) < count:

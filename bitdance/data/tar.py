@@ -112,6 +112,8 @@ def walk(stream: Any, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
                 raise ValueError(f"the member at byte {member.offset} reaches beyond the end")
             if member.issparse():
                 raise ValueError(f"the member at byte {member.offset} is sparse: make the tar again without --sparse")
+            if "\0" in member.name:
+                raise ValueError(f"the name of the member at byte {member.offset} contains a null character")
             parts = [part for part in member.name.split("/") if part not in ("", ".")]
             member.name = "/".join([*parts, ""] if member.isdir() and parts else parts)
             yield member
@@ -165,10 +167,12 @@ def _open_index(path: pathlib.Path) -> Index:
 
 
 def _index_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns where the index may be: beside the tar, or in the user's cache folder."""
+    """Returns where the index may be: beside the tar, or in the user's cache folder if there is a home."""
     name = f"{path.name}.index.safetensors"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "bitdance")
-    return [path.with_name(name), cache / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}-{name}"]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    others = [] if cache.startswith("~") else [pathlib.Path(cache, "bitdance", f"{key}-{name}")]
+    return [path.with_name(name), *others]
 
 
 def _warn(message: str) -> None:

@@ -102,7 +102,7 @@ class TokenDataset:
         path: the folder.
         info: how it was made.
         classes: class names; `classes[label]` is the name of `label`.
-        labels: (n,) int64, of the images in it.
+        labels: (n,) int64, of the images in it; they may be replaced.
         digest: SHA-256 over the digests of the shards.
 
     Raises:
@@ -132,7 +132,7 @@ class TokenDataset:
             raise UserError(f"{path / MANIFEST} does not list all shards: {AGAIN}.")
         self._bits, self._checksums = ([shard[name].numpy() for shard in opened] for name in ("bits", "checksums"))
         self._starts = np.cumsum([0, *map(len, self._bits)])
-        self.labels = np.concatenate([shard["labels"].numpy() for shard in opened])
+        self._stored_labels = self.labels = np.concatenate([shard["labels"].numpy() for shard in opened])
         self.digest = hashlib.sha256("".join(shards.values()).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -152,7 +152,7 @@ class TokenDataset:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         position = (index - self._starts[shard], crop, flip)
         view: np.ndarray = self._bits[shard][position]
-        if zlib.crc32(view.data, int(self.labels[index])) != self._checksums[shard][position].view(np.uint32):
+        if zlib.crc32(view.data, int(self._stored_labels[index])) != self._checksums[shard][position].view(np.uint32):
             raise UserError(f"{self._files[shard]} is damaged (image {position[0]}, crop {crop}): {AGAIN}.")
         return view
 

@@ -236,7 +236,7 @@ def read_feature_set(path: pathlib.Path) -> FeatureSet | None:
                 raise UserError(f"{path} is not of format {FORMAT} {FORMAT_VERSION}: {again}.")
             if wrong := [name for name, is_valid in _VALID.items() if not is_valid(about.get(name, ...))]:
                 raise UserError(f"{path} is damaged ({wrong[0]} has no valid value): {again}.")
-        pool, logits, labels = (read_array(archive, name) for name in ARRAYS)
+        pool, logits, labels = (read_array(archive, name) if text is not None else None for name in ARRAYS)
     count = about.get("count")
     if pool is not None:
         pool = validate_features(pool, f"{path}: pool")

@@ -39,6 +39,7 @@ class ImageSource(abc.ABC):
         num_classes: number of classes, None if unknown.
         upright: as of `ImageDataset`.
         summary: what was found, in words.
+        files: that hold the images.
     """
 
     path: pathlib.Path
@@ -48,6 +49,10 @@ class ImageSource(abc.ABC):
     num_classes: int | None = None
     upright: bool = False
     summary: str = ""
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        return [self.path]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -174,6 +179,10 @@ class ImageFileSource(ImageSource):
                 raise UserError(f"none of the images of {path} can be read: repair them.")
             self.shape = (len(self), *first.shape)
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        return [self.path] if self._images is None else self._images.files
+
     def crop(self, image_size: int | None) -> None:
         """Scales and crops the images that are read from now on to squares of this size; None for their own size."""
         self._image_size = image_size
@@ -196,7 +205,7 @@ class ImageFileSource(ImageSource):
         elif self.shape[1] and image.size != (self.shape[2], self.shape[1]):
             raise UserError(
                 f"{name} in {self.path} has {image.size[0]} x {image.size[1]} pixels, the first image "
-                f"{self.shape[2]} x {self.shape[1]}: crop all to one size with `image_size`."
+                f"{self.shape[2]} x {self.shape[1]}: all need one size, as with `image_size`."
             )
         return to_array(image)
 

@@ -142,13 +142,11 @@ def _extract_cached(source: ImageSource, extractors: FeatureExtractors) -> dict[
 
 def _cache_key(source: ImageSource, config: EvaluationConfig) -> str:
     """Files are identified by their paths, sizes and times of modification."""
-    path = source.path.resolve()
-    files = [path] if path.is_file() else sorted(filter(pathlib.Path.is_file, path.rglob("*")))
     key: tuple[object, ...] = (source.shape, config.reference_split, config.reference_limit)
     if source.upright:
         key += ("upright",)
     digest = hashlib.sha256(repr(key).encode())
-    for file in files:
+    for file in source.files:
         stat = file.stat()
-        digest.update(repr((os.fsencode(file), stat.st_size, stat.st_mtime_ns)).encode())
+        digest.update(repr((os.fsencode(file.absolute()), stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()

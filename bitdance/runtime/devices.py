@@ -79,3 +79,16 @@ def exact_float32() -> Iterator[None]:
 def num_cores() -> int:
     """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets the number of CPU threads of this process; None leaves it as it is.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if threads is not None:
+        if not 1 <= threads <= MAX_THREADS:
+            rule = "at least 1" if threads < 1 else f"at most {MAX_THREADS}"
+            raise UserError(f"threads={threads} is invalid: it must be {rule}.")
+        torch.set_num_threads(threads)

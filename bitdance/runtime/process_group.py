@@ -180,9 +180,7 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
         UserError: the device cannot be used, `threads` is out of range, the variables of the environment that torchrun
             sets are incomplete or inconsistent, or the other processes cannot be reached.
     """
-    if threads is not None and not 1 <= threads <= devices.MAX_THREADS:
-        rule = "at least 1" if threads < 1 else f"at most {devices.MAX_THREADS}"
-        raise UserError(f"threads={threads} is invalid: it must be {rule}.")
+    devices.set_threads(threads)
     rank, size, local_rank, local_size = _read_environment()
     if only_one and size > 1:
         raise UserError(f"this command runs in one process, not in {size}: start it without torchrun.")
@@ -191,8 +189,8 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
     if on_gpu:
         torch.cuda.set_device(world.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as it does in matrix products
-    if threads or size > 1:
-        torch.set_num_threads(threads or max(1, devices.num_cores() // local_size))
+    if not threads and size > 1:
+        torch.set_num_threads(max(1, devices.num_cores() // local_size))
     if size == 1:
         yield world
         return
@@ -235,6 +233,15 @@ def init_distributed(device: str | None = None, threads: int | None = None, only
         if not failure:  # with NCCL it could wait for processes that have ended
             _destroyed.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def is_one_of_several() -> bool:
+    """Returns whether this is one of several processes, by WORLD_SIZE in the environment.
+
+    Raises:
+        UserError: it is not a positive integer.
+    """
+    return _read_integer("WORLD_SIZE", 1, 1) > 1
 
 
 def _read_environment() -> tuple[int, int, int, int]:

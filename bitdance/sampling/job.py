@@ -210,8 +210,13 @@ class SamplingJob:
                 written.
         """
         _ = self.batches, self.labels  # raises what is out of range before anything is written
-        if len(set(world.gather(self.networks.compiled))) > 1:
-            raise UserError("the sampler can be compiled in some of the processes only: give `compile` no.")
+        networks = set(world.gather(self.networks))
+        if len({each.compiled for each in networks}) > 1:
+            advice = "install a compiler for all, or sample with `bitdance sample --compile no`"
+            raise UserError(f"the sampler can be compiled in some of the processes only: {advice}.")
+        if len(networks) > 1:  # a run wrote another checkpoint meanwhile, or some machines have no bf16
+            problem = "the processes have loaded different weights, or in different precisions"
+            raise UserError(f"{problem}: name a file of weights, and give `precision`.")
         machine = Machine.of(world)
         sections = {"sampling": self.sampling, "job": self.config, "networks": self.networks, "machine": machine}
         nothing = JobResult(self.results, self.settings_file, 0, 0.0, world.peak_memory())
@@ -311,7 +316,8 @@ class SamplingJob:
                     )
                     if self.networks.compiled and self.pipeline.functions is None:
                         problem = "compiling failed in a job that is sampled by compiled functions"
-                        raise UserError(f"{problem}: remove {self.run_folder} and sample with `compile` no.")
+                        advice = "sample with `bitdance sample --compile no`"
+                        raise UserError(f"{problem}: remove {self.run_folder} and {advice}.")
                     arrays = self._part_arrays(kinds, pixels[: len(ids)], bits[: len(ids)])
                     arrays["halved"] = np.array(halved, np.uint8)
                     if writing is not None:

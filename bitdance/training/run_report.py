@@ -202,10 +202,13 @@ def _commands(
     folder: pathlib.Path, facts: Mapping[str, Any], run: Mapping[str, Any], train: Mapping[str, Any]
 ) -> list[str]:
     """Returns the command of the run, and those that go on from here."""
-    resume = resume_command(folder, facts["kind"], train)
+    # The last command also has those settings that a resumed run does not take from its folder.
+    resume = run.get("command") or resume_command(folder, facts["kind"], train)
     commands = {"as it was started last": run.get("command")}
     if facts["state"] == "stopped":
         commands["to resume"] = resume
+    elif facts["state"] == "finished" and isinstance(steps := train.get("max_steps"), int) and 0 < steps < 2**62:
+        commands["to extend"] = f"{resume} --max-steps {2 * steps}"
     elif facts["state"] == "finished" and isinstance(epochs := train.get("epochs"), int) and 0 < epochs < 2**62:
         commands["to extend"] = f"{resume} --epochs {2 * epochs}"
     data_path = str(train.get("data_path"))

@@ -194,6 +194,8 @@ def _with_held_out(config: TrainConfig, images: ImageDataset | TokenDataset, wor
         try:
             found = open_images(held_out)
             map_labels(found, images.classes)
+            if len(found) < world.size:
+                raise UserError(f"{held_out} holds fewer images than there are processes.")
             message = found.summary
         except UserError as error:
             held_out, message = None, f"warning: no held-out images are used: {error}"

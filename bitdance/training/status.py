@@ -69,7 +69,9 @@ def describe_run(folder: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         "seconds_left": (last_step - step) * batch_size / rate if rate and state != "stopped" else None,
         "seconds_since_last_line": time.time() - lines[-1]["time"] if lines else None,
         "checkpoints": [
-            _describe_checkpoint(path, verify and step == max(checkpoints)) for step, path in checkpoints.items()
+            _describe_checkpoint(path, verify and step == max(checkpoints))
+            for step, path in checkpoints.items()
+            if path.exists()  # a run may remove the oldest one meanwhile
         ],
         "weights": final.name if final.exists() else None,
         "kept": sorted(path.name for path in folder.glob("epoch_*.safetensors")),

@@ -253,13 +253,7 @@ class Trainer:
         with progress_bar(self.last_step, "training", "steps", self.step, disable=not self.world.is_main) as bar:
             for batch in meter.timed(self.loader.stream(self.step, self.last_step)):
                 lr = learning_rate(config, self.step, self.total_steps)
-                try:
-                    meter.add(self.train_step(batch, lr))
-                except Exception as error:
-                    if not is_compiler_error(error):
-                        raise
-                    problem = f"compiling the loss failed ({describe_compiler_error(error)})"
-                    raise UserError(f"{problem}: turn `compile` off (--no-compile).") from error
+                meter.add(self.train_step(batch, lr))
                 self.step += 1
                 bar.update()
                 metrics: Metrics = {}
@@ -317,6 +311,9 @@ class Trainer:
         """Takes a step and returns its metrics, scalars on the device.
 
         The host does not wait for them, except with Muon.
+
+        Raises:
+            UserError: the loss cannot be compiled.
         """
         # Dropout is the only use of torch's generator; the seed is a function of the step, so a resumed run repeats it.
         torch.manual_seed((self.config.seed << 31) + self.step * self.world.size + self.world.rank)
@@ -329,9 +326,15 @@ class Trainer:
         for number, part in enumerate(batch.to(self.world.device).split_microbatches(count)):
             # DDP averages the gradients over the processes in the last microbatch.
             with no_sync() if number < count - 1 else contextlib.nullcontext():
-                with self.autocast():
-                    loss, metrics = self.module(*part, step)
-                (loss / count).backward()
+                try:
+                    with self.autocast():
+                        loss, metrics = self.module(*part, step)
+                    (loss / count).backward()
+                except Exception as error:
+                    if not is_compiler_error(error):
+                        raise
+                    problem = f"compiling the loss failed ({describe_compiler_error(error)})"
+                    raise UserError(f"{problem}: turn `compile` off (--no-compile).") from error
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
         max_norm = self.config.max_grad_norm or float("inf")
@@ -398,6 +401,9 @@ class Trainer:
     def _open_run(self, opened: contextlib.ExitStack) -> None:
         """Resumes from the newest checkpoint, compares or writes the settings, and opens the log."""
         folder = self.config.output
+        if len(set(self.world.gather((self.data, self.in_bf16)))) > 1:
+            problem = "the processes see different images or autoencoders, or compute in different precisions"
+            raise UserError(f"{problem}: give all machines the same files, and `precision`.")
         done = next(iter(list_checkpoints(folder)), 0) if self.world.is_main else 0
         if done and not (folder / SETTINGS).is_file():
             advice = "restore it, or delete the folder to start over"
