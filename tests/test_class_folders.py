@@ -171,6 +171,15 @@ def test_transparency_is_laid_on_white(mode):
     assert np.asarray(decoding.decode_image(data.getvalue(), "x")).max() < 10
 
 
+def test_a_lack_of_memory_is_not_a_bad_image(monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decoding.decode_image(bytes(100), "x.jpg")
+
+
 def test_heic_is_read_by_pillow_heif(monkeypatch):
     data = b"\0\0\0\x18ftypheic" + bytes(20)
     monkeypatch.setattr(decoding, "reads_heif", lambda: False)

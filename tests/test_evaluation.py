@@ -285,6 +285,14 @@ def test_stored_features_are_bit_identical(tmp_path):
         read_feature_set(tmp_path / "old.npz")
 
 
+def test_statistics_beside_which_are_other_arrays(tmp_path):
+    found = extract(tmp_path / "x.npz", pixels(10))
+    statistics = compute_statistics(found.pool)
+    np.savez(tmp_path / "s.npz", mu=statistics.mean, sigma=statistics.covariance, pool=found.pool, labels=np.zeros(0))
+    stored = read_feature_set(tmp_path / "s.npz")
+    assert stored.pool is None and stored.labels is None and np.array_equal(stored.statistics.mean, statistics.mean)
+
+
 def test_metrics_are_those_of_the_functions(tmp_path):
     a, b = (extract(tmp_path / "x.npz", pixels(40, seed=seed)) for seed in (1, 2))
     metrics = compute_metrics(a, b, kid=True)

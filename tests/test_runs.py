@@ -251,7 +251,9 @@ def test_a_warm_up_or_an_ema_that_is_too_long_for_the_run_is_reported(place, tmp
     train(place, tmp_path / "long", epochs=1, warmup_steps=4, ema=0.999)
     err = capsys.readouterr().err
     assert "warmup_steps=4 is more than the 3 steps of the run: the learning rate stays below its peak. Set" in err
-    assert "ema=0.999 keeps 100% of the first weights after 3 steps" in err and "Set it to 0.5, or train longer." in err
+    assert (
+        "ema=0.999 keeps 100% of the initial weights after 3 steps" in err and "Set it to 0.5, or train longer." in err
+    )
     train(place, tmp_path / "short", epochs=1, warmup_steps=3, ema=0.3)
     train(place, tmp_path / "test", epochs=2, max_steps=1, warmup_steps=4, ema=0.3)  # which ends early, on purpose
     err = capsys.readouterr().err
@@ -515,6 +517,22 @@ def test_status_of_a_run_that_has_just_started(place, tmp_path):
     assert "nothing is logged yet" in format_report(tmp_path, facts)
     with pytest.raises(UserError, match="holds no training run"):
         status.describe_run(place)
+
+
+def test_the_report_names_the_whole_command(place, tmp_path):
+    """A resumed run does not take all settings from its folder."""
+    train(place, tmp_path, max_steps=1)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings["run"]["command"] = "bitdance train --data-path d --accumulate 2"
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert "--accumulate 2 --max-steps 2</pre>" in format_report(tmp_path, status.describe_run(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "log.jsonl").write_text("")
+    settings["train"]["max_steps"] = None
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    facts = {**status.describe_run(tmp_path), "state": "finished"}
+    epochs = 2 * settings["train"]["epochs"]
+    assert f"--accumulate 2 --epochs {epochs}</pre>" in format_report(tmp_path, facts)
 
 
 def chart(page: str, title: str) -> list[list[list[float]]]:

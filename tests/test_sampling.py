@@ -950,6 +950,15 @@ def test_reconstruct_takes_one_image_of_any_size_and_skips_bad_ones(model, tmp_p
     )
 
 
+def test_an_image_of_one_cell_is_not_reconstructed(model, tmp_path, monkeypatch, refused):
+    """Its normalization would divide by the variance of one value."""
+    monkeypatch.setattr("bitdance.metrics.psnr_ssim.WINDOW", 1)
+    data = small.pictures(tmp_path / "data", side=4)
+    arguments = ["--data-path", str(data), "--autoencoder", str(model.with_name("autoencoder.safetensors"))]
+    error = refused(main, ["reconstruct", *arguments, "--output", str(tmp_path / "out")])
+    assert "images of 4 x 4 pixels are one cell of the autoencoder: larger ones are needed" in error
+
+
 def test_the_command_reconstruct(model, tmp_path, capsys):
     data = small.pictures(tmp_path / "data", each=3)
     autoencoder = model.with_name("autoencoder.safetensors")

@@ -56,7 +56,7 @@ from bitdance.weights.resolve import list_checkpoints
 
 PREVIEW_IMAGES = 16
 MAX_KEPT = 0.05
-"""Share of the first weights in the EMA that is reported when a run starts."""
+"""Share of the initial weights in the EMA that is reported when a run starts."""
 COMPARED_CLASSES, COMPARED_IMAGES = 10, 6
 
 PREVIEW_SAMPLING = SamplingDefaults(chunk_size=1)
@@ -301,8 +301,8 @@ class Trainer:
         better = choose_ema(self.last_step)
         if kept > MAX_KEPT and config.ema > better:
             problems.append(
-                f"ema={config.ema} keeps {kept:.0%} of the first weights after {self.last_step} steps, so those that "
-                f"are written, and their previews, are worse than the raw ones. Set it to {better:.3g}, or "
+                f"ema={config.ema} keeps {kept:.0%} of the initial weights after {counted(self.last_step, 'step')}, so "
+                f"those that are written, and their previews, are worse than the raw ones. Set it to {better:.3g}, or "
                 "train longer."
             )
         return problems
