@@ -88,7 +88,7 @@ def test_the_stored_study(monkeypatch, tmp_path, capsys):
     call(study.main, [*arguments, "--equivalence", "--images", "5000"])
     verdicts = capsys.readouterr().out.splitlines()[-4:]
     assert [verdict.rsplit(": ", 1)[1] for verdict in verdicts] == ["equivalent"] * 2 + ["not shown", "equivalent"]
-    assert verdicts[-1].startswith("dpmpp-2m-sde, 20 steps: 1.010 +- 0.008")
+    assert verdicts[-1].startswith("dpmpp-2m-sde, 20 steps: 1.011 +- 0.015")
 
 
 def test_a_study_continues_with_what_it_began_with(monkeypatch, tmp_path, capsys, refused):
