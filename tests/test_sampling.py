@@ -316,7 +316,7 @@ def test_a_job_is_not_a_mixture_of_compiled_and_uncompiled_batches(model, tmp_pa
         sample(model, tmp_path / "b", "--num-images", 2, "--npz", "--compile", "default", "--num-steps", 2)
     error = capsys.readouterr().err
     assert "compiling failed in a job that is sampled by compiled functions: remove" in error
-    assert "and sample with --compile no." in error
+    assert "and sample with `bitdance sample --compile no`." in error
     assert not list((tmp_path / "b").glob("*.npz"))
 
 
