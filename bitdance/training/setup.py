@@ -160,6 +160,7 @@ def train_model(
     with init_distributed(device, threads) as world:
         images = open_data(config.data_path, digest, config.image_size)
         config = _with_held_out(config, images, world)
+        loader = Loader(images, config, world)  # checks the batch size before a large network is made
         model_config = _complete_sizes(sizes, tokenizer.config, config.image_size, images)
         present = len(np.unique(images.labels))
         if present < model_config.num_classes and world.is_main:
@@ -174,7 +175,7 @@ def train_model(
         objective = BitDanceLoss(network, tokenizer, loss, config.seed)
         data = DataInfo(len(images), images.digest, digest)
         name = _recorded_name(autoencoder)
-        trainer = Trainer(objective, config, Loader(images, config, world), world, data, name, command)
+        trainer = Trainer(objective, config, loader, world, data, name, command)
         if dry_run:
             print_estimate(trainer)
             return None
