@@ -956,7 +956,7 @@ def test_an_image_of_one_cell_is_not_reconstructed(model, tmp_path, monkeypatch,
     data = small.pictures(tmp_path / "data", side=4)
     arguments = ["--data-path", str(data), "--autoencoder", str(model.with_name("autoencoder.safetensors"))]
     error = refused(main, ["reconstruct", *arguments, "--output", str(tmp_path / "out")])
-    assert "images of 4 x 4 pixels are one cell of the autoencoder: larger ones are needed" in error
+    assert "images of 4 x 4 pixels are too small: set --image-size to 8 or more." in error
 
 
 def test_the_command_reconstruct(model, tmp_path, capsys):

@@ -77,13 +77,16 @@ def main(arguments: list[str] | None = None) -> None:
         call(lambda _: print(f"bitdance {__version__}"), [])
         return
     if name not in COMMANDS:
-        from bitdance.runtime.errors import did_you_mean
-
-        advice = f"{did_you_mean(name, COMMANDS)}choose one of {', '.join(COMMANDS)}."
-        print(f"bitdance: there is no command {name!r}: {advice}", file=sys.stderr)
-        raise SystemExit(2)
+        call(lambda _: _refuse(name), [])
+        return
     arguments.remove(name)
     call(f"bitdance.cli.{name.replace('-', '_')}:main", arguments)
+
+
+def _refuse(name: str) -> None:
+    from bitdance.runtime.errors import UserError, did_you_mean
+
+    raise UserError(f"there is no command {name!r}: {did_you_mean(name, COMMANDS)}choose one of {', '.join(COMMANDS)}.")
 
 
 def call(command: Callable[[list[str]], None] | str, arguments: list[str]) -> None:

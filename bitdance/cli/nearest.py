@@ -80,7 +80,8 @@ def _compare(command: Nearest, device: torch.device) -> None:
     samples = open_source(command.samples)
     _, side, width, _ = samples.shape
     if side != width or samples.dtype != np.uint8:
-        raise UserError(f"{command.samples} holds {samples.dtype} images of {width} x {side} pixels: give square ones.")
+        held = f"{samples.dtype} images of {width} x {side} pixels"
+        raise UserError(f"{command.samples} holds {held}: give square ones of 8 bits (uint8).")
     queries = np.concatenate(list(samples.blocks(256)))
     references = ImageFileSource(command.data_path, side, skips=True, max_bad_images=command.max_bad_images)
     print_summary(references.summary)

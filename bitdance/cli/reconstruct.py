@@ -116,10 +116,9 @@ def _reconstruct(data: DataOptions, how: How, results: Results, world: World) ->
     if data.image_size is None and not is_one:  # the images of a set may have several sizes
         height = width = min(height, width)
         source.crop(height)
-    if min(height, width) < WINDOW:
-        raise UserError(f"image_size={min(height, width)} is invalid: it must be at least {WINDOW}.")
-    if height * width <= cell**2:
-        raise UserError(f"images of {height} x {width} pixels are one cell of the autoencoder: larger ones are needed.")
+    if min(height, width) < WINDOW or height * width <= cell**2:  # one cell has no variance to normalize by
+        size, least = f"{stored_width} x {stored_height} pixels", cell * max(2, -(-WINDOW // cell))
+        raise UserError(f"images of {size} are too small: set `image_size` to {least} or more.")
     top, left = ((source.shape[i] - side) // 2 for i, side in ((1, height), (2, width)))
     extractor = find_extractor(how.features, world) if how.features else _load_inception(how, world)
     correct = np.zeros(2)
