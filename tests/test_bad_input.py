@@ -146,7 +146,7 @@ def test_a_batch_that_processes_cannot_share(place, tmp_path, fails, monkeypatch
         (["--batch-size", -1], "--batch-size -1 is invalid"),
         (["--image-size", 0], "--image-size 0 is invalid"),
         (["--image-size", 18], "--image-size 18 is invalid: it must be a multiple of 4"),
-        (["--image-size", 8], "at least 11"),
+        (["--image-size", 8], "images of 8 x 8 pixels are too small: set --image-size to 12 or more"),
     ],
 )
 def test_invalid_values_for_reconstruction(place, tmp_path, fails, arguments, words):
